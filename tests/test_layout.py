@@ -1,0 +1,117 @@
+"""The tree keeps its rules."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import qsim_core
+
+ROOT = Path(__file__).parent.parent
+PLUGINS = sorted(path.name for path in (ROOT / "plugins").iterdir() if (path / "pyproject.toml").exists())
+TOP = {"qsim_core", "plugins", "tests", "docs", "benchmarks", ".ci"}
+VAGUE = {"utils", "util", "helpers", "common", "misc"}
+
+
+def project(plugin: str) -> dict[str, object]:
+    with (ROOT / "plugins" / plugin / "pyproject.toml").open("rb") as file:
+        return tomllib.load(file)
+
+
+def module(plugin: str) -> Path:
+    single = ROOT / "plugins" / plugin / f"qsim_{plugin}.py"
+    return single if single.exists() else ROOT / "plugins" / plugin / f"qsim_{plugin}" / "__init__.py"
+
+
+def sources(folder: str) -> list[Path]:
+    return [p for p in (ROOT / folder).rglob("*.py") if "build" not in p.parts and "tests" not in p.parts]
+
+
+def test_the_first_plugins_are_there() -> None:
+    assert set(PLUGINS) >= {"abfp", "evaluators", "fp", "int", "opt", "zoo"}
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_a_plugin_has_its_four_parts(plugin: str) -> None:
+    folder = ROOT / "plugins" / plugin
+
+    assert module(plugin).exists()
+    assert (folder / "README.md").read_text().startswith(f"# qsim-{plugin}\n")
+    assert list((folder / "tests").glob("test_*.py"))
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_a_plugins_directory_distribution_and_entry_point_have_one_name(plugin: str) -> None:
+    table = project(plugin)["project"]
+
+    assert table["name"] == f"qsim-{plugin}"  # type: ignore[index]
+    assert table["entry-points"] == {"qsim": {plugin: f"qsim_{plugin}"}}  # type: ignore[index]
+    assert table["readme"] == "README.md"  # type: ignore[index]
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_first_party_packages_share_one_version_and_a_range_of_the_core(plugin: str) -> None:
+    table = project(plugin)["project"]
+    major, minor, _ = qsim_core.__version__.split(".")
+    first_party = [d for d in table["dependencies"] if d.startswith("qsim-")]  # type: ignore[index]
+
+    assert table["version"] == qsim_core.__version__  # type: ignore[index]
+    assert f"qsim-core>={major}.{minor},<{major}.{int(minor) + 1}" in first_party
+    assert all(re.fullmatch(r"qsim-\w+>=\d+\.\d+,<\d+\.\d+", dependency) for dependency in first_party)
+
+
+def test_the_core_has_that_version_too() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        assert tomllib.load(file)["project"]["version"] == qsim_core.__version__
+
+
+def test_every_plugin_is_in_tox_and_in_the_requirements() -> None:
+    tox, requirements = (ROOT / "tox.ini").read_text(), (ROOT / "requirements.txt").read_text()
+
+    assert re.search(r"^ +plugins = (.*)$", tox, re.MULTILINE).group(1).split(", ") == PLUGINS  # type: ignore[union-attr]
+    assert re.findall(r"^-e \./plugins/(\w+)$", requirements, re.MULTILINE) == PLUGINS
+
+
+def test_torch_is_pinned_where_it_is_installed() -> None:
+    assert "\ntorch==2.13.0\n" in (ROOT / "requirements.txt").read_text()
+    assert "    torch==2.13.0\n" in (ROOT / "tox.ini").read_text()
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_a_plugin_imports_the_core_and_no_other_plugin(plugin: str) -> None:
+    imported = {
+        name
+        for path in sources(f"plugins/{plugin}")
+        for name in re.findall(r"^\s*(?:from|import) (qsim_\w+)", path.read_text(), re.MULTILINE)
+    }
+
+    assert imported <= {"qsim_core", f"qsim_{plugin}"}
+
+
+def test_the_core_imports_no_plugin() -> None:
+    text = "\n".join(path.read_text() for path in sources("qsim_core"))
+
+    assert set(re.findall(r"^\s*(?:from|import) (qsim_\w+)", text, re.MULTILINE)) == {"qsim_core"}
+
+
+def test_modules_hold_one_idea_and_say_which() -> None:
+    modules = [*sources("qsim_core"), *sources("plugins")]
+
+    assert {path.name: lines for path in modules if (lines := len(path.read_text().splitlines())) > 330} == {}
+    assert [path.name for path in modules if not path.read_text().startswith('"""')] == []
+    assert not VAGUE & {path.stem for path in modules}
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    names = [path.name for path in ROOT.rglob("test_*.py") if not {".tox", ".ci-env", "build"} & set(path.parts)]
+
+    assert len(names) == len(set(names))
+
+
+def test_what_is_committed_of_the_zoo_is_small() -> None:
+    models = ROOT / "plugins" / "zoo" / "qsim_zoo" / "models"
+
+    assert sum(path.stat().st_size for path in models.rglob("*") if path.is_file()) <= 12 * 2**20
