@@ -1,0 +1,50 @@
+"""The errors a user can meet. Each message is one line that says what to do next."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+
+class QsimError(Exception):
+    """Something that whoever runs qsim can put right; every error of qsim's own is one."""
+
+
+class SpecError(QsimError):
+    """A component's text cannot be read or built. `position` is the index of the character in `text`."""
+
+    def __init__(self, message: str, text: str, position: int = 0) -> None:
+        super().__init__(f"{message} (character {position + 1} of {text!r})")
+        self.text = text
+        self.position = position
+
+
+class PluginError(QsimError):
+    """A plugin that is needed does not load, or what it offers cannot be used."""
+
+
+class RecipeError(QsimError):
+    """A recipe says something that cannot be done: an unknown key, a pattern that matches no site."""
+
+
+class ModelError(QsimError):
+    """A model cannot be found, loaded or trusted."""
+
+
+class DataError(QsimError):
+    """The data cannot be read, or is too little to measure anything on."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` where a known name is close, and the list of what exists.
+
+    >>> did_you_mean("abpf", ["abfp", "int"])
+    "; did you mean 'abfp'? There are: abfp, int"
+    """
+    names = sorted(
+        known, key=lambda n: [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in re.split(r"(\d+)", n)]
+    )
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return f"{hint} There are: {', '.join(names)}" if names else f"{hint} There are none."

@@ -1,0 +1,266 @@
+"""The host: finds plugins in the installed metadata, loads them one by one, and looks components up by name.
+
+Finding imports nothing. A plugin that fails to load, or offers nonsense, is a `PluginError` for whoever needs
+it and nobody else's concern; `Host.check` lists every failure. There is no global plugin manager: an embedder
+makes a `Host` of its own and may register inline objects on it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+from qsim_core import contract
+from qsim_core.errors import PluginError, QsimError, SpecError, did_you_mean
+
+if TYPE_CHECKING:
+    from qsim_core.component import Component, Preset
+    from qsim_core.spec import Node
+
+GROUP = "qsim"
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A plugin that metadata (or `Host.register`) tells of; not necessarily one that loads."""
+
+    name: str
+    distribution: str
+    version: str
+    entry: EntryPoint | None = None
+    module: Any = None
+    rivals: tuple[str, ...] = ()
+    """Other distributions that claim the same name."""
+
+    def __str__(self) -> str:
+        return f"plugin {self.name!r} ({self.distribution} {self.version})"
+
+
+@dataclass(frozen=True)
+class Offers:
+    """What one plugin offers, by hook, and under which names."""
+
+    plugin: Plugin
+    offers: dict[str, list[type[Component] | Preset]] = field(default_factory=dict)
+
+    def items(self) -> Iterator[type[Component] | Preset]:
+        for offered in self.offers.values():
+            yield from offered
+
+
+class Host:
+    """A set of plugins and the components they offer.
+
+    `Host()` knows what is installed; `Host(discover=False)` knows the core's own schemes only.
+    """
+
+    def __init__(self, *, discover: bool = True) -> None:
+        core = Plugin("core", "qsim-core", _core_version(), module="qsim_core.schemes")
+        self._plugins = {"core": core, **(_discover() if discover else {})}
+        self._loaded: dict[str, Offers | PluginError] = {}
+
+    @property
+    def plugins(self) -> dict[str, Plugin]:
+        """Every plugin by name, sorted; none is imported for it."""
+        return dict(sorted(self._plugins.items()))
+
+    def register(self, *objects: Any, name: str = "inline") -> None:
+        """Add components, presets, or one object with hooks, without installing anything.
+
+        Raises `PluginError` at once for what could not be used later.
+        """
+        module = objects[0] if len(objects) == 1 and contract.has_hooks(objects[0]) else contract.inline(objects)
+        if name in self._plugins:
+            raise PluginError(f"a plugin named {name!r} is there already; give register() another name=")
+        self._plugins[name] = Plugin(name, "inline", "0", module=module)
+        try:
+            self.load(name)
+        except PluginError:
+            del self._plugins[name], self._loaded[name]
+            raise
+
+    def load(self, name: str) -> Offers:
+        """Import one plugin and collect what it offers, once. Raises `PluginError` if that fails."""
+        if name not in self._plugins:
+            raise PluginError(f"no plugin {name!r} is installed{did_you_mean(name, self._plugins)}")
+        if name not in self._loaded:
+            try:
+                self._loaded[name] = self._collect(self._plugins[name])
+            except PluginError as error:
+                self._loaded[name] = error
+        result = self._loaded[name]
+        if isinstance(result, PluginError):
+            raise result
+        return result
+
+    def check(self) -> dict[str, PluginError]:
+        """Load every plugin; the failures by plugin name."""
+        failures = {}
+        for name in self.plugins:
+            try:
+                self.load(name)
+            except PluginError as error:
+                failures[name] = error
+        return failures
+
+    def verify(self) -> dict[str, PluginError]:
+        """`check`, and every preset built besides."""
+        failures = self.check()
+        for name, found in self.components().items():
+            for plugin, offered in found:
+                try:
+                    if not isinstance(offered, type):
+                        self.parse(f"{plugin}.{name}")
+                except QsimError as error:
+                    failures.setdefault(plugin, PluginError(f"{self._plugins[plugin]}: {error}"))
+        return failures
+
+    def components(self, kind: type[Component] | None = None) -> dict[str, list[tuple[str, type[Component] | Preset]]]:
+        """Every component and preset that loads, by name: a list of (plugin, what it offers), sorted."""
+        found: dict[str, list[tuple[str, type[Component] | Preset]]] = {}
+        failures = self.check()
+        for plugin in self.plugins.keys() - failures.keys():
+            for offered in self.load(plugin).items():
+                if kind is None or issubclass(self.class_of(offered), kind):
+                    found.setdefault(offered.name, []).append((plugin, offered))
+        return {name: sorted(found[name], key=lambda pair: pair[0]) for name in sorted(found)}
+
+    def find(self, name: str, kind: type[Component] | None = None) -> type[Component] | Preset:
+        """What a name means. Raises `QsimError` if it means nothing of this kind here, or more than one thing."""
+        from qsim_core.component import Component
+
+        kind = kind or Component
+        plugin, _, bare = name.rpartition(".")
+        if plugin:
+            candidates = [(plugin, item) for item in self.load(plugin).items() if item.name == bare]
+        else:
+            candidates = self.components().get(bare, [])
+        fitting = [(p, o) for p, o in candidates if issubclass(self.class_of(o), kind)]
+        if len(fitting) > 1:
+            choices = " or ".join(f"{p}.{bare}" for p, _ in fitting)
+            raise PluginError(f"{bare!r} is offered by more than one plugin; write {choices}")
+        if fitting:
+            return fitting[0][1]
+        if candidates:
+            raise QsimError(f"{name!r} is a {self.class_of(candidates[0][1]).kind}, not a {kind.kind}")
+        names = [item.name for item in self.load(plugin).items()] if plugin else list(self.components(kind))
+        broken = (
+            f" (not looked at, as they do not load: {', '.join(b)}; see `qsim plugins --check`)"
+            if (b := sorted(self.check()))
+            else ""
+        )
+        raise QsimError(f"no {kind.kind} {name!r}{did_you_mean(bare, names)}{broken}")
+
+    def build(self, node: Node, kind: type[Component] | None = None) -> Component:
+        """The component that a piece of text describes. Raises `SpecError`, pointing at the character."""
+        from qsim_core.component import Component, Preset, construct
+        from qsim_core.spec import read
+
+        if node.name is None:
+            raise node.error(f"expected a {(kind or Component).kind}, found {node.value!r}")
+        try:
+            found = self.find(node.name, kind)
+        except PluginError:
+            raise
+        except QsimError as error:
+            raise node.error(str(error)) from None
+        if not isinstance(found, Preset):
+            return construct(found, node, self)
+        if node.arguments is not None:
+            raise node.error(f"{node.name!r} is short for {found.text} and takes no options; write that out")
+        try:
+            return self.build(read(found.text), kind)._named(node.name)
+        except SpecError as error:
+            raise PluginError(f"preset {found.name!r} cannot be built: {error}") from error
+
+    def parse(self, text: str, kind: type[Component] | None = None) -> Any:
+        """The component that a text describes, of the kind asked for."""
+        from qsim_core.spec import read
+
+        return self.build(read(text), kind)
+
+    def plugin_of(self, component: Component) -> Plugin | None:
+        """The plugin that offers this component's class, if one that was loaded does."""
+        for result in self._loaded.values():
+            if isinstance(result, Offers) and type(component) in result.items():
+                return result.plugin
+        return None
+
+    def class_of(self, offered: type[Component] | Preset) -> type[Component]:
+        """The class of what is offered; for a preset that of the component it names."""
+        from qsim_core.component import Component, Preset
+        from qsim_core.spec import read
+
+        if not isinstance(offered, Preset):
+            return offered
+        try:
+            plugin, _, bare = (read(offered.text).name or "").rpartition(".")
+        except SpecError:  # whoever asks for the preset itself is told
+            return Component
+        for where, target in self.components().get(bare, []):
+            if where == (plugin or where) and not isinstance(target, Preset):
+                return target
+        return Component
+
+    @staticmethod
+    def _collect(plugin: Plugin) -> Offers:
+        if plugin.rivals:
+            raise PluginError(
+                f"plugin {plugin.name!r} is claimed by {' and '.join((plugin.distribution, *plugin.rivals))}; "
+                f"uninstall all but one of them"
+            )
+        remedy = f"reinstall or upgrade {plugin.distribution}, or uninstall it"
+        try:
+            module = _import(plugin)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            raise PluginError(f"{plugin} does not import: {_said(error)}; {remedy}") from error
+        try:
+            return Offers(plugin, contract.offers(plugin, module))
+        except PluginError:
+            raise
+        except Exception as error:
+            raise PluginError(f"{plugin}: {_said(error)}; {remedy}") from error
+
+
+@functools.cache
+def installed() -> Host:
+    """The host of what is installed, which `qsim_core.parse` uses when it is given none."""
+    return Host()
+
+
+def _core_version() -> str:
+    from qsim_core import __version__
+
+    return __version__
+
+
+def _discover() -> dict[str, Plugin]:
+    found: dict[str, list[EntryPoint]] = {}
+    for entry in entry_points(group=GROUP):
+        known = found.setdefault(entry.name, [])
+        if entry.dist is not None and all(entry.dist.name != other.dist.name for other in known if other.dist):
+            known.append(entry)
+    plugins = {}
+    for name, entries in found.items():
+        if entries:
+            first, *others = sorted(entries, key=lambda e: e.dist.name if e.dist else "")
+            rivals = tuple(f"{e.dist.name} {e.dist.version}" for e in others if e.dist)
+            assert first.dist is not None
+            plugins[name] = Plugin(name, first.dist.name, first.dist.version, entry=first, rivals=rivals)
+    return plugins
+
+
+def _import(plugin: Plugin) -> Any:
+    if plugin.entry is not None:
+        return plugin.entry.load()
+    return importlib.import_module(plugin.module) if isinstance(plugin.module, str) else plugin.module
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,0 +1,293 @@
+"""The host: plugins found, loaded one by one, and held to the contract."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import qsim_core as qsim
+from qsim_core.cli import main
+
+Install = Callable[..., None]
+
+GOOD = """
+import qsim_core as qsim
+
+class Halves(qsim.Quantizer):
+    "Multiples of one half."
+    name = "halves"
+    def quantize(self, x):
+        return (x * 2).round() / 2
+
+@qsim.hookimpl
+def qsim_quantizers():
+    return [Halves]
+"""
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """`install("acme", source)`: a distribution qsim-acme 1.2 with one module and one entry point, on the path."""
+
+    def distribution(name: str, source: str = GOOD, dist: str | None = None, module: str | None = None) -> None:
+        dist, module = dist or f"qsim-{name}", module or f"plugin_{name}"
+        (tmp_path / f"{module}.py").write_text(source)
+        info = tmp_path / f"{dist.replace('-', '_')}-1.2.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: 1.2\n")
+        (info / "entry_points.txt").write_text(f"[qsim]\n{name} = {module}\n")
+        monkeypatch.delitem(sys.modules, module, raising=False)
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return distribution
+
+
+def test_a_plugin_is_found_without_being_imported(install: Install) -> None:
+    install("acme", "raise RuntimeError('imported')")
+
+    found = qsim.Host().plugins["acme"]
+
+    assert (found.name, found.distribution, found.version) == ("acme", "qsim-acme", "1.2")
+
+
+def test_an_installed_plugins_component_is_there_by_name(install: Install) -> None:
+    install("acme")
+
+    quantizer = qsim.Host().parse("halves")
+
+    assert torch.equal(quantizer(torch.tensor([0.2, 0.3, -1.1])), torch.tensor([0.0, 0.5, -1.0]))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "raise RuntimeError('no licence\\nfound')",
+            "plugin 'acme' (qsim-acme 1.2) does not import: RuntimeError: no licence found; "
+            "reinstall or upgrade qsim-acme, or uninstall it",
+        ),
+        (
+            "import a_library_nobody_has",
+            "plugin 'acme' (qsim-acme 1.2) does not import: ModuleNotFoundError: No module named "
+            "'a_library_nobody_has'; reinstall or upgrade qsim-acme, or uninstall it",
+        ),
+        (
+            "import sys; sys.exit(3)",
+            "plugin 'acme' (qsim-acme 1.2) does not import: SystemExit: 3; reinstall or upgrade qsim-acme, or "
+            "uninstall it",
+        ),
+        (
+            GOOD.replace("qsim_quantizers", "qsim_quantisers"),
+            "plugin 'acme' (qsim-acme 1.2) implements an unknown hook 'qsim_quantisers'; did you mean "
+            "'qsim_quantizers'? There are: qsim_adapters, qsim_calibrators, qsim_evaluators, qsim_quantizers, "
+            "qsim_transforms",
+        ),
+        (
+            GOOD.replace("@qsim.hookimpl", ""),
+            "plugin 'acme' (qsim-acme 1.2): qsim_quantizers lacks its mark; put @qsim_core.hookimpl above it",
+        ),
+        (
+            "answer = 42",
+            "plugin 'acme' (qsim-acme 1.2) implements no hook; there are qsim_adapters, qsim_calibrators, "
+            "qsim_evaluators, qsim_quantizers, qsim_transforms",
+        ),
+        (
+            GOOD.replace("return [Halves]", "return 1 / 0"),
+            "plugin 'acme' (qsim-acme 1.2): ZeroDivisionError: division by zero; reinstall or upgrade qsim-acme, or "
+            "uninstall it",
+        ),
+        (
+            GOOD.replace("return [Halves]", "return Halves"),
+            "plugin 'acme' (qsim-acme 1.2): qsim_quantizers returned <class 'plugin_acme.Halves'>; it returns a list "
+            "of quantizer classes and presets",
+        ),
+        (
+            GOOD.replace("return [Halves]", "return ['halves']"),
+            "plugin 'acme' (qsim-acme 1.2): qsim_quantizers returned 'halves'; it returns a list of quantizer classes "
+            "and presets",
+        ),
+        (
+            GOOD.replace("def qsim_quantizers", "def qsim_evaluators"),
+            "plugin 'acme' (qsim-acme 1.2): qsim_evaluators returned Halves, no subclass of Evaluator; it returns a "
+            "list of evaluator classes and presets",
+        ),
+        (
+            GOOD.replace('name = "halves"', 'name = "one half"'),
+            "plugin 'acme' (qsim-acme 1.2): qsim_quantizers returned <class 'plugin_acme.Halves'>: 'one half' is no "
+            "name for a component: letters, digits and _ only, not a constant",
+        ),
+        (
+            GOOD.replace("[Halves]", "[Halves, Halves]"),
+            "plugin 'acme' (qsim-acme 1.2) offers 'halves' twice; names are unique within a plugin",
+        ),
+        (
+            GOOD.replace("@qsim.hookimpl", "@qsim.hookimpl(wrapper=True)").replace("return [", "yield [")
+            + "\n",
+            "plugin 'acme' (qsim-acme 1.2): qsim_quantizers cannot be a wrapper",
+        ),
+    ],
+)  # fmt: skip
+def test_a_broken_plugin_is_an_error_for_whoever_needs_it(install: Install, source: str, message: str) -> None:
+    install("acme", source)
+    host = qsim.Host()
+
+    with pytest.raises(qsim.PluginError) as error:
+        host.parse("acme.halves")
+
+    assert str(error.value) == message
+    assert host.parse("int4").name == "int"
+
+
+def test_two_plugins_of_one_name_are_an_error_when_that_name_is_needed(install: Install) -> None:
+    install("acme")
+    install("acme", dist="acme-tools", module="plugin_other")
+    host = qsim.Host()
+
+    with pytest.raises(qsim.PluginError) as error:
+        host.load("acme")
+
+    assert str(error.value) == (
+        "plugin 'acme' is claimed by acme-tools and qsim-acme 1.2; uninstall all but one of them"
+    )
+    assert host.parse("int4").bits == 4
+
+
+def test_two_components_of_one_name_are_no_harm_until_it_is_used(install: Install) -> None:
+    install("acme")
+    install("other")
+    host = qsim.Host()
+
+    assert host.parse("int4").bits == 4
+    assert host.parse("acme.halves").name == "halves"
+    with pytest.raises(qsim.PluginError, match=r"^'halves' is offered by more than one plugin; write acme.halves or "):
+        host.parse("halves")
+
+
+def test_an_unknown_name_tells_of_plugins_that_did_not_load(install: Install) -> None:
+    install("acme", "import a_library_nobody_has")
+
+    with pytest.raises(qsim.SpecError, match=r"\(not looked at, as they do not load: acme; see `qsim plugins --check`"):
+        qsim.Host().parse("halves")
+
+
+def test_other_commands_go_on_beside_a_broken_plugin(install: Install) -> None:
+    install("acme", "raise RuntimeError('broken')")
+
+    listing = CliRunner().invoke(main, ["components"])
+    plugins = CliRunner().invoke(main, ["plugins"])
+
+    assert listing.exit_code == plugins.exit_code == 0
+    assert "abfp" in listing.stdout
+
+
+def test_check_warns_and_exits_with_1(install: Install) -> None:
+    install("acme", "raise RuntimeError('broken')")
+
+    result = CliRunner().invoke(main, ["plugins", "--check"])
+
+    assert result.exit_code == 1
+    assert "acme        qsim-acme        1.2  fails" in result.stdout
+    assert "Warning: plugin 'acme' (qsim-acme 1.2) does not import: RuntimeError: broken" in result.stderr
+
+
+def test_check_builds_every_preset(install: Install) -> None:
+    install("acme", GOOD.replace("[Halves]", '[Halves, qsim.Preset("int99", "int(99)")]'))
+
+    result = CliRunner().invoke(main, ["plugins", "--check"])
+
+    assert result.exit_code == 1
+    assert "preset 'int99' cannot be built: int: bits should be less than or equal to 16, not 99" in result.stderr
+
+
+def test_check_of_what_is_installed_here_is_clean() -> None:
+    result = CliRunner().invoke(main, ["plugins", "--check"])
+
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+class Thirds(qsim.Quantizer):
+    """Multiples of one third."""
+
+    name = "thirds"
+
+    def quantize(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * 3).round() / 3
+
+
+def test_an_embedder_registers_inline_objects_on_a_host_of_its_own() -> None:
+    mine, other = qsim.Host(), qsim.Host()
+
+    mine.register(Thirds, qsim.Preset("third_of_ints", "abfp(int3)"))
+
+    assert mine.parse("thirds") == Thirds()
+    assert mine.parse("third_of_ints").element.bits == 3
+    with pytest.raises(qsim.SpecError, match="no component 'thirds'"):
+        other.parse("thirds")
+
+
+def test_an_object_with_hooks_can_be_registered() -> None:
+    module = types.ModuleType("mine")
+
+    @qsim.hookimpl
+    def qsim_quantizers() -> list[Any]:
+        return [Thirds]
+
+    module.qsim_quantizers = qsim_quantizers  # type: ignore[attr-defined]
+    host = qsim.Host(discover=False)
+    host.register(module, name="mine")
+
+    assert host.parse("mine.thirds") == Thirds()
+
+
+def test_what_cannot_be_used_is_refused_at_once() -> None:
+    host = qsim.Host(discover=False)
+
+    with pytest.raises(qsim.PluginError, match="inline.* offers 'thirds' twice"):
+        host.register(Thirds, Thirds)
+    with pytest.raises(qsim.PluginError, match="a plugin named 'core' is there already"):
+        host.register(Thirds, name="core")
+    with pytest.raises(qsim.QsimError, match="is neither a preset nor a subclass of Quantizer, Calibrator"):
+        host.register(object())
+    host.register(Thirds)
+    assert host.parse("thirds") == Thirds()
+
+
+def test_a_text_default_is_resolved_by_the_host_that_builds_the_component() -> None:
+    class Int4(Thirds):
+        """Somebody's own int4."""
+
+        name = "int4"
+
+    host = qsim.Host()
+    host.register(Int4)
+
+    with pytest.raises(
+        qsim.PluginError, match="'int4' is offered by more than one plugin; write inline.int4 or int.int4"
+    ):
+        host.parse("int4")
+    assert host.parse("abfp").element.name == "int"  # an element is a format, and inline's int4 is none
+
+
+def test_installing_a_plugin_imports_nothing_for_help_and_the_list(install: Install, tmp_path: Path) -> None:
+    install("acme", "import pathlib; pathlib.Path(__file__).with_name('imported').touch()")
+    program = (
+        "import sys; from qsim_core.cli import main; main(sys.argv[1:], standalone_mode=False); "
+        "print('torch' in sys.modules, 'qsim_int' in sys.modules)"
+    )
+    for command in (["--help"], ["plugins"], ["plugins", "--json"], ["evaluate", "--help"]):
+        run = subprocess.run(
+            [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {program}", *command],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert run.stdout.splitlines()[-1] == "False False"
+    assert not (tmp_path / "imported").exists()
