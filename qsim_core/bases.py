@@ -1,0 +1,150 @@
+"""What a plugin author subclasses: one base class for each hook, one abstract method in each.
+
+`Quantizer` has a module of its own. The values that pass between the core and these classes stand here too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from qsim_core.component import Component, Preset
+from qsim_core.errors import DataError, QsimError
+from qsim_core.quantizer import Quantizer
+
+
+@dataclass
+class LoadedModel:
+    """A model, ready to run, and what turns raw data into its inputs."""
+
+    model: nn.Module
+    tokenizer: Any = None
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a model is evaluated on; `sha256` tells whether two runs saw the same."""
+
+    name: str
+    content: Any
+    sha256: str
+
+    @classmethod
+    def of_text(cls, name: str, text: str) -> Data:
+        """Text, with the SHA-256 of its UTF-8 bytes."""
+        return cls(name, text, hashlib.sha256(text.encode()).hexdigest())
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model that an adapter knows by name: where its directory is, and the data that goes with it."""
+
+    directory: Callable[[], Path]
+    data: Callable[[], Data]
+    doc: str = ""
+
+
+def _no_progress(items: Iterable[Any], total: int, description: str) -> Iterable[Any]:
+    return items
+
+
+@dataclass(frozen=True)
+class Run:
+    """How one evaluation is carried out: nothing here says what is computed, but for `limit`."""
+
+    batch_size: int = 8
+    limit: int | None = None
+    """At most so many samples (windows, images), the first ones."""
+    seed: int = 0
+    track: Callable[[Iterable[Any], int, str], Iterable[Any]] = field(default=_no_progress)
+    """Wraps a loop to show its progress: `for x in run.track(items, total, "perplexity")`."""
+
+
+class Calibrator(Component):
+    """Chooses the range that a static scale covers, from the tensors that pass one site."""
+
+    kind: ClassVar[str] = "calibrator"
+
+    @abstractmethod
+    def range(self, tensors: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest value to cover, for the tensors that were observed."""
+
+
+class Transform(Component):
+    """A post-training method that rewrites a model before its weights are quantized."""
+
+    kind: ClassVar[str] = "transform"
+
+    @abstractmethod
+    def apply(self, model: nn.Module, context: Any) -> None:
+        """Change the model in place."""
+
+
+class Adapter(Component):
+    """What is known about one model family; its name is the family's `model_type`."""
+
+    kind: ClassVar[str] = "adapter"
+    evaluator: ClassVar[str | None] = None
+    """Text of the evaluator that its field uses."""
+    skip: ClassVar[tuple[str, ...]] = ()
+    """Sites left alone unless a recipe says otherwise."""
+
+    @abstractmethod
+    def load(self, model: str, dtype: torch.dtype) -> LoadedModel:
+        """The model in a local directory or of a hub's name, in eval mode. Raises `ModelError`."""
+
+    def models(self) -> Mapping[str, NamedModel]:
+        """Models that this adapter knows by a name of their own."""
+        return {}
+
+
+class Evaluator(Component):
+    """Turns a model and data into metrics. One method to write: `evaluate`."""
+
+    kind: ClassVar[str] = "evaluator"
+    metric: ClassVar[str]
+    """The metric that a table shows first."""
+    higher_is_better: ClassVar[bool] = False
+
+    @abstractmethod
+    def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> dict[str, float]:
+        """The metrics by name; deterministic for the same model, data and run."""
+
+    def read(self, source: str) -> Data:
+        """The data that a path or name stands for. Raises `DataError`."""
+        raise DataError(f"{self.name} cannot read data; leave --data out")
+
+    def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any] | None:
+        """One small batch, as keyword arguments of the model's forward: finds the sites, feeds the audit."""
+        return None
+
+    def protocol(self, loaded: LoadedModel) -> str:
+        """What exactly is measured, in one sentence that a paper could print."""
+        return str(self)
+
+
+HOOK_BASES: dict[str, type[Component]] = {
+    "qsim_quantizers": Quantizer,
+    "qsim_calibrators": Calibrator,
+    "qsim_transforms": Transform,
+    "qsim_adapters": Adapter,
+    "qsim_evaluators": Evaluator,
+}
+
+
+def hook_of(thing: Any) -> str:
+    """The hook under which a component class is offered; presets are names for quantizers here."""
+    if isinstance(thing, Preset):
+        return "qsim_quantizers"
+    for hook, base in HOOK_BASES.items():
+        if isinstance(thing, type) and issubclass(thing, base):
+            return hook
+    kinds = ", ".join(base.__name__ for base in HOOK_BASES.values())
+    raise QsimError(f"{thing!r} is neither a preset nor a subclass of {kinds}")

@@ -1,0 +1,222 @@
+"""Scaled, its granularities, special values, dtypes and gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import qsim_core as qsim
+from qsim_core import numerics
+
+SCHEMES = [
+    "tensor(int4)",
+    "channel(int8)",
+    "token(e4m3)",
+    "block(int4, 16)",
+    "abfp(int4, n=64)",
+    "abfp(e2m1, n=7, scale=e4m3)",
+    "scaled(int4, 16, scaled(e4m3, tensor))",
+    "scaled(int4, 16, scaled(int8, channel))",
+    "cast(bf16)",
+    "e5m2",
+    "int6",
+]
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def written_out(x: Tensor, block: int, largest: int) -> Tensor:
+    """One element after another."""
+    rows = []
+    for row in x.reshape(-1, x.shape[-1]):
+        cells = []
+        for start in range(0, len(row), block):
+            part = row[start : start + block]
+            scale = part.abs().max() / largest
+            cells += [(v / scale).round().clamp(-largest, largest) * scale if scale else v * 0 for v in part]
+        rows.append(torch.stack(cells))
+    return torch.stack(rows).reshape(x.shape)
+
+
+@pytest.mark.parametrize(("block", "size"), [("tensor", 40), ("channel", 20), ("token", 20), (8, 8), (7, 7), (64, 20)])
+def test_each_granularity_shares_a_scale_over_its_block(block: str | int, size: int) -> None:
+    x = noise(2, 20)
+
+    y = qsim.parse(f"scaled(int4, {block})")(x)
+
+    expected = written_out(x.reshape(1, -1), size, 7).reshape(2, 20) if block == "tensor" else written_out(x, size, 7)
+    assert torch.equal(y, expected)
+
+
+def test_a_scale_is_rounded_by_any_quantizer() -> None:
+    x = noise(4, 64)
+    exact = x.reshape(4, 4, 16).abs().amax(-1) / 7
+    scale = qsim.parse("scaled(e4m3, tensor)")(exact).unsqueeze(-1)
+
+    y = qsim.parse("scaled(int4, 16, scaled(e4m3, tensor))")(x)
+
+    assert torch.equal(y, ((x.reshape(4, 4, 16) / scale).round().clamp(-7, 7) * scale).reshape(4, 64))
+
+
+@pytest.mark.parametrize("text", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_shape_dtype_and_input_are_kept(text: str, dtype: torch.dtype) -> None:
+    x = noise(3, 5, 33).to(dtype)
+    before = x.clone()
+
+    y = qsim.parse(text)(x)
+
+    assert (y.shape, y.dtype) == (x.shape, dtype)
+    assert torch.equal(x, before)
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("text", SCHEMES)
+def test_strides_do_not_matter(text: str) -> None:
+    x = noise(33, 6).T
+    quantizer = qsim.parse(text)
+
+    assert not x.is_contiguous()
+    assert torch.equal(quantizer(x), quantizer(x.contiguous()))
+    assert torch.equal(quantizer(x[::2, 1::3]), quantizer(x[::2, 1::3].clone()))
+
+
+@pytest.mark.parametrize("text", SCHEMES)
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4)])
+def test_an_empty_tensor_stays_empty(text: str, shape: tuple[int, ...]) -> None:
+    assert qsim.parse(text)(torch.empty(shape)).shape == shape
+
+
+@pytest.mark.parametrize("text", SCHEMES)
+def test_one_number_alone_is_a_tensor_too(text: str) -> None:
+    assert qsim.parse(text)(torch.tensor(0.5)).shape == ()
+
+
+@pytest.mark.parametrize("text", SCHEMES)
+def test_zeros_stay_zeros(text: str) -> None:
+    assert torch.equal(qsim.parse(text)(torch.zeros(4, 33)), torch.zeros(4, 33))
+
+
+def test_a_scale_that_rounds_to_zero_makes_its_block_zero() -> None:
+    x = torch.tensor([[1e-6, -3e-6, 2e-6, 0.0], [1.0, 2.0, 3.0, 7.0]])
+
+    y = qsim.parse("scaled(int4, 4, scale=e4m3)")(x)
+
+    assert torch.equal(y, torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 2.0, 3.0, 7.0]]))
+
+
+@pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
+def test_a_block_with_nan_or_inf_becomes_nan_and_the_others_do_not(special: float) -> None:
+    x = torch.full((2, 8), 7.0)
+    x[0, 2] = special
+
+    y = qsim.parse("abfp(int4, n=4)")(x)
+
+    assert y[0, :4].isnan().all()
+    assert torch.equal(y[0, 4:], torch.full((4,), 7.0))
+    assert torch.equal(y[1], x[1])
+
+
+def test_a_scale_too_large_for_its_format_saturates() -> None:
+    x = torch.tensor([[7e6, 1e6]])
+
+    assert torch.equal(qsim.parse("scaled(int4, 2, scale=e5m2)")(x), torch.tensor([[7.0, 7.0]]) * 57344)
+
+
+def test_half_precision_is_computed_in_float32_and_rounded_once() -> None:
+    x = noise(8, 64).bfloat16()
+
+    assert torch.equal(qsim.parse("abfp(int4)")(x), qsim.parse("abfp(int4)")(x.float()).bfloat16())
+
+
+def test_an_integer_tensor_is_refused() -> None:
+    with pytest.raises(qsim.QsimError, match=r"^a quantizer takes floating-point tensors, not torch.int64$"):
+        qsim.parse("abfp(int4)")(torch.arange(4))
+
+
+def test_the_straight_through_gradient_passes_up_to_half_a_step_beyond_the_largest_value() -> None:
+    x = torch.tensor([0.0, 7.0, -7.4, 7.5, 7.6, -9.0], requires_grad=True)
+
+    qsim.parse("int4")(x).backward(torch.arange(1.0, 7.0))
+
+    assert torch.equal(x.grad, torch.tensor([1.0, 2.0, 3.0, 4.0, 0.0, 0.0]))  # type: ignore[arg-type]
+
+
+def test_a_scale_rounded_down_does_not_stop_the_gradient_of_the_largest_value() -> None:
+    x = noise(64, 64).requires_grad_()
+    abfp = qsim.parse("abfp(int4)")
+    rounded_down = x.detach().abs().amax(-1) / abfp.scale(x.detach().abs().amax(-1) / 7) > 7
+
+    abfp(x).sum().backward()
+
+    assert rounded_down.any()
+    assert torch.equal(x.grad, torch.ones_like(x))  # type: ignore[arg-type]
+
+
+def test_the_gradient_is_zero_where_a_scale_leaves_an_element_far_outside() -> None:
+    x = torch.tensor([[1e6, 1.0]], requires_grad=True)
+
+    qsim.parse("scaled(int4, 2, scale=e4m3)")(x).sum().backward()
+
+    assert torch.equal(x.grad, torch.tensor([[0.0, 1.0]]))  # type: ignore[arg-type]
+
+
+def test_the_gradient_comes_back_in_the_tensors_own_dtype() -> None:
+    x = noise(4, 16).bfloat16().requires_grad_()
+
+    qsim.parse("abfp(int4, n=8)")(x).sum().backward()
+
+    assert torch.equal(x.grad, torch.ones_like(x))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("mantissa", "exponent", "largest"), [(3, -6, 448.0), (2, -14, 57344.0), (1, 0, 6.0), (10, -14, 65504.0)]
+)
+def test_the_fast_rounding_is_the_reference(mantissa: int, exponent: int, largest: float) -> None:
+    bits = torch.randint(-(2**31), 2**31 - 1, (200_000,), generator=torch.Generator().manual_seed(3), dtype=torch.int64)
+    x = bits.to(torch.int32).view(torch.float32)
+    x = x[~x.isnan()].clamp(-2 * largest, 2 * largest)
+
+    fast = numerics._round_by_magic_number(x, mantissa, exponent)
+
+    assert torch.equal(
+        fast.view(torch.int32), numerics.round_to_float_reference(x, mantissa, exponent).view(torch.int32)
+    )
+
+
+def test_bits_count_the_scales() -> None:
+    shape = torch.Size([8, 128])
+
+    def bits(text: str) -> float | None:
+        return qsim.parse(text).bits_per_element(shape)  # type: ignore[no-any-return]
+
+    assert bits("tensor(int4)") == 4 + 32 / 1024
+    assert bits("channel(int4, scale=bf16)") == 4 + 16 / 128
+    assert bits("block(int4, 32)") == 4 + 32 / 32
+    assert bits("scaled(int4, 64, scaled(int8, channel))") == 4 + (8 + 32 / 2) / 64
+    assert bits("cast(bf16)") == 16
+
+
+def test_a_callable_is_a_quantizer_wherever_one_is_expected() -> None:
+    recipe = qsim.Recipe(weights=torch.trunc)  # type: ignore[arg-type]
+
+    assert str(recipe.weights) == "function(trunc)"
+    assert torch.equal(recipe.weights(torch.tensor([1.7])), torch.tensor([1.0]))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: x.sum(), r"turned a tensor \(2, 3\) torch.float32 into \(\) torch.float32; both must stay"),
+        (lambda x: x.double(), r"turned a tensor \(2, 3\) torch.float32 into \(2, 3\) torch.float64; both must stay"),
+        (lambda x: None, r"turned a tensor \(2, 3\) torch.float32 into 'NoneType'; both must stay"),
+    ],
+)  # fmt: skip
+def test_a_callable_that_changes_shape_or_dtype_is_refused(function: object, message: str) -> None:
+    quantizer = qsim.Recipe(weights=function).weights  # type: ignore[arg-type]
+
+    with pytest.raises(qsim.QsimError, match=message):
+        quantizer(torch.ones(2, 3))  # type: ignore[misc]
