@@ -1,0 +1,153 @@
+"""The recipe: the whole description of one simulated precision.
+
+A recipe says which quantizer stands at which site. A bare number format means the usual scheme of its place:
+weights `channel(F)`, activations `token(F)`, outputs `cast(F)`. Patterns are shell globs over site names; `*`
+crosses dots and colons, and where several match, the last one written wins.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from qsim_core.bases import Evaluator, Transform
+from qsim_core.component import Component, explain
+from qsim_core.errors import RecipeError, did_you_mean
+from qsim_core.quantizer import Format, Quantizer
+from qsim_core.schemes import Cast, Channel, Token
+
+
+def _in_scheme(scheme: type[Component]) -> AfterValidator:
+    def wrap(quantizer: Quantizer | None) -> Any:
+        return scheme.model_validate({"element": quantizer}) if isinstance(quantizer, Format) else quantizer
+
+    return AfterValidator(wrap)
+
+
+Weights = Annotated[Quantizer | None, _in_scheme(Channel)]
+Activations = Annotated[Quantizer | None, _in_scheme(Token)]
+Outputs = Annotated[Quantizer | None, _in_scheme(Cast)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Override(_Strict):
+    """What is different at the sites that a pattern names; what is left out stays as it was."""
+
+    weights: Weights = None
+    activations: Activations = None
+    outputs: Outputs = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The quantizers of one matmul's sites; `skipped` if the recipe says to leave the matmul alone."""
+
+    weight: Quantizer | None = None
+    input: Quantizer | None = None
+    output: Quantizer | None = None
+    skipped: bool = False
+
+
+class Recipe(_Strict):
+    """Quantizers for weights, activations and outputs, transforms in order, and the exceptions.
+
+    Everywhere a component stands in Python, its text does in YAML and JSON.
+    """
+
+    model: str | None = Field(None, description="a directory, a hub name, or a model of the zoo")
+    weights: Weights = Field(None, description="quantizer of every weight")
+    activations: Activations = Field(None, description="quantizer of every input of a matmul")
+    outputs: Outputs = Field(None, description="quantizer of every result of a matmul")
+    value_axis: Literal["tokens", "head"] = Field(
+        "tokens",
+        description="along which axis v's scales are shared: tokens, the reduction axis of PV, which sees later "
+        "tokens, or head, which does not",
+    )
+    transforms: tuple[Transform, ...] = Field((), description="methods that rewrite the model first, in this order")
+    skip: tuple[str, ...] | None = Field(None, description="patterns of sites to leave alone; none: the adapter's")
+    overrides: dict[str, Override] = Field(default_factory=dict, description="pattern -> what is different there")
+    evaluate: Evaluator | None = Field(None, description="the evaluator; none: the adapter's")
+
+    @classmethod
+    def of(cls, values: Any, host: Any = None) -> Recipe:
+        """A recipe from plain data. Raises `RecipeError` or `SpecError` with the first thing that is wrong."""
+        if not isinstance(values, dict):
+            raise RecipeError(f"a recipe is a mapping of keys to values, not {type(values).__name__}")
+        unknown = [str(key) for key in values if key not in cls.model_fields]
+        if unknown:
+            raise RecipeError(f"a recipe has no key {unknown[0]!r}{did_you_mean(unknown[0], cls.model_fields)}")
+        try:
+            return cls.model_validate(values, context={"host": host})
+        except ValidationError as error:
+            raise RecipeError(f"recipe: {explain(error)}") from None
+
+    @classmethod
+    def from_yaml(cls, text: str, host: Any = None) -> Recipe:
+        """A recipe from YAML (or JSON, which is YAML too)."""
+        return cls.of(read_yaml(text), host)
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, what is not said left out; `from_yaml` reads it back."""
+        values = self.model_dump(mode="json", exclude_defaults=True)
+        if self.overrides:  # an override's None says "leave alone", so it must stay
+            values["overrides"] = {p: o.model_dump(mode="json", exclude_unset=True) for p, o in self.overrides.items()}
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether any quantizer is named at all."""
+        named: list[Recipe | Override] = [self, *self.overrides.values()]
+        return any(r.weights or r.activations or r.outputs for r in named)
+
+    def plan(self, names: Iterable[str]) -> Plan:
+        """The quantizers of the matmul that goes by these names (its own and its aliases)."""
+        names = list(names)
+        if any(matches(pattern, names) for pattern in self.skip or ()):
+            return Plan(skipped=True)
+        chosen: dict[str, Quantizer | None] = {
+            "weights": self.weights,
+            "activations": self.activations,
+            "outputs": self.outputs,
+        }
+        for pattern, override in self.overrides.items():
+            if matches(pattern, names):
+                chosen |= {key: getattr(override, key) for key in override.model_fields_set}
+        return Plan(chosen["weights"], chosen["activations"], chosen["outputs"])
+
+    def patterns(self) -> list[str]:
+        return [*(self.skip or ()), *self.overrides]
+
+    def check_patterns(self, names: Iterable[Iterable[str]]) -> None:
+        """Raise `RecipeError` for a pattern that matches none of these matmuls, given by all their names."""
+        everything = [list(group) for group in names]
+        for pattern in self.patterns():
+            if not any(matches(pattern, group) for group in everything):
+                known = [name for group in everything for name in group]
+                close = did_you_mean(pattern, known[:12])
+                more = f" and {len(known) - 12} more" if len(known) > 12 else ""
+                raise RecipeError(f"pattern {pattern!r} matches no site{close}{more}")
+
+
+def read_yaml(text: str) -> Any:
+    """YAML as plain data. Raises `RecipeError` with line and column where it is none."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise RecipeError(f"recipe is not YAML: {error.problem or error.context}{where}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe is not YAML: {' '.join(str(error).split())}") from None
+
+
+def matches(pattern: str, names: Iterable[str]) -> bool:
+    """Whether a shell glob matches any of the names, case and all."""
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)

@@ -1,0 +1,85 @@
+"""Who is running: one site for each matmul, and the stack of modules that each thread is inside of."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from dataclasses import dataclass, field
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from qsim_core.quantizer import Quantizer
+from qsim_core.recipe import Plan
+
+
+@dataclass
+class Site:
+    """The sites of one matmul: its inputs, its weight if it has one, its output."""
+
+    name: str
+    op: str
+    weight: str | None
+    """Full name of the parameter that is its weight."""
+    plan: Plan
+    aliases: list[str] = field(default_factory=list)
+    calls: int = 0
+    """How often it was met, recomputation in a backward pass not counted."""
+
+    @property
+    def names(self) -> list[str]:
+        return [self.name, *self.aliases]
+
+    @property
+    def is_value_product(self) -> bool:
+        return any(alias.endswith(":pv") for alias in self.aliases)
+
+
+@dataclass
+class Frame:
+    """One running module: how many products it has computed, and what its softmax may connect."""
+
+    path: str
+    module: nn.Module
+    products: int = 0
+    before_softmax: list[tuple[Site, torch.Size]] = field(default_factory=list)
+    softmax: torch.Size | None = None
+
+    def parameter(self, base: Tensor) -> tuple[str, bool] | None:
+        """The parameter's full name if it belongs to this module or one inside it; whether it is its own."""
+        for name, parameter in self.module._parameters.items():
+            if parameter is base:
+                return self.full(name), True
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            if parameter is base:
+                return self.full(name), False
+        return None
+
+    def full(self, name: str) -> str:
+        return f"{self.path}.{name}" if self.path else name
+
+
+class Thread(threading.local):
+    """What one thread is running."""
+
+    def __init__(self) -> None:
+        self.stack: list[Frame] = []
+        self.mode: TorchFunctionMode | None = None
+        self.caller: FrameType | None = None
+        self.inside = False
+        self.shared: tuple[Tensor, int, Quantizer, Tensor] | None = None
+
+    def clear(self) -> None:
+        self.stack, self.caller, self.shared, self.inside = [], None, None, False
+        mode, self.mode = self.mode, None
+        if mode is not None:
+            mode.__exit__(None, None, None)
+
+    def running(self) -> bool:
+        """Whether the outermost module's call is still on the Python stack: Ctrl-C leaves without any hook."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not self.caller:
+            frame = frame.f_back
+        return frame is not None

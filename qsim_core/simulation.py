@@ -1,0 +1,178 @@
+"""Put quantizers at a model's sites, look at what they do, and take them away again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from qsim_core import audit as auditing
+from qsim_core.errors import QsimError, RecipeError
+from qsim_core.recipe import Recipe
+from qsim_core.sites import Sites, functional
+
+Example = Any
+"""One batch: a mapping of keyword arguments, a tuple of positional ones, or a single argument."""
+
+
+class Simulation:
+    """A model whose matmuls run in another precision, until `restore`."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, keep: bool) -> None:
+        self.model = model
+        self.recipe = recipe
+        self.keep = keep
+        self.example: Example = None
+        self.sites = Sites(model, recipe, keep)
+        self._handles = self.sites.attach(model)
+        for path, module in model.named_modules():
+            if "extra_repr" not in vars(module):
+                vars(module)["extra_repr"] = SiteText(self.sites, path, module)
+
+    def audit(self, example: Example = None) -> auditing.Audit:
+        """Every matmul, its quantizers and their error, measured on one batch.
+
+        The batch is `example`, or the one that `simulate` was given; without any, the audit tells what has been
+        met so far and measures nothing.
+        """
+        batch = self.example if example is None else example
+        if batch is None:
+            return auditing.audit(self.sites, None)
+        with as_in_evaluation(self.model):
+            return auditing.audit(self.sites, lambda: call(self.model, batch))
+
+    def restore(self) -> nn.Module:
+        """Take everything away; the model is what it was, bit for bit. Raises `QsimError` after `keep=False`."""
+        if not self.keep:
+            raise QsimError("this simulation was made with keep=False: the original weights are gone; load them again")
+        for handle in self._handles:
+            handle.remove()
+        for module in self.model.modules():
+            if isinstance(vars(module).get("extra_repr"), SiteText):
+                del vars(module)["extra_repr"]
+        self._handles = []
+        return self.model
+
+    def __enter__(self) -> Simulation:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.restore()
+
+    def _discover(self, example: Example) -> None:
+        """Run the example with every quantizer off, so that all sites are known; hold the recipe to them."""
+        self.example = example
+        self.sites.quantizing = False
+        try:
+            with as_in_evaluation(self.model):
+                call(self.model, example)
+        finally:
+            self.sites.quantizing = True
+        self.sites.checked = True
+        self.recipe.check_patterns(site.names for site in self.sites.table.values())
+        for key, role in (("weights", "weight"), ("activations", "input"), ("outputs", "output")):
+            quantizer = getattr(self.recipe, key)
+            if quantizer is not None and not any(getattr(s.plan, role) for s in self.sites.table.values()):
+                raise RecipeError(f"{key}: {quantizer} reached no site of this model")
+        for site in self.sites.table.values():
+            site.calls = 0
+
+
+def simulate(
+    model: nn.Module,
+    recipe: Recipe | Mapping[str, Any] | None = None,
+    *,
+    weights: Any = None,
+    activations: Any = None,
+    outputs: Any = None,
+    skip: Any = None,
+    overrides: Mapping[str, Any] | None = None,
+    example: Example = None,
+    keep: bool = True,
+    host: Any = None,
+) -> Simulation:
+    """Simulate `model`, in place, with quantizers at every matmul's sites.
+
+    Say it with a `recipe`, or with its parts: quantizers, their text, or plain callables tensor -> tensor, for
+    `weights`, `activations` and `outputs`; patterns of sites to `skip`; `overrides` by pattern. With none of them
+    the sites are put in place and nothing is quantized.
+
+    With an `example` (a mapping of keyword arguments, a tuple of positional ones, or one argument) all sites are
+    known at once, else after the first forward; a pattern that matches none is then an error. `keep=False`
+    overwrites the weights instead of holding a second copy, and gives up `restore`.
+
+    Raises `RecipeError` or `SpecError` for what cannot be done, and leaves the model as it was.
+    """
+    parts = {"weights": weights, "activations": activations, "outputs": outputs, "overrides": overrides}
+    given = {key: value for key, value in parts.items() if value is not None}
+    if skip is not None:
+        given["skip"] = (skip,) if isinstance(skip, str) else tuple(skip)
+    if recipe is not None and given:
+        raise RecipeError(f"give a recipe or its parts, not both (here: recipe and {', '.join(given)})")
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.of(dict(recipe or given), host)
+    if any(isinstance(vars(module).get("extra_repr"), SiteText) for module in model.modules()):
+        raise QsimError("this model is simulated already; restore() it first")
+    simulation = Simulation(model, recipe, keep)
+    try:
+        for transform in recipe.transforms:
+            transform.apply(model, simulation)
+        if example is not None:
+            simulation._discover(example)
+    except BaseException:
+        simulation.keep = True  # nothing has been folded yet
+        simulation.restore()
+        raise
+    return simulation
+
+
+class SiteText:
+    """In place of a module's `extra_repr`: the module's own text, then the quantizers at its sites."""
+
+    def __init__(self, sites: Sites, path: str, module: nn.Module) -> None:
+        self.sites, self.path, self.module = sites, path, module
+
+    def __call__(self) -> str:
+        own = type(self.module).extra_repr(self.module)
+        return ", ".join(part for part in (own, *self._weighted(), *self._products()) if part)
+
+    def _weighted(self) -> Iterator[str]:
+        site = self.sites.table.get(self.path)
+        known = site is not None or isinstance(self.module, nn.Linear | nn.modules.conv._ConvNd)
+        if not known:
+            return
+        plan = site.plan if site else self.sites.recipe.plan([self.path])
+        for role in ("weight", "input", "output"):
+            if (quantizer := getattr(plan, role)) is not None:
+                yield f"{role}={quantizer}"
+
+    def _products(self) -> Iterator[str]:
+        for site in functional(self.sites, self.path):
+            label = (site.aliases or [site.name])[0].rpartition(":")[2]
+            quantizers = {"input": site.plan.input, "output": site.plan.output}
+            texts = [f"{role}={quantizer}" for role, quantizer in quantizers.items() if quantizer is not None]
+            if texts:
+                yield f"{label}: {' '.join(texts)}"
+
+
+@contextlib.contextmanager
+def as_in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; every module's own mode again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def call(model: nn.Module, example: Example) -> Any:
+    """Run the model on one batch, given as `Example` says."""
+    if isinstance(example, Mapping):
+        return model(**example)
+    return model(*example) if isinstance(example, tuple) else model(example)

@@ -1,0 +1,239 @@
+"""Where tensors are quantized: one mechanism that meets every matmul, wherever its code stands.
+
+Hooks on the model's modules keep a stack, one for each thread, of who is running. The outermost of them enters
+a `TorchFunctionMode`, which sees every call of a torch function: a matmul's operands and result go through the
+quantizers that the recipe has for them. No module is replaced and nothing enters the model's `state_dict`.
+
+A matmul is named by the parameter that is its weight, `model.decoder.layers.0.fc1`, or, where both operands are
+computed, by the running module and a count, `model.decoder.layers.0.self_attn:matmul.0`. Two products with a
+softmax between them are attention and get the aliases `…self_attn:qk` and `…self_attn:pv`.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from qsim_core.attention import EXPLICIT, SOFTMAX
+from qsim_core.errors import RecipeError
+from qsim_core.ops import LAST, OPS, Call, Layout, read_call
+from qsim_core.quantizer import Quantizer
+from qsim_core.recipe import Plan, Recipe
+from qsim_core.running import Frame, Site, Thread
+from qsim_core.weights import Weight, Weights
+
+MET = frozenset({*OPS, *EXPLICIT, *SOFTMAX, torch.einsum})
+Observer = Callable[[Site, str, Tensor, Tensor, Quantizer | None], None]
+"""Called with a site, a role (input, weight or output), the tensor before and after, and what quantized it."""
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, sites: Sites) -> None:
+        super().__init__()
+        self.sites = sites
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function not in MET or not self.sites.thread.running():
+            return function(*args, **(kwargs or {}))
+        if function in EXPLICIT:
+            with self:
+                return EXPLICIT[function](*args, **(kwargs or {}))
+        return self.sites.meet(function, args, kwargs or {})
+
+
+class Sites:
+    """Every site of one model, and the quantizers there."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, keep: bool) -> None:
+        self.recipe = recipe
+        self.table: dict[str, Site] = {}
+        self.weights = Weights(model, keep)
+        self.quantizing = True
+        self.observer: Observer | None = None
+        self.checked = False
+        self.thread = Thread()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "thread": None, "observer": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.thread = Thread()
+
+    def attach(self, model: nn.Module) -> list[RemovableHandle]:
+        """Hook every module; the handles take the hooks away again."""
+        handles = []
+        for path, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(functools.partial(self._enter, path)))
+            handles.append(module.register_forward_hook(functools.partial(self._leave, path), always_call=True))
+        return handles
+
+    def _enter(self, path: str, module: nn.Module, args: Any) -> None:
+        thread = self.thread
+        if thread.stack and not thread.running():
+            thread.clear()
+        if not thread.stack:
+            thread.caller = sys._getframe(1)
+            thread.mode = _Mode(self)
+            thread.mode.__enter__()  # type: ignore[no-untyped-call]
+        thread.stack.append(Frame(path, module))
+
+    def _leave(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
+        thread = self.thread
+        if not any(frame.module is module for frame in thread.stack):
+            return
+        while thread.stack.pop().module is not module:
+            pass
+        if not thread.stack:
+            thread.clear()
+            if path == "" and not self.checked and output is not None:
+                self.checked = True
+                self.recipe.check_patterns(site.names for site in self.table.values())
+
+    def meet(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute a matmul with its operands and result quantized, and remember what a softmax connects."""
+        if function in SOFTMAX:
+            self._connect(args[0] if args else kwargs["input"])
+            return function(*args, **kwargs)
+        call = read_call(function, args, kwargs)
+        thread = self.thread
+        if call is None or thread.inside or not all(operand.is_floating_point() for operand in call.operands):
+            return function(*args, **kwargs)
+        thread.inside = True
+        try:
+            return self._compute(call)
+        finally:
+            thread.inside = False
+
+    def _compute(self, call: Call) -> Any:
+        frame = self.thread.stack[-1]
+        weights = [self._weight_of(operand) for operand in call.operands]
+        site = self._site(frame, call, next((weight for weight in weights if weight), None))
+        site.calls += not recomputing()
+        plan = site.plan if self.quantizing else Plan()
+        operands = []
+        for index, (operand, weight, layout) in enumerate(zip(call.operands, weights, call.layouts, strict=True)):
+            if index == 1 and self.recipe.value_axis == "head" and site.is_value_product:
+                layout = LAST
+            if weight is not None:
+                operands.append(self._weight(site, plan.weight, weight, operand, layout, frame.module.training))
+            else:
+                operands.append(self._input(site, plan.input, operand, layout))
+        result = self._output(site, plan.output, call, operands)
+        if site.weight is None:
+            frame.before_softmax.append((site, result.shape))
+        return result
+
+    def _weight(
+        self, site: Site, quantizer: Quantizer | None, weight: Weight, operand: Tensor, layout: Layout, training: bool
+    ) -> Tensor:
+        before = value = operand
+        if quantizer is not None:
+            if self.observer is not None and not self.weights.overwritten(weight):
+                before = operand.detach().clone()  # it may be about to be overwritten
+            value = self.weights.quantized(weight, operand, layout, quantizer, training)
+        self._observe(site, "weight", before, value, layout, quantizer)
+        return value
+
+    def _input(self, site: Site, quantizer: Quantizer | None, operand: Tensor, layout: Layout) -> Tensor:
+        """The operand quantized; one that the call before this had too (q, k and v's) is not computed again."""
+        value = operand
+        if quantizer is not None:
+            shareable = layout is LAST and not torch.is_grad_enabled() and not operand.is_inference()
+            last = self.thread.shared
+            if shareable and last and last[0] is operand and last[1] == operand._version and last[2] is quantizer:
+                value = last[3]
+            else:
+                value = layout.back(quantizer(layout.rows(operand)))
+                self.thread.shared = (operand, operand._version, quantizer, value) if shareable else None
+        self._observe(site, "input", operand, value, layout, quantizer)
+        return value
+
+    def _output(self, site: Site, quantizer: Quantizer | None, call: Call, operands: list[Tensor]) -> Tensor:
+        """The result quantized, a bias in it but not a mask: what is added to a product of activations comes after."""
+        if quantizer is None:
+            result: Tensor = call.run(operands)
+            self._observe(site, "output", result, result, call.result, None)
+            return result
+        masked = call.addend is not None and self._weight_of(call.addend) is None
+        product = torch.matmul(*operands) if masked else call.run(operands)
+        rounded = call.result.back(quantizer(call.result.rows(product)))
+        self._observe(site, "output", product, rounded, call.result, quantizer)
+        if masked:
+            alpha, beta = call.kwargs.get("alpha", 1), call.kwargs.get("beta", 1)
+            rounded = alpha * rounded if alpha != 1 else rounded
+            return rounded if beta == 0 else beta * call.addend + rounded
+        return call.kwargs["out"].copy_(rounded) if call.kwargs.get("out") is not None else rounded
+
+    def _observe(
+        self, site: Site, role: str, before: Tensor, after: Tensor, layout: Layout, quantizer: Quantizer | None
+    ) -> None:
+        if self.observer is not None and not recomputing():
+            rows = layout.rows(before.detach())
+            self.observer(site, role, rows, rows if after is before else layout.rows(after.detach()), quantizer)
+
+    def _weight_of(self, operand: Tensor) -> Weight | None:
+        """The parameter that an operand is, or is a view of: the running module's first, else any of the model's."""
+        base = operand if isinstance(operand, nn.Parameter) else operand._base
+        if not isinstance(base, nn.Parameter):
+            return None
+        for frame in (self.thread.stack[-1], self.thread.stack[0]):
+            if found := frame.parameter(base):
+                return Weight(found[0], base, owned=found[1] and base is operand)
+        return None
+
+    def _site(self, frame: Frame, call: Call, weight: Weight | None) -> Site:
+        if weight is not None:
+            name = weight.name.removesuffix(".weight")
+        else:
+            name = f"{frame.path}:matmul.{frame.products}"
+            frame.products += 1
+        if name not in self.table:
+            operation = getattr(call.function, "__name__", "matmul").strip("_")
+            self.table[name] = Site(name, operation, weight.name if weight else None, self.recipe.plan([name]))
+        site = self.table[name]
+        left = call.operands[0]
+        if weight is None and frame.softmax is not None and left.shape[-2:] == frame.softmax[-2:]:
+            self._alias(site, f"{frame.path}:pv", met=False)
+            frame.softmax = None
+        return site
+
+    def _connect(self, scores: Tensor) -> None:
+        """A softmax: the one product before it, if it has that shape, is QK; the next one may be PV."""
+        frame = next((frame for frame in reversed(self.thread.stack) if frame.before_softmax), None)
+        if frame is None:
+            return
+        if len(frame.before_softmax) == 1 and frame.before_softmax[0][1][-2:] == scores.shape[-2:]:
+            self._alias(frame.before_softmax[0][0], f"{frame.path}:qk", met=self.quantizing)
+        frame.before_softmax, frame.softmax = [], scores.shape
+
+    def _alias(self, site: Site, alias: str, met: bool) -> None:
+        """Another name for a site, and the quantizers that the recipe has under it."""
+        if alias in site.aliases:
+            return
+        site.aliases.append(alias)
+        plan = self.recipe.plan(site.names)
+        if met and plan != site.plan:
+            raise RecipeError(
+                f"the recipe names {alias!r}, which is only known after a forward pass; give simulate an example"
+            )
+        site.plan = plan
+
+
+def recomputing() -> bool:
+    """Whether this runs inside a backward pass: gradient checkpointing computes a forward again there."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def functional(sites: Sites, path: str) -> Iterator[Site]:
+    """The sites of the products that a module computes itself."""
+    return (site for name, site in sites.table.items() if site.weight is None and name.rpartition(":")[0] == path)

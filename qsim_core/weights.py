@@ -1,0 +1,119 @@
+"""Weights are quantized once, not once a forward, and only where nobody else looks.
+
+With `keep` the quantized copy lies here, beside the model, whose parameters stay as they are. Without it the
+parameter itself is overwritten, unless it is tied, foreign to the module that multiplies by it, or used in parts:
+then its other users would see it, and a copy is held after all. A weight that trains is quantized in every
+forward, with its straight-through gradient.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsim_core.ops import Layout
+from qsim_core.quantizer import Quantizer, straight_through
+
+MOVES = 2
+"""A parameter object that was exchanged more often than this is being offloaded: no copy of it is held."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter met as an operand: whose it is, and whether the operand is all of it, met by its owner."""
+
+    name: str
+    parameter: nn.Parameter
+    owned: bool
+
+
+@dataclass
+class _Folded:
+    """One quantized weight: the copy (None: the parameter itself), and what it was made from."""
+
+    copy: Tensor | None
+    identity: int | None
+    version: int
+    address: int
+
+
+class Weights:
+    """The quantized weights of one model."""
+
+    def __init__(self, model: nn.Module, keep: bool) -> None:
+        owners = Counter(id(parameter) for _, parameter in _named(model))
+        self.tied = frozenset(name for name, parameter in _named(model) if owners[id(parameter)] > 1)
+        self.elsewhere = frozenset(name for name, parameter in _named(model) if parameter.is_meta)
+        self.keep = keep
+        self.folded: dict[tuple[Any, ...], _Folded] = {}
+        self.moves: Counter[str] = Counter()
+        self.lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies are made anew in a copied model; that a parameter itself was overwritten has to be remembered."""
+        in_place = {
+            key: _Folded(None, None, folded.version, 0) for key, folded in self.folded.items() if folded.copy is None
+        }
+        return {**self.__dict__, "folded": in_place, "moves": Counter(), "lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.lock = threading.Lock()
+
+    def overwritten(self, weight: Weight) -> bool:
+        """Whether the parameter itself holds quantized values by now, so that the original is gone."""
+        return any(key[0] == weight.name and folded.copy is None for key, folded in self.folded.items())
+
+    def quantized(
+        self, weight: Weight, operand: Tensor, layout: Layout, quantizer: Quantizer, training: bool
+    ) -> Tensor:
+        """The operand quantized: made now where it trains, else from what was made before."""
+        differentiable = torch.is_grad_enabled() and operand.requires_grad
+        if differentiable and training:
+            return layout.back(quantizer(layout.rows(operand)))
+        with self.lock:
+            value = self._fold(weight, operand, layout, quantizer)
+        if differentiable:
+            return layout.back(straight_through(layout.rows(operand), quantizer, layout.rows(value)))
+        return value
+
+    def _fold(self, weight: Weight, operand: Tensor, layout: Layout, quantizer: Quantizer) -> Tensor:
+        parameter = weight.parameter
+        key = (weight.name, operand.storage_offset(), tuple(operand.shape), operand.stride())
+        folded = self.folded.get(key)
+        if folded is not None and self._holds(folded, parameter):
+            return operand if folded.copy is None else folded.copy
+        if folded is not None and folded.identity != id(parameter):
+            self.moves[weight.name] += 1
+        with torch.no_grad():
+            value = torch.empty_like(operand).copy_(layout.back(quantizer.quantize(layout.rows(operand.detach()))))
+            in_place = not self.keep and weight.owned and weight.name not in self.tied | self.elsewhere
+            if in_place:
+                parameter.data.copy_(value)
+        if weight.name in self.elsewhere or self.moves[weight.name] > MOVES:
+            self.folded.pop(key, None)
+        else:
+            copy = None if in_place else value
+            self.folded[key] = _Folded(copy, id(parameter), _version(parameter), parameter.data_ptr())
+        return operand if in_place else value
+
+    @staticmethod
+    def _holds(folded: _Folded, parameter: nn.Parameter) -> bool:
+        """Whether the parameter is still what was quantized (in place: wherever it was moved since)."""
+        if folded.identity is None:  # overwritten before the model was copied or pickled
+            folded.identity, folded.version = id(parameter), _version(parameter)
+        same = folded.identity == id(parameter) and folded.version == _version(parameter)
+        return same and (folded.copy is None or folded.address == parameter.data_ptr())
+
+
+def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(model.named_parameters(remove_duplicate=False))
+
+
+def _version(parameter: nn.Parameter) -> int:
+    return 0 if parameter.is_inference() else parameter._version

@@ -1,0 +1,88 @@
+"""Recipes: text in, quantizers out, and one clear line for what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+import qsim_core as qsim
+
+YAML = """\
+model: facebook/opt-125m
+weights: abfp(int4)
+activations: abfp(e4m3)
+outputs: cast(bf16)
+skip: [lm_head]
+overrides:
+  '*.fc2':
+    activations: abfp(int8)
+  '*:qk':
+    weights: null
+evaluate: perplexity(2048)
+"""
+
+
+def test_yaml_goes_in_and_comes_out() -> None:
+    recipe = qsim.Recipe.from_yaml(YAML)
+
+    assert recipe.to_yaml().replace("\n- lm_head", " [lm_head]") == YAML
+    assert qsim.Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+def test_a_bare_format_takes_the_usual_scheme_of_its_place() -> None:
+    recipe = qsim.Recipe.of({"weights": "int4", "activations": "e4m3", "outputs": "bf16"})
+
+    assert str(recipe.weights) == "channel(int4)"
+    assert str(recipe.activations) == "token(e4m3)"
+    assert str(recipe.outputs) == "cast(bf16)"
+
+
+def test_the_last_pattern_that_matches_wins_for_what_it_says() -> None:
+    recipe = qsim.Recipe.of(
+        {
+            "weights": "int8",
+            "activations": "int8",
+            "overrides": {"*": {"weights": "int4"}, "*.fc2": {"activations": None}, "a.*": {"weights": "int3"}},
+        }
+    )
+
+    plans = {name: recipe.plan([name]) for name in ("b.fc1", "b.fc2", "a.fc2")}
+
+    assert {name: (str(plan.weight), str(plan.input)) for name, plan in plans.items()} == {
+        "b.fc1": ("channel(int4)", "token(int8)"),
+        "b.fc2": ("channel(int4)", "None"),
+        "a.fc2": ("channel(int3)", "None"),
+    }
+
+
+def test_a_pattern_may_name_an_alias() -> None:
+    recipe = qsim.Recipe.of({"activations": "int8", "skip": ["*:pv"]})
+
+    assert recipe.plan(["attn:matmul.1", "attn:pv"]).skipped
+    assert not recipe.plan(["attn:matmul.0", "attn:qk"]).skipped
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- weights", "a recipe is a mapping of keys to values, not list"),
+        ("weigths: int4", "a recipe has no key 'weigths'; did you mean 'weights'? There are: activations, evaluate, "
+         "model, outputs, overrides, skip, transforms, value_axis, weights"),
+        ("weights: [int4", "recipe is not YAML: expected ',' or ']', but got '<stream end>' (line 1, column 15)"),
+        ("weights: int99", "no quantizer 'int99'; did you mean 'int9'?"),
+        ("weights: 4", "recipe: weights should be a quantizer or its text, not 4"),
+        ("overrides: {'*.fc2': {weight: int4}}", "recipe: overrides.*.fc2 has no key 'weight'"),
+        ("value_axis: left", "recipe: value_axis should be 'tokens' or 'head', not 'left'"),
+        ("transforms: [int4]", "'int4' is a format, not a transform (character 1 of 'int4')"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_clear_line(text: str, message: str) -> None:
+    with pytest.raises(qsim.QsimError) as error:
+        qsim.Recipe.from_yaml(text)
+
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_yaml_runs_no_code() -> None:
+    with pytest.raises(qsim.RecipeError, match="could not determine a constructor for the tag"):
+        qsim.Recipe.from_yaml("weights: !!python/object/apply:os.getcwd []")

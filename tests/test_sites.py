@@ -1,0 +1,595 @@
+"""Every matmul is met, wherever its code stands, and nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import qsim_core as qsim
+from qsim_core.attention import explicit_attention
+
+Make = Callable[..., Any]
+ALL_FAMILIES = ["opt", "opt-350m", "llama", "gpt2", "codegen"]
+MATMULS = {"opt": 17, "opt-350m": 19, "llama": 19, "gpt2": 13, "codegen": 13}
+"""Two layers each: linears and two attention products, and lm_head (the 350m style projects in and out)."""
+
+
+def active_modes() -> int:
+    return torch._C._len_torch_function_stack()
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits  # type: ignore[no-any-return]
+
+
+def doubled(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_with_nothing_quantized_eager_attention_is_bit_identical(family: str, make: Make, ids: Tensor) -> None:
+    model = make(family)
+    before = logits(model, ids)
+
+    simulation = qsim.simulate(model, example={"input_ids": ids})
+
+    assert torch.equal(logits(model, ids), before)
+    assert len(simulation.sites.table) == MATMULS[family]
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_through_explicit_sdpa_logits_stay_within_1e_5(family: str, make: Make, ids: Tensor) -> None:
+    model = make(family, "sdpa")
+    before = logits(model, ids)
+
+    simulation = qsim.simulate(model, example={"input_ids": ids})
+
+    assert (logits(model, ids) - before).abs().max() <= 1e-5 * before.abs().max()
+    assert len(simulation.sites.table) == MATMULS[family]
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_every_site_quantizes(family: str, make: Make, ids: Tensor) -> None:
+    model = make(family, "sdpa")
+    simulation = qsim.simulate(model, weights="int8", activations="int8", outputs="bf16", example={"input_ids": ids})
+
+    audit = simulation.audit()
+
+    assert (audit.covered, audit.found, audit.uncovered) == (MATMULS[family], MATMULS[family], [])
+    assert all(set(site.measured) >= {"input", "output"} for site in audit.sites)
+    assert sum("weight" in site.measured for site in audit.sites) == MATMULS[family] - 4
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_eager_and_fused_attention_have_the_same_site_names(attention: str, make: Make, ids: Tensor) -> None:
+    simulation = qsim.simulate(make("opt", attention), example={"input_ids": ids})
+
+    names = [site.names for site in simulation.sites.table.values() if site.weight is None]
+    assert names == [
+        ["model.decoder.layers.0.self_attn:matmul.0", "model.decoder.layers.0.self_attn:qk"],
+        ["model.decoder.layers.0.self_attn:matmul.1", "model.decoder.layers.0.self_attn:pv"],
+        ["model.decoder.layers.1.self_attn:matmul.0", "model.decoder.layers.1.self_attn:qk"],
+        ["model.decoder.layers.1.self_attn:matmul.1", "model.decoder.layers.1.self_attn:pv"],
+    ]
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_generate_with_a_cache_works(family: str, make: Make, ids: Tensor) -> None:
+    model = make(family, "sdpa")
+    expected = model.generate(ids[:, :4], max_new_tokens=6, do_sample=False)
+
+    qsim.simulate(model)
+    assert torch.equal(model.generate(ids[:, :4], max_new_tokens=6, do_sample=False), expected)
+
+    quantized = make(family, "sdpa")
+    qsim.simulate(quantized, weights="int2", activations="int2")
+    with torch.no_grad():
+        whole = quantized(input_ids=ids[:1]).logits[:, -1]
+        past = quantized(input_ids=ids[:1, :-1], use_cache=True).past_key_values
+        step = quantized(input_ids=ids[:1, -1:], past_key_values=past).logits[:, -1]
+    assert step.shape == whole.shape
+    assert not torch.equal(quantized.generate(ids[:, :4], max_new_tokens=6, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("keep", [True, False])
+def test_copies_are_simulated_like_the_original(
+    clone: Callable[[Any], Any], keep: bool, make: Make, ids: Tensor
+) -> None:
+    model = make("llama")
+    qsim.simulate(model, weights="abfp(int4, n=16)", activations="int8", keep=keep)
+    expected = logits(model, ids)
+
+    other = clone(model)
+
+    assert torch.equal(logits(other, ids), expected)
+    assert torch.equal(logits(other, ids), expected)
+    assert torch.equal(logits(model, ids), expected)
+
+
+def test_a_copy_is_independent(make: Make, ids: Tensor) -> None:
+    model = make("opt")
+    simulation = qsim.simulate(model, weights="int4")
+    simulated = logits(model, ids)
+    other = copy.deepcopy(model)
+
+    simulation.restore()
+
+    assert torch.equal(logits(other, ids), simulated)
+    assert not torch.equal(logits(model, ids), simulated)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_gradient_checkpointing_recomputes_the_same_and_is_counted_once(
+    family: str, reentrant: bool, make: Make, ids: Tensor
+) -> None:
+    def gradients(checkpointing: bool) -> tuple[dict[str, Tensor], set[int]]:
+        model = make(family).train()
+        simulation = qsim.simulate(model, weights="int8", activations="int8")
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            if reentrant:
+                model.enable_input_require_grads()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        calls = {site.calls for site in simulation.sites.table.values()}
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, calls
+
+    plain, recomputed = gradients(False), gradients(True)
+
+    assert recomputed[1] == {1}
+    assert plain[0].keys() == recomputed[0].keys()
+    assert all(torch.allclose(plain[0][name], recomputed[0][name], atol=1e-7) for name in plain[0])
+    assert active_modes() == 0
+
+
+def test_an_observer_sees_a_recomputed_tensor_once(make: Make, ids: Tensor) -> None:
+    model = make("opt").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    simulation = qsim.simulate(model, activations="int8")
+    seen: list[str] = []
+    simulation.sites.observer = lambda site, role, before, after, quantizer: seen.append(f"{site.name} {role}")
+
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+    assert len([name for name in seen if name == "model.decoder.layers.0.fc1 input"]) == 1
+
+
+def test_autocast(make: Make, ids: Tensor) -> None:
+    model = make("opt", "sdpa")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = logits(model, ids)
+    simulation = qsim.simulate(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (logits(model, ids) - before).abs().max() <= 2e-2 * before.abs().max()
+    simulation.restore()
+
+    simulation = qsim.simulate(model, weights="int4", activations="int4")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        quantized = logits(model, ids)
+    assert quantized.dtype == before.dtype
+    assert (quantized - before).abs().max() > 2e-2 * before.abs().max()
+
+
+def test_weights_offloaded_by_accelerate_are_met(make: Make, ids: Tensor) -> None:
+    from accelerate import cpu_offload
+
+    expected = make("llama")
+    qsim.simulate(expected, weights="int4", activations="int8")
+    model = cpu_offload(make("llama"), execution_device=torch.device("cpu"))
+
+    simulation = qsim.simulate(model, weights="int4", activations="int8")
+
+    for _ in range(2):
+        assert torch.equal(logits(model, ids), logits(expected, ids))
+    assert len(simulation.sites.table) == MATMULS["llama"]
+    assert simulation.sites.weights.folded == {}, "no copy is held of a weight that is kept elsewhere"
+    assert next(model.parameters()).is_meta
+
+
+def test_weights_offloaded_after_simulate_stop_being_held(make: Make, ids: Tensor) -> None:
+    from accelerate import cpu_offload
+
+    model = make("llama")
+    simulation = qsim.simulate(model, weights="int4")
+    expected = logits(model, ids)
+
+    cpu_offload(model, execution_device=torch.device("cpu"))
+
+    for _ in range(5):
+        assert torch.equal(logits(model, ids), expected)
+    assert simulation.sites.weights.folded == {}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_transformer_encoder_in_eval_does_not_take_its_fused_path(nested: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).eval()
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        before = model(x)
+        simulation = qsim.simulate(model, example=x)
+        assert torch.allclose(model(x), before, atol=1e-6)
+    simulation.restore()
+
+    simulation = qsim.simulate(model, weights="int8", activations="int8", example=x)
+
+    names = [site.name for site in simulation.sites.table.values()]
+    assert names == [
+        name.format(n)
+        for n in (0, 1)
+        for name in (
+            "layers.{}.self_attn.in_proj_weight",
+            "layers.{}.self_attn:matmul.0",
+            "layers.{}.self_attn:matmul.1",
+            "layers.{}.self_attn.out_proj",
+            "layers.{}.linear1",
+            "layers.{}.linear2",
+        )
+    ]
+    assert simulation.audit().uncovered == []
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("cross", [False, True])
+def test_multi_head_attention(cross: bool, need_weights: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(
+        16, 2, batch_first=True, kdim=12 if cross else None, vdim=12 if cross else None
+    ).eval()
+    query = torch.randn(2, 5, 16)
+    memory = torch.randn(2, 7, 12) if cross else query
+    mask = torch.zeros(5, memory.shape[1], dtype=torch.bool).triu(1)
+    example = {"query": query, "key": memory, "value": memory, "attn_mask": mask, "need_weights": need_weights}
+    with torch.no_grad():
+        before, _ = model(**example)
+        simulation = qsim.simulate(model, example=example)
+        assert torch.allclose(model(**example)[0], before, atol=1e-6)
+
+    aliases = [alias for site in simulation.sites.table.values() for alias in site.aliases]
+    assert aliases == [":qk", ":pv"]
+    assert simulation.sites.table.keys() >= {"out_proj"}
+    assert simulation.audit().found == (6 if cross else 4)
+
+
+def test_two_threads_at_once(make: Make, ids: Tensor) -> None:
+    model = make("llama", "sdpa")
+    qsim.simulate(model, weights="int4", activations="int4")
+    expected = [logits(model, ids[:1]), logits(model, ids[1:])]
+    fresh = make("llama", "sdpa")
+    qsim.simulate(fresh, weights="int4", activations="int4")
+    got: dict[tuple[int, int], Tensor] = {}
+    start = threading.Barrier(2)
+
+    def work(row: int) -> None:
+        start.wait()
+        for turn in range(5):
+            got[row, turn] = logits(fresh, ids[row : row + 1])
+
+    threads = [threading.Thread(target=work, args=(row,)) for row in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert all(torch.equal(got[row, turn], expected[row]) for row in (0, 1) for turn in range(5))
+
+
+def test_an_unsimulated_model_in_another_thread_is_left_alone(make: Make, ids: Tensor) -> None:
+    simulated, plain = make("opt"), make("opt")
+    before = logits(plain, ids)
+    results = []
+
+    class Meanwhile(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            thread = threading.Thread(target=lambda: results.append(logits(plain, ids)))
+            thread.start()
+            thread.join()
+            return self.linear(x)  # type: ignore[no-any-return]
+
+    outer = Meanwhile()
+    qsim.simulate(outer, weights="int2", activations="int2")
+    outer(torch.ones(1, 4))
+
+    assert torch.equal(results[0], before)
+    assert simulated is not plain
+
+
+class Breaks(nn.Module):
+    def __init__(self, error: type[BaseException]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.inner = nn.Sequential(nn.Linear(4, 4))
+        self.error: type[BaseException] | None = error
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(self.linear(x))
+        if self.error is not None:
+            raise self.error("in mid-forward")
+        return y  # type: ignore[no-any-return]
+
+
+def test_an_exception_in_mid_forward_leaves_no_mode_behind() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Breaks(RuntimeError))
+    simulation = qsim.simulate(model, activations=doubled)
+
+    with pytest.raises(RuntimeError, match="in mid-forward"):
+        model(torch.ones(1, 4))
+
+    assert active_modes() == 0
+    assert simulation.sites.thread.stack == []
+
+
+def test_ctrl_c_in_mid_forward_quantizes_nothing_afterwards() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Breaks(KeyboardInterrupt))
+    simulation = qsim.simulate(model, activations=doubled)
+    eye = torch.eye(4)
+
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.ones(1, 4))
+
+    assert torch.equal(eye @ eye, eye)
+    model[1].error = None
+    model(torch.ones(1, 4))
+    assert active_modes() == 0
+    assert simulation.sites.thread.stack == []
+
+
+def test_a_tied_weight_is_quantized_for_lm_head_and_not_for_the_embedding(make: Make, ids: Tensor) -> None:
+    model = make("opt")
+    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
+    embedding = model.model.decoder.embed_tokens.weight.detach().clone()
+
+    simulation = qsim.simulate(model, weights="int2", keep=False, example={"input_ids": ids})
+    simulation.audit()
+
+    assert torch.equal(model.model.decoder.embed_tokens(torch.arange(96)), embedding)
+    assert "model.decoder.layers.0.fc1.weight" not in simulation.sites.weights.tied
+    assert len(model.model.decoder.layers[0].fc1.weight[0].unique()) <= 3
+
+
+def test_a_weight_used_by_a_parent_is_named_by_its_parameter() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(8, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return F.linear(self.embed(ids), self.embed.weight)
+
+    model = Tied()
+    before = model.embed.weight.detach().clone()
+
+    simulation = qsim.simulate(model, weights="int2", keep=False, example=torch.arange(8))
+    model(torch.arange(8))
+
+    assert list(simulation.sites.table) == ["embed"]
+    assert torch.equal(model.embed.weight, before)
+
+
+def run(function: Callable[..., Tensor], *operands: Tensor, quantizer: Any = None, weight: int | None = None) -> Tensor:
+    """A module that computes `function` of its inputs; operand `weight` is its parameter."""
+
+    class Computes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = nn.Parameter(operands[weight].clone()) if weight is not None else None
+
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return function(*(self.kernel if index == weight else x for index, x in enumerate(inputs)))
+
+    model = Computes()
+    qsim.simulate(model, activations=quantizer)
+    with torch.no_grad():
+        return model(*operands)  # type: ignore[no-any-return]
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize(
+    ("function", "left", "right"),
+    [
+        (torch.matmul, (3, 8), (8, 5)),
+        (lambda a, b: a @ b, (2, 3, 8), (2, 8, 5)),
+        (lambda a, b: a.matmul(b), (3, 8), (8,)),
+        (lambda a, b: torch.matmul(input=a, other=b), (8,), (8, 5)),
+        (torch.mm, (3, 8), (8, 5)),
+        (lambda a, b: a.mm(mat2=b), (3, 8), (8, 5)),
+        (torch.bmm, (2, 3, 8), (2, 8, 5)),
+        (torch.mv, (3, 8), (8,)),
+        (lambda a, b: torch.addmm(torch.ones(3, 5), a, b, beta=2, alpha=3), (3, 8), (8, 5)),
+        (lambda a, b: torch.baddbmm(torch.ones(2, 3, 5), a, b), (2, 3, 8), (2, 8, 5)),
+        (lambda a, b: torch.einsum("ik,kj->ij", a, b), (3, 8), (8, 5)),
+        (lambda a, b: torch.einsum("ik,kj", [a, b]), (3, 8), (8, 5)),
+        (lambda a, b: torch.einsum("...qd,...kd->...qk", a, b), (2, 3, 8), (2, 5, 8)),
+        (lambda a, b: torch.einsum(a, [0, 1], b, [1, 2], [0, 2]), (3, 8), (8, 5)),
+        (lambda a, b: torch.einsum("iab,abj->ij", a, b), (3, 4, 8), (4, 8, 5)),
+        (F.linear, (3, 8), (5, 8)),
+        (F.conv1d, (2, 8, 6), (5, 8, 3)),
+        (F.conv2d, (2, 8, 6, 6), (5, 8, 3, 3)),
+        (F.conv3d, (1, 8, 4, 4, 4), (5, 8, 2, 2, 2)),
+        (lambda a, b: F.conv2d(a, b, groups=2, padding=1), (2, 8, 6, 6), (6, 4, 3, 3)),
+        (F.conv_transpose1d, (2, 8, 6), (8, 5, 3)),
+        (lambda a, b: F.conv_transpose2d(a, b, stride=2, groups=2), (2, 8, 6, 6), (8, 3, 3, 3)),
+        (F.conv_transpose3d, (8, 4, 4, 4), (8, 5, 2, 2, 2)),
+    ],
+)  # fmt: skip
+def test_each_operator_hands_over_its_operands_with_the_reduction_axis_last(
+    function: Callable[..., Tensor], left: tuple[int, ...], right: tuple[int, ...]
+) -> None:
+    a, b = noise(*left), noise(*right)
+    lengths: list[int] = []
+
+    def record(x: Tensor) -> Tensor:
+        lengths.append(x.shape[-1])
+        return x
+
+    plain = run(function, a, b, quantizer=record)
+    fine = run(function, a, b, quantizer=qsim.parse("scaled(int16, token)"))
+
+    assert torch.allclose(plain, function(a, b), atol=1e-5)
+    assert torch.allclose(fine, plain, atol=2e-3)
+    assert not torch.equal(fine, plain)
+    assert lengths[1] % lengths[0] == 0, "the kernel's rows hold the input's channels, once for each tap"
+
+
+def test_the_rows_of_an_operand_are_what_one_output_sums_over() -> None:
+    """One huge element ruins its own row's scale and no other row's."""
+    q = torch.full((1, 3, 8), 0.5)
+    k = torch.full((1, 8, 4), 0.5)
+    k[0, 0, 0] = 1000.0
+
+    y = run(torch.matmul, q, k, quantizer=qsim.parse("token(int4)"))
+
+    assert torch.equal(y[0, :, 1:], (q @ k)[0, :, 1:])
+    assert not torch.equal(y[0, :, 0], (q @ k)[0, :, 0])
+
+
+def test_grouped_convolutions_keep_their_groups_apart() -> None:
+    x = torch.full((1, 8, 1, 1), 0.5)
+    x[0, 0] = 1000.0
+    kernel = torch.ones(2, 4, 1, 1)
+
+    y = run(lambda a, b: F.conv2d(a, b, groups=2), x, kernel, quantizer=qsim.parse("token(int4)"), weight=1)
+
+    assert y.flatten().tolist() == [1000.0, 2.0]
+
+
+def test_an_output_is_quantized_before_the_mask_and_after_the_bias() -> None:
+    a, b, mask = noise(2, 3, 8), noise(2, 8, 3), torch.full((3, 3), -1e9).triu(1)
+    bias = nn.Parameter(torch.tensor([0.3, 0.6, 0.9]))
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = bias
+
+        def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.baddbmm(mask, a, b), torch.addmm(self.bias, a[0], b[0])
+
+    model = Both()
+    qsim.simulate(model, outputs="int8")
+    scores, linear = model(a, b)
+
+    assert torch.equal(scores, mask + (a @ b).round())
+    assert torch.equal(linear, torch.addmm(bias, a[0], b[0]).round())
+
+
+@pytest.mark.parametrize("mask", [None, "causal", "boolean", "additive", "all"])
+@pytest.mark.parametrize("heads", [4, 2])
+def test_explicit_attention_is_torchs(mask: str | None, heads: int) -> None:
+    q, k, v = noise(2, 4, 5, 8), noise(2, heads, 7, 8), noise(2, heads, 7, 6)
+    options: dict[str, Any] = {"enable_gqa": heads != 4, "scale": 0.3 if mask == "additive" else None}
+    if mask == "causal":
+        options["is_causal"] = True
+    elif mask == "boolean":
+        options["attn_mask"] = noise(2, 1, 5, 7) > 0
+    elif mask == "additive":
+        options["attn_mask"] = noise(5, 7)
+    elif mask == "all":
+        options["attn_mask"] = torch.zeros(5, 7, dtype=torch.bool)
+
+    expected = F.scaled_dot_product_attention(q, k, v, **options)
+
+    assert torch.allclose(explicit_attention(q, k, v, **options), expected, atol=1e-6)
+
+
+def test_an_activation_shared_by_q_k_and_v_is_quantized_once(make: Make, ids: Tensor) -> None:
+    calls = 0
+
+    def count(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return x.clone()
+
+    model = make("opt")
+    qsim.simulate(model, activations=count, skip=["lm_head", "*:matmul*"])
+    logits(model, ids)
+
+    assert calls == 2 * (1 + 1 + 1 + 1)  # q, k and v's; out_proj's; fc1's; fc2's: two layers
+
+
+def test_v_may_be_quantized_along_the_head_so_that_no_later_token_is_seen(make: Make, ids: Tensor) -> None:
+    changed = ids.clone()
+    changed[:, -1] = 3
+    model = make("llama", "sdpa")
+    by_head = qsim.Recipe(activations="token(int3)", value_axis="head", skip=())  # type: ignore[arg-type]
+    simulation = qsim.simulate(model, by_head, example={"input_ids": ids})
+    assert torch.equal(logits(model, ids)[:, :-1], logits(model, changed)[:, :-1])
+    assert simulation.audit().notes == []
+    simulation.restore()
+
+    simulation = qsim.simulate(model, activations="token(int3)", example={"input_ids": ids})
+
+    assert not torch.equal(logits(model, ids)[:, :-1], logits(model, changed)[:, :-1])
+    assert simulation.audit().notes == [
+        f"model.layers.{layer}.self_attn:matmul.1: v's scales are shared over tokens (the reduction axis): "
+        f"they see later tokens"
+        for layer in (0, 1)
+    ]
+
+
+def test_integer_products_are_none_of_our_business() -> None:
+    model = nn.Module()
+    model.forward = lambda x: torch.matmul(x, x)  # type: ignore[method-assign]
+    simulation = qsim.simulate(model, activations="int4")
+
+    assert torch.equal(model(torch.full((2, 2), 9)), torch.full((2, 2), 162))
+    assert simulation.sites.table == {}
+
+
+def test_what_no_site_meets_is_listed() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.lstm = nn.Linear(4, 4), nn.LSTM(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, _ = self.lstm(self.linear(x))
+            return torch.tensordot(y, y, dims=1 if y.dim() == 1 else ([0, 1, 2], [0, 1, 2]))
+
+    simulation = qsim.simulate(Hidden(), activations="int8", example=torch.ones(3, 1, 4))
+
+    audit = simulation.audit()
+
+    assert audit.covered == 1
+    assert audit.found == 1 + len(audit.uncovered)
+    assert any(entry.startswith("lstm:") for entry in audit.uncovered)
+    assert any(entry.startswith(":") for entry in audit.uncovered)
+
+
+def test_in_inference_mode_too(make: Make, ids: Tensor) -> None:
+    model = make("gpt2", "sdpa")
+    simulation = qsim.simulate(model, weights="int4", activations="int4")
+    expected = logits(model, ids)
+
+    with torch.inference_mode():
+        assert torch.equal(model(input_ids=ids).logits, expected)
+    assert {site.calls for site in simulation.sites.table.values()} == {2}
+
+
+def test_a_simulation_leaves_no_cycle_that_keeps_activations(make: Make, ids: Tensor) -> None:
+    model = make("opt")
+    simulation = qsim.simulate(model, activations="int8")
+    logits(model, ids)
+
+    assert simulation.sites.thread.shared is None
+    gc.collect()
+    assert simulation.sites.thread.caller is None
