@@ -1,0 +1,183 @@
+"""Perplexity against a plain loop, on a model small enough to write down."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qsim_core as qsim
+
+TEXT = "the quick brown fox jumps over the lazy dog " * 4
+
+
+class Bigram(nn.Module):
+    """Logits of the next letter from the last: a language model of one matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(128, 128, generator=torch.Generator().manual_seed(0)))
+        self.config = SimpleNamespace(max_position_embeddings=64)
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Any:
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+def letters(text: str, verbose: bool = True) -> Any:
+    return SimpleNamespace(input_ids=[ord(letter) for letter in text])
+
+
+@pytest.fixture
+def loaded() -> qsim.LoadedModel:
+    return qsim.LoadedModel(Bigram(), letters)
+
+
+def by_hand(model: Any, seqlen: int, stride: int) -> tuple[float, int]:
+    """One token after another: each position counts in the first window that predicts it."""
+    tokens, counted, total = [ord(letter) for letter in TEXT], set(), 0.0
+    for start in range(0, len(tokens) - seqlen + 1, stride):
+        for position in range(start + 1, start + seqlen):
+            if position not in counted and (start == 0 or position >= start + seqlen - stride):
+                counted.add(position)
+                total -= model.table[tokens[position - 1]].double().log_softmax(-1)[tokens[position]].item()
+    return math.exp(total / len(counted)), len(counted)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+@pytest.mark.parametrize(("seqlen", "stride"), [(16, 16), (16, 4), (16, 15), (7, 1), (64, 64), (2, 2)])
+def test_it_is_what_a_plain_loop_gives(loaded: qsim.LoadedModel, seqlen: int, stride: int, batch_size: int) -> None:
+    evaluator = qsim.parse(f"perplexity({seqlen}, stride={stride})")
+
+    metrics = evaluator.evaluate(loaded, qsim.Data.of_text("fox", TEXT), qsim.Run(batch_size=batch_size))
+
+    perplexity, tokens = by_hand(loaded.model, seqlen, stride)
+    assert metrics["tokens"] == tokens
+    assert metrics["perplexity"] == pytest.approx(perplexity, rel=1e-6)
+    assert metrics["nll"] == pytest.approx(math.log(perplexity), rel=1e-6)
+
+
+def test_the_window_is_what_the_model_takes(loaded: qsim.LoadedModel) -> None:
+    assert qsim.parse("perplexity").protocol(loaded) == (
+        "perplexity per token over non-overlapping windows of 64 tokens of the concatenated text"
+    )
+    assert qsim.parse("perplexity(32, stride=8)").protocol(loaded) == (
+        "perplexity per token over stride 8 windows of 32 tokens of the concatenated text"
+    )
+
+
+def test_limit_takes_the_first_windows(loaded: qsim.LoadedModel) -> None:
+    metrics = qsim.parse("perplexity(16)").evaluate(loaded, qsim.Data.of_text("fox", TEXT), qsim.Run(limit=2))
+
+    assert metrics["tokens"] == 30
+
+
+def test_progress_is_told_batch_by_batch(loaded: qsim.LoadedModel) -> None:
+    told: list[tuple[int, str]] = []
+
+    def track(items: Any, total: int, description: str) -> Any:
+        told.append((total, description))
+        return items
+
+    qsim.parse("perplexity(16)").evaluate(loaded, qsim.Data.of_text("fox", TEXT), qsim.Run(batch_size=4, track=track))
+
+    assert told == [(3, "perplexity")]
+
+
+def test_a_hopeless_model_has_infinite_perplexity(loaded: qsim.LoadedModel) -> None:
+    loaded.model.table.data.mul_(1e6)
+
+    metrics = qsim.parse("perplexity(16)").evaluate(loaded, qsim.Data.of_text("fox", TEXT), qsim.Run())
+
+    assert metrics["perplexity"] == math.inf
+
+
+def test_text_shorter_than_a_window_is_an_error(loaded: qsim.LoadedModel) -> None:
+    with pytest.raises(qsim.DataError, match=r"^fox has 3 tokens, fewer than one window of 64; lower seqlen$"):
+        qsim.parse("perplexity").evaluate(loaded, qsim.Data.of_text("fox", "fox"), qsim.Run())
+
+
+def test_a_window_longer_than_the_model_takes_is_an_error(loaded: qsim.LoadedModel) -> None:
+    with pytest.raises(qsim.DataError, match=r"^the model takes 64 tokens at most, not seqlen=65$"):
+        qsim.parse("perplexity(65)").evaluate(loaded, qsim.Data.of_text("fox", TEXT), qsim.Run())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("perplexity(1)", "a window of 1 token predicts nothing; seqlen is at least 2"),
+        ("perplexity(8, stride=9)", "a stride of 9 would leave tokens out between windows of 8"),
+        ("perplexity(0)", "seqlen should be greater than 0, not 0"),
+    ],
+)  # fmt: skip
+def test_options_that_measure_nothing_are_refused(text: str, message: str) -> None:
+    with pytest.raises(qsim.SpecError, match=message):
+        qsim.parse(text)
+
+
+def test_a_stride_is_held_to_the_models_own_window(loaded: qsim.LoadedModel) -> None:
+    with pytest.raises(qsim.DataError, match="a stride of 65 would leave tokens out between windows of 64"):
+        qsim.parse("perplexity(stride=65)").evaluate(loaded, qsim.Data.of_text("fox", TEXT), qsim.Run())
+
+
+class TestRead:
+    """Where text comes from."""
+
+    def read(self, source: Any) -> qsim.Data:
+        return qsim.parse("perplexity").read(str(source))  # type: ignore[no-any-return]
+
+    def test_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text(TEXT)
+
+        data = self.read(tmp_path / "a.txt")
+
+        assert data == qsim.Data.of_text(str(tmp_path / "a.txt"), TEXT)
+
+    def test_a_data_set_by_name_rows_joined_by_blank_lines(self, tmp_path: Path) -> None:
+        rows = [{"text": "one"}, {"text": "two"}]
+        (tmp_path / "set").mkdir()
+        (tmp_path / "set" / "test.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+        assert self.read(tmp_path / "set").content == "one\n\ntwo"
+
+    def test_a_split_of_a_data_set(self, tmp_path: Path) -> None:
+        (tmp_path / "set").mkdir()
+        for split in ("train", "test"):
+            (tmp_path / "set" / f"{split}.jsonl").write_text(json.dumps({"text": f"in {split}"}))
+
+        assert self.read(f"{tmp_path / 'set'}::train").content == "in train"
+
+    @pytest.mark.parametrize("text", ["", " \n\n "])
+    def test_an_empty_file(self, tmp_path: Path, text: str) -> None:
+        (tmp_path / "a.txt").write_text(text)
+
+        with pytest.raises(qsim.DataError, match=r"a.txt is empty: there is no text to measure perplexity on$"):
+            self.read(tmp_path / "a.txt")
+
+    def test_a_missing_file(self) -> None:
+        with pytest.raises(qsim.DataError, match=r"^there is no file ./nowhere.txt$"):
+            self.read("./nowhere.txt")
+
+    def test_bytes_that_are_no_text(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+
+        with pytest.raises(qsim.DataError, match="a.txt: it is not UTF-8 text$"):
+            self.read(tmp_path / "a.txt")
+
+    def test_a_data_set_without_text(self, tmp_path: Path) -> None:
+        (tmp_path / "set").mkdir()
+        (tmp_path / "set" / "test.jsonl").write_text(json.dumps({"words": "x"}))
+
+        with pytest.raises(qsim.DataError, match="has no column 'text'; it has words$"):
+            self.read(tmp_path / "set")
+
+    def test_a_name_that_nothing_is_behind(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+        with pytest.raises(qsim.DataError, match="^'no_such_set' is no file, and datasets cannot load it: "):
+            self.read("no_such_set")

@@ -1,0 +1,75 @@
+"""From a model's name to its adapter.
+
+A name is looked for among the models that adapters know (the zoo's), then as a directory, then on the hub. So a
+directory that happens to be called like a model of the zoo is `./opt-tiny`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qsim_core.bases import Adapter, Data, NamedModel
+from qsim_core.component import Component
+from qsim_core.errors import ModelError, QsimError, did_you_mean
+from qsim_core.host import Host
+from qsim_core.pretrained import model_type
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model that was found: what loads it, from where, and the data that goes with it."""
+
+    name: str
+    source: str
+    adapter: Adapter
+    components: tuple[Component, ...]
+    """The adapters that had a part in finding it."""
+    data: Callable[[], Data] | None = None
+
+
+def named_models(host: Host) -> dict[str, tuple[Adapter, NamedModel]]:
+    """Every model that an installed adapter knows by name."""
+    adapters = [offered for found in host.components(Adapter).values() for _, offered in found]
+    made = [adapter() for adapter in adapters if isinstance(adapter, type)]
+    return {name: (a, model) for a in made if isinstance(a, Adapter) for name, model in a.models().items()}
+
+
+def locate(name: str, host: Host) -> Located:
+    """Find a model and the adapter of its family. Raises `ModelError`."""
+    named = named_models(host)
+    if name in named:
+        library, model = named[name]
+        directory = str(model.directory())
+        adapter = _adapter(model_type(directory), name, host)
+        return Located(name, directory, adapter, (adapter, library), model.data)
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise ModelError(f"{name} is a file; a model is a directory that save_pretrained wrote")
+    if not path.is_dir() and (name.startswith((".", "/", "~")) or path.suffix in {".safetensors", ".bin", ".json"}):
+        raise ModelError(f"there is no directory {name}")
+    source = str(path) if path.is_dir() else name
+    if not path.is_dir() and "/" not in name and difflib.get_close_matches(name, named):
+        raise ModelError(f"no model {name!r}{did_you_mean(name, named)}")  # and the hub need not be asked
+    try:
+        family = model_type(source)
+    except ModelError as error:
+        hint = "" if path.is_dir() else f". Known by name{did_you_mean(name, named)}".replace("; did", ": did", 1)
+        raise ModelError(f"{error}{hint}") from None
+    adapter = _adapter(family, name, host)
+    return Located(name, source, adapter, (adapter,))
+
+
+def _adapter(family: str, name: str, host: Host) -> Adapter:
+    try:
+        adapter: Any = host.parse(family.replace("-", "_"), Adapter)
+    except QsimError:
+        known = ", ".join(host.components(Adapter)) or "none"
+        raise ModelError(
+            f"{name} is a {family!r} model, and no adapter of that name is installed (there are: {known}); "
+            f"from Python, qsim_core.simulate takes any model"
+        ) from None
+    return adapter  # type: ignore[no-any-return]
