@@ -1,0 +1,71 @@
+"""opt-tiny-outliers: opt-tiny with the activation outliers of large models, and the same function in float32.
+
+In each norm that feeds linears, four channels' gain and bias are multiplied by 20 to 60 and the consumers' columns
+divided by as much. Large language models grow such channels by themselves (arXiv 2208.07339); a model of this size
+does not, so the zoo gives them to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+CHANNELS = 4
+LOWEST, HIGHEST = 20.0, 60.0
+CONSUMERS = {
+    "self_attn_layer_norm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "final_layer_norm": ("fc1",),
+}
+
+
+def add_outliers(weights: dict[str, Tensor], layers: int, seed: int = 0) -> dict[str, Tensor]:
+    """The state dict of an OPT model with outlier channels; the model's function stays the same."""
+    generator = torch.Generator().manual_seed(seed)
+    result = {name: tensor.float().clone() for name, tensor in weights.items()}
+    for layer in range(layers):
+        prefix = f"model.decoder.layers.{layer}"
+        for norm, consumers in CONSUMERS.items():
+            width = len(result[f"{prefix}.{norm}.weight"])
+            channels = torch.randperm(width, generator=generator)[:CHANNELS]
+            factors = LOWEST + (HIGHEST - LOWEST) * torch.rand(CHANNELS, generator=generator)
+            result[f"{prefix}.{norm}.weight"][channels] *= factors
+            result[f"{prefix}.{norm}.bias"][channels] *= factors
+            for consumer in consumers:
+                result[f"{prefix}.{consumer}.weight"][:, channels] /= factors
+    return result
+
+
+def directory(source: Path) -> Path:
+    """A directory with the model, made once from `source` and kept in the user's cache ($QSIM_CACHE)."""
+    from safetensors.torch import load_file, save_file
+
+    weights = source / "model.safetensors"
+    stamp = hashlib.sha256(weights.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:16]
+    target = cache() / "zoo" / stamp / "opt-tiny-outliers"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        part = Path(scratch) / "part"
+        shutil.copytree(source, part)
+        config = json.loads((part / "config.json").read_text(encoding="utf-8"))
+        made = add_outliers(load_file(weights), config["num_hidden_layers"])
+        save_file(made, part / "model.safetensors", metadata={"format": "pt"})
+        (part / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2), encoding="utf-8")
+        if not target.is_dir():  # another process may have been faster
+            part.rename(target)
+    return target
+
+
+def cache() -> Path:
+    """Where qsim keeps what it can make again: $QSIM_CACHE, else the user's cache directory."""
+    if own := os.environ.get("QSIM_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qsim"

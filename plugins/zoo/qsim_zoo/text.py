@@ -1,0 +1,58 @@
+"""English that every Python carries: the reference topics and the standard library's docstrings.
+
+The text is read at run time from the running interpreter, so it varies a little between Python releases;
+whoever reports a number reports the text's SHA-256 with it. A document is one reference topic or all
+docstrings of one module. It belongs to a split by a hash of its *name*, so it stays there when a release
+rewords it.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+SPLITS = ("train", "valid", "test")
+LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "__pycache__", "pydoc_data", "ensurepip"})
+
+
+def split_of(document: str) -> str:
+    """The split a document belongs to: about 90% train, 5% valid, 5% test, by SHA-256 of its name."""
+    share = hashlib.sha256(document.encode()).digest()[0]
+    return "test" if share < 13 else "valid" if share < 26 else "train"
+
+
+@functools.cache
+def text(split: str) -> str:
+    """All documents of one split, in the order of their names, a blank line between paragraphs."""
+    if split not in SPLITS:
+        raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+    return "\n\n".join(part for _, part in sorted(_documents(split)))
+
+
+def _documents(split: str) -> Iterator[tuple[str, str]]:
+    from pydoc_data.topics import topics
+
+    for topic, body in topics.items():
+        if split_of(f"topic {topic}") == split:
+            yield f"topic {topic}", body.strip()
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in library.rglob("*.py"):
+        relative = path.relative_to(library)
+        document = f"module {relative.as_posix()}"
+        wanted = not LEFT_OUT.intersection(relative.parts) and split_of(document) == split
+        if wanted and (docstrings := _docstrings(path)):
+            yield document, docstrings
+
+
+def _docstrings(path: Path) -> str:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):  # a few library files are templates, not modules
+        return ""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+    return "\n\n".join(docstring for node in nodes if (docstring := ast.get_docstring(node)))

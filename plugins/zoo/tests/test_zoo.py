@@ -1,0 +1,154 @@
+"""The zoo's models and text: the right function, the right order, the same every time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from qsim_zoo import train
+from qsim_zoo.outliers import CONSUMERS, add_outliers
+from qsim_zoo.text import SPLITS, split_of, text
+
+import qsim_core as qsim
+from qsim_core.models import locate
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QSIM_CACHE", str(cache))
+
+
+def load(name: str) -> qsim.LoadedModel:
+    located = locate(name, qsim.Host())
+    return located.adapter.load(located.source, torch.float32)
+
+
+def test_a_name_resolves_to_a_directory_that_opts_adapter_loads() -> None:
+    located = locate("opt-tiny", qsim.Host())
+
+    assert located.adapter.name == "opt"
+    assert [component.name for component in located.components] == ["opt", "zoo"]
+    assert (Path(located.source) / "model.safetensors").exists()
+
+
+def test_the_zoo_loads_by_name_too() -> None:
+    assert qsim.parse("zoo").load("opt-tiny", torch.float32).model.config.hidden_size == 256
+
+
+def test_a_name_that_is_nearly_right_is_guessed() -> None:
+    with pytest.raises(qsim.ModelError, match="did you mean 'opt-tiny'"):
+        locate("opt-tinny", qsim.Host())
+
+
+def test_outliers_change_the_activations_and_not_the_function() -> None:
+    plain, outliers = load("opt-tiny"), load("opt-tiny-outliers")
+    ids = torch.tensor([plain.tokenizer("The import statement combines two operations; it searches for the").input_ids])
+    peaks: dict[str, Any] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: Any, args: Any, output: torch.Tensor) -> None:
+            channels = output.abs().flatten(0, -2).amax(0)
+            peaks.setdefault(name, []).append((channels.max() / channels.median()).item())
+
+        return hook
+
+    for loaded in (plain, outliers):
+        for norm in CONSUMERS:
+            getattr(loaded.model.model.decoder.layers[1], norm).register_forward_hook(watch(norm))
+    with torch.no_grad():
+        before, after = plain.model(ids).logits, outliers.model(ids).logits
+
+    assert (after - before).abs().max() <= 1e-5 * before.abs().max()
+    assert all(with_outliers > 4 * without for without, with_outliers in peaks.values()), peaks
+
+
+def test_outliers_are_made_once_and_the_same_each_time(cache: Path) -> None:
+    first = locate("opt-tiny-outliers", qsim.Host()).source
+    stamp = (Path(first) / "model.safetensors").stat().st_mtime_ns
+
+    assert locate("opt-tiny-outliers", qsim.Host()).source == first
+    assert (Path(first) / "model.safetensors").stat().st_mtime_ns == stamp
+    weights = load("opt-tiny").model.state_dict()
+    again = add_outliers(weights, 4)
+    made = load("opt-tiny-outliers").model.state_dict()
+    assert all(torch.equal(made[name], again[name]) for name in again)
+
+
+def test_a_document_belongs_to_one_split_by_its_name() -> None:
+    assert {split_of(f"module {n}.py") for n in range(200)} == set(SPLITS)
+    assert split_of("topic assert") == split_of("topic assert")
+
+
+def test_splits_share_no_document_and_are_about_5_percent() -> None:
+    sizes = {split: len(text(split)) for split in SPLITS}
+
+    assert sizes["train"] > 1_000_000
+    assert 0.02 < sizes["test"] / sum(sizes.values()) < 0.10
+    assert text("test")[:2000] not in text("train")
+    with pytest.raises(ValueError, match="no split 'dev'; there are train, valid, test"):
+        text("dev")
+
+
+def perplexities(model: str, cache: Path) -> dict[str, float]:
+    """Over 48 windows: the order is what counts, and it is as clear there as over all."""
+    host = qsim.Host()
+    recipes = {
+        "naive": {"weights": "channel(int4)", "activations": "tensor(int4)"},
+        "abfp128": {"weights": "abfp(int4, n=128)", "activations": "abfp(int4, n=128)"},
+        "abfp64": {"weights": "abfp(int4, n=64)", "activations": "abfp(int4, n=64)"},
+        "w4a8": {"weights": "abfp(int4, n=64)", "activations": "abfp(int8, n=64)"},
+    }
+    found = {}
+    for name, recipe in recipes.items():
+        values = {**recipe, "outputs": "bf16", "model": model}
+        result = qsim.evaluate(qsim.Recipe.of(values, host), host=host, run=qsim.Run(limit=48))
+        found[name] = result.simulated["perplexity"]
+        found["float32"] = result.baseline["perplexity"]
+    return found
+
+
+@pytest.mark.parametrize("model", ["opt-tiny", "opt-tiny-outliers"])
+def test_the_papers_order_comes_out(model: str, cache: Path) -> None:
+    found = perplexities(model, cache)
+
+    assert found["naive"] > found["abfp128"] > found["abfp64"] > found["w4a8"] >= found["float32"]
+    if model == "opt-tiny-outliers":
+        assert found["naive"] > 100 * found["abfp64"]
+
+
+def test_training_goes_on_where_it_was_stopped_and_ends_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "BATCH", 1)
+    monkeypatch.setattr(train, "CONTEXT", 32)
+    monkeypatch.setattr(train, "text", lambda split: text("test")[:20_000])
+    whole_step = train.train_step
+
+    def run(folder: str, steps: int = 4) -> Any:
+        places = ["--output", str(tmp_path / folder), "--work", str(tmp_path / f"{folder}-work")]
+        return CliRunner().invoke(train.main, ["opt-tiny", *places, "--steps", str(steps), "--every", "2"])
+
+    def interrupted(model: Any, optimizer: Any, tokens: Any, step: int, seed: int) -> float:
+        if step == 3:
+            raise KeyboardInterrupt
+        return whole_step(model, optimizer, tokens, step, seed)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    assert run("halves").exit_code == 1
+    monkeypatch.setattr(train, "train_step", whole_step)
+    assert "is of a run with {'steps': 4, 'seed': 0}; give another --work" in run("halves", steps=6).output
+
+    ends = [json.loads(run(folder).stdout.splitlines()[-1]) for folder in ("halves", "whole")]
+
+    assert ends[0] == ends[1]
+    weights = [(tmp_path / folder / "opt-tiny" / "model.safetensors").read_bytes() for folder in ("halves", "whole")]
+    assert weights[0] == weights[1]
