@@ -1,0 +1,126 @@
+"""The command line. It imports click and nothing heavy; each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qsim_core import __version__
+from qsim_core.errors import QsimError
+
+INTERRUPTED = 130
+"""The exit code of a run that Ctrl-C ended, as shells have it."""
+
+
+class Commands(click.Group):
+    """A group whose commands end in one clear line for whatever the user can put right."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; qsim's own errors become click's, Ctrl-C an exit code."""
+        try:
+            return super().invoke(ctx)
+        except QsimError as error:
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("Error: interrupted; nothing was written", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="qsim")
+def main() -> None:
+    """What does a model lose when its matmuls run in other number formats?
+
+    \b
+    qsim evaluate --plugin abfp                     the zoo's OPT under ABFP, weights and activations INT4
+    qsim evaluate MODEL --precision w4a8            per-channel INT4 weights, per-token INT8 activations
+    qsim components                                 every number format and method that is installed
+    """
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("--plugin", "plugins", multiple=True, metavar="NAME", help="Use the component of that name; repeatable.")
+@click.option("--precision", metavar="wXaY", help="Bits of weights and activations, like w4a8.")
+@click.option("--weights", metavar="TEXT", help="Quantizer of weights, like 'abfp(int4, n=64)'; none for none.")
+@click.option("--activations", metavar="TEXT", help="Quantizer of every input of a matmul.")
+@click.option("--outputs", metavar="TEXT", help="Quantizer of every result of a matmul.")
+@click.option("--skip", multiple=True, metavar="PATTERN", help="Sites to leave alone; 'none' for none; repeatable.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="NAME.OPTION=VALUE", help="Change an option, like abfp.n=128."
+)
+@click.option("--evaluator", metavar="TEXT", help="What to measure, like 'perplexity(seqlen=2048)'.")
+@click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="A recipe in YAML or JSON.")
+@click.option("--from", "record", type=click.Path(path_type=Path), metavar="FILE", help="Run a result's record again.")
+@click.option("--data", metavar="FILE|NAME", help="Data: a file, or a name for `datasets` (NAME[:CONFIG[:SPLIT]]).")
+@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, …")
+@click.option("--dtype", default="float32", show_default=True, help="Arithmetic of the model and the simulation.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Samples computed at a time.")
+@click.option("--limit", type=click.IntRange(1), help="Evaluate so many samples only.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of whatever is drawn at random.")
+@click.option("--dry-run", is_flag=True, help="Print the recipe that would run, and stop.")
+@click.option("--json", "output", metavar="FILE", help="Write the result as JSON; - for standard output.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress, no table.")
+@click.pass_context
+def evaluate(ctx: click.Context, /, output: str | None, quiet: bool, **options: Any) -> None:
+    """Measure MODEL as it is and in another precision.
+
+    MODEL is a directory, a hub name, or a model of the zoo (default: opt-tiny).
+    """
+    from qsim_core import report
+
+    target = Path(output) if output not in (None, "-") else None
+    if target is not None:
+        from qsim_core.result import check_writable
+
+        check_writable(target)
+    given = {name for name in options if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
+    result = report.run(options, given, quiet=quiet)
+    if result is None:
+        return
+    if target is not None:
+        result.write(target)
+    if output == "-":
+        click.echo(result.model_dump_json(indent=2))
+    elif not quiet:
+        report.show(result)
+
+
+@main.command()
+@click.option("--check", is_flag=True, help="Load each plugin; exit code 1 if one of them fails.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plugins(check: bool, as_json: bool) -> None:
+    """List the plugins that are installed. Without --check none of them is imported."""
+    from qsim_core.host import Host
+
+    host = Host()
+    failures = {name: str(error) for name, error in host.verify().items()} if check else {}
+    found = host.plugins.values()
+    if as_json:
+        rows = [{"name": p.name, "distribution": p.distribution, "version": p.version} for p in found]
+        errors = [{"error": failures.get(p.name)} if check else {} for p in found]
+        click.echo(json.dumps([row | error for row, error in zip(rows, errors, strict=True)], indent=2))
+    else:
+        names, distributions = (max(len(getattr(p, key)) for p in found) for key in ("name", "distribution"))
+        for p in found:
+            state = ("  fails" if p.name in failures else "  ok") if check else ""
+            click.echo(f"{p.name:{names}}  {p.distribution:{distributions}}  {p.version}{state}")
+    for name in sorted(failures):
+        click.echo(f"Warning: {failures[name]}", err=True)
+    if failures:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def components(name: str | None, as_json: bool) -> None:
+    """List every component, or show NAME with its options."""
+    from qsim_core import report
+    from qsim_core.host import Host
+
+    report.components(Host(), name, as_json)

@@ -1,0 +1,164 @@
+"""From the command line's options to a recipe.
+
+Plugins are named in order and each brings the component that bears its name: a quantizer becomes the scheme of
+weights and activations, a transform is appended. `--precision` then changes the widths, `--weights`,
+`--activations` and `--outputs` say it exactly, and `--set` changes one option of a component that is there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from qsim_core.bases import Evaluator, Transform
+from qsim_core.component import Component, Preset, explain, read_value
+from qsim_core.errors import PluginError, RecipeError, did_you_mean
+from qsim_core.host import Host
+from qsim_core.quantizer import Format, Quantizer
+
+USUAL = {"weights": "channel", "activations": "token", "outputs": "cast"}
+PLUGIN_OUTPUTS = "bf16"
+WIDE = {"16": "cast(bf16)", "32": None}
+"""Widths that name no integers: 16 is bfloat16 and 32 the float32 that is simulated in."""
+
+
+def compose(
+    host: Host,
+    values: Mapping[str, Any],
+    plugins: Iterable[str] = (),
+    precision: str | None = None,
+    texts: Mapping[str, str | None] | None = None,
+    settings: Iterable[str] = (),
+) -> dict[str, Any]:
+    """The values of a recipe: a file's `values`, changed by the options in the order given above."""
+    recipe: dict[str, Any] = dict(values)
+    scheme: Quantizer | None = None
+    for plugin in plugins:
+        component = bearing_name(host, plugin)
+        if isinstance(component, Quantizer):
+            scheme = None if isinstance(component, Format) else component
+            recipe |= {"weights": component, "activations": component}
+            recipe.setdefault("outputs", PLUGIN_OUTPUTS)
+        elif isinstance(component, Transform):
+            recipe["transforms"] = [*recipe.get("transforms", ()), component]
+        else:
+            recipe["evaluate"] = component
+    if precision is not None:
+        recipe |= _precision(host, precision, scheme)
+    for role, text in (texts or {}).items():
+        if text is not None:
+            recipe[role] = None if text == "none" else _in_scheme(host, role, text, scheme)
+    for setting in settings:
+        recipe = _set(host, recipe, setting)
+    if recipe.get("transforms") and not (recipe.get("weights") or recipe.get("activations")):
+        raise RecipeError("a transform alone quantizes nothing; say --weights or --precision with it")
+    return recipe
+
+
+def bearing_name(host: Host, plugin: str) -> Component:
+    """The component that bears its plugin's name. Raises `PluginError`, listing what there is, if none does."""
+    offers = host.load(plugin)
+    fitting = [item for item in offers.items() if item.name == plugin]
+    made: Any = host.parse(f"{plugin}.{plugin}") if fitting else None
+    if isinstance(made, Quantizer | Transform | Evaluator):
+        return made
+    names = ", ".join(sorted(item.name for item in offers.items())) or "nothing"
+    raise PluginError(
+        f"{offers.plugin} has no quantizer, transform or evaluator called {plugin!r}, so --plugin cannot say what to "
+        f"do with it; it offers: {names}"
+    )
+
+
+def _precision(host: Host, precision: str, scheme: Quantizer | None) -> dict[str, Any]:
+    """`w4a8` as quantizers: integers of that width in the scheme that was named, else in the usual ones."""
+    found = re.fullmatch(r"w(\d+)a(\d+)", precision.lower())
+    if not found:
+        raise RecipeError(f"--precision is written w4a8: the bits of weights and of activations, not {precision!r}")
+    chosen: dict[str, Any] = {}
+    for role, bits in zip(("weights", "activations"), found.groups(), strict=True):
+        chosen[role] = WIDE[bits] if bits in WIDE else _in_scheme(host, role, f"int{int(bits)}", scheme)
+    return chosen
+
+
+def _in_scheme(host: Host, role: str, text: str, scheme: Quantizer | None) -> Quantizer:
+    """A quantizer from text; a bare format is put into the scheme that a plugin named."""
+    quantizer: Quantizer = host.parse(text, Quantizer)
+    if not isinstance(quantizer, Format) or role == "outputs":
+        return quantizer
+    if scheme is not None and "element" in type(scheme).model_fields:
+        return scheme.replace(element=quantizer)
+    usual: Quantizer = host.parse(f"core.{USUAL[role]}({quantizer})")
+    return usual
+
+
+def _set(host: Host, recipe: dict[str, Any], setting: str) -> dict[str, Any]:
+    """`abfp.n=128`: that option of every component of that name, wherever it stands in the recipe."""
+    target, equals, text = setting.partition("=")
+    name, dot, option = target.strip().rpartition(".")
+    if not (equals and dot and name and option):
+        raise RecipeError(f"--set is written COMPONENT.OPTION=VALUE, like abfp.n=128, not {setting!r}")
+    changed = 0
+    met: set[str] = set()
+
+    def change(value: Any) -> Any:
+        nonlocal changed
+        if isinstance(value, dict):
+            return {key: change(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [change(item) for item in value]
+        if not isinstance(value, Component):
+            return value
+        met.add(value.name)
+        fields = type(value).model_fields
+        parts = {key: change(getattr(value, key)) for key in fields}
+        if value.name == name:
+            if option not in fields:
+                raise RecipeError(f"{name} has no option {option!r}{did_you_mean(option, fields)}")
+            changed += 1
+            parts[option] = read_value(text.strip(), fields[option].annotation)
+        elif all(parts[key] is getattr(value, key) for key in fields):
+            return value
+        try:
+            return type(value).model_validate(parts, context={"host": host})
+        except ValidationError as error:
+            raise RecipeError(f"--set {setting}: {explain(error)}") from None
+
+    result: dict[str, Any] = change(_built(host, recipe))
+    if not changed:
+        raise RecipeError(f"--set {setting}: the recipe has no component {name!r}{did_you_mean(name, met)}")
+    return result
+
+
+def _built(host: Host, recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's values with text turned into components wherever one is expected."""
+    kinds: dict[str, type[Component]] = {
+        "weights": Quantizer,
+        "activations": Quantizer,
+        "outputs": Quantizer,
+        "transforms": Transform,
+        "evaluate": Evaluator,
+    }
+
+    def build(kind: type[Component], value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [build(kind, item) for item in value]
+        return host.parse(value, kind) if isinstance(value, str) else value
+
+    built = {key: build(kinds[key], value) if key in kinds else value for key, value in recipe.items()}
+    if isinstance(built.get("overrides"), dict):
+        built["overrides"] = {
+            pattern: {key: build(Quantizer, v) for key, v in override.items()}
+            if isinstance(override, dict)
+            else override
+            for pattern, override in built["overrides"].items()
+        }
+    return built
+
+
+def catalogue(host: Host, kind: type[Component] | None = None) -> list[tuple[str, str, type[Component] | Preset]]:
+    """Every component that loads: (plugin, name, class or preset), in the order of kinds, plugins and names."""
+    rows = [(plugin, name, offered) for name, found in host.components(kind).items() for plugin, offered in found]
+    return sorted(rows, key=lambda row: (row[0], isinstance(row[2], Preset), row[1]))

@@ -1,0 +1,164 @@
+"""One run: the model as it is, then under the recipe, and the record of both."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+
+from qsim_core.bases import Data, Evaluator, LoadedModel, Run
+from qsim_core.component import Component
+from qsim_core.errors import DataError, QsimError, RecipeError
+from qsim_core.host import Host, installed
+from qsim_core.models import Located, locate
+from qsim_core.recipe import Recipe
+from qsim_core.result import DataRecord, Environment, PluginRecord, Result
+from qsim_core.simulation import simulate
+
+DEFAULT_MODEL = "opt-tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe with everything filled in, and what was found for it: ready to run."""
+
+    recipe: Recipe
+    located: Located
+    evaluator: Evaluator
+
+    @classmethod
+    def of(cls, recipe: Recipe, host: Host) -> Job:
+        """Fill in model, evaluator and skipped sites from the adapter. Raises `ModelError` and `RecipeError`."""
+        located = locate(recipe.model or DEFAULT_MODEL, host)
+        adapter = located.adapter
+        evaluator = recipe.evaluate
+        if evaluator is None:
+            if adapter.evaluator is None:
+                raise RecipeError(f"adapter {adapter} names no evaluator; say which with `evaluate:`")
+            evaluator = host.parse(adapter.evaluator, Evaluator)
+        skip = adapter.skip if recipe.skip is None else recipe.skip
+        filled = {**{key: getattr(recipe, key) for key in recipe.model_fields_set}, "model": located.name, "skip": skip}
+        return cls(Recipe.of({**filled, "evaluate": evaluator}, host), located, evaluator)
+
+    def data(self, source: str | None) -> Data:
+        """The data named by `source`, else what goes with the model. Raises `DataError`."""
+        if source is not None:
+            return self.evaluator.read(source)
+        if self.located.data is None:
+            raise DataError(f"{self.located.name} comes without data; name some with --data")
+        return self.located.data()
+
+
+def evaluate(
+    recipe: Recipe,
+    *,
+    host: Host | None = None,
+    data: str | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    run: Run | None = None,
+) -> Result:
+    """Measure a model as it is and under a recipe. Raises a `QsimError` that says what to do."""
+    host, run, start = host or installed(), run or Run(), time.perf_counter()
+    job = Job.of(recipe, host)
+    if not job.recipe.quantizes and not job.recipe.transforms:
+        raise RecipeError("the recipe quantizes nothing; name weights, activations or outputs")
+    dataset = job.data(data)
+    loaded = _load(job.located, device, dtype)
+    example = job.evaluator.example(loaded, dataset)
+    if example is not None:  # a recipe that does not fit the model is told before the baseline has run for an hour
+        simulate(loaded.model, job.recipe.model_copy(update={"transforms": ()}), example=example).restore()
+    baseline, baseline_seconds = _timed(job.evaluator, loaded, dataset, run, "float32 baseline")
+    simulation = simulate(loaded.model, job.recipe, example=example, keep=False, host=host)
+    audit = simulation.audit()
+    simulated, simulated_seconds = _timed(job.evaluator, loaded, dataset, run, "simulated")
+    seconds = {"baseline": baseline_seconds, "simulated": simulated_seconds, "total": time.perf_counter() - start}
+    return Result(
+        **_description(job, loaded, host),
+        baseline=baseline,
+        simulated=simulated,
+        audit=audit,
+        environment=Environment.here(device, dtype),
+        data=DataRecord(name=dataset.name, sha256=dataset.sha256, source=data),
+        batch_size=run.batch_size,
+        limit=run.limit,
+        seed=run.seed,
+        seconds=seconds,
+    )
+
+
+def recipe_of(result: Result, host: Host) -> Recipe:
+    """The recipe that a record was made with."""
+    return Recipe.of({**result.recipe, "model": result.model, "evaluate": result.evaluator}, host)
+
+
+def same_data(result: Result, rerun: Result) -> None:
+    """Raise `DataError` if a record's data are not what they were."""
+    if result.data.sha256 != rerun.data.sha256:
+        raise DataError(
+            f"the data {result.data.name!r} have changed since the record was made "
+            f"({result.data.sha256[:12]} then, {rerun.data.sha256[:12]} now); the numbers do not compare"
+        )
+
+
+def _load(located: Located, device: str, dtype: str) -> LoadedModel:
+    if dtype not in DTYPES:
+        raise QsimError(f"no dtype {dtype!r}; there are {', '.join(DTYPES)}")
+    loaded = located.adapter.load(located.source, DTYPES[dtype])
+    try:
+        loaded.model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise QsimError(f"device {device!r} cannot be used: {' '.join(str(error).split())[:160]}") from None
+    return loaded
+
+
+def _timed(
+    evaluator: Evaluator, loaded: LoadedModel, data: Data, run: Run, what: str
+) -> tuple[dict[str, float], float]:
+    start = time.perf_counter()
+    labelled = Run(run.batch_size, run.limit, run.seed, lambda items, total, text: run.track(items, total, what))
+    return evaluator.evaluate(loaded, data, labelled), time.perf_counter() - start
+
+
+def _description(job: Job, loaded: LoadedModel, host: Host) -> dict[str, Any]:
+    """The part of a record that says what was run."""
+    return {
+        "model": job.located.name,
+        "adapter": str(job.located.adapter),
+        "recipe": _recipe_record(job.recipe),
+        "evaluator": str(job.evaluator),
+        "protocol": job.evaluator.protocol(loaded),
+        "metric": job.evaluator.metric,
+        "plugins": _plugins(job, host),
+    }
+
+
+def _recipe_record(recipe: Recipe) -> dict[str, Any]:
+    record = recipe.model_dump(mode="json", exclude={"model", "evaluate"})
+    record["overrides"] = {p: o.model_dump(mode="json", exclude_unset=True) for p, o in recipe.overrides.items()}
+    return record
+
+
+def _plugins(job: Job, host: Host) -> dict[str, PluginRecord]:
+    parts: list[Any] = [job.recipe, *job.located.components]
+    found = {host.plugin_of(component) for part in parts for component in components_in(part)}
+    plugins = sorted((plugin for plugin in found if plugin is not None), key=lambda plugin: plugin.name)
+    return {p.name: PluginRecord(distribution=p.distribution, version=p.version) for p in plugins}
+
+
+def components_in(value: Any) -> Iterator[Component]:
+    """Every component inside a recipe, a component, or a collection of them."""
+    if isinstance(value, Component):
+        yield value
+    if isinstance(value, BaseModel):
+        value = [getattr(value, option) for option in type(value).model_fields]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from components_in(item)

@@ -1,0 +1,325 @@
+"""The command line as a user meets it: answers, files, and one clear line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+import qsim_core as qsim
+from qsim_core.cli import main
+from qsim_core.result import write_whole
+
+QUICK = ["--limit", "4", "--quiet"]
+Qsim = Callable[..., Result]
+
+
+@pytest.fixture
+def qsim_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Qsim:
+    """`qsim_("evaluate", …)` in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="session")
+def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The record of one short run."""
+    file = tmp_path_factory.mktemp("record") / "result.json"
+    outcome = CliRunner().invoke(
+        main, ["evaluate", "--plugin", "abfp", "--precision", "w4a8", "--json", str(file), *QUICK]
+    )
+    assert outcome.exit_code == 0, outcome.output
+    return file
+
+
+def test_the_table_says_what_a_reader_needs(qsim_: Qsim) -> None:
+    outcome = qsim_("evaluate", "opt-tiny", "--plugin", "abfp", "--limit", "8")
+
+    assert outcome.exit_code == 0
+    for row in ("float32 perplexity", "simulated perplexity", "ratio", "seconds, in all"):
+        assert row in outcome.stdout
+    assert "32 of 33" in outcome.stdout
+    assert "weights abfp(int4), activations abfp(int4)" in outcome.stdout
+    assert "left alone: lm_head (--skip none quantizes everything)" in outcome.stdout
+    assert "v's scales are shared over tokens" in outcome.stdout
+    assert "\x1b[" not in outcome.stdout
+
+
+def test_a_result_has_everything_that_its_schema_promises(record: Path) -> None:
+    result = json.loads(record.read_text())
+
+    assert set(result) == {
+        "schema_version", "model", "adapter", "recipe", "evaluator", "protocol", "metric", "baseline", "simulated",
+        "audit", "plugins", "environment", "data", "batch_size", "limit", "seed", "seconds",
+    }  # fmt: skip
+    assert result["recipe"] == {
+        "weights": "abfp(int4)",
+        "activations": "abfp(int8)",
+        "outputs": "cast(bf16)",
+        "value_axis": "tokens",
+        "transforms": [],
+        "skip": ["lm_head"],
+        "overrides": {},
+    }
+    assert set(result["plugins"]) == {"abfp", "core", "evaluators", "fp", "int", "opt", "zoo"}
+    assert result["plugins"]["abfp"] == {"distribution": "qsim-abfp", "version": qsim.__version__}
+    assert (result["model"], result["adapter"], result["evaluator"]) == ("opt-tiny", "opt", "perplexity")
+    assert set(result["audit"]) >= {"sites", "covered", "found", "bits_per_weight", "bits_per_activation"}
+    assert set(result["audit"]["sites"][0]) >= {"site", "op", "input", "weight", "output", "path"}
+    assert (result["audit"]["covered"], result["audit"]["found"]) == (32, 33)
+    assert result["audit"]["bits_per_weight"] == 4.25
+    assert 8.25 <= result["audit"]["bits_per_activation"] < 8.3
+    assert set(result["environment"]) == {"python", "platform", "versions", "device", "dtype", "threads"}
+    assert len(result["data"]["sha256"]) == 64
+
+
+def test_a_record_runs_again_to_the_same_numbers(qsim_: Qsim, record: Path) -> None:
+    outcome = qsim_("evaluate", "--from", record, "--json", "again.json", "--quiet")
+
+    assert (outcome.exit_code, outcome.stderr) == (0, "")
+    first, again = qsim.Result.read(record), qsim.Result.read(Path("again.json"))
+    assert first.simulated == again.simulated
+    assert first.model_dump(exclude={"seconds"}) == again.model_dump(exclude={"seconds"})
+
+
+def test_a_record_of_other_data_is_not_compared(qsim_: Qsim, record: Path) -> None:
+    changed = json.loads(record.read_text())
+    changed["data"]["sha256"] = "0" * 64
+    Path("changed.json").write_text(json.dumps(changed))
+
+    outcome = qsim_("evaluate", "--from", "changed.json", "--quiet", "--json", "again.json")
+
+    assert outcome.exit_code == 1
+    assert "have changed since the record was made (000000000000 then, " in outcome.stderr
+    assert not Path("again.json").exists()
+
+
+def test_a_record_of_another_version_warns(qsim_: Qsim, record: Path) -> None:
+    changed = json.loads(record.read_text())
+    changed["plugins"]["abfp"]["version"] = "0.0.7"
+    Path("changed.json").write_text(json.dumps(changed))
+
+    outcome = qsim_("evaluate", "--from", "changed.json", "--quiet")
+
+    assert outcome.exit_code == 0
+    assert f"Warning: plugin 'abfp' was qsim-abfp 0.0.7, now {qsim.__version__}\n" in outcome.stderr
+
+
+def test_json_to_standard_output_is_json_and_nothing_else(qsim_: Qsim) -> None:
+    outcome = qsim_("evaluate", "--weights", "int8", "--json", "-", *QUICK)
+
+    result = json.loads(outcome.stdout)
+    assert result["recipe"]["weights"] == "channel(int8)"
+    assert result["recipe"]["activations"] is None
+    assert result["simulated"]["perplexity"] == pytest.approx(result["baseline"]["perplexity"], rel=0.02)
+
+
+def test_a_recipe_file_and_options_together(qsim_: Qsim) -> None:
+    Path("recipe.yaml").write_text(
+        "weights: abfp(int4)\nskip: [lm_head, '*.fc1']\noverrides: {'*.fc2': {weights: int8}}\n"
+        "evaluate: perplexity(seqlen=64)\n"
+    )
+
+    outcome = qsim_("evaluate", "--recipe", "recipe.yaml", "--activations", "int8", "--set", "abfp.n=32", "--dry-run")
+
+    assert yaml.safe_load(outcome.stdout) == {
+        "model": "opt-tiny",
+        "weights": "abfp(int4, n=32)",
+        "activations": "token(int8)",
+        "skip": ["lm_head", "*.fc1"],
+        "overrides": {"*.fc2": {"weights": "channel(int8)"}},
+        "evaluate": "perplexity(64)",
+    }
+
+
+def test_a_dry_run_prints_a_recipe_that_runs(qsim_: Qsim) -> None:
+    dry = qsim_("evaluate", "--plugin", "abfp", "--set", "perplexity.seqlen=64", "--dry-run")
+    Path("recipe.yaml").write_text(dry.stdout)
+
+    again = qsim_("evaluate", "--recipe", "recipe.yaml", "--dry-run")
+
+    assert again.stdout == dry.stdout == (
+        "model: opt-tiny\nweights: abfp(int4)\nactivations: abfp(int4)\noutputs: cast(bf16)\nskip:\n- lm_head\n"
+        "evaluate: perplexity(64)\n"
+    )  # fmt: skip
+
+
+def test_skip_none_quantizes_the_head_too(qsim_: Qsim) -> None:
+    outcome = qsim_("evaluate", "--weights", "int8", "--skip", "none", "--json", "-", *QUICK)
+
+    audit = json.loads(outcome.stdout)["audit"]
+    assert [site["weight"] for site in audit["sites"]][-1] == "channel(int8)"
+    assert audit["skipped"] == []
+
+
+def test_data_from_a_file_and_the_batch_size_change_nothing_else(qsim_: Qsim) -> None:
+    Path("text.txt").write_text("The list object supports comparison; sequences compare item by item. " * 60)
+    runs = [
+        json.loads(
+            qsim_(
+                "evaluate", "--weights", "int8", "--data", "text.txt", "--batch-size", size, "--json", "-", "-q"
+            ).stdout
+        )
+        for size in (1, 3)
+    ]
+
+    assert runs[0]["data"]["name"] == "text.txt"
+    assert runs[0]["simulated"]["perplexity"] == pytest.approx(runs[1]["simulated"]["perplexity"], rel=1e-5)
+
+
+def test_dtype_is_recorded_and_used(qsim_: Qsim) -> None:
+    outcome = qsim_("evaluate", "--weights", "int8", "--dtype", "bfloat16", "--json", "-", *QUICK)
+
+    result = json.loads(outcome.stdout)
+    assert result["environment"]["dtype"] == "bfloat16"
+    assert {site["path"] for site in result["audit"]["sites"]} == {"bfloat16"}
+
+
+def test_components_lists_and_shows(qsim_: Qsim) -> None:
+    listing, one = qsim_("components"), qsim_("components", "abfp")
+    data = json.loads(qsim_("components", "abfp", "--json").stdout)
+
+    assert "e4m3" in listing.stdout
+    assert "perplexity" in listing.stdout
+    assert one.stdout.startswith("abfp(element=int4, n=64, scale=bf16)\nquantizer of plugin abfp\n")
+    assert data[0]["options"][1] == {
+        "name": "n",
+        "type": "whole number",
+        "default": "64",
+        "required": False,
+        "doc": "elements of a vector that share a scale; the last vector may be short",
+    }
+    assert "Short for float(4, mantissa=3, specials=fn)." in qsim_("components", "e4m3").stdout
+
+
+def test_plugins_lists_names_distributions_and_versions(qsim_: Qsim) -> None:
+    rows = json.loads(qsim_("plugins", "--json").stdout)
+
+    assert {"name": "abfp", "distribution": "qsim-abfp", "version": qsim.__version__} in rows
+    assert [row["name"] for row in rows] == sorted(row["name"] for row in rows)
+
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "nothing to do": ([], "nothing to do: say --plugin, --precision, --weights, --activations or --recipe"),
+    "unknown plugin": (["--plugin", "abpf"], "no plugin 'abpf' is installed; did you mean 'abfp'?"),
+    "unknown format": (["--weights", "int44"], "no quantizer 'int44'; did you mean 'int4'?"),
+    "unknown model": (["opt-tinny", "--weights", "int8"], "did you mean 'opt-tiny'?"),
+    "no such directory": (["./nowhere", "--weights", "int8"], "there is no directory ./nowhere"),
+    "a file as model": (["text.txt", "--weights", "int8"], "text.txt is a file; a model is a directory that save_pretrained wrote"),
+    "empty directory": (["empty", "--weights", "int8"], "empty has no config.json; a model is a directory that save_pretrained wrote"),
+    "n=0": (["--weights", "abfp(int4, n=0)"], "abfp: n should be greater than 0, not 0"),
+    "n=7.5": (["--weights", "abfp(int4, n=7.5)"], "got a number with a fractional part, not 7.5"),
+    "negative bits": (["--weights", "int(-4)"], "int: bits should be greater than or equal to 2, not -4"),
+    "unknown key": (["--recipe", "unknown.yaml"], "a recipe has no key 'weigths'; did you mean 'weights'?"),
+    "not yaml": (["--recipe", "broken.yaml"], "recipe is not YAML: "),
+    "no recipe": (["--recipe", "nowhere.yaml"], "cannot read nowhere.yaml: No such file or directory"),
+    "text as recipe": (["--recipe", "text.txt"], "text.txt is no recipe: expected keys and values"),
+    "empty data": (["--weights", "int8", "--data", "empty.txt"], "empty.txt is empty: there is no text"),
+    "short data": (["--weights", "int8", "--data", "text.txt"], "fewer than one window of 256; lower seqlen"),
+    "missing data": (["--weights", "int8", "--data", "nowhere.txt"], "there is no file nowhere.txt"),
+    "output is a directory": (["--weights", "int8", "--json", "empty"], "cannot write empty: it is a directory; give a file's name"),
+    "output has no directory": (["--weights", "int8", "--json", "no/where.json"], "cannot write no/where.json: there is no directory no"),
+    "pattern without site": (["--weights", "int8", "--skip", "*.fc3"], "pattern '*.fc3' matches no site"),
+    "nothing reached": (["--weights", "int8", "--skip", "*"], "weights: channel(int8) reached no site of this model"),
+    "unknown dtype": (["--weights", "int8", "--dtype", "float31"], "no dtype 'float31'; there are float32, bfloat16"),
+    "unknown device": (["--weights", "int8", "--device", "gpu7"], "device 'gpu7' cannot be used: "),
+    "a record that is none": (["--from", "text.txt"], "text.txt is no qsim result: "),
+    "a record and options": (["--from", "text.txt", "--weights", "int8"], "--from runs a record as it is; leave weights out"),
+    "precision": (["--precision", "4bit"], "--precision is written w4a8"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_input_gets_one_clear_line_and_writes_nothing(name: str, qsim_: Qsim) -> None:
+    arguments, message = WRONG[name]
+    Path("empty").mkdir()
+    Path("empty.txt").write_text("\n")
+    Path("text.txt").write_text("too short")
+    Path("unknown.yaml").write_text("weigths: int4\n")
+    Path("broken.yaml").write_text("weights: [int4\n")
+    before = sorted(Path().rglob("*"))
+    output = [] if "--json" in arguments else ["--json", "out.json"]
+
+    outcome = qsim_("evaluate", *arguments, *output)
+
+    assert outcome.exit_code == 1
+    assert message in outcome.stderr
+    assert outcome.stderr.startswith("Error: ")
+    assert outcome.stderr.count("\n") == 1
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("arguments", [["--bogus"], ["--batch-size", "0"], ["--limit", "none"], ["a", "b"]])
+def test_misused_options_exit_with_2(arguments: list[str], qsim_: Qsim) -> None:
+    assert qsim_("evaluate", *arguments).exit_code == 2
+
+
+def test_a_full_disk_leaves_no_half_of_a_file(tmp_path: Path) -> None:
+    """A limit on file size stands in for the disk's end; the kernel answers a write past it with an error too."""
+
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    program = (
+        "from pathlib import Path; from qsim_core.result import write_whole; from qsim_core import QsimError\n"
+        "try: write_whole(Path('out.json'), 'x' * 5000)\n"
+        "except QsimError as error: print(error)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-B", "-c", program], cwd=tmp_path, capture_output=True, text=True, preexec_fn=small_disk
+    )
+
+    assert run.stdout == "cannot write out.json: File too large\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    (tmp_path / "out.json").write_text("old")
+
+    write_whole(tmp_path / "out.json", "new")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+    assert (tmp_path / "out.json").read_text() == "new"
+    assert (tmp_path / "out.json").stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from qsim_core.cli import main; main()", "evaluate", "--plugin", "abfp"]
+    run = subprocess.Popen(
+        [*command, "--json", "out.json", "--batch-size", "1"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    assert run.stderr is not None
+    time.sleep(6)
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+
+    assert run.returncode == 130
+    assert errors.endswith("Error: interrupted; nothing was written\n")
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_infinite_perplexity_survives_the_record(record: Path, tmp_path: Path) -> None:
+    result: Any = qsim.Result.read(record)
+    result.simulated["perplexity"] = float("inf")
+    result.write(tmp_path / "r.json")
+
+    assert json.loads((tmp_path / "r.json").read_text())["simulated"]["perplexity"] == "Infinity"
+    assert qsim.Result.read(tmp_path / "r.json").simulated["perplexity"] == float("inf")

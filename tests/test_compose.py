@@ -1,0 +1,118 @@
+"""From options to a recipe, before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import qsim_core as qsim
+from qsim_core.compose import compose
+
+
+class Smooth(qsim.Transform):
+    """A transform that only has a name here."""
+
+    name = "smooth"
+    alpha: float = 0.5
+
+    def apply(self, model: torch.nn.Module, context: Any) -> None:
+        model.register_buffer("alpha", torch.tensor(self.alpha))
+
+
+@pytest.fixture
+def host() -> qsim.Host:
+    host = qsim.Host()
+    host.register(Smooth, name="smooth")
+    return host
+
+
+def texts(host: qsim.Host, values: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    recipe = qsim.Recipe.of(compose(host, values or {}, **options), host)
+    return recipe.model_dump(mode="json", exclude_defaults=True)
+
+
+def test_a_scheme_plugin_becomes_the_scheme_of_weights_and_activations(host: qsim.Host) -> None:
+    assert texts(host, plugins=["abfp"]) == {
+        "weights": "abfp(int4)",
+        "activations": "abfp(int4)",
+        "outputs": "cast(bf16)",
+    }
+
+
+def test_precision_changes_the_widths_of_the_scheme(host: qsim.Host) -> None:
+    recipe = texts(host, plugins=["abfp"], precision="w4a8")
+
+    assert (recipe["weights"], recipe["activations"]) == ("abfp(int4)", "abfp(int8)")
+
+
+def test_precision_alone_takes_the_usual_schemes(host: qsim.Host) -> None:
+    assert texts(host, precision="W3A8") == {"weights": "channel(int3)", "activations": "token(int8)"}
+    assert texts(host, precision="w4a16") == {"weights": "channel(int4)", "activations": "cast(bf16)"}
+    assert texts(host, precision="w4a32") == {"weights": "channel(int4)"}
+
+
+def test_exact_texts_win_and_a_bare_format_takes_the_named_scheme(host: qsim.Host) -> None:
+    recipe = texts(
+        host,
+        plugins=["abfp"],
+        precision="w8a8",
+        texts={"weights": "e2m1", "activations": "token(e4m3)", "outputs": "none"},
+    )
+
+    assert recipe == {"weights": "abfp(e2m1)", "activations": "token(e4m3)"}
+
+
+def test_set_changes_an_option_wherever_the_component_stands(host: qsim.Host) -> None:
+    recipe = texts(
+        host,
+        {"overrides": {"*.fc2": {"weights": "abfp(int8, n=32)"}}, "evaluate": "perplexity"},
+        plugins=["abfp"],
+        settings=["abfp.n=128", "perplexity.seqlen=64", "abfp.scale=none", "int.narrow=false"],
+    )
+
+    assert recipe == {
+        "weights": "abfp(int(4, narrow=false), n=128, scale=none)",
+        "activations": "abfp(int(4, narrow=false), n=128, scale=none)",
+        "outputs": "cast(bf16)",
+        "overrides": {"*.fc2": {"weights": "abfp(int(8, narrow=false), n=128, scale=none)"}},
+        "evaluate": "perplexity(64)",
+    } | {"overrides": recipe["overrides"]}
+    assert recipe["overrides"]["*.fc2"]["weights"] == "abfp(int(8, narrow=false), n=128, scale=none)"
+
+
+def test_plugins_keep_their_order(host: qsim.Host) -> None:
+    class Rotate(Smooth):
+        """Another one."""
+
+        name = "rotate"
+
+    host.register(Rotate, name="rotate")
+
+    assert texts(host, plugins=["smooth", "abfp", "rotate"])["transforms"] == ["smooth(0.5)", "rotate(0.5)"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plugins": ["abpf"]}, "no plugin 'abpf' is installed; did you mean 'abfp'? There are: "),
+        ({"plugins": ["fp"]}, "plugin 'fp' (qsim-fp 0.1.0) has no quantizer, transform or evaluator called 'fp', so "
+         "--plugin cannot say what to do with it; it offers: bf16, e2m1, e4m3, e5m2, float, fp16"),
+        ({"plugins": ["opt"]}, "plugin 'opt' (qsim-opt 0.1.0) has no quantizer, transform or evaluator called 'opt'"),
+        ({"plugins": ["smooth"]}, "a transform alone quantizes nothing; say --weights or --precision with it"),
+        ({"precision": "4x8"}, "--precision is written w4a8: the bits of weights and of activations, not '4x8'"),
+        ({"precision": "w1a8"}, "no quantizer 'int1'"),
+        ({"settings": ["abfp.n"]}, "--set is written COMPONENT.OPTION=VALUE, like abfp.n=128, not 'abfp.n'"),
+        ({"settings": ["mx.n=3"], "plugins": ["abfp"]}, "--set mx.n=3: the recipe has no component 'mx'"),
+        ({"settings": ["abfp.m=3"], "plugins": ["abfp"]}, "abfp has no option 'm'. There are: element, n, scale"),
+        ({"settings": ["abfp.n=0"], "plugins": ["abfp"]}, "--set abfp.n=0: n should be greater than 0, not 0"),
+        ({"settings": ["abfp.element=int77"], "plugins": ["abfp"]}, "no format 'int77'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_meant_is_said_in_one_line(host: qsim.Host, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(qsim.QsimError) as error:
+        compose(host, {}, **options)
+
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
