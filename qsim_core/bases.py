@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -65,6 +66,8 @@ class Run:
     seed: int = 0
     track: Callable[[Iterable[Any], int, str], Iterable[Any]] = field(default=_no_progress)
     """Wraps a loop to show its progress: `for x in run.track(items, total, "perplexity")`."""
+    stage: Callable[[str], AbstractContextManager[Any]] = field(default=nullcontext)
+    """Surrounds work without a count to show that it goes on: `with run.stage("loading opt-tiny"):`."""
 
 
 class Calibrator(Component):

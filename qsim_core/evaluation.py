@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,14 +68,17 @@ def evaluate(
     job = Job.of(recipe, host)
     if not job.recipe.quantizes and not job.recipe.transforms:
         raise RecipeError("the recipe quantizes nothing; name weights, activations or outputs")
-    dataset = job.data(data)
-    loaded = _load(job.located, device, dtype)
+    with run.stage(f"loading {job.located.name}"):
+        dataset = job.data(data)
+        loaded = _load(job.located, device, dtype)
     example = job.evaluator.example(loaded, dataset)
-    if example is not None:  # a recipe that does not fit the model is told before the baseline has run for an hour
-        simulate(loaded.model, job.recipe.model_copy(update={"transforms": ()}), example=example).restore()
-    baseline, baseline_seconds = _timed(job.evaluator, loaded, dataset, run, "float32 baseline")
-    simulation = simulate(loaded.model, job.recipe, example=example, keep=False, host=host)
-    audit = simulation.audit()
+    with run.stage("looking for matmuls"):
+        if example is not None:  # a recipe that does not fit the model is told before the baseline has run for an hour
+            simulate(loaded.model, job.recipe.model_copy(update={"transforms": ()}), example=example).restore()
+    baseline, baseline_seconds = _timed(job.evaluator, loaded, dataset, run, f"{dtype} baseline")
+    with run.stage("quantizing weights"):
+        simulation = simulate(loaded.model, job.recipe, example=example, keep=False, host=host)
+        audit = simulation.audit()
     simulated, simulated_seconds = _timed(job.evaluator, loaded, dataset, run, "simulated")
     seconds = {"baseline": baseline_seconds, "simulated": simulated_seconds, "total": time.perf_counter() - start}
     return Result(
@@ -121,7 +124,7 @@ def _timed(
     evaluator: Evaluator, loaded: LoadedModel, data: Data, run: Run, what: str
 ) -> tuple[dict[str, float], float]:
     start = time.perf_counter()
-    labelled = Run(run.batch_size, run.limit, run.seed, lambda items, total, text: run.track(items, total, what))
+    labelled = replace(run, track=lambda items, total, text: run.track(items, total, what))
     return evaluator.evaluate(loaded, data, labelled), time.perf_counter() - start
 
 

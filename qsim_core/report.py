@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def run(options: dict[str, Any], given: set[str], quiet: bool) -> Result | None:
         data=options["data"],
         device=options["device"],
         dtype=options["dtype"],
-        run=Run(options["batch_size"], options["limit"], options["seed"], _silent if quiet else _track),
+        run=Run(options["batch_size"], options["limit"], options["seed"], **({} if quiet else SHOWN)),
     )
     if before is not None:
         evaluation.same_data(before, result)
@@ -119,8 +120,13 @@ def _track(items: Iterable[Any], total: int, description: str) -> Iterator[Any]:
         yield from progress.track(items, total=total, description=description)
 
 
-def _silent(items: Iterable[Any], total: int, description: str) -> Iterable[Any]:
-    return items
+def _stage(description: str) -> AbstractContextManager[Any]:
+    """Show a spinner on standard error while something without a count goes on."""
+    console = Console(stderr=True)
+    return console.status(description) if console.is_terminal else nullcontext()
+
+
+SHOWN: dict[str, Any] = {"track": _track, "stage": _stage}
 
 
 def _hush_libraries() -> None:
@@ -136,9 +142,14 @@ def _hush_libraries() -> None:
 def show(result: Result) -> None:
     """The table of one result on standard output."""
     audit, recipe = result.audit, result.recipe
-    table = Table(title=f"{result.model}: {_short(recipe)}", title_justify="left", show_header=False, min_width=60)
+    table = Table(title=result.model, title_justify="left", title_style="bold", show_header=False, min_width=60)
     table.add_column(style="dim")
     table.add_column(justify="right")
+    for key in ("weights", "activations", "outputs"):
+        table.add_row(key, recipe[key] or "as they are")
+    for transform in recipe["transforms"]:
+        table.add_row("after", transform)
+    table.add_section()
     table.add_row(f"{result.environment.dtype} {result.metric}", f"{result.baseline[result.metric]:.4g}")
     table.add_row(f"simulated {result.metric}", f"[bold]{result.simulated[result.metric]:.4g}[/bold]")
     table.add_row("ratio", f"{result.ratio:.4g}")
@@ -154,11 +165,6 @@ def show(result: Result) -> None:
     console.print(table)
     for line in _lines(result):
         console.print(f"[dim]{line}[/dim]", soft_wrap=True)
-
-
-def _short(recipe: dict[str, Any]) -> str:
-    parts = [f"{role} {recipe[role]}" for role in ("weights", "activations", "outputs") if recipe.get(role)]
-    return ", ".join([*parts, *recipe.get("transforms", [])])
 
 
 def _lines(result: Result) -> Iterator[str]:

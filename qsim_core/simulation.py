@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qsim_core import audit as auditing
 from qsim_core.errors import QsimError, RecipeError
@@ -28,6 +28,7 @@ class Simulation:
         self.example: Example = None
         self.sites = Sites(model, recipe, keep)
         self._handles = self.sites.attach(model)
+        self._before_transforms: dict[str, Tensor] = {}
         for path, module in model.named_modules():
             if "extra_repr" not in vars(module):
                 vars(module)["extra_repr"] = SiteText(self.sites, path, module)
@@ -54,6 +55,10 @@ class Simulation:
             if isinstance(vars(module).get("extra_repr"), SiteText):
                 del vars(module)["extra_repr"]
         self._handles = []
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                if name in self._before_transforms:
+                    tensor.copy_(self._before_transforms[name])
         return self.model
 
     def __enter__(self) -> Simulation:
@@ -118,6 +123,9 @@ def simulate(
         raise QsimError("this model is simulated already; restore() it first")
     simulation = Simulation(model, recipe, keep)
     try:
+        if recipe.transforms and keep:
+            state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+            simulation._before_transforms = state
         for transform in recipe.transforms:
             transform.apply(model, simulation)
         if example is not None:

@@ -50,7 +50,11 @@ def test_the_table_says_what_a_reader_needs(qsim_: Qsim) -> None:
     for row in ("float32 perplexity", "simulated perplexity", "ratio", "seconds, in all"):
         assert row in outcome.stdout
     assert "32 of 33" in outcome.stdout
-    assert "weights abfp(int4), activations abfp(int4)" in outcome.stdout
+    assert [line.split()[1:4:2] for line in outcome.stdout.splitlines()[2:5]] == [
+        ["weights", "abfp(int4)"],
+        ["activations", "abfp(int4)"],
+        ["outputs", "cast(bf16)"],
+    ]
     assert "left alone: lm_head (--skip none quantizes everything)" in outcome.stdout
     assert "v's scales are shared over tokens" in outcome.stdout
     assert "\x1b[" not in outcome.stdout

@@ -238,6 +238,28 @@ def test_an_example_leaves_batch_statistics_and_mode_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class Halve(qsim.Transform):
+    """Halves every weight."""
+
+    name = "halve"
+
+    def apply(self, model: nn.Module, context: Any) -> None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.5)
+
+
+def test_transforms_come_first_and_are_undone_too() -> None:
+    model = perceptron()
+    before = model(X)
+    simulation = qsim.simulate(model, qsim.Recipe(weights="int8", transforms=(Halve(),)), example=X)  # type: ignore[arg-type]
+    assert model(X).abs().max() < 0.6 * before.abs().max()
+
+    simulation.restore()
+
+    assert torch.equal(model(X), before)
+
+
 class TestAudit:
     """What the audit says of one batch."""
 
