@@ -65,7 +65,8 @@ def evaluate(
 ) -> Result:
     """Measure a model as it is and under a recipe. Raises a `QsimError` that says what to do."""
     host, run, start = host or installed(), run or Run(), time.perf_counter()
-    job = Job.of(recipe, host)
+    with run.stage(f"looking for {recipe.model or DEFAULT_MODEL}"):
+        job = Job.of(recipe, host)
     if not job.recipe.quantizes and not job.recipe.transforms:
         raise RecipeError("the recipe quantizes nothing; name weights, activations or outputs")
     with run.stage(f"loading {job.located.name}"):

@@ -147,13 +147,16 @@ class Host:
             return fitting[0][1]
         if candidates:
             raise QsimError(f"{name!r} is a {self.class_of(candidates[0][1]).kind}, not a {kind.kind}")
+        failures = self.check()
+        if bare in failures:  # the plugin of that name may well offer it
+            raise failures[bare]
         names = [item.name for item in self.load(plugin).items()] if plugin else list(self.components(kind))
-        broken = (
-            f" (not looked at, as they do not load: {', '.join(b)}; see `qsim plugins --check`)"
-            if (b := sorted(self.check()))
-            else ""
-        )
-        raise QsimError(f"no {kind.kind} {name!r}{did_you_mean(bare, names)}{broken}")
+        raise QsimError(f"no {kind.kind} {name!r}{did_you_mean(bare, names)}{self.not_looked_at()}")
+
+    def not_looked_at(self) -> str:
+        """The plugins that do not load and why, as the end of a message that something was not found."""
+        failures = self.check()
+        return f" (not looked at: {'; '.join(str(failures[name]) for name in sorted(failures))})" if failures else ""
 
     def build(self, node: Node, kind: type[Component] | None = None) -> Component:
         """The component that a piece of text describes. Raises `SpecError`, pointing at the character."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from qsim_core.bases import Adapter, Data, NamedModel
 from qsim_core.component import Component
-from qsim_core.errors import ModelError, QsimError, did_you_mean
+from qsim_core.errors import ModelError, PluginError, QsimError, did_you_mean
 from qsim_core.host import Host
 from qsim_core.pretrained import model_type
 
@@ -51,21 +51,24 @@ def locate(name: str, host: Host) -> Located:
         raise ModelError(f"{name} is a file; a model is a directory that save_pretrained wrote")
     if not path.is_dir() and (name.startswith((".", "/", "~")) or path.suffix in {".safetensors", ".bin", ".json"}):
         raise ModelError(f"there is no directory {name}")
+    if not path.is_dir():
+        _check_it_may_be_on_the_hub(name, named, host)
     source = str(path) if path.is_dir() else name
-    if not path.is_dir() and "/" not in name and difflib.get_close_matches(name, named):
-        raise ModelError(f"no model {name!r}{did_you_mean(name, named)}")  # and the hub need not be asked
-    try:
-        family = model_type(source)
-    except ModelError as error:
-        hint = "" if path.is_dir() else f". Known by name{did_you_mean(name, named)}".replace("; did", ": did", 1)
-        raise ModelError(f"{error}{hint}") from None
-    adapter = _adapter(family, name, host)
+    adapter = _adapter(model_type(source), name, host)
     return Located(name, source, adapter, (adapter,))
+
+
+def _check_it_may_be_on_the_hub(name: str, named: dict[str, Any], host: Host) -> None:
+    """A name that nearly is one of the zoo's is a slip: the hub, which answers late if at all, need not be asked."""
+    if "/" not in name and (difflib.get_close_matches(name, named)):
+        raise ModelError(f"no model {name!r}{did_you_mean(name, named)}{host.not_looked_at()}")
 
 
 def _adapter(family: str, name: str, host: Host) -> Adapter:
     try:
         adapter: Any = host.parse(family.replace("-", "_"), Adapter)
+    except PluginError:
+        raise
     except QsimError:
         known = ", ".join(host.components(Adapter)) or "none"
         raise ModelError(

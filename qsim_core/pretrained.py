@@ -88,7 +88,10 @@ def _hub_config(name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{name!r} is no directory, and the hub did not give it: {_line(error)}") from None
+        raise ModelError(
+            f"no model {name!r}: it is neither a directory nor a model of the zoo, and the hub did not give it "
+            f"({_line(error).partition('. ')[0]})"
+        ) from None
 
 
 def _line(error: Exception) -> str:

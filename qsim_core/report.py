@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -131,6 +132,7 @@ SHOWN: dict[str, Any] = {"track": _track, "stage": _stage}
 
 def _hush_libraries() -> None:
     """transformers draws bars and logs hints of its own; a command shows qsim's."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         from transformers.utils import logging
     except ImportError:

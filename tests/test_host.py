@@ -174,8 +174,28 @@ def test_two_components_of_one_name_are_no_harm_until_it_is_used(install: Instal
 def test_an_unknown_name_tells_of_plugins_that_did_not_load(install: Install) -> None:
     install("acme", "import a_library_nobody_has")
 
-    with pytest.raises(qsim.SpecError, match=r"\(not looked at, as they do not load: acme; see `qsim plugins --check`"):
+    with pytest.raises(
+        qsim.SpecError, match=r"\(not looked at: plugin 'acme' \(qsim-acme 1.2\) does not import: ModuleNotFoundError: "
+    ):
         qsim.Host().parse("halves")
+
+
+def test_a_component_that_bears_a_broken_plugins_name_is_that_plugins_error(install: Install) -> None:
+    install("acme", "import a_library_nobody_has")
+
+    with pytest.raises(qsim.PluginError, match="^plugin 'acme' .qsim-acme 1.2. does not import"):
+        qsim.Host().parse("acme(int4)")
+
+
+def test_a_model_whose_familys_plugin_is_broken_is_that_plugins_error(install: Install, tmp_path: Path) -> None:
+    from qsim_core.models import locate
+
+    install("acme", "import a_library_nobody_has")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "acme"}')
+
+    with pytest.raises(qsim.PluginError, match="^plugin 'acme' .qsim-acme 1.2. does not import"):
+        locate(str(tmp_path / "model"), qsim.Host())
 
 
 def test_other_commands_go_on_beside_a_broken_plugin(install: Install) -> None:
