@@ -222,6 +222,8 @@ def _record(site: Site, calls: int, watch: _Watch, value_axis: str) -> SiteAudit
 def _notes(site: Site, value_axis: str) -> list[str]:
     """What a careful reader must know: scales that see other samples, or later tokens."""
     notes = []
+    if site.weight is None and (site.op == "linear" or site.op.startswith("conv")):
+        notes.append("its weight is computed, not a parameter: it takes the quantizer of activations")
     granularity = site.plan.input.granularity if site.plan.input else "element"
     if granularity == "tensor":
         notes.append("one input scale for the whole tensor: it depends on the batch and sees later tokens")

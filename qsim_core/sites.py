@@ -117,6 +117,8 @@ class Sites:
     def _compute(self, call: Call) -> Any:
         frame = self.thread.stack[-1]
         weights = [self._weight_of(operand) for operand in call.operands]
+        if all(weights):  # a learned query times a weight: one of the two is the input
+            weights = [*(None for _ in weights[:-1]), weights[-1]]
         site = self._site(frame, call, next((weight for weight in weights if weight), None))
         site.calls += not recomputing()
         plan = site.plan if self.quantizing else Plan()

@@ -382,6 +382,30 @@ def test_a_weight_used_by_a_parent_is_named_by_its_parameter() -> None:
     assert torch.equal(model.embed.weight, before)
 
 
+def test_a_parameter_times_a_weight_is_the_input() -> None:
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries, self.project = nn.Parameter(torch.ones(3, 4)), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.project(self.queries) + x  # type: ignore[no-any-return]
+
+    simulation = qsim.simulate(Queries(), weights="int4", activations="int8", example=torch.zeros(1))
+
+    (site,) = simulation.audit().sites
+    assert (site.site, site.weight, site.input) == ("project", "channel(int4)", "token(int8)")
+
+
+def test_a_computed_weight_is_pointed_out() -> None:
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))
+    simulation = qsim.simulate(model, activations="int8", example=torch.ones(1, 4))
+
+    assert simulation.audit().notes == [
+        ":matmul.0: its weight is computed, not a parameter: it takes the quantizer of activations"
+    ]
+
+
 def run(function: Callable[..., Tensor], *operands: Tensor, quantizer: Any = None, weight: int | None = None) -> Tensor:
     """A module that computes `function` of its inputs; operand `weight` is its parameter."""
 
