@@ -10,6 +10,7 @@ import json
 import re
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, Union
 
@@ -167,6 +168,19 @@ def _render(value: Any) -> str:
         return str(value)
     text = str(value)
     return text if BARE_WORD.match(text) and text not in CONSTANTS else json.dumps(text, ensure_ascii=False)
+
+
+def components_in(value: Any) -> Iterator[Component]:
+    """Every component inside a recipe, a component, or a collection of them."""
+    if isinstance(value, Component):
+        yield value
+    if isinstance(value, BaseModel):
+        value = [getattr(value, option) for option in type(value).model_fields]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from components_in(item)
 
 
 def check_name(name: Any) -> None:

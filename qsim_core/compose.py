@@ -11,15 +11,15 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from qsim_core.bases import Evaluator, Transform
-from qsim_core.component import Component, Preset, explain, read_value
+from qsim_core.component import Component, Preset, components_in, explain, read_value
 from qsim_core.errors import PluginError, RecipeError, did_you_mean
 from qsim_core.host import Host
 from qsim_core.quantizer import Format, Quantizer
+from qsim_core.recipe import Recipe
 
-USUAL = {"weights": "channel", "activations": "token", "outputs": "cast"}
 PLUGIN_OUTPUTS = "bf16"
 WIDE = {"16": "cast(bf16)", "32": None}
 """Widths that name no integers: 16 is bfloat16 and 32 the float32 that is simulated in."""
@@ -32,29 +32,30 @@ def compose(
     precision: str | None = None,
     texts: Mapping[str, str | None] | None = None,
     settings: Iterable[str] = (),
-) -> dict[str, Any]:
-    """The values of a recipe: a file's `values`, changed by the options in the order given above."""
-    recipe: dict[str, Any] = dict(values)
+) -> Recipe:
+    """A recipe from a file's `values`, changed by the options in the order given above."""
+    chosen: dict[str, Any] = dict(values)
     scheme: Quantizer | None = None
     for plugin in plugins:
         component = bearing_name(host, plugin)
         if isinstance(component, Quantizer):
             scheme = None if isinstance(component, Format) else component
-            recipe |= {"weights": component, "activations": component}
-            recipe.setdefault("outputs", PLUGIN_OUTPUTS)
+            chosen |= {"weights": component, "activations": component}
+            chosen.setdefault("outputs", PLUGIN_OUTPUTS)
         elif isinstance(component, Transform):
-            recipe["transforms"] = [*recipe.get("transforms", ()), component]
+            chosen["transforms"] = [*chosen.get("transforms", ()), component]
         else:
-            recipe["evaluate"] = component
+            chosen["evaluate"] = component
     if precision is not None:
-        recipe |= _precision(host, precision, scheme)
+        chosen |= _precision(host, precision, scheme)
     for role, text in (texts or {}).items():
         if text is not None:
-            recipe[role] = None if text == "none" else _in_scheme(host, role, text, scheme)
+            chosen[role] = None if text == "none" else _in_scheme(host, role, text, scheme)
+    recipe = Recipe.of(chosen, host)
+    if recipe.transforms and not recipe.quantizes:
+        raise RecipeError("a transform alone quantizes nothing; say --weights or --precision with it")
     for setting in settings:
         recipe = _set(host, recipe, setting)
-    if recipe.get("transforms") and not (recipe.get("weights") or recipe.get("activations")):
-        raise RecipeError("a transform alone quantizes nothing; say --weights or --precision with it")
     return recipe
 
 
@@ -84,78 +85,46 @@ def _precision(host: Host, precision: str, scheme: Quantizer | None) -> dict[str
 
 
 def _in_scheme(host: Host, role: str, text: str, scheme: Quantizer | None) -> Quantizer:
-    """A quantizer from text; a bare format is put into the scheme that a plugin named."""
+    """A quantizer from text; a bare format is put into the scheme that a plugin named, if one did."""
     quantizer: Quantizer = host.parse(text, Quantizer)
-    if not isinstance(quantizer, Format) or role == "outputs":
+    if scheme is None or role == "outputs" or not isinstance(quantizer, Format):
         return quantizer
-    if scheme is not None and "element" in type(scheme).model_fields:
-        return scheme.replace(element=quantizer)
-    usual: Quantizer = host.parse(f"core.{USUAL[role]}({quantizer})")
-    return usual
+    return scheme.replace(element=quantizer) if "element" in type(scheme).model_fields else quantizer
 
 
-def _set(host: Host, recipe: dict[str, Any], setting: str) -> dict[str, Any]:
+def _set(host: Host, recipe: Recipe, setting: str) -> Recipe:
     """`abfp.n=128`: that option of every component of that name, wherever it stands in the recipe."""
     target, equals, text = setting.partition("=")
     name, dot, option = target.strip().rpartition(".")
     if not (equals and dot and name and option):
         raise RecipeError(f"--set is written COMPONENT.OPTION=VALUE, like abfp.n=128, not {setting!r}")
-    changed = 0
-    met: set[str] = set()
+    known = {component.name for component in components_in(recipe)}
+    if name not in known:
+        raise RecipeError(f"--set {setting}: the recipe has no component {name!r}{did_you_mean(name, known)}")
 
     def change(value: Any) -> Any:
-        nonlocal changed
         if isinstance(value, dict):
             return {key: change(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return [change(item) for item in value]
-        if not isinstance(value, Component):
+            return tuple(change(item) for item in value)
+        if not isinstance(value, BaseModel):
             return value
-        met.add(value.name)
         fields = type(value).model_fields
-        parts = {key: change(getattr(value, key)) for key in fields}
-        if value.name == name:
+        said = fields if isinstance(value, Component) else value.model_fields_set
+        parts = {key: change(getattr(value, key)) for key in said}
+        if isinstance(value, Component) and value.name == name:
             if option not in fields:
                 raise RecipeError(f"{name} has no option {option!r}{did_you_mean(option, fields)}")
-            changed += 1
             parts[option] = read_value(text.strip(), fields[option].annotation)
-        elif all(parts[key] is getattr(value, key) for key in fields):
-            return value
-        try:
-            return type(value).model_validate(parts, context={"host": host})
-        except ValidationError as error:
-            raise RecipeError(f"--set {setting}: {explain(error)}") from None
+        elif all(part is getattr(value, key) for key, part in parts.items()):
+            return value  # nothing in it changed, so it keeps its preset's name
+        return type(value).model_validate(parts, context={"host": host})
 
-    result: dict[str, Any] = change(_built(host, recipe))
-    if not changed:
-        raise RecipeError(f"--set {setting}: the recipe has no component {name!r}{did_you_mean(name, met)}")
-    return result
-
-
-def _built(host: Host, recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe's values with text turned into components wherever one is expected."""
-    kinds: dict[str, type[Component]] = {
-        "weights": Quantizer,
-        "activations": Quantizer,
-        "outputs": Quantizer,
-        "transforms": Transform,
-        "evaluate": Evaluator,
-    }
-
-    def build(kind: type[Component], value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return [build(kind, item) for item in value]
-        return host.parse(value, kind) if isinstance(value, str) else value
-
-    built = {key: build(kinds[key], value) if key in kinds else value for key, value in recipe.items()}
-    if isinstance(built.get("overrides"), dict):
-        built["overrides"] = {
-            pattern: {key: build(Quantizer, v) for key, v in override.items()}
-            if isinstance(override, dict)
-            else override
-            for pattern, override in built["overrides"].items()
-        }
-    return built
+    try:
+        changed: Recipe = change(recipe)
+    except ValidationError as error:
+        raise RecipeError(f"--set {setting}: {explain(error)}") from None
+    return changed
 
 
 def catalogue(host: Host, kind: type[Component] | None = None) -> list[tuple[str, str, type[Component] | Preset]]:

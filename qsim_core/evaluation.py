@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from pydantic import BaseModel
 
 from qsim_core.bases import Data, Evaluator, LoadedModel, Run
-from qsim_core.component import Component
+from qsim_core.component import components_in
 from qsim_core.errors import DataError, QsimError, RecipeError
 from qsim_core.host import Host, installed
 from qsim_core.models import Located, locate
@@ -153,16 +151,3 @@ def _plugins(job: Job, host: Host) -> dict[str, PluginRecord]:
     found = {host.plugin_of(component) for part in parts for component in components_in(part)}
     plugins = sorted((plugin for plugin in found if plugin is not None), key=lambda plugin: plugin.name)
     return {p.name: PluginRecord(distribution=p.distribution, version=p.version) for p in plugins}
-
-
-def components_in(value: Any) -> Iterator[Component]:
-    """Every component inside a recipe, a component, or a collection of them."""
-    if isinstance(value, Component):
-        yield value
-    if isinstance(value, BaseModel):
-        value = [getattr(value, option) for option in type(value).model_fields]
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from components_in(item)

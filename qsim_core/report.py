@@ -77,8 +77,7 @@ def _recipe(options: dict[str, Any], host: Host) -> Recipe:
     # the evaluator and skip that an adapter chooses are filled in first, so that --set can reach them
     if options["settings"] and "evaluate" not in values:
         values["evaluate"] = str(evaluation.Job.of(Recipe.of({"model": values.get("model")}, host), host).evaluator)
-    composed = compose(host, values, options["plugins"], options["precision"], texts, options["settings"])
-    recipe = Recipe.of(composed, host)
+    recipe = compose(host, values, options["plugins"], options["precision"], texts, options["settings"])
     if not recipe.quantizes and not recipe.transforms:
         raise RecipeError("nothing to do: say --plugin, --precision, --weights, --activations or --recipe")
     return recipe

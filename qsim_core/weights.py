@@ -37,9 +37,11 @@ class _Folded:
     """One quantized weight: the copy (None: the parameter itself), and what it was made from."""
 
     copy: Tensor | None
-    identity: int | None
+    identity: int
     version: int
     address: int
+    sums: tuple[float, float] | None = None
+    """Of values that overwrote the parameter: they are known again in a copy, or when they are loaded back."""
 
 
 class Weights:
@@ -56,9 +58,7 @@ class Weights:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are made anew in a copied model; that a parameter itself was overwritten has to be remembered."""
-        in_place = {
-            key: _Folded(None, None, folded.version, 0) for key, folded in self.folded.items() if folded.copy is None
-        }
+        in_place = {key: folded for key, folded in self.folded.items() if folded.copy is None}
         return {**self.__dict__, "folded": in_place, "moves": Counter(), "lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -98,17 +98,25 @@ class Weights:
         if weight.name in self.elsewhere or self.moves[weight.name] > MOVES:
             self.folded.pop(key, None)
         else:
-            copy = None if in_place else value
-            self.folded[key] = _Folded(copy, id(parameter), _version(parameter), parameter.data_ptr())
+            made_from = id(parameter), _version(parameter), parameter.data_ptr()
+            self.folded[key] = _Folded(None, *made_from, _sums(value)) if in_place else _Folded(value, *made_from)
         return operand if in_place else value
 
     @staticmethod
     def _holds(folded: _Folded, parameter: nn.Parameter) -> bool:
-        """Whether the parameter is still what was quantized (in place: wherever it was moved since)."""
-        if folded.identity is None:  # overwritten before the model was copied or pickled
-            folded.identity, folded.version = id(parameter), _version(parameter)
+        """Whether the parameter still is (a copy), or still holds (in place), what was quantized."""
         same = folded.identity == id(parameter) and folded.version == _version(parameter)
-        return same and (folded.copy is None or folded.address == parameter.data_ptr())
+        if folded.copy is not None or same:
+            return same and (folded.copy is None or folded.address == parameter.data_ptr())
+        held = folded.sums == _sums(parameter.detach())
+        if held:
+            folded.identity, folded.version = id(parameter), _version(parameter)
+        return held
+
+
+def _sums(x: Tensor) -> tuple[float, float]:
+    wide = x.double()
+    return float(wide.sum()), float(wide.square().sum())
 
 
 def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -29,8 +29,7 @@ def host() -> qsim.Host:
 
 
 def texts(host: qsim.Host, values: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
-    recipe = qsim.Recipe.of(compose(host, values or {}, **options), host)
-    return recipe.model_dump(mode="json", exclude_defaults=True)
+    return compose(host, values or {}, **options).model_dump(mode="json", exclude_defaults=True)
 
 
 def test_a_scheme_plugin_becomes_the_scheme_of_weights_and_activations(host: qsim.Host) -> None:

@@ -104,6 +104,18 @@ def test_loaded_weights_are_quantized_anew(keep: bool) -> None:
     assert torch.equal(model(X), fresh(X))
 
 
+def test_overwritten_weights_are_not_quantized_twice_when_they_come_back() -> None:
+    model = perceptron()
+    qsim.simulate(model, weights=lambda w: w / 2, keep=False)  # a second time would show
+    expected = model(X)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    model.load_state_dict(state)
+    assert torch.equal(model(X), expected)
+    model.load_state_dict(state, assign=True)
+    assert torch.equal(model(X), expected)
+
+
 def test_training_moves_the_weights_themselves() -> None:
     model = perceptron().train()
     qsim.simulate(model, weights="int4", activations="int8")
