@@ -228,7 +228,7 @@ def _notes(site: Site, value_axis: str) -> list[str]:
     if granularity == "tensor":
         notes.append("one input scale for the whole tensor: it depends on the batch and sees later tokens")
     elif site.is_value_product and value_axis == "tokens" and granularity != "element":
-        notes.append("v's scales are shared over tokens (the reduction axis): they see later tokens")
+        notes.append("v's scales are shared over tokens and see later ones (value_axis head: they do not)")
     return notes
 
 

@@ -24,7 +24,18 @@ from qsim_core.host import Host
 from qsim_core.recipe import Recipe, read_yaml
 from qsim_core.result import Result
 
-RECIPE_OPTIONS = ("model", "plugins", "precision", "weights", "activations", "outputs", "skip", "settings", "evaluator")
+RECIPE_OPTIONS = (
+    "model",
+    "plugins",
+    "precision",
+    "weights",
+    "activations",
+    "outputs",
+    "value_axis",
+    "skip",
+    "settings",
+    "evaluator",
+)
 
 
 def run(options: dict[str, Any], given: set[str], quiet: bool) -> Result | None:
@@ -68,10 +79,9 @@ def run(options: dict[str, Any], given: set[str], quiet: bool) -> Result | None:
 def _recipe(options: dict[str, Any], host: Host) -> Recipe:
     values = _recipe_file(options["recipe"]) if options["recipe"] is not None else {}
     texts = {role: options[role] for role in ("weights", "activations", "outputs")}
-    if options["model"] is not None:
-        values["model"] = options["model"]
-    if options["evaluator"] is not None:
-        values["evaluate"] = options["evaluator"]
+    for option, key in (("model", "model"), ("evaluator", "evaluate"), ("value_axis", "value_axis")):
+        if options[option] is not None:
+            values[key] = options[option]
     if options["skip"]:
         values["skip"] = [] if options["skip"] == ("none",) else list(options["skip"])
     # the evaluator and skip that an adapter chooses are filled in first, so that --set can reach them

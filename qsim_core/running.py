@@ -47,14 +47,18 @@ class Frame:
     before_softmax: list[tuple[Site, torch.Size]] = field(default_factory=list)
     softmax: torch.Size | None = None
 
-    def parameter(self, base: Tensor) -> tuple[str, bool] | None:
-        """The parameter's full name if it belongs to this module or one inside it; whether it is its own."""
+    def own(self, tensor: Tensor) -> str | None:
+        """The full name of the parameter that a tensor is, if it is this module's own (functional_call's too)."""
         for name, parameter in self.module._parameters.items():
-            if parameter is base:
-                return self.full(name), True
+            if parameter is tensor:
+                return self.full(name)
+        return None
+
+    def inside(self, tensor: Tensor) -> str | None:
+        """The same for parameters of the modules inside this one."""
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
-            if parameter is base:
-                return self.full(name), False
+            if parameter is tensor:
+                return self.full(name)
         return None
 
     def full(self, name: str) -> str:

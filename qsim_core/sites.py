@@ -185,13 +185,13 @@ class Sites:
 
     def _weight_of(self, operand: Tensor) -> Weight | None:
         """The parameter that an operand is, or is a view of: the running module's first, else any of the model's."""
-        base = operand if isinstance(operand, nn.Parameter) else operand._base
-        if not isinstance(base, nn.Parameter):
-            return None
-        for frame in (self.thread.stack[-1], self.thread.stack[0]):
-            if found := frame.parameter(base):
-                return Weight(found[0], base, owned=found[1] and base is operand)
-        return None
+        base = operand if operand._base is None else operand._base
+        running, outermost = self.thread.stack[-1], self.thread.stack[0]
+        name = running.own(base)
+        owned = name is not None and base is operand and isinstance(base, nn.Parameter)
+        if name is None and isinstance(base, nn.Parameter):
+            name = running.inside(base) or outermost.inside(base)
+        return None if name is None else Weight(name, base, owned)
 
     def _site(self, frame: Frame, call: Call, weight: Weight | None) -> Site:
         if weight is not None:

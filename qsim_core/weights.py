@@ -28,7 +28,7 @@ class Weight:
     """A parameter met as an operand: whose it is, and whether the operand is all of it, met by its owner."""
 
     name: str
-    parameter: nn.Parameter
+    parameter: Tensor
     owned: bool
 
 
@@ -103,7 +103,7 @@ class Weights:
         return operand if in_place else value
 
     @staticmethod
-    def _holds(folded: _Folded, parameter: nn.Parameter) -> bool:
+    def _holds(folded: _Folded, parameter: Tensor) -> bool:
         """Whether the parameter still is (a copy), or still holds (in place), what was quantized."""
         same = folded.identity == id(parameter) and folded.version == _version(parameter)
         if folded.copy is not None or same:
@@ -123,5 +123,5 @@ def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list(model.named_parameters(remove_duplicate=False))
 
 
-def _version(parameter: nn.Parameter) -> int:
+def _version(parameter: Tensor) -> int:
     return 0 if parameter.is_inference() else parameter._version

@@ -159,6 +159,13 @@ def test_a_dry_run_prints_a_recipe_that_runs(qsim_: Qsim) -> None:
     )  # fmt: skip
 
 
+def test_the_value_axis_is_an_option(qsim_: Qsim) -> None:
+    outcome = qsim_("evaluate", "--plugin", "abfp", "--value-axis", "head", "--limit", "2")
+
+    assert outcome.exit_code == 0
+    assert "see later ones" not in outcome.stdout
+
+
 def test_skip_none_quantizes_the_head_too(qsim_: Qsim) -> None:
     outcome = qsim_("evaluate", "--weights", "int8", "--skip", "none", "--json", "-", *QUICK)
 

@@ -397,6 +397,18 @@ def test_a_parameter_times_a_weight_is_the_input() -> None:
     assert (site.site, site.weight, site.input) == ("project", "channel(int4)", "token(int8)")
 
 
+def test_functional_calls_parameters_are_weights() -> None:
+    model = nn.Sequential(nn.Linear(4, 2))
+    x = torch.linspace(-1, 1, 12).reshape(3, 4)
+    other = {name: tensor.detach() * 3 + 0.1 for name, tensor in model.named_parameters()}
+    qsim.simulate(model, weights="int3")
+    model(x)
+
+    y = torch.func.functional_call(model, other, (x,))
+
+    assert torch.equal(y, F.linear(x, qsim.parse("channel(int3)")(other["0.weight"]), other["0.bias"]))
+
+
 def test_a_computed_weight_is_pointed_out() -> None:
     model = nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))
     simulation = qsim.simulate(model, activations="int8", example=torch.ones(1, 4))
@@ -564,8 +576,8 @@ def test_v_may_be_quantized_along_the_head_so_that_no_later_token_is_seen(make: 
 
     assert not torch.equal(logits(model, ids)[:, :-1], logits(model, changed)[:, :-1])
     assert simulation.audit().notes == [
-        f"model.layers.{layer}.self_attn:matmul.1: v's scales are shared over tokens (the reduction axis): "
-        f"they see later tokens"
+        f"model.layers.{layer}.self_attn:matmul.1: v's scales are shared over tokens and see later ones "
+        f"(value_axis head: they do not)"
         for layer in (0, 1)
     ]
 
