@@ -36,6 +36,15 @@ class DataError(QsimError):
     """The data cannot be read, or is too little to measure anything on."""
 
 
+def with_article(noun: str) -> str:
+    """The noun with its article.
+
+    >>> with_article("format"), with_article("evaluator")
+    ('a format', 'an evaluator')
+    """
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` where a known name is close, and the list of what exists.
 

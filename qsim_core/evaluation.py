@@ -32,7 +32,7 @@ class Job:
     @classmethod
     def of(cls, recipe: Recipe, host: Host) -> Job:
         """Fill in model, evaluator and skipped sites from the adapter. Raises `ModelError` and `RecipeError`."""
-        located = locate(recipe.model or DEFAULT_MODEL, host)
+        located = locate(DEFAULT_MODEL if recipe.model is None else recipe.model, host)
         adapter = located.adapter
         evaluator = recipe.evaluate
         if evaluator is None:

@@ -15,7 +15,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from qsim_core import contract
-from qsim_core.errors import PluginError, QsimError, SpecError, did_you_mean
+from qsim_core.errors import PluginError, QsimError, SpecError, did_you_mean, with_article
 
 if TYPE_CHECKING:
     from qsim_core.component import Component, Preset
@@ -146,7 +146,9 @@ class Host:
         if fitting:
             return fitting[0][1]
         if candidates:
-            raise QsimError(f"{name!r} is a {self.class_of(candidates[0][1]).kind}, not a {kind.kind}")
+            raise QsimError(
+                f"{name!r} is {with_article(self.class_of(candidates[0][1]).kind)}, not {with_article(kind.kind)}"
+            )
         failures = self.check()
         if bare in failures:  # the plugin of that name may well offer it
             raise failures[bare]

@@ -46,6 +46,8 @@ def locate(name: str, host: Host) -> Located:
         directory = str(model.directory())
         adapter = _adapter(model_type(directory), name, host)
         return Located(name, directory, adapter, (adapter, library), model.data)
+    if not name.strip():
+        raise ModelError(f"an empty name is no model{did_you_mean(name, named)}")
     path = Path(name).expanduser()
     if path.is_file():
         raise ModelError(f"{name} is a file; a model is a directory that save_pretrained wrote")

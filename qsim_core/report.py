@@ -24,18 +24,8 @@ from qsim_core.host import Host
 from qsim_core.recipe import Recipe, read_yaml
 from qsim_core.result import Result
 
-RECIPE_OPTIONS = (
-    "model",
-    "plugins",
-    "precision",
-    "weights",
-    "activations",
-    "outputs",
-    "value_axis",
-    "skip",
-    "settings",
-    "evaluator",
-)
+FREE_BESIDE_A_RECORD = frozenset({"record", "device", "dry_run"})
+"""The options that say nothing that a record says."""
 
 
 def run(options: dict[str, Any], given: set[str], quiet: bool) -> Result | None:
@@ -43,8 +33,7 @@ def run(options: dict[str, Any], given: set[str], quiet: bool) -> Result | None:
     host = Host()
     before = None
     if options["record"] is not None:
-        clash = given.intersection((*RECIPE_OPTIONS, "recipe", "data", "limit", "batch_size", "seed", "dtype"))
-        if clash:
+        if clash := given - FREE_BESIDE_A_RECORD:
             raise RecipeError(f"--from runs a record as it is; leave {', '.join(sorted(clash))} out")
         before = Result.read(options["record"])
         recipe = evaluation.recipe_of(before, host)

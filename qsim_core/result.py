@@ -124,6 +124,8 @@ def check_writable(path: Path) -> None:
     """Raise `QsimError` before hours of work if their result could not be written to `path`."""
     if path.is_dir():
         raise QsimError(f"cannot write {path}: it is a directory; give a file's name")
+    if path.exists() and not path.is_file():
+        raise QsimError(f"cannot write {path}: it is no regular file; `--json -` writes to standard output")
     if not path.parent.is_dir():
         raise QsimError(f"cannot write {path}: there is no directory {path.parent}")
     if not os.access(path.parent, os.W_OK):
