@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import inspect
 import re
 import shlex
@@ -12,7 +13,7 @@ import yaml
 from click.testing import CliRunner
 
 import qsim_core as qsim
-from qsim_core import hookspecs
+from qsim_core import errors, hookspecs
 from qsim_core.audit import Measured, SiteAudit
 from qsim_core.bases import HOOK_BASES
 from qsim_core.cli import main
@@ -30,6 +31,14 @@ def test_the_python_of_a_page_runs(page: str, capsys: pytest.CaptureFixture[str]
     namespace = {"__name__": "page"}
     for block in blocks(page, "python"):
         exec(compile(block, page, "exec"), namespace)
+
+    assert "qsim" in namespace
+
+
+def test_examples_in_docstrings_are_right() -> None:
+    outcome = doctest.testmod(errors)
+
+    assert (outcome.failed, outcome.attempted) == (0, 2)
 
 
 def test_the_readmes_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

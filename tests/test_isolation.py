@@ -106,6 +106,12 @@ def test_a_distribution_works_with_what_it_declares_and_nothing_else(
     assert run.stdout.strip().split(",") == sorted({"core"} | {n.removeprefix("qsim-") for n in ours - {"qsim-core"}})
 
 
+def test_the_zoos_distribution_carries_its_models(install: Callable[[str], Path]) -> None:
+    models = install("qsim-zoo") / "qsim_zoo" / "models" / "opt-tiny"
+
+    assert {path.name for path in models.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+
+
 def test_int_fp_and_abfp_as_wheels_beside_the_core_make_abfp_work(copied: Path, tmp_path: Path) -> None:
     """An environment of its own: torch, the core, three plugins, and whatever these bring."""
     wheels = tmp_path / "wheels"
