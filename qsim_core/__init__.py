@@ -21,10 +21,11 @@ _HOME = {
     "Component": "component",
     "Preset": "component",
     "Quantizer": "quantizer",
-    "Format": "quantizer",
-    "Scaled": "quantizer",
-    "Scheme": "schemes",
-    "Calibrator": "bases",
+    "Format": "format",
+    "Encoded": "encoding",
+    "Scaled": "schemes",
+    "Scheme": "scaling",
+    "Calibrator": "ranges",
     "Transform": "bases",
     "Adapter": "bases",
     "Evaluator": "bases",
@@ -52,7 +53,6 @@ __all__ = [*_HOME, "parse"]  # noqa: PLE0604 - the names are all there
 if TYPE_CHECKING:
     from qsim_core.audit import Audit as Audit
     from qsim_core.bases import Adapter as Adapter
-    from qsim_core.bases import Calibrator as Calibrator
     from qsim_core.bases import Data as Data
     from qsim_core.bases import Evaluator as Evaluator
     from qsim_core.bases import LoadedModel as LoadedModel
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from qsim_core.bases import Transform as Transform
     from qsim_core.component import Component as Component
     from qsim_core.component import Preset as Preset
+    from qsim_core.encoding import Encoded as Encoded
     from qsim_core.errors import DataError as DataError
     from qsim_core.errors import ModelError as ModelError
     from qsim_core.errors import PluginError as PluginError
@@ -68,15 +69,16 @@ if TYPE_CHECKING:
     from qsim_core.errors import RecipeError as RecipeError
     from qsim_core.errors import SpecError as SpecError
     from qsim_core.evaluation import evaluate as evaluate
+    from qsim_core.format import Format as Format
     from qsim_core.hookspecs import hookimpl as hookimpl
     from qsim_core.host import Host as Host
-    from qsim_core.quantizer import Format as Format
     from qsim_core.quantizer import Quantizer as Quantizer
-    from qsim_core.quantizer import Scaled as Scaled
+    from qsim_core.ranges import Calibrator as Calibrator
     from qsim_core.recipe import Override as Override
     from qsim_core.recipe import Recipe as Recipe
     from qsim_core.result import Result as Result
-    from qsim_core.schemes import Scheme as Scheme
+    from qsim_core.scaling import Scheme as Scheme
+    from qsim_core.schemes import Scaled as Scaled
     from qsim_core.simulation import Simulation as Simulation
     from qsim_core.simulation import simulate as simulate
 

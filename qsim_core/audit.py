@@ -225,7 +225,9 @@ def _notes(site: Site, value_axis: str) -> list[str]:
     if site.weight is None and (site.op == "linear" or site.op.startswith("conv")):
         notes.append("its weight is computed, not a parameter: it takes the quantizer of activations")
     granularity = site.plan.input.granularity if site.plan.input else "element"
-    if granularity == "tensor":
+    if isinstance(granularity, tuple) and granularity[0] > 1:
+        notes.append(f"input scales are shared over {granularity[0]} rows and see later tokens")
+    elif granularity == "tensor":
         notes.append("one input scale for the whole tensor: it depends on the batch and sees later tokens")
     elif site.is_value_product and value_axis == "tokens" and granularity != "element":
         notes.append("v's scales are shared over tokens and see later ones (value_axis head: they do not)")

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qsim_core.component import Component, Preset
 from qsim_core.errors import DataError, QsimError
 from qsim_core.quantizer import Quantizer
+from qsim_core.ranges import Calibrator
 
 
 @dataclass
@@ -52,7 +53,8 @@ class NamedModel:
     doc: str = ""
 
 
-def _no_progress(items: Iterable[Any], total: int, description: str) -> Iterable[Any]:
+def no_progress(items: Iterable[Any], total: int, description: str) -> Iterable[Any]:
+    """The items, and nothing shown."""
     return items
 
 
@@ -64,20 +66,10 @@ class Run:
     limit: int | None = None
     """At most so many samples (windows, images), the first ones."""
     seed: int = 0
-    track: Callable[[Iterable[Any], int, str], Iterable[Any]] = field(default=_no_progress)
+    track: Callable[[Iterable[Any], int, str], Iterable[Any]] = field(default=no_progress)
     """Wraps a loop to show its progress: `for x in run.track(items, total, "perplexity")`."""
     stage: Callable[[str], AbstractContextManager[Any]] = field(default=nullcontext)
     """Surrounds work without a count to show that it goes on: `with run.stage("loading opt-tiny"):`."""
-
-
-class Calibrator(Component):
-    """Chooses the range that a static scale covers, from the tensors that pass one site."""
-
-    kind: ClassVar[str] = "calibrator"
-
-    @abstractmethod
-    def range(self, tensors: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-        """The lowest and the highest value to cover, for the tensors that were observed."""
 
 
 class Transform(Component):

@@ -76,7 +76,7 @@ def evaluate(ctx: click.Context, /, output: str | None, quiet: bool, **options: 
 
     target = Path(output) if output not in (None, "-") else None
     if target is not None:
-        from qsim_core.result import check_writable
+        from qsim_core.atomic import check_writable
 
         check_writable(target)
     given = {name for name in options if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
@@ -118,10 +118,43 @@ def plugins(check: bool, as_json: bool) -> None:
 
 @main.command()
 @click.argument("name", required=False)
+@click.option("--table", is_flag=True, help="Print every code of the number format NAME and its value.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def components(name: str | None, as_json: bool) -> None:
-    """List every component, or show NAME with its options."""
+def components(name: str | None, table: bool, as_json: bool) -> None:
+    """List every component, or show NAME with its options.
+
+    With --table NAME may be any format's text, like 'float(3, 4)'.
+    """
+    from qsim_core import listing
+    from qsim_core.host import Host
+
+    if table:
+        if name is None:
+            raise click.UsageError("--table needs the NAME of a number format, like e4m3")
+        listing.codes(Host(), name, as_json)
+    else:
+        listing.components(Host(), name, as_json)
+
+
+@main.command()
+@click.argument("source", metavar="IN.safetensors", type=click.Path(path_type=Path))
+@click.argument("target", metavar="OUT.safetensors", type=click.Path(path_type=Path))
+@click.option(
+    "--weights", metavar="TEXT", required=True, help="Quantizer, like 'abfp(int4)'; a format means channel(F)."
+)
+@click.option(
+    "--skip", multiple=True, metavar="PATTERN", help="Tensors to copy as they are, like '*embed*'; repeatable."
+)
+@click.option("--conv1d", multiple=True, metavar="PATTERN", help="Tensors of three axes that are kernels; repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: every tensor, what was done to it, its error.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress, no table.")
+def quantize(source: Path, target: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Round the weights in a file of tensors; the output has the same names, shapes and dtypes.
+
+    Every floating-point tensor of two axes and more is a weight, its rows along the last axis (a kernel's over its
+    input channels and taps); everything else is copied. Memory is bounded by the largest tensor.
+    """
     from qsim_core import report
     from qsim_core.host import Host
 
-    report.components(Host(), name, as_json)
+    report.quantize(Host(), source, target, as_json=as_json, quiet=quiet, **options)

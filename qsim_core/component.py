@@ -6,6 +6,7 @@ stands for it in JSON and YAML.
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import types
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self, Union
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_serializer, model_validator
+from pydantic.fields import FieldInfo
 
 from qsim_core.errors import QsimError, did_you_mean
 from qsim_core.spec import CONSTANTS, Node, read
@@ -58,7 +60,7 @@ class Component(BaseModel):
         if preset is not None and options == self._options():
             return str(preset)
         parts = []
-        for index, (option, field) in enumerate(type(self).model_fields.items()):
+        for index, (option, field) in enumerate(options_of(type(self)).items()):
             value, default = getattr(self, option), field.get_default(call_default_factory=True)
             leading = index == 0 and (field.is_required() or isinstance(value, Component | int | float))
             if leading or (value != default and _render(value) != default):
@@ -70,7 +72,7 @@ class Component(BaseModel):
         return self.model_validate({**self._options(), **changes})
 
     def _options(self) -> dict[str, Any]:
-        return {option: getattr(self, option) for option in type(self).model_fields}
+        return {option: getattr(self, option) for option in options_of(type(self))}
 
     def _named(self, preset: str) -> Self:
         """A copy that prints as the preset it came from; equality and hash are untouched."""
@@ -88,12 +90,20 @@ class Preset:
     doc: str = ""
 
 
+def options_of(cls: type[Component]) -> dict[str, FieldInfo]:
+    """A component's options in the order of its text form: its own, then those that it inherits."""
+    declared = (name for base in cls.__mro__ for name in inspect.get_annotations(base))
+    return {name: cls.model_fields[name] for name in dict.fromkeys(declared) if name in cls.model_fields}
+
+
 def construct(cls: type[Component], node: Node, host: Any) -> Component:
     """Build a component of class `cls` from a word or call; errors point at the argument that is wrong."""
-    options = list(cls.model_fields)
+    options = list(options_of(cls))
     positional = node.arguments or ()
     if len(positional) > len(options):
-        raise positional[len(options)].error(f"{cls.name} takes at most {len(options)} options")
+        raise positional[len(options)].error(
+            f"{cls.name} takes at most {len(options)} option{'s' * (len(options) != 1)}"
+        )
     given = dict(zip(options, positional, strict=False))
     for option, value in node.options.items():
         if option not in options:

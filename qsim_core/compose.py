@@ -16,8 +16,9 @@ from pydantic import BaseModel, ValidationError
 from qsim_core.bases import Evaluator, Transform
 from qsim_core.component import Component, Preset, components_in, explain, read_value
 from qsim_core.errors import PluginError, RecipeError, did_you_mean
+from qsim_core.format import Format
 from qsim_core.host import Host
-from qsim_core.quantizer import Format, Quantizer
+from qsim_core.quantizer import Quantizer
 from qsim_core.recipe import Recipe
 
 PLUGIN_OUTPUTS = "bf16"

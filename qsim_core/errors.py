@@ -6,6 +6,9 @@ import difflib
 import re
 from collections.abc import Iterable
 
+LISTED = 24
+"""So many names are listed in a message; of more, those that are most like what was written."""
+
 
 class QsimError(Exception):
     """Something that whoever runs qsim can put right; every error of qsim's own is one."""
@@ -46,7 +49,7 @@ def with_article(noun: str) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` where a known name is close, and the list of what exists.
+    """`; did you mean 'x'?` where a known name is close, and the list of what exists, or the likeliest of very many.
 
     >>> did_you_mean("abpf", ["abfp", "int"])
     "; did you mean 'abfp'? There are: abfp, int"
@@ -56,4 +59,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     )
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
-    return f"{hint} There are: {', '.join(names)}" if names else f"{hint} There are none."
+    if not names:
+        return f"{hint} There are none."
+    if len(names) <= LISTED:
+        return f"{hint} There are: {', '.join(names)}"
+    likely = difflib.get_close_matches(name, names, n=LISTED // 2, cutoff=0.0)
+    return f"{hint} There are {len(names)}, like: {', '.join(n for n in names if n in likely)}"

@@ -19,7 +19,7 @@ def qsim_quantizers() -> list:  # type: ignore[empty-body, type-arg]
 
 @hookspec
 def qsim_calibrators() -> list:  # type: ignore[empty-body, type-arg]
-    """Ways to choose a static scale from data: subclasses of `qsim_core.Calibrator`."""
+    """Ways to choose the range that a scale covers: subclasses of `qsim_core.Calibrator`."""
 
 
 @hookspec

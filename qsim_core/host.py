@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -175,12 +175,16 @@ class Host:
             raise node.error(str(error)) from None
         if not isinstance(found, Preset):
             return construct(found, node, self)
-        if node.arguments is not None:
-            raise node.error(f"{node.name!r} is short for {found.text} and takes no options; write that out")
         try:
-            return self.build(read(found.text), kind)._named(node.name)
+            preset = self.build(read(found.text), kind)._named(node.name)
         except SpecError as error:
             raise PluginError(f"preset {found.name!r} cannot be built: {error}") from error
+        if node.arguments:
+            raise node.arguments[0].error(f"{node.name!r} is short for {found.text}; name the option to change")
+        if not node.options:
+            return preset
+        written = read(found.text)
+        return self.build(replace(written, options={**written.options, **node.options}), kind)
 
     def parse(self, text: str, kind: type[Component] | None = None) -> Any:
         """The component that a text describes, of the kind asked for."""

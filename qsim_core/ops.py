@@ -97,7 +97,7 @@ def _constant(left: Layout, right: Layout) -> Callable[[dict[str, Any]], tuple[L
 def _conv(space: int, outputs: int) -> Callable[[dict[str, Any]], tuple[Layout, Layout]]:
     def layouts(named: dict[str, Any]) -> tuple[Layout, Layout]:
         groups = named.get("groups", 1)
-        return _channels(space, groups), _taps(named["weight"], outputs, groups)
+        return _channels(space, groups), taps(named["weight"], outputs, groups)
 
     return layouts
 
@@ -115,7 +115,7 @@ def _channels(space: int, groups: int) -> Layout:
     return Layout(rows, back)
 
 
-def _taps(weight: Tensor, outputs: int, groups: int) -> Layout:
+def taps(weight: Tensor, outputs: int = 0, groups: int = 1) -> Layout:
     """A kernel as one row for each output channel: `[groups, outputs, taps * inputs]`, inputs fastest.
 
     `outputs` is the axis of the output channels: 0 in `[O, I/groups, *taps]`, 1 in a transposed convolution's

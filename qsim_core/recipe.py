@@ -18,7 +18,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from qsim_core.bases import Evaluator, Transform
 from qsim_core.component import Component, explain
 from qsim_core.errors import RecipeError, did_you_mean
-from qsim_core.quantizer import Format, Quantizer
+from qsim_core.format import Format
+from qsim_core.quantizer import Quantizer
 from qsim_core.schemes import Cast, Channel, Token
 
 

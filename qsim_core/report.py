@@ -1,28 +1,27 @@
-"""What the command line shows: progress, tables, and the lines under them."""
+"""What the command line shows of a run: its table, and the lines under it."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from qsim_core import evaluation
+from qsim_core import evaluation, progress
 from qsim_core.bases import Run
-from qsim_core.component import Component, Preset
-from qsim_core.compose import catalogue, compose
+from qsim_core.compose import compose
 from qsim_core.errors import RecipeError
 from qsim_core.host import Host
 from qsim_core.recipe import Recipe, read_yaml
 from qsim_core.result import Result
+from qsim_core.tensorfile import quantize_file
 
 FREE_BESIDE_A_RECORD = frozenset({"record", "device", "dry_run"})
 """The options that say nothing that a record says."""
@@ -56,7 +55,7 @@ def run(options: dict[str, Any], given: set[str], quiet: bool) -> Result | None:
         data=options["data"],
         device=options["device"],
         dtype=options["dtype"],
-        run=Run(options["batch_size"], options["limit"], options["seed"], **({} if quiet else SHOWN)),
+        run=Run(options["batch_size"], options["limit"], options["seed"], **({} if quiet else progress.SHOWN)),
     )
     if before is not None:
         evaluation.same_data(before, result)
@@ -105,29 +104,6 @@ def _differences(before: Result, after: Result) -> Iterator[str]:
             yield f"{library} was {version}, now {after.environment.versions.get(library)}"
 
 
-def _track(items: Iterable[Any], total: int, description: str) -> Iterator[Any]:
-    """Show a bar on standard error while a loop runs."""
-    columns = (
-        TextColumn("{task.description:18}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield from progress.track(items, total=total, description=description)
-
-
-def _stage(description: str) -> AbstractContextManager[Any]:
-    """Show a spinner on standard error while something without a count goes on."""
-    console = Console(stderr=True)
-    return console.status(description) if console.is_terminal else nullcontext()
-
-
-SHOWN: dict[str, Any] = {"track": _track, "stage": _stage}
-
-
 def _hush_libraries() -> None:
     """transformers draws bars and logs hints of its own; a command shows qsim's."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
@@ -151,7 +127,7 @@ def show(result: Result) -> None:
         table.add_row("after", transform)
     table.add_section()
     table.add_row(f"{result.environment.dtype} {result.metric}", f"{result.baseline[result.metric]:.4g}")
-    table.add_row(f"simulated {result.metric}", f"[bold]{result.simulated[result.metric]:.4g}[/bold]")
+    table.add_row(f"simulated {result.metric}", Text(f"{result.simulated[result.metric]:.4g}", "bold"))
     table.add_row("ratio", f"{result.ratio:.4g}")
     table.add_section()
     table.add_row("matmuls quantized", f"{audit.covered} of {audit.found}")
@@ -161,10 +137,10 @@ def show(result: Result) -> None:
     table.add_row("seconds, baseline", f"{result.seconds['baseline']:.1f}")
     table.add_row("seconds, simulated", f"{result.seconds['simulated']:.1f}")
     table.add_row("seconds, in all", f"{result.seconds['total']:.1f}")
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(table)
     for line in _lines(result):
-        console.print(f"[dim]{line}[/dim]", soft_wrap=True)
+        console.print(line, style="dim", soft_wrap=True)
 
 
 def _lines(result: Result) -> Iterator[str]:
@@ -187,86 +163,26 @@ def _bits(bits: float | None) -> str:
     return "unknown" if bits is None else f"{bits:.3g}"
 
 
-def components(host: Host, name: str | None, as_json: bool) -> None:
-    """Print every component, or one with its options."""
-    if name is not None:
-        found = host.find(name)
-        rows = [row for row in catalogue(host) if row[2] is found]
-    else:
-        rows = catalogue(host)
-    described = [_described(host, plugin, offered) for plugin, _, offered in rows]
+def quantize(host: Host, source: Path, target: Path, weights: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Carry out `qsim quantize` and say what was done to each tensor."""
+    quantizer = None if weights == "none" else Recipe.of({"weights": weights}, host).weights
+    if quantizer is None:
+        raise RecipeError("--weights none rounds nothing; name a quantizer, like 'abfp(int4)'")
+    run = Run(**({} if quiet else progress.SHOWN))
+    done = quantize_file(source, target, quantizer, track=run.track, **options)
     if as_json:
-        click.echo(json.dumps(described, indent=2))
-    elif name is not None:
-        _show_one(described[0])
-    else:
-        table = Table("component", "kind", "plugin", "what it is", box=None, pad_edge=False)
-        for row in described:
-            table.add_row(row["name"], row["kind"], row["plugin"], row["summary"])
-        Console(highlight=False).print(table)
-
-
-def _described(host: Host, plugin: str, offered: type[Component] | Preset) -> dict[str, Any]:
-    cls = host.class_of(offered)
-    if isinstance(offered, Preset):
-        text, doc, options = offered.text, offered.doc, []
-    else:
-        text, doc, options = None, inspect.cleandoc(offered.__doc__ or ""), list(offered.model_fields.items())
-    return {
-        "name": offered.name,
-        "kind": cls.kind,
-        "plugin": plugin,
-        "stands_for": text,
-        "summary": f"{text}: {doc}" if text else doc.partition("\n\n")[0].replace("\n", " "),
-        "doc": doc,
-        "options": [
-            {
-                "name": option,
-                "type": _type(field.annotation),
-                "default": None if field.is_required() else _default(field.default),
-                "required": field.is_required(),
-                "doc": field.description or "",
-            }
-            for option, field in options
-        ],
-    }
-
-
-def _default(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool | None) else str(value)
-
-
-def _type(annotation: Any) -> str:
-    """A type as a user would say it: `format`, `whole number`, `tensor | channel | token`."""
-    import types
-    import typing
-
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Annotated:
-        return _type(arguments[0])
-    if origin is typing.Literal:
-        return " | ".join(str(argument) for argument in arguments)
-    if origin in (typing.Union, types.UnionType):
-        return " | ".join(_type(argument) for argument in arguments)
-    if isinstance(annotation, type) and issubclass(annotation, Component):
-        return annotation.kind
-    names = {int: "whole number", float: "number", bool: "true | false", str: "text", type(None): "none"}
-    return names.get(annotation, str(annotation))
-
-
-def _show_one(row: dict[str, Any]) -> None:
-    console = Console(highlight=False)
-    signature = ", ".join(o["name"] if o["required"] else f"{o['name']}={o['default']}" for o in row["options"])
-    console.print(f"[bold]{row['name']}[/bold]({signature})" if row["options"] else f"[bold]{row['name']}[/bold]")
-    console.print(f"[dim]{row['kind']} of plugin {row['plugin']}[/dim]")
-    if row["stands_for"]:
-        console.print(f"\nShort for {row['stands_for']}.")
-    console.print(f"\n{row['doc']}", markup=False)
-    if row["options"]:
-        table = Table("option", "type", "default", "meaning", box=None, pad_edge=False)
-        for option in row["options"]:
-            table.add_row(
-                option["name"], option["type"], "" if option["required"] else option["default"], option["doc"]
-            )
-        console.print()
+        click.echo(json.dumps([asdict(tensor) for tensor in done], indent=2))
+    elif not quiet:
+        table = Table("tensor", "shape", "quantizer", "SQNR in dB", "bits", box=None, pad_edge=False)
+        rounded = [tensor for tensor in done if tensor.quantizer is not None]
+        for tensor in rounded:
+            sqnr = "exact" if tensor.sqnr_db is None else f"{tensor.sqnr_db:.1f}"
+            shape = " x ".join(map(str, tensor.shape))
+            table.add_row(tensor.name, shape, tensor.quantizer, sqnr, _bits(tensor.bits))
+        console = Console(highlight=False, markup=False)
         console.print(table)
+        console.print(
+            f"{len(rounded)} of {len(done)} tensors rounded, the others copied, to {target}",
+            style="dim",
+            soft_wrap=True,
+        )

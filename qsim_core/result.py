@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from qsim_core.atomic import writing
 from qsim_core.audit import Audit
 from qsim_core.component import explain
 from qsim_core.errors import QsimError
@@ -85,7 +84,8 @@ class Result(_Record):
 
     def write(self, path: Path) -> None:
         """Write JSON to a file, whole or not at all. Raises `QsimError`."""
-        write_whole(path, self.model_dump_json(indent=2) + "\n")
+        with writing(path) as file:
+            file.write(self.model_dump_json(indent=2).encode() + b"\n")
 
     @classmethod
     def read(cls, path: Path) -> Result:
@@ -101,41 +101,6 @@ class Result(_Record):
         if result.schema_version != SCHEMA_VERSION:
             raise QsimError(f"{path} has schema {result.schema_version}; this qsim reads schema {SCHEMA_VERSION}")
         return result
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file atomically: beside it first, then renamed into its place."""
-    part = None
-    try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-            part = Path(file.name)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.chmod(0o666 & ~_umask())
-        part.replace(path)
-    except OSError as error:
-        if part is not None:
-            part.unlink(missing_ok=True)
-        raise QsimError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def check_writable(path: Path) -> None:
-    """Raise `QsimError` before hours of work if their result could not be written to `path`."""
-    if path.is_dir():
-        raise QsimError(f"cannot write {path}: it is a directory; give a file's name")
-    if path.exists() and not path.is_file():
-        raise QsimError(f"cannot write {path}: it is no regular file; `--json -` writes to standard output")
-    if not path.parent.is_dir():
-        raise QsimError(f"cannot write {path}: there is no directory {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise QsimError(f"cannot write {path}: {path.parent} is not writable")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _version(distribution: str) -> str | None:

@@ -1,92 +1,104 @@
-"""The named schemes of the core: which elements share a scale.
+"""The schemes of the core: which elements share a scale.
 
-`tensor(F)` `channel(F)` `token(F)` `block(F, n)` are names for filled-in `scaled(…)`; `cast(F)` rounds without
-a scale. A `channel` is a row of a weight, a `token` a row of an activation: both give one scale to every row
-along the matmul's reduction axis, so that it factors out of the sum.
+`scaled(F, block)` says it all; `tensor(F)` `channel(F)` `token(F)` `block(F, n)` are its usual cases, and `cast(F)`
+rounds without a scale. A `channel` is a row of a weight, a `token` a row of an activation: both give one scale to
+every row along the matmul's reduction axis, so that it factors out of the sum.
 """
 
 from __future__ import annotations
 
-import functools
-from abc import abstractmethod
-from typing import ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
+from qsim_core.encoding import Encoded
+from qsim_core.format import Format
 from qsim_core.hookspecs import hookimpl
-from qsim_core.quantizer import Format, Granularity, Quantizer, Scaled
+from qsim_core.quantizer import Granularity, Quantizer
+from qsim_core.ranges import MSE, AbsMax, Calibrator, MinMax, Percentile
+from qsim_core.scaling import Scheme
+
+ROWS = ("tensor", "channel", "token")
 
 
-class Scheme(Quantizer):
-    """A quantizer that is a name for a filled-in `Scaled`. One property to write: `scaled`.
+def _positive(value: Any) -> bool:
+    return type(value) is int and value > 0
 
-    A scheme has an option `element`, so that a bare format can be put into it.
-    """
 
-    @property
-    @abstractmethod
-    def scaled(self) -> Scaled:
-        """What this scheme stands for."""
+def _size(value: Any) -> Any:
+    tile = isinstance(value, list | tuple) and len(value) == 2 and all(_positive(side) for side in value)
+    if _positive(value) or tile:
+        return tuple(value) if tile else value
+    raise ValueError(f"a block is a whole number from 1 on, or two of them like [128, 128], not {value!r}")
 
-    @functools.cached_property
-    def expanded(self) -> Scaled:
-        """`scaled`, made once."""
-        return self.scaled
 
-    def quantize(self, x: Tensor) -> Tensor:
-        return self.expanded.quantize(x)
+def _block(value: Any) -> Any:
+    if value in ROWS:
+        return value
+    try:
+        return _size(value)
+    except ValueError as error:
+        raise ValueError(str(error).replace("a block is", "a block is tensor, channel, token,")) from None
 
-    def passes(self, x: Tensor) -> Tensor:
-        return self.expanded.passes(x)
 
-    def bits_per_element(self, shape: torch.Size) -> float | None:
-        return self.expanded.bits_per_element(shape)
+class Scaled(Scheme):
+    """A scale shared over any block."""
+
+    name = "scaled"
+    element: Format = Field(description="the number format of the scaled values")
+    block: Annotated[Literal["tensor", "channel", "token"] | int | tuple[int, int], BeforeValidator(_block)] = Field(
+        "tensor", description="what shares a scale: tensor, channel, token (a row), n along the row, or [rows, columns]"
+    )
 
     @property
     def granularity(self) -> Granularity:
-        return self.expanded.granularity
+        return self.block
 
 
 class Tensorwise(Scheme):
     """One scale for the whole tensor."""
 
     name = "tensor"
-    block: ClassVar[Literal["tensor", "channel", "token"]] = "tensor"
-    element: Format = Field(description="the number format of the scaled values")
-    scale: Quantizer | None = Field(None, description="what rounds the scale; none keeps it in float32")
 
     @property
-    def scaled(self) -> Scaled:
-        return Scaled(element=self.element, block=self.block, scale=self.scale)
+    def granularity(self) -> Granularity:
+        return "tensor"
 
 
-class Channel(Tensorwise):
+class Channel(Scheme):
     """One scale for each output channel of a weight."""
 
     name = "channel"
-    block = "channel"
+
+    @property
+    def granularity(self) -> Granularity:
+        return "channel"
 
 
-class Token(Tensorwise):
+class Token(Scheme):
     """One scale for each row (token) of an activation."""
 
     name = "token"
-    block = "token"
+
+    @property
+    def granularity(self) -> Granularity:
+        return "token"
 
 
 class Block(Scheme):
-    """One scale for each n elements along the reduction axis."""
+    """One scale for each n elements along the reduction axis, or for each tile of [rows, columns]."""
 
     name = "block"
     element: Format = Field(description="the number format of the scaled values")
-    n: PositiveInt = Field(description="elements that share a scale")
-    scale: Quantizer | None = Field(None, description="what rounds the scales")
+    n: Annotated[int | tuple[int, int], BeforeValidator(_size)] = Field(
+        description="elements that share a scale: n along the row, or [rows, columns]"
+    )
 
     @property
-    def scaled(self) -> Scaled:
-        return Scaled(element=self.element, block=self.n, scale=self.scale)
+    def granularity(self) -> Granularity:
+        return self.n
 
 
 class Cast(Quantizer):
@@ -101,6 +113,12 @@ class Cast(Quantizer):
     def passes(self, x: Tensor) -> Tensor | None:
         return self.element.passes(x)
 
+    def encode(self, x: Tensor) -> Encoded:
+        return self.element.encode(x)
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        return self.element.decode(encoded)
+
     def bits_per_element(self, shape: torch.Size) -> float:
         return self.element.bits_per_element(shape)
 
@@ -112,3 +130,8 @@ class Cast(Quantizer):
 @hookimpl
 def qsim_quantizers() -> list[type[Quantizer]]:
     return [Scaled, Tensorwise, Channel, Token, Block, Cast]
+
+
+@hookimpl
+def qsim_calibrators() -> list[type[Calibrator]]:
+    return [MinMax, AbsMax, Percentile, MSE]

@@ -25,6 +25,7 @@ from qsim_core.attention import EXPLICIT, SOFTMAX
 from qsim_core.errors import RecipeError
 from qsim_core.ops import LAST, OPS, Call, Layout, read_call
 from qsim_core.quantizer import Quantizer
+from qsim_core.randomness import at
 from qsim_core.recipe import Plan, Recipe
 from qsim_core.running import Frame, Site, Thread
 from qsim_core.weights import Weight, Weights
@@ -142,7 +143,8 @@ class Sites:
         if quantizer is not None:
             if self.observer is not None and not self.weights.overwritten(weight):
                 before = operand.detach().clone()  # it may be about to be overwritten
-            value = self.weights.quantized(weight, operand, layout, quantizer, training)
+            with at(f"{site.name}:weight", site.calls if training else 0):
+                value = self.weights.quantized(weight, operand, layout, quantizer, training)
         self._observe(site, "weight", before, value, layout, quantizer)
         return value
 
@@ -155,7 +157,8 @@ class Sites:
             if shareable and last and last[0] is operand and last[1] == operand._version and last[2] is quantizer:
                 value = last[3]
             else:
-                value = layout.back(quantizer(layout.rows(operand)))
+                with at(f"{site.name}:input", site.calls):
+                    value = layout.back(quantizer(layout.rows(operand)))
                 self.thread.shared = (operand, operand._version, quantizer, value) if shareable else None
         self._observe(site, "input", operand, value, layout, quantizer)
         return value
@@ -168,7 +171,8 @@ class Sites:
             return result
         masked = call.addend is not None and self._weight_of(call.addend) is None
         product = torch.matmul(*operands) if masked else call.run(operands)
-        rounded = call.result.back(quantizer(call.result.rows(product)))
+        with at(f"{site.name}:output", site.calls):
+            rounded = call.result.back(quantizer(call.result.rows(product)))
         self._observe(site, "output", product, rounded, call.result, quantizer)
         if masked:
             alpha, beta = call.kwargs.get("alpha", 1), call.kwargs.get("beta", 1)

@@ -13,7 +13,7 @@ from typing import Any
 
 from qsim_core.errors import SpecError
 
-MAX_LENGTH = 4096
+MAX_LENGTH = 16384
 MAX_DEPTH = 16
 CONSTANTS = {"true": True, "false": False, "none": None, "True": True, "False": False, "None": None}
 
@@ -45,7 +45,7 @@ def read(text: str) -> Node:
     """The syntax tree of a component's text.
 
     Raises `SpecError`, pointing at the character, for anything that is not a word, a call, a number, a
-    string or a list, for a text of more than 4,096 characters and for nesting deeper than 16.
+    string or a list, for a text of more than 16,384 characters and for nesting deeper than 16.
     """
     if len(text) > MAX_LENGTH:
         raise SpecError(f"a component's text has at most {MAX_LENGTH} characters, not {len(text)}", text[:40] + "…")

@@ -18,8 +18,8 @@ import yaml
 from click.testing import CliRunner, Result
 
 import qsim_core as qsim
+from qsim_core.atomic import writing
 from qsim_core.cli import main
-from qsim_core.result import write_whole
 
 QUICK = ["--limit", "4", "--quiet"]
 Qsim = Callable[..., Result]
@@ -203,7 +203,7 @@ def test_components_lists_and_shows(qsim_: Qsim) -> None:
 
     assert "e4m3" in listing.stdout
     assert "perplexity" in listing.stdout
-    assert one.stdout.startswith("abfp(element=int4, n=64, scale=bf16)\nquantizer of plugin abfp\n")
+    assert one.stdout.startswith("abfp(element=int4, n=64, scale=bf16, symmetric=true, range=minmax, rule=divide)\n")
     assert data[0]["options"][1] == {
         "name": "n",
         "type": "whole number",
@@ -212,6 +212,31 @@ def test_components_lists_and_shows(qsim_: Qsim) -> None:
         "doc": "elements of a vector that share a scale; the last vector may be short",
     }
     assert "Short for float(4, mantissa=3, specials=fn)." in qsim_("components", "e4m3").stdout
+
+
+def test_components_table_prints_every_code(qsim_: Qsim) -> None:
+    shown = qsim_("components", "e4m3", "--table").stdout
+    rows = json.loads(qsim_("components", "float(2, 1)", "--table", "--json").stdout)
+
+    assert shown.startswith("e4m3: 8 bits, -448 to 448\n")
+    assert all(f"{code:02x}  {code:08b}  " in shown for code in range(256))
+    assert [row["value"] for row in rows] == [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
+    assert rows[9] == {"code": 9, "bits": "1001", "value": -0.5}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["bf16"], 1, "bf16 has 16 bits; a table of codes is printed up to 8"),
+        (["abfp"], 1, "'abfp' is a quantizer, not a format (character 1 of 'abfp')"),
+        (["e4m4"], 1, "no format 'e4m4'; did you mean 'e4m3'?"),
+        ([], 2, "--table needs the NAME of a number format, like e4m3"),
+    ],
+)
+def test_what_has_no_table_says_so(arguments: list[str], code: int, message: str, qsim_: Qsim) -> None:
+    outcome = qsim_("components", *arguments, "--table")
+
+    assert (outcome.exit_code, message in outcome.stderr) == (code, True)
 
 
 def test_plugins_lists_names_distributions_and_versions(qsim_: Qsim) -> None:
@@ -286,8 +311,8 @@ def test_a_full_disk_leaves_no_half_of_a_file(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
     program = (
-        "from pathlib import Path; from qsim_core.result import write_whole; from qsim_core import QsimError\n"
-        "try: write_whole(Path('out.json'), 'x' * 5000)\n"
+        "from pathlib import Path; from qsim_core.atomic import writing; from qsim_core import QsimError\n"
+        "try:\n  with writing(Path('out.json')) as file: file.write(b'x' * 5000)\n"
         "except QsimError as error: print(error)"
     )
     run = subprocess.run(
@@ -301,11 +326,21 @@ def test_a_full_disk_leaves_no_half_of_a_file(tmp_path: Path) -> None:
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     (tmp_path / "out.json").write_text("old")
 
-    write_whole(tmp_path / "out.json", "new")
+    with writing(tmp_path / "out.json") as file:
+        file.write(b"new")
 
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
     assert (tmp_path / "out.json").read_text() == "new"
     assert (tmp_path / "out.json").stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError])
+def test_what_is_interrupted_leaves_nothing_behind(interruption: type[BaseException], tmp_path: Path) -> None:
+    with pytest.raises(interruption), writing(tmp_path / "out.json") as file:
+        file.write(b"half")
+        raise interruption
+
+    assert list(tmp_path.iterdir()) == []
 
 
 def _umask() -> int:

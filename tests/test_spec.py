@@ -41,7 +41,7 @@ def test_a_text_and_its_component_say_the_same(text: str, canonical: str) -> Non
 
 
 def test_every_installed_component_round_trips(host: qsim.Host) -> None:
-    fillings = ("{0}", "{0}(int4)", "{0}(int4, 16)", "{0}(4)", "{0}(4, 3)")
+    fillings = ("{0}", "{0}(int4)", "{0}(int4, 16)", "{0}(4)", "{0}(4, 3)", "{0}([-1, 0, 1])")
     stuck = []
     for name in host.components():
         for filling in fillings:
@@ -116,16 +116,16 @@ def test_json_and_yaml_carry_the_same_text() -> None:
             "(character 14 of 'abfp(int4, n=7.5)')",
         ),
         ("int(-4)", "int: bits should be greater than or equal to 2, not -4 (character 5 of 'int(-4)')"),
-        ("abfp(int4, m=3)", "abfp has no option 'm'. There are: element, n, scale (character 14 of 'abfp(int4, m=3)')"),
+        ("abfp(int4, m=3)", "abfp has no option 'm'. There are: element, n, range, rule, scale, symmetric (character 14 of 'abfp(int4, m=3)')"),
         (
             "abfp(elemnt=int4)",
-            "abfp has no option 'elemnt'; did you mean 'element'? There are: element, n, scale "
+            "abfp has no option 'elemnt'; did you mean 'element'? There are: element, n, range, rule, scale, symmetric "
             "(character 13 of 'abfp(elemnt=int4)')",
         ),
         ("abfp(int4, element=int8)", "abfp is given 'element' twice (character 20 of 'abfp(int4, element=int8)')"),
-        ("int(4, true, 3)", "int takes at most 2 options (character 14 of 'int(4, true, 3)')"),
+        ("cast(int4, 3)", "cast takes at most 1 option (character 12 of 'cast(int4, 3)')"),
         ("abfp(abfp)", "'abfp' is a quantizer, not a format (character 6 of 'abfp(abfp)')"),
-        ("int4(8)", "'int4' is short for int(4) and takes no options; write that out (character 1 of 'int4(8)')"),
+        ("int4(8)", "'int4' is short for int(4); name the option to change (character 6 of 'int4(8)')"),
         ("int(int4(3))", "a component such as 'int4' does not fit here (character 5 of 'int(int4(3))')"),
         ("channel()", "channel: element is missing (character 1 of 'channel()')"),
         ("abfp(*x)", "expected a name, a number, a string or a call, found '*x' (character 6 of 'abfp(*x)')"),
@@ -149,7 +149,8 @@ def test_an_unknown_name_lists_what_exists_and_guesses() -> None:
         host.parse("chanel(int4)")
 
     assert str(error.value) == (
-        "no component 'chanel'; did you mean 'channel'? There are: block, cast, channel, scaled, tensor, token "
+        "no component 'chanel'; did you mean 'channel'? There are: absmax, block, cast, channel, minmax, mse, percentile, "
+        "scaled, tensor, token "
         "(character 1 of 'chanel(int4)')"
     )
 
@@ -184,7 +185,7 @@ def test_nesting_may_go_to_the_bound_and_no_further() -> None:
 
 
 def test_length_is_bounded() -> None:
-    with pytest.raises(qsim.SpecError, match="has at most 4096 characters, not 4097"):
+    with pytest.raises(qsim.SpecError, match="has at most 16384 characters, not 16385"):
         qsim.parse("x" * (MAX_LENGTH + 1))
 
 

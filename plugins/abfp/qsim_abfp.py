@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, PositiveInt
 
-from qsim_core import Format, Quantizer, Scaled, Scheme, hookimpl
+from qsim_core import Format, Quantizer, Scheme, hookimpl
 
 
 class ABFP(Scheme):
@@ -12,6 +12,7 @@ class ABFP(Scheme):
 
     Source: arXiv 2205.06287 (adaptive block floating-point), as arXiv 2307.03712, section III, applies it to
     weights and activations alike. A scale that `scale` rounds down lets the largest element of a block saturate.
+    With a second level of scales: `scale=scaled(int8, channel)`; with powers of two: `scale=e8m0`.
     """
 
     name = "abfp"
@@ -20,8 +21,8 @@ class ABFP(Scheme):
     scale: Quantizer | None = Field("bf16", description="what rounds the scales; none: float32")  # type: ignore[assignment]
 
     @property
-    def scaled(self) -> Scaled:
-        return Scaled(element=self.element, block=self.n, scale=self.scale)
+    def granularity(self) -> int:
+        return self.n
 
 
 @hookimpl

@@ -1,93 +1,174 @@
-"""Floating point: `float(exponent, mantissa)` of any split, and `bf16` `fp16` `e4m3` `e5m2` `e2m1`."""
+"""Floating point: `float(exponent, mantissa)` of any split and convention, and the formats that have names."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from qsim_core import Format, Preset, hookimpl
-from qsim_core.numerics import round_to_float
+from qsim_core.numerics import power_of_two, round_to_float
 
 NATIVE = {(8, 7): torch.bfloat16, (5, 10): torch.float16}
 """IEEE formats that torch converts float32 to exactly as `round_to_float` does, and faster."""
+TINIEST = -149
+"""Exponent of float32's smallest subnormal: values below it could not be simulated in float32."""
 
 
 class Float(Format):
-    """One sign bit, `exponent` and `mantissa` bits, subnormals; rounded to nearest, ties to even; NaN stays NaN.
+    """One sign bit (or none), `exponent` and `mantissa` bits, subnormals; rounded to nearest, ties to even.
 
-    `specials` says which codes are no numbers: `ieee` gives the topmost exponent to Inf and NaN (IEEE 754), `fn`
-    only the topmost code to NaN (OCP 8-bit FP v1.0, section 5: E4M3), `none` no code at all (OCP MX v1.0, 5.3:
-    FP6 and FP4). The bias is 2^(exponent-1) - 1. A value past the largest finite one saturates where the format
-    has no Inf, ±Inf too, and becomes Inf where it has one; `saturate` says otherwise.
+    `specials` says which codes are no numbers, and what the bias is:
+
+        ieee   2^(e-1) - 1  topmost exponent: Inf and NaN (IEEE 754, OCP E5M2)
+        fn     2^(e-1) - 1  topmost code: NaN (OCP 8-bit FP v1.0, 5: E4M3)
+        none   2^(e-1) - 1  every code is a number (OCP MX v1.0, 5.3: FP6, FP4)
+        fnuz   2^(e-1)      code of -0: NaN (arXiv 2206.02915; P3109 finite)
+        p3109  2^(e-1)      code of -0: NaN, topmost: Inf (IEEE P3109 extended)
+
+    Unsigned `p3109` has NaN in the topmost code and Inf below it. A value past the largest finite one saturates where
+    the format has no Inf, ±Inf too, and becomes Inf where it has one; `saturate` says otherwise, and with it false
+    `fn` and `fnuz` give NaN. Without subnormals the codes of exponent 0 are zero. NaN stays NaN in any case.
     """
 
     name = "float"
     exponent: int = Field(ge=1, le=8, description="exponent bits")
-    mantissa: int = Field(ge=0, le=14, description="stored fraction bits")
-    specials: Literal["ieee", "fn", "none"] = Field("none", description="which codes are Inf and NaN")
+    mantissa: int = Field(ge=0, le=17, description="stored fraction bits")
+    specials: Literal["ieee", "fn", "fnuz", "p3109", "none"] = Field("none", description="which codes are Inf and NaN")
+    bias: int | None = Field(None, description="of the exponent; none: the usual one")
+    subnormals: bool = Field(True, description="false: nothing between zero and the smallest normal value")
+    signed: bool = Field(True, description="false: from 0 on, and one bit less")
     saturate: bool | None = Field(None, description="clamp what is too large; none: only where there is no Inf")
 
     @model_validator(mode="after")
     def _leaves_numbers(self) -> Self:
-        if self.width > 16:
-            raise ValueError(f"a float has at most 16 bits, not 1 + {self.exponent} + {self.mantissa}")
+        bits = self.signed + self.exponent + self.mantissa
+        if bits > 19:
+            raise ValueError(f"a float has at most 19 bits, not {int(self.signed)} + {self.exponent} + {self.mantissa}")
+        if bits < 2:
+            raise ValueError("one bit alone is no float")
         if self.specials == "ieee" and self.exponent < 2:
             raise ValueError("with ieee specials and one exponent bit every value would be subnormal or Inf")
-        if self.specials == "fn" and self.mantissa == 0 and self.exponent < 2:
-            raise ValueError("with fn specials, one exponent bit and no mantissa there would be no value but zero")
-        if self.max > torch.finfo(torch.float32).max:
-            raise ValueError(
-                f"its largest value {self.max:.2g} is beyond float32's; 8 exponent bits need specials=ieee"
-            )
+        if self.specials == "fnuz" and not self.signed:
+            raise ValueError("fnuz puts NaN in the place of -0, which unsigned formats have not; write specials=fn")
+        if self.specials == "none" and self.saturate is False:
+            raise ValueError("there is neither Inf nor NaN for what is too large; it saturates")
+        finite = (table := self.table())[table.isfinite() & (table > 0)]
+        if not len(finite):
+            raise ValueError(f"with {self.specials} specials there is no value but zero left")
+        if finite.max() > torch.finfo(torch.float32).max:
+            remedy = "8 exponent bits need specials=ieee" if self.bias is None else "raise the bias"
+            raise ValueError(f"its largest value {finite.max():.2g} is beyond float32's; {remedy}")
+        if finite.min() < 2.0**TINIEST:
+            raise ValueError(f"its smallest value {finite.min():.2g} is below float32's; lower the bias")
         return self
 
     @property
-    def bias(self) -> int:
-        return int(2 ** (self.exponent - 1)) - 1
+    def offset(self) -> int:
+        """The exponent's bias, given or usual."""
+        if self.bias is not None:
+            return self.bias
+        return int(2 ** (self.exponent - 1)) - (self.specials not in ("fnuz", "p3109"))
 
     @property
-    def width(self) -> int:
-        return 1 + self.exponent + self.mantissa
+    def has_nan(self) -> bool:  # type: ignore[override]
+        return self.specials != "none"
 
     @property
-    def max(self) -> float:
-        codes = int(2**self.mantissa)
-        highest = 2**self.exponent - 1  # the exponent field of the largest finite value, and its fraction
-        fraction = codes - 1
+    def overflow(self) -> float | None:
+        infinite = self.specials in ("ieee", "p3109")
+        if self.saturate is True or (self.saturate is None and not infinite):
+            return None
+        return torch.inf if infinite else torch.nan
+
+    def following(self, values: Tensor) -> float:
+        largest = float(values[-1])
+        return largest + 2.0 ** (max(math.frexp(largest)[1] - 1, 1 - self.offset) - self.mantissa)
+
+    def table(self) -> Tensor:
+        code = torch.arange(2 ** (self.exponent + self.mantissa), dtype=torch.float64)
+        ones, smallest = 2.0**self.mantissa, 2.0 ** (1 - self.offset - self.mantissa)
+        field, fraction = (code / ones).floor(), code % ones
+        value = (
+            torch.where(field > 0, (ones + fraction) * power_of_two(field - 1), fraction * self.subnormals) * smallest
+        )
+        last = len(code) - 1
         if self.specials == "ieee":
-            highest -= 1
+            top = field == field[last]
+            value = torch.where(top, torch.where(fraction == 0, torch.inf, torch.nan), value)
         elif self.specials == "fn":
-            highest, fraction = (highest, codes - 2) if codes > 1 else (highest - 1, 0)
-        if highest == 0:
-            return float(fraction * 2.0 ** (1 - self.bias - self.mantissa))
-        return float((1 + fraction / codes) * 2.0 ** (highest - self.bias))
-
-    @property
-    def last_step(self) -> float:
-        return 2.0 ** (max(math.frexp(self.max)[1] - 1, 1 - self.bias) - self.mantissa)
-
-    @property
-    def saturates(self) -> bool:
-        return self.saturate if self.saturate is not None else self.specials != "ieee"
+            value[last] = torch.nan
+        elif self.specials == "p3109":
+            value[last - (not self.signed)] = torch.inf
+        if not self.signed:
+            if self.specials == "p3109":
+                value[last] = torch.nan
+            return value
+        both = torch.cat([value, -value])
+        if self.specials in ("fnuz", "p3109"):
+            both[last + 1] = torch.nan
+        return both
 
     def round(self, x: Tensor) -> Tensor:
+        if self.mantissa == 0 or not self.subnormals:
+            return super().round(x)
         native = NATIVE.get((self.exponent, self.mantissa))
-        if native and self.specials == "ieee" and not self.saturates and x.dtype == torch.float32:
+        plain = self.specials == "ieee" and self.signed and self.bias is None and self.rounding == "even"
+        if native and plain and self.overflow is not None and x.dtype == torch.float32:
             return x.to(native).to(x.dtype)
-        return round_to_float(x, self.mantissa, 1 - self.bias, self.max, self.saturates)
+        inside = x if self.signed else x.clamp(min=0.0)
+        rounded = round_to_float(inside, self.mantissa, 1 - self.offset, self.max, self.rounding, self.seed)
+        rounded = self.limit(rounded, inside)
+        keeps_sign = self.signed and self.specials not in ("fnuz", "p3109")
+        return rounded if keeps_sign else rounded + 0.0  # -0 + 0 is +0
+
+
+class E8M0(Format):
+    """Powers of two from 2^-127 to 2^127, and NaN: the scales of OCP MX v1.0, section 5.4.1.
+
+    No zero and no sign: zero and what is negative become 2^-127, what is too large 2^127. A tie, 1.5 times a power of
+    two, goes to the even code, as IEEE 754's rule has it for one-bit significands; a cast in torch or ml_dtypes
+    rounds it up (`rounding=away`).
+    """
+
+    name = "e8m0"
+    has_nan: ClassVar[bool] = True
+
+    def table(self) -> Tensor:
+        values = power_of_two(torch.arange(256) - 127)
+        values[255] = torch.nan
+        return values
+
+
+NAMED = [
+    Preset("bf16", "float(8, mantissa=7, specials=ieee)", "bfloat16"),
+    Preset("fp16", "float(5, mantissa=10, specials=ieee)", "IEEE 754 binary16"),
+    Preset("tf32", "float(8, mantissa=10, specials=ieee)", "NVIDIA TF32, 19 bits"),
+    Preset("e4m3", "float(4, mantissa=3, specials=fn)", "OCP 8-bit FP v1.0 E4M3, largest 448, saturating"),
+    Preset("e5m2", "float(5, mantissa=2, specials=ieee)", "OCP 8-bit FP v1.0 E5M2, largest 57344, then Inf"),
+    Preset("e4m3fnuz", "float(4, mantissa=3, specials=fnuz)", "no Inf, no -0, bias 8, largest 240, saturating"),
+    Preset("e5m2fnuz", "float(5, mantissa=2, specials=fnuz)", "no Inf, no -0, bias 16, largest 57344, saturating"),
+    Preset("e4m3b11fnuz", "float(4, mantissa=3, specials=fnuz, bias=11)", "as e4m3fnuz with bias 11, largest 30"),
+    Preset("e3m4", "float(3, mantissa=4, specials=ieee)", "IEEE-like 8 bits, largest 15.5, then Inf"),
+    Preset("e3m2", "float(3, mantissa=2)", "OCP MX v1.0 FP6, largest 28"),
+    Preset("e2m3", "float(2, mantissa=3)", "OCP MX v1.0 FP6, largest 7.5"),
+    Preset("e2m1", "float(2, mantissa=1)", "OCP MX v1.0 FP4: 0, 0.5, 1, 1.5, 2, 3, 4, 6"),
+    Preset("e1m2", "float(1, mantissa=2)", "4 bits: 0, 0.5, 1, … 3.5"),
+    Preset("e3m0", "float(3, mantissa=0)", "4 bits: 0 and powers of two from 0.25 to 16"),
+]
+P3109 = [
+    Preset(f"binary8p{p}{suffix}", f"float({8 - p}, mantissa={p - 1}, specials={specials})", doc.format(p=p))
+    for p in range(1, 8)
+    for suffix, specials, doc in (
+        ("", "p3109", "IEEE P3109 binary8, precision {p}, with Inf"),
+        ("f", "fnuz", "IEEE P3109 binary8, precision {p}, finite"),
+    )
+]
 
 
 @hookimpl
 def qsim_quantizers() -> list[type[Format] | Preset]:
-    return [
-        Float,
-        Preset("bf16", "float(8, mantissa=7, specials=ieee)", "bfloat16"),
-        Preset("fp16", "float(5, mantissa=10, specials=ieee)", "IEEE 754 binary16"),
-        Preset("e4m3", "float(4, mantissa=3, specials=fn)", "OCP 8-bit FP v1.0 E4M3, largest 448, saturating"),
-        Preset("e5m2", "float(5, mantissa=2, specials=ieee)", "OCP 8-bit FP v1.0 E5M2, largest 57344, then Inf"),
-        Preset("e2m1", "float(2, mantissa=1)", "OCP MX v1.0 FP4: 0, 0.5, 1, 1.5, 2, 3, 4, 6"),
-    ]
+    return [Float, E8M0, *NAMED, *P3109]

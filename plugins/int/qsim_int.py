@@ -1,8 +1,11 @@
-"""Integers: `int(bits, narrow=true)` and the presets `int2` … `int16`."""
+"""Integers and fixed point: `int(bits, narrow, signed, fraction, convention)`, `int2` … `int16`, `uint2` … `uint16`."""
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from qsim_core import Format, Preset, hookimpl
@@ -10,34 +13,65 @@ from qsim_core.numerics import round_to_integer
 
 
 class Int(Format):
-    """Signed two's-complement integers, rounded to nearest, ties to even, saturating; NaN stays NaN.
+    """Two's-complement integers, or multiples of 2^-fraction; rounded to nearest, ties to even, saturating.
 
-    Narrow, the default, is symmetric: -(2^(bits-1) - 1) to 2^(bits-1) - 1. The full range has the lowest code
-    -2^(bits-1) too; a scale still maps the largest magnitude to 2^(bits-1) - 1.
+    Signed and narrow, the default, is symmetric: -(2^(bits-1) - 1) to 2^(bits-1) - 1. The full range has the lowest
+    code -2^(bits-1) too. Unsigned is 0 to 2^bits - 1. A scale with a zero point uses the full range in any case.
+    NaN stays NaN, though no code stands for it. There is no -0.
+
+    `convention` says what a scale maps the largest magnitude of its block to: `max` the largest value (7 for 4 bits);
+    `gptq` half the span of the codes (7.5 with the full range: GPTQ's symmetric grid, arXiv 2210.17323, whose largest
+    value is clipped); `power_of_two` the power of two above the largest value (8: fixed point over [-1, 1)).
     """
 
     name = "int"
+    wide: ClassVar[bool] = False
     bits: int = Field(8, ge=2, le=16, description="width of a code, sign included")
-    narrow: bool = Field(True, description="leave out the lowest code, so that the range is symmetric")
+    narrow: bool = Field(True, description="of signed integers: leave out the lowest code, so that it is symmetric")
+    signed: bool = Field(True, description="false: from 0 on")
+    fraction: int = Field(0, ge=0, le=16, description="binary digits after the point")
+    convention: Literal["max", "gptq", "power_of_two"] = Field(
+        "max", description="what a scale maps the largest magnitude to"
+    )
+
+    @model_validator(mode="after")
+    def _conventions_fit(self) -> Self:
+        if self.convention == "gptq" and (self.narrow or not self.signed):
+            raise ValueError("convention gptq is that of signed integers with the full range: add narrow=false")
+        return self
 
     @property
-    def max(self) -> float:
-        return float(2 ** (self.bits - 1) - 1)
+    def is_integer(self) -> bool:
+        return self.fraction == 0
+
+    def full(self) -> Int:
+        return self.replace(narrow=False, convention="max") if self.signed else self
+
+    def table(self) -> Tensor:
+        code = torch.arange(2**self.bits, dtype=torch.float64)
+        if self.signed:
+            code = torch.where(code < 2 ** (self.bits - 1), code, code - 2**self.bits)
+            if self.narrow:
+                code[2 ** (self.bits - 1)] = torch.nan
+        return code * 2.0**-self.fraction
 
     @property
-    def width(self) -> int:
-        return self.bits
-
-    @property
-    def last_step(self) -> float:
-        return 1.0
+    def reach(self) -> float:
+        if self.convention == "gptq":
+            return (self.max - self.min) / 2
+        return self.max if self.convention == "max" else self.beyond
 
     def round(self, x: Tensor) -> Tensor:
-        high = 2 ** (self.bits - 1) - 1
-        return round_to_integer(x, -high if self.narrow else -high - 1, high)
+        unit = 2.0**self.fraction
+        rounded = round_to_integer(
+            x * unit if self.fraction else x, self.min * unit, self.max * unit, self.rounding, self.seed
+        )
+        return rounded / unit if self.fraction else rounded
 
 
 @hookimpl
 def qsim_quantizers() -> list[type[Format] | Preset]:
-    names = [Preset(f"int{bits}", f"int({bits})", f"±{2 ** (bits - 1) - 1}, narrow range") for bits in range(2, 17)]
-    return [Int, *names]
+    widths = range(2, 17)
+    signed = [Preset(f"int{bits}", f"int({bits})", f"±{2 ** (bits - 1) - 1}, narrow range") for bits in widths]
+    unsigned = [Preset(f"uint{bits}", f"int({bits}, signed=false)", f"0 to {2**bits - 1}") for bits in widths]
+    return [Int, *signed, *unsigned]

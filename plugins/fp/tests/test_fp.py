@@ -1,6 +1,8 @@
-"""Floating point against ml_dtypes, numpy and gfloat, bit for bit."""
+"""Floating point against ml_dtypes, torch and gfloat, bit for bit."""
 
 from __future__ import annotations
+
+import functools
 
 import gfloat
 import gfloat.formats
@@ -8,99 +10,255 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import qsim_core as qsim
-from qsim_core import numerics
+from qsim_core.format import Format, grid
 
-FORMATS = {
+ML_DTYPES = {
     "bf16": ml_dtypes.bfloat16,
     "fp16": np.float16,
     "e4m3": ml_dtypes.float8_e4m3fn,
+    "float(4, 3, specials=ieee)": ml_dtypes.float8_e4m3,
     "e5m2": ml_dtypes.float8_e5m2,
+    "e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
+    "e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
+    "e4m3b11fnuz": ml_dtypes.float8_e4m3b11fnuz,
+    "e3m4": ml_dtypes.float8_e3m4,
+    "e3m2": ml_dtypes.float6_e3m2fn,
+    "e2m3": ml_dtypes.float6_e2m3fn,
     "e2m1": ml_dtypes.float4_e2m1fn,
 }
-SATURATING = {"e4m3": 448.0, "e2m1": 6.0}
+TORCH = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "e4m3": torch.float8_e4m3fn,
+    "e5m2": torch.float8_e5m2,
+    "e4m3fnuz": torch.float8_e4m3fnuz,
+    "e5m2fnuz": torch.float8_e5m2fnuz,
+}
+NAMES = [*ML_DTYPES, "tf32", "e1m2", "e3m0", *(f"binary8p{p}{f}" for p in range(1, 8) for f in ("", "f"))]
+OTHERS = [
+    "float(2, 3, bias=-3)",
+    "float(3, 2, bias=9)",
+    "float(5, 9)",
+    "float(7, 3, specials=fn)",
+    "float(6, 1, specials=ieee)",
+    "float(4, 0, specials=fn)",
+    "float(8, 3, bias=130)",
+    "float(4, 3, specials=fn, signed=false)",
+    "float(5, 3, specials=ieee, signed=false)",
+    "float(6, 2, specials=p3109, signed=false)",
+]
+GFLOAT_MODES = {
+    "even": gfloat.RoundMode.TiesToEven,
+    "away": gfloat.RoundMode.TiesToAway,
+    "zero": gfloat.RoundMode.TowardZero,
+}
 
 
-def every_bfloat16() -> torch.Tensor:
-    return torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16).float()
+def every_bfloat16() -> Tensor:
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
 
 
-def boundaries(name: str) -> torch.Tensor:
-    """Every value of the format, every midpoint between two, and both float32 neighbours of each."""
-    width = np.dtype(FORMATS[name]).itemsize * 8
-    codes = np.arange(2**width).astype(f"uint{width}") if name != "e2m1" else np.arange(16, dtype=np.uint8)
-    with np.errstate(invalid="ignore"):  # signalling NaNs
-        values = codes.view(FORMATS[name]).astype(np.float64)
-    values = np.unique(values[np.isfinite(values)])
+def every_float16() -> Tensor:
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+
+
+@functools.cache
+def a_million() -> Tensor:
+    """Random bits, so every exponent is as likely as any other."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-(2**31), 2**31, (1_000_000,), generator=generator).to(torch.int32).view(torch.float32)
+
+
+def boundaries(number: Format) -> Tensor:
+    """Every value of the format, every midpoint between two, what lies beyond, and both float32 neighbours of each."""
+    values = grid(number).finite
     middles = (values[1:] + values[:-1]) / 2
-    beyond = values[-1] + (values[-1] - values[-2]) * np.array([0.5, 1.0, 8.0])
-    points = torch.from_numpy(np.concatenate([values, middles, beyond, -beyond])).float()
+    beyond = number.max + (number.beyond - number.max) * torch.tensor([0.5, 1.0, 8.0], dtype=torch.float64)
+    points = torch.cat([values, middles, beyond, -beyond]).float()
     below, above = (torch.nextafter(points, torch.tensor(end)) for end in (-torch.inf, torch.inf))
-    return torch.cat([points, below, above, torch.tensor([0.0, -0.0, 1e-45, -1e-45, torch.inf, -torch.inf, torch.nan])])
+    special = torch.tensor([0.0, -0.0, 1e-45, -1e-45, torch.inf, -torch.inf, torch.nan])
+    return torch.cat([points, below, above, special])
 
 
-def oracle(name: str, x: torch.Tensor) -> torch.Tensor:
-    limit = SATURATING.get(name, np.inf)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return torch.from_numpy(np.clip(x.numpy(), -limit, limit).astype(FORMATS[name]).astype(np.float32))
+def everything(number: Format) -> Tensor:
+    return torch.cat([every_bfloat16(), every_float16(), boundaries(number), a_million()])
 
 
-def assert_same_bits(y: torch.Tensor, expected: torch.Tensor, x: torch.Tensor) -> None:
-    """Equal bits, the sign of zero too; NaN exactly where the input is NaN."""
-    assert torch.equal(y.isnan(), x.isnan())
-    known = ~x.isnan()
+def assert_same_bits(y: Tensor, expected: Tensor) -> None:
+    """Equal bits, the sign of zero too; NaN in the same places."""
+    assert torch.equal(y.isnan(), expected.isnan())
+    known = ~y.isnan()
     assert torch.equal(y[known].view(torch.int32), expected[known].view(torch.int32))
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_a_format_agrees_with_its_oracle_on_every_bfloat16_and_at_every_boundary(name: str) -> None:
-    x = torch.cat([every_bfloat16(), boundaries(name)])
-
-    y = qsim.parse(name)(x)
-
-    assert_same_bits(y, oracle(name, x), x)
+def by_ml_dtypes(name: str, number: Format, x: Tensor) -> Tensor:
+    inside = x.clamp(number.min, number.max) if number.overflow is None else x
+    with np.errstate(over="ignore", invalid="ignore"):
+        y = torch.from_numpy(inside.numpy().astype(ML_DTYPES[name]).astype(np.float32))
+    return torch.where(x.isnan(), torch.nan, y)  # FP6 and FP4 have no NaN; ml_dtypes gives -0
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_the_reference_agrees_too(name: str) -> None:
-    x = torch.cat([every_bfloat16(), boundaries(name)])
-    number = qsim.parse(name)
-
-    bound = min(2 * number.max, torch.finfo(torch.float32).max)
-    y = numerics.round_to_float_reference(x.clamp(-bound, bound), number.mantissa, 1 - number.bias)
-    infinite = torch.copysign(torch.tensor(torch.inf), y)
-    y = y.clamp(-number.max, number.max) if number.saturates else torch.where(y.abs() > number.max, infinite, y)
-
-    assert_same_bits(y, oracle(name, x), x)
-
-
-@pytest.mark.parametrize(("exponent", "mantissa"), [(2, 3), (3, 2), (3, 0), (1, 2), (4, 4), (6, 1), (7, 3), (5, 9)])
-def test_any_split_without_specials_agrees_with_gfloat(exponent: int, mantissa: int) -> None:
-    info = gfloat.FormatInfo(
-        name="x",
-        k=1 + exponent + mantissa,
-        precision=mantissa + 1,
-        bias=2 ** (exponent - 1) - 1,
-        has_nz=True,
-        domain=gfloat.Domain.Finite,
-        num_high_nans=0,
+def description(number: Format) -> gfloat.FormatInfo:
+    """A float of ours as gfloat describes it."""
+    assert number.name == "float"
+    extended = number.specials in ("ieee", "p3109")
+    signed_zero = number.signed and number.specials not in ("fnuz", "p3109")
+    high_nans = {"ieee": 2**number.mantissa - 1, "fn": 1, "none": 0, "fnuz": 0, "p3109": 0 if number.signed else 1}
+    return gfloat.FormatInfo(
+        name=str(number),
+        k=number.width,
+        precision=number.mantissa + 1,
+        bias=number.offset,
+        has_nz=signed_zero,
+        domain=gfloat.Domain.Extended if extended else gfloat.Domain.Finite,
+        num_high_nans=high_nans[number.specials],
         has_subnormals=True,
-        is_signed=True,
+        is_signed=number.signed,
         is_twos_complement=False,
     )
-    x = every_bfloat16()[::7]
-    number = qsim.parse(f"float({exponent}, {mantissa})")
 
-    y = number(x)
 
+def by_gfloat(number: Format, x: Tensor) -> Tensor:
+    """NaN is left to itself, and an unsigned format's negatives: gfloat gives them their magnitude."""
     known = ~x.isnan()
-    expected = gfloat.round_ndarray(info, x[known].double().numpy(), gfloat.RoundMode.TiesToEven, True)
-    assert number.max == info.max
-    assert torch.equal(y[known], torch.from_numpy(expected).float())
+    inside = x[known] if number.signed else x[known].clamp(min=0)
+    mode, saturate = GFLOAT_MODES[number.rounding], number.overflow is None
+    y = torch.full_like(x, torch.nan)
+    rounded = gfloat.round_ndarray(description(number), inside.double().numpy(), mode, saturate)
+    y[known] = torch.from_numpy(rounded).float() + (0.0 if not number.signed else -0.0)
+    return y
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ML_DTYPES)
+def test_a_format_agrees_with_ml_dtypes(name: str) -> None:
+    number = qsim.parse(name)
+    x = everything(number)
+
+    assert_same_bits(number(x), by_ml_dtypes(name, number, x))
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_a_format_agrees_with_torchs_own(name: str) -> None:
+    number = qsim.parse(name)
+    x = everything(number)
+
+    assert_same_bits(
+        number(x),
+        x.to(TORCH[name]).float() if number.overflow else x.clamp(number.min, number.max).to(TORCH[name]).float(),
+    )
+
+
+@pytest.mark.parametrize("name", [*NAMES, *OTHERS])
+def test_a_format_agrees_with_gfloat(name: str) -> None:
+    number = qsim.parse(name)
+    x = everything(number)
+
+    assert_same_bits(number(x), by_gfloat(number, x))
+
+
+@pytest.mark.parametrize("rounding", ["away", "zero"])
+@pytest.mark.parametrize("name", ["bf16", "e4m3", "e5m2", "e4m3fnuz", "e3m0", "e2m1", "binary8p3", "binary8p1"])
+def test_other_roundings_agree_with_gfloat(name: str, rounding: str) -> None:
+    number = qsim.parse(f"{name}(rounding={rounding})")
+    x = everything(number)
+
+    assert_same_bits(number(x), by_gfloat(number, x))
+
+
+@pytest.mark.parametrize("rounding", ["even", "away", "zero", "stochastic"])
+@pytest.mark.parametrize("name", [*NAMES, *OTHERS])
+def test_the_fast_way_is_the_search_in_the_table(name: str, rounding: str) -> None:
+    number = qsim.parse(name).replace(rounding=rounding)
+    x = torch.cat([every_bfloat16(), boundaries(number)])
+
+    assert_same_bits(number.round(x), Format.round(number, x))
+    assert_same_bits(number.round(x.double()).float(), Format.round(number, x))
+
+
+@pytest.mark.parametrize("text", ["e4m3(saturate=false)", "e4m3fnuz(saturate=false)", "float(4, 3, specials=fnuz, saturate=false)"])  # fmt: skip
+def test_without_inf_overflow_is_nan_as_in_ml_dtypes(text: str) -> None:
+    number = qsim.parse(text)
+    x = everything(number)
+    name = "e4m3fnuz" if "fnuz" in text else "e4m3"
+
+    assert_same_bits(number(x), by_ml_dtypes(name, number, x))
+
+
+def test_e8m0_is_a_power_of_two_with_ties_to_the_even_code() -> None:
+    x = torch.tensor([3.0, 0.75, 1.5, 1.25, 2.0**-140, 0.0, -5.0, torch.inf, torch.nan])
+
+    y = qsim.parse("e8m0")(x)
+
+    assert y[:-1].tolist() == [2.0, 0.5, 2.0, 1.0, 2.0**-127, 2.0**-127, 2.0**-127, 2.0**127]
+    assert y[-1].isnan()
+
+
+@pytest.mark.parametrize(("rounding", "oracle"), [("even", "gfloat"), ("away", "ml_dtypes"), ("away", "torch")])
+def test_e8m0_agrees_with_whoever_rounds_ties_the_same_way(rounding: str, oracle: str) -> None:
+    x = torch.cat([every_bfloat16(), a_million()])
+    x = x[x.isfinite() & (x >= 2.0**-126) & (x < 1.5 * 2.0**127)]  # torch and ml_dtypes round subnormals up
+
+    y = qsim.parse(f"e8m0(rounding={rounding})")(x)
+
+    if oracle == "gfloat":
+        info, mode = gfloat.formats.format_info_ocp_e8m0, gfloat.RoundMode.TiesToEven
+        expected = torch.from_numpy(gfloat.round_ndarray(info, x.double().numpy(), mode, True)).float()
+    elif oracle == "torch":
+        expected = x.to(torch.float8_e8m0fnu).float()
+    else:
+        expected = torch.from_numpy(x.numpy().astype(ml_dtypes.float8_e8m0fnu).astype(np.float32))
+    assert_same_bits(y, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("tf32",)])
+def test_codes_are_those_of_the_standard(name: str) -> None:
+    number = qsim.parse(name)
+    table = number.table()
+    expected = [gfloat.decode_float(description(number), code).fval for code in range(len(table))]
+
+    assert torch.equal(
+        table.nan_to_num(nan=12345.0), torch.tensor(expected, dtype=torch.float64).nan_to_num(nan=12345.0)
+    )
+    assert torch.equal(table.signbit()[~table.isnan()], torch.tensor(expected).signbit()[~table.isnan()])
+
+
+@pytest.mark.parametrize("name", [*NAMES, *OTHERS, "e8m0"])
+def test_every_value_keeps_its_code(name: str) -> None:
+    number = qsim.parse(name)
+    table = number.table()
+    values = table[~table.isnan()].float()
+
+    encoded = number.encode(values)
+
+    if number.overflow is not None or not table.isinf().any():
+        assert torch.equal(encoded.codes.long(), (~table.isnan()).nonzero().flatten())
+    assert_same_bits(number.decode(encoded), number(values))
+
+
+@pytest.mark.parametrize("name", ["e4m3", "e5m2", "bf16", "binary8p3", "e4m3fnuz"])
+def test_nan_has_a_code_where_the_format_has_one(name: str) -> None:
+    number = qsim.parse(name)
+
+    assert number.decode(number.encode(torch.tensor([1.0, torch.nan]))).isnan().tolist() == [False, True]
+
+
+def test_nan_without_a_code_is_an_error() -> None:
+    with pytest.raises(qsim.QsimError, match=r"^nan has no code in e2m1$"):
+        qsim.parse("e2m1").encode(torch.tensor([1.0, torch.nan]))
+
+
+def test_without_subnormals_zero_and_the_smallest_normal_are_neighbours() -> None:
+    x = torch.tensor([0.49, 0.5, 0.51, 0.99, 1.0, 1.12, 1.13, -0.51]) * 2.0**-6
+
+    y = qsim.parse("e4m3(subnormals=false)")(x)
+
+    assert (y * 2.0**6).tolist() == [0, 0, 1, 1, 1, 1.125, 1.125, -1]
+
+
+@pytest.mark.parametrize("name", list(ML_DTYPES))
 def test_float64_is_rounded_once(name: str) -> None:
     number = qsim.parse(name)
     step = 2.0**-number.mantissa
@@ -110,26 +268,40 @@ def test_float64_is_rounded_once(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "largest", "last_step"),
-    [("bf16", 3.3895313892515355e38, 2.0**120), ("fp16", 65504, 32), ("e4m3", 448, 32), ("e5m2", 57344, 8192), ("e2m1", 6, 2)],
+    ("name", "largest", "step"),
+    [("bf16", 3.3895313892515355e38, 2.0**120), ("fp16", 65504, 32), ("e4m3", 448, 32), ("e5m2", 57344, 8192),
+     ("e4m3fnuz", 240, 16), ("e5m2fnuz", 57344, 8192), ("e3m4", 15.5, 0.5), ("e3m2", 28, 4), ("e2m3", 7.5, 0.5),
+     ("e2m1", 6, 2), ("e1m2", 3.5, 0.5), ("e3m0", 16, 16), ("e8m0", 2.0**127, 2.0**126), ("binary8p1", 2.0**62, 2.0**62), ("binary8p3", 49152, 8192),
+     ("binary8p3f", 57344, 8192), ("binary8p4", 224, 16)],
 )  # fmt: skip
-def test_the_largest_value_is_the_standards(name: str, largest: float, last_step: float) -> None:
+def test_the_largest_value_is_the_standards(name: str, largest: float, step: float) -> None:
     number = qsim.parse(name)
 
-    assert (number.max, number.last_step) == (largest, last_step)
+    assert (number.max, number.beyond - number.max) == (largest, step)
 
 
-@pytest.mark.parametrize(("text", "result"), [("e5m2", torch.inf), ("float(5, 2, specials=ieee, saturate=true)", 57344.0),
-                                              ("float(4, 3, specials=fn, saturate=false)", torch.inf)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "result"),
+    [("e5m2", torch.inf), ("e5m2(saturate=true)", 57344.0), ("e5m2(rounding=zero)", 57344.0), ("e4m3", 448.0)],
+)
 def test_overflow_is_the_users_choice(text: str, result: float) -> None:
     assert qsim.parse(text)(torch.tensor([1e6])).item() == result
 
 
-def test_a_range_beyond_float32_is_refused() -> None:
-    with pytest.raises(qsim.SpecError, match="its largest value 6.4e\\+38 is beyond float32's; 8 exponent bits need"):
-        qsim.parse("float(8, 3)")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("float(8, 3)", "its largest value 6.4e+38 is beyond float32's; 8 exponent bits need specials=ieee"),
+        ("float(8, 3, bias=-9)", "its largest value 5.6e+79 is beyond float32's; raise the bias"),
+        ("float(4, 3, bias=200)", "its smallest value 1.6e-61 is below float32's; lower the bias"),
+        ("float(8, 11)", "a float has at most 19 bits, not 1 + 8 + 11"),
+        ("float(1, 0, specials=fn)", "with fn specials there is no value but zero left"),
+        ("float(4, 3, saturate=false)", "there is neither Inf nor NaN for what is too large; it saturates"),
+        ("float(4, 3, specials=fnuz, signed=false)", "fnuz puts NaN in the place of -0, which unsigned formats have not"),
+    ],
+)  # fmt: skip
+def test_what_is_no_format_is_refused(text: str, message: str) -> None:
+    with pytest.raises(qsim.SpecError) as error:
+        qsim.parse(text)
 
-
-def test_more_than_16_bits_are_refused() -> None:
-    with pytest.raises(qsim.SpecError, match="a float has at most 16 bits, not 1 \\+ 8 \\+ 8"):
-        qsim.parse("float(8, 8)")
+    assert str(error.value).startswith(f"float: {message}")

@@ -1,0 +1,93 @@
+"""Codebooks: `codebook([-1, 0, 1])`, `codebook(file="levels.txt")`, and `nf4`."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from qsim_core import Format, Preset, hookimpl
+
+MOST = 2**16
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""QLoRA, arXiv 2305.14314, appendix E."""
+
+
+class Codebook(Format):
+    """Any list of values; rounding is to the nearest, and a tie goes to the even code: the place in ascending order.
+
+    Values are taken in float32. NaN stays NaN, though no code stands for it; ±Inf saturates. A file is read once, when
+    the format is built: numbers with blanks, commas or line ends between them, or a JSON list; `#` begins a comment.
+    The text form has the values themselves, so that a record of a run does not depend on the file.
+    """
+
+    name = "codebook"
+    wide: ClassVar[bool] = False
+    values: tuple[float, ...] = Field((), description="the representable values, in any order")
+    file: str | None = Field(None, description="a file to read them from instead")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_file(cls, options: Any) -> Any:
+        if not isinstance(options, dict) or options.get("file") is None:
+            return options
+        if options.get("values"):
+            raise ValueError("give values or a file, not both")
+        return {**options, "values": _read(Path(options["file"]).expanduser()), "file": None}
+
+    @field_validator("values")
+    @classmethod
+    def _in_order(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if len(values) < 2:
+            raise ValueError("two values at least, as in codebook([-1, 0, 1]), or a file that has them")
+        if len(values) > MOST:
+            raise ValueError(f"at most {MOST} values, not {len(values)}")
+        for value in values:
+            if not math.isfinite(value):
+                raise ValueError(f"{value} is no value of a number format")
+        ordered = sorted(values)
+        single = torch.tensor(ordered, dtype=torch.float32)
+        if not single.isfinite().all():
+            raise ValueError("a value is beyond float32's range")
+        if (twice := (single[1:] == single[:-1]).nonzero()).numel():
+            first = int(twice[0])
+            raise ValueError(f"{ordered[first]} and {ordered[first + 1]} are one value in float32; each stands once")
+        return tuple(ordered)
+
+    def table(self) -> Tensor:
+        return torch.tensor(self.values, dtype=torch.float32).double()
+
+
+def _read(path: Path) -> list[float]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not text'}") from None
+    if text.lstrip().startswith("["):
+        try:
+            return [float(value) for value in json.loads(text)]
+        except (ValueError, TypeError):
+            raise ValueError(f"{path} is no JSON list of numbers") from None
+    values = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        for word in re.split(r"[,\s]+", line.partition("#")[0].strip()):
+            try:
+                values += [float(word)] if word else []
+            except ValueError:
+                raise ValueError(f"{path}, line {number}: {word!r} is no number") from None
+    return values
+
+
+@hookimpl
+def qsim_quantizers() -> list[type[Format] | Preset]:
+    return [Codebook, Preset("nf4", f"codebook({list(NF4)})", "4-bit NormalFloat: quantiles of a normal distribution")]

@@ -1,0 +1,60 @@
+"""Block formats with shared power-of-two scales, and their kin: `mx(element, n)`, the OCP MX names, NVFP4, MSFP."""
+
+from __future__ import annotations
+
+from pydantic import Field, PositiveInt
+
+from qsim_core import Format, Preset, Quantizer, Scheme, hookimpl
+from qsim_core.numerics import ScaleRule
+
+
+class MX(Scheme):
+    """Blocks of 32 along the reduction axis share a scale that is a power of two, stored as E8M0.
+
+    Source: OCP Microscaling Formats (MX) v1.0, sections 5 and 6.3. The scale is 2^(floor(log2 max|x|) - emax), emax the
+    exponent of the element format's largest value, so the largest elements of a block may saturate; `rule` names the
+    other ways in use: ceil, even, and rceil (the smallest power of two that saturates nothing, as NVIDIA's hardware
+    has it). A block with NaN or ±Inf is NaN as a whole, its scale the NaN of E8M0.
+    """
+
+    name = "mx"
+    element: Format = Field("e4m3", description="the number format of the scaled values")  # type: ignore[assignment]
+    n: PositiveInt = Field(32, description="elements that share a scale; the last block may be short")
+    scale: Quantizer | None = Field("e8m0", description="what rounds the scales")  # type: ignore[assignment]
+    rule: ScaleRule = Field("floor", description="how the range becomes a scale: floor, ceil, even, rceil, or divide")
+
+    @property
+    def granularity(self) -> int:
+        return self.n
+
+
+OCP = [
+    Preset("mxfp8_e4m3", "mx(e4m3)", "OCP MXFP8, E4M3"),
+    Preset("mxfp8_e5m2", "mx(e5m2(saturate=true))", "OCP MXFP8, E5M2, saturating"),
+    Preset("mxfp6_e3m2", "mx(e3m2)", "OCP MXFP6, E3M2"),
+    Preset("mxfp6_e2m3", "mx(e2m3)", "OCP MXFP6, E2M3"),
+    Preset("mxfp4", "mx(e2m1)", "OCP MXFP4"),
+    Preset("mxint8", "mx(int8(fraction=6))", "OCP MXINT8: multiples of 1/64 below 2"),
+]
+MSFP = [
+    Preset(
+        f"msfp{8 + bits}",
+        f"mx(int{bits}, n=16)",
+        f"Microsoft Floating Point: 16 integers of {bits} bits share an exponent (NeurIPS 2020)",
+    )
+    for bits in range(3, 9)
+]
+OTHERS = [
+    Preset(
+        "nvfp4",
+        "scaled(e2m1, block=16, scale=scaled(e4m3))",
+        "NVIDIA NVFP4: blocks of 16, E4M3 scales, one float32 scale for the tensor",
+    ),
+    Preset("deepseek_weights", "block(e4m3, n=[128, 128])", "DeepSeek-V3, arXiv 2412.19437, 3.3.2: tiles of 128 x 128"),
+    Preset("deepseek_activations", "block(e4m3, n=128)", "DeepSeek-V3, arXiv 2412.19437, 3.3.2: tiles of 1 x 128"),
+]
+
+
+@hookimpl
+def qsim_quantizers() -> list[type[Quantizer] | Preset]:
+    return [MX, *OCP, *MSFP, *OTHERS]

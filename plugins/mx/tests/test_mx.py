@@ -1,0 +1,207 @@
+"""Block formats against torchao, and against gfloat block by block."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import gfloat
+import gfloat.formats
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import qsim_core as qsim
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from torchao.prototype.mx_formats.config import ScaleCalculationMode
+    from torchao.prototype.mx_formats.mx_tensor import MXTensor
+    from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize, per_tensor_amax_to_scale
+
+ELEMENTS = {
+    "mxfp8_e4m3": torch.float8_e4m3fn,
+    "mxfp8_e5m2": torch.float8_e5m2,
+    "mxfp6_e3m2": "fp6_e3m2",
+    "mxfp6_e2m3": "fp6_e2m3",
+    "mxfp4": torch.float4_e2m1fn_x2,
+}
+
+
+def spread(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """Values over 60 binades, blocks of like size, some exact powers of two, some zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, columns, generator=generator)
+    x *= torch.exp2(torch.randint(-30, 30, (rows, 1), generator=generator).float())
+    x[::7, ::5] = torch.exp2(torch.randint(-30, 30, x[::7, ::5].shape, generator=generator).float())
+    x[::11, ::3] = 0
+    return x
+
+
+def by_torchao(name: str, x: Tensor, mode: Any) -> Tensor:
+    return MXTensor.to_mx(x, ELEMENTS[name], 32, mode).dequantize(torch.float32)
+
+
+def rule(name: str, text: str) -> Any:
+    return qsim.parse(name).replace(rule=text)
+
+
+@pytest.mark.parametrize("mode", ["floor", "ceil", "even"])
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_mx_is_torchaos(name: str, mode: str) -> None:
+    x = spread(400, 256)
+
+    assert torch.equal(rule(name, mode)(x), by_torchao(name, x, ScaleCalculationMode(mode)))
+
+
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_rceil_is_torchaos_but_for_its_logarithm(name: str) -> None:
+    """torchao takes a float32 log2, which may miss next to powers of two."""
+    x = spread(400, 256)
+    y, expected = rule(name, "rceil")(x), by_torchao(name, x, ScaleCalculationMode.RCEIL)
+    quotient = x.unflatten(-1, (-1, 32)).abs().amax(-1).double() / rule(name, "rceil").element.max
+    exponent = quotient.log2()
+    clear = ((exponent - exponent.round()).abs() > 1e-5) | (quotient == 0)
+
+    same = (y == expected).unflatten(-1, (-1, 32)).all(-1)
+
+    assert same[clear].all()
+    assert clear.float().mean() > 0.9
+
+
+@pytest.mark.parametrize("name", [*ELEMENTS, "mxint8"])
+def test_mx_is_gfloats_block_by_block(name: str) -> None:
+    info = {"mxfp4": "mxfp4_e2m1"}.get(name, name)
+    x = spread(20, 128)
+
+    y = qsim.parse(name)(x)
+
+    blocks = x.double().numpy().reshape(-1, 32)
+    description = getattr(gfloat.formats, f"format_info_{info}")
+    scales = [gfloat.compute_scale_amax(0.0 if name == "mxint8" else description.etype.emax, block) for block in blocks]
+    expected = [
+        gfloat.quantize_block(description, block, lambda emax, values, scale=scale: scale)
+        for block, scale in zip(blocks, scales, strict=True)
+    ]
+    assert torch.equal(y.double(), torch.from_numpy(np.stack(expected)).reshape(x.shape))
+
+
+@pytest.mark.parametrize("name", ["mxfp8_e4m3", "mxfp4"])
+def test_codes_and_scales_are_torchaos(name: str) -> None:
+    x = spread(40, 128)
+
+    encoded = qsim.parse(name).encode(x)
+
+    theirs = MXTensor.to_mx(x, ELEMENTS[name], 32, ScaleCalculationMode.FLOOR)
+    assert isinstance(encoded.scales, qsim.Encoded)
+    assert torch.equal(encoded.scales.codes, theirs.scale.view(torch.uint8))
+    data = theirs.qdata.view(torch.uint8).flatten()
+    assert torch.equal(encoded.packed(), data)
+
+
+def test_the_scale_of_ocp_by_hand() -> None:
+    """OCP MX v1.0, 6.3: max 5.0, emax(E2M1) = 2, so the scale is 2^(2 - 2); 7.5 saturates to 6, 0.26 rounds to 0.5."""
+    x = torch.zeros(1, 32)
+    x[0, :3] = torch.tensor([7.5, 0.26, -5.0])
+
+    assert qsim.parse("mxfp4")(x)[0, :3].tolist() == [6.0, 0.5, -4.0]
+    assert qsim.parse("mx(e2m1, rule=rceil)")(x)[0, :3].tolist() == [8.0, 0.0, -4.0]
+
+
+def test_a_block_of_zeros_stays_zero_and_one_with_inf_shows_it() -> None:
+    x = torch.ones(2, 64)
+    x[0, :32] = 0
+    x[1, 3] = torch.inf
+
+    y = qsim.parse("mxfp4")(x)
+
+    assert torch.equal(y[0, :32], torch.zeros(32))
+    assert y[1, :32].isnan().all()
+    assert torch.equal(y[1, 32:], torch.ones(32))
+
+
+def test_the_smallest_scale_is_e8m0s() -> None:
+    x = torch.full((1, 32), 2.0**-130)
+
+    assert torch.equal(qsim.parse("mxfp8_e4m3")(x), x)
+    assert qsim.parse("mxfp8_e4m3").encode(x).scales.codes.item() == 0  # type: ignore[union-attr]
+
+
+def nvfp4_by_hand(x: Tensor) -> Tensor:
+    """Two levels: block scales max/6 in E4M3, in units of the tensor's largest block scale over 448."""
+    blocks = x.unflatten(-1, (-1, 16))
+    exact = blocks.abs().amax(-1) / 6
+    unit = exact.max() / 448
+    scale = ((exact / unit).clamp(max=448).to(torch.float8_e4m3fn).float() * unit).unsqueeze(-1)
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    units = blocks / torch.where(scale == 0, 1, scale)
+    distance = (units.abs().clamp(max=6).unsqueeze(-1).double() - values.double()).abs()
+    even = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])  # even codes first: argmin takes the first of equals
+    chosen = values[even[distance[..., even].argmin(-1)]]
+    return (torch.copysign(chosen, units) * scale).flatten(-2)
+
+
+def test_nvfp4_is_its_definition() -> None:
+    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 64).unsqueeze(-1)
+
+    assert torch.equal(qsim.parse("nvfp4")(x), nvfp4_by_hand(x))
+
+
+def test_nvfp4s_scales_are_torchaos_but_for_its_smallest() -> None:
+    """torchao keeps block scales at E4M3's smallest normal value or above; the tensor's scale differs in its last bit."""
+    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    scales, packed = nvfp4_quantize(x, 16, per_tensor_amax_to_scale(x.abs().max()))
+
+    encoded = qsim.parse("nvfp4").encode(x)
+
+    assert (encoded.scales.codes == scales.view(torch.uint8)).float().mean() > 0.99  # type: ignore[union-attr]
+    assert (encoded.packed() == packed.view(torch.uint8).flatten()).float().mean() > 0.99
+
+
+def test_msfp_shares_an_exponent_over_integers() -> None:
+    x = torch.randn(10, 64, generator=torch.Generator().manual_seed(0))
+    exponent = x.unflatten(-1, (-1, 16)).abs().amax(-1, keepdim=True).log2().floor()
+    step = torch.exp2(exponent - 2)  # MSFP12: sign and three mantissa bits below the shared exponent
+
+    y = qsim.parse("msfp12")(x)
+
+    assert torch.equal(y, ((x.unflatten(-1, (-1, 16)) / step).round().clamp(-7, 7) * step).flatten(-2))
+
+
+def test_deepseeks_tiles_share_a_scale_over_rows_and_columns() -> None:
+    x = torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
+    expected = torch.empty_like(x)
+    for row in range(0, 200, 128):
+        for column in range(0, 300, 128):
+            tile = x[row : row + 128, column : column + 128]
+            scale = tile.abs().max() / 448
+            expected[row : row + 128, column : column + 128] = (tile / scale).to(torch.float8_e4m3fn).float() * scale
+
+    assert torch.equal(qsim.parse("deepseek_weights")(x), expected)
+    assert torch.equal(qsim.parse("deepseek_activations")(x), qsim.parse("block(e4m3, [1, 128])")(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("mxfp8_e4m3", 8.25), ("mxfp6_e2m3", 6.25), ("mxfp4", 4.25), ("mxint8", 8.25), ("msfp12", 4.5), ("msfp16", 8.5),
+     ("nvfp4", 4.5 + 32 / 2**20), ("deepseek_weights", 8 + 32 / 2**14), ("deepseek_activations", 8.25)],
+)  # fmt: skip
+def test_bits_are_those_of_the_papers(name: str, bits: float) -> None:
+    assert qsim.parse(name).bits_per_element(torch.Size([1024, 1024])) == bits
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mx(e8m0)", "mx: e8m0 holds no zero and nothing below: it can be a scale, not an element"),
+        ("mx(e4m3, scale=int8)", "mx: int8 as a scale needs a scale of its own, like scaled(int8, channel)"),
+        ("mx(e4m3, n=0)", "mx: n should be greater than 0, not 0"),
+        ("mx(e4m3, rule=down)", "mx: rule should be 'divide', 'floor', 'ceil', 'even' or 'rceil', not 'down'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_together_is_refused(text: str, message: str) -> None:
+    with pytest.raises(qsim.SpecError) as error:
+        qsim.parse(text)
+
+    assert str(error.value).startswith(message)

@@ -1,0 +1,5 @@
+"""`python -m qsim_core` is `qsim`."""
+
+from qsim_core.cli import main
+
+main(prog_name="qsim")

@@ -1,0 +1,54 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from qsim_core.errors import QsimError
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write, which takes its place at `path` when the block ends, and is gone if the block fails.
+
+    Raises `QsimError` if it cannot be written.
+    """
+    check_writable(path)
+    part: Path | None = None
+    try:
+        with tempfile.NamedTemporaryFile("wb", dir=path.parent, delete=False) as file:
+            part = Path(file.name)
+            yield file  # type: ignore[misc]
+            file.flush()
+            os.fsync(file.fileno())
+        part.chmod(0o666 & ~_umask())
+        part.replace(path)
+        part = None
+    except OSError as error:
+        raise QsimError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:  # Ctrl-C too
+        if part is not None:
+            part.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raise `QsimError` before hours of work if their result could not be written to `path`."""
+    if path.is_dir():
+        raise QsimError(f"cannot write {path}: it is a directory; give a file's name")
+    if path.exists() and not path.is_file():
+        raise QsimError(f"cannot write {path}: it is no regular file; `--json -` writes to standard output")
+    if not path.parent.is_dir():
+        raise QsimError(f"cannot write {path}: there is no directory {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise QsimError(f"cannot write {path}: {path.parent} is not writable")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

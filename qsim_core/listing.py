@@ -1,0 +1,132 @@
+"""What there is: every component, one with its options, a format's codes."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import types
+import typing
+from typing import Any
+
+import click
+from rich.columns import Columns
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qsim_core.component import Component, Preset, options_of
+from qsim_core.compose import catalogue
+from qsim_core.errors import QsimError
+from qsim_core.format import Format
+from qsim_core.host import Host
+
+WIDEST = 8
+
+
+def components(host: Host, name: str | None, as_json: bool) -> None:
+    """Print every component, or one with its options."""
+    if name is not None:
+        found = host.find(name)
+        rows = [row for row in catalogue(host) if row[2] is found]
+    else:
+        rows = catalogue(host)
+    described = [_described(host, plugin, offered) for plugin, _, offered in rows]
+    if as_json:
+        click.echo(json.dumps(described, indent=2))
+    elif name is not None:
+        _show_one(described[0])
+    else:
+        table = Table("component", "kind", "plugin", "what it is", box=None, pad_edge=False)
+        for row in described:
+            table.add_row(row["name"], row["kind"], row["plugin"], row["summary"])
+        Console(highlight=False, markup=False).print(table)
+
+
+def _described(host: Host, plugin: str, offered: type[Component] | Preset) -> dict[str, Any]:
+    cls = host.class_of(offered)
+    if isinstance(offered, Preset):
+        text, doc, options = offered.text, offered.doc, []
+    else:
+        text, doc, options = None, inspect.cleandoc(offered.__doc__ or ""), list(options_of(offered).items())
+    return {
+        "name": offered.name,
+        "kind": cls.kind,
+        "plugin": plugin,
+        "stands_for": text,
+        "summary": f"{text}: {doc}" if text else doc.partition("\n\n")[0].replace("\n", " "),
+        "doc": doc,
+        "options": [
+            {
+                "name": option,
+                "type": _type(field.annotation),
+                "default": None if field.is_required() else _default(field.default),
+                "required": field.is_required(),
+                "doc": field.description or "",
+            }
+            for option, field in options
+        ],
+    }
+
+
+def _default(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool | None) else str(value)
+
+
+def _type(annotation: Any) -> str:
+    """A type as a user would say it: `format`, `whole number`, `tensor | channel | token`."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _type(arguments[0])
+    if origin is typing.Literal:
+        return " | ".join(str(argument) for argument in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_type(argument) for argument in arguments)
+    if isinstance(annotation, type) and issubclass(annotation, Component):
+        return annotation.kind
+    names = {int: "whole number", float: "number", bool: "true | false", str: "text", type(None): "none"}
+    return names.get(annotation, str(annotation))
+
+
+def _show_one(row: dict[str, Any]) -> None:
+    console = Console(highlight=False, markup=False)
+    signature = ", ".join(o["name"] if o["required"] else f"{o['name']}={o['default']}" for o in row["options"])
+    console.print(Text(row["name"], "bold") + Text(f"({signature})" if row["options"] else ""))
+    console.print(f"{row['kind']} of plugin {row['plugin']}", style="dim")
+    if row["stands_for"]:
+        console.print(f"\nShort for {row['stands_for']}.")
+    for paragraph in row["doc"].split("\n\n"):
+        drawn = paragraph.startswith(" ")  # a list or a table: its lines stay as they are
+        console.print()
+        console.print(paragraph if drawn else " ".join(paragraph.split()), soft_wrap=drawn)
+    if row["options"]:
+        table = Table("option", "type", "default", "meaning", box=None, pad_edge=False)
+        for option in row["options"]:
+            table.add_row(
+                option["name"], option["type"], "" if option["required"] else option["default"], option["doc"]
+            )
+        console.print()
+        console.print(table)
+
+
+def codes(host: Host, text: str, as_json: bool) -> None:
+    """Print every code of a format with its value. Raises `QsimError` for one of more than 8 bits."""
+    number = host.parse(text, Format)
+    if number.width > WIDEST:
+        raise QsimError(f"{text} has {number.width} bits; a table of codes is printed up to {WIDEST}")
+    table = number.table().tolist()
+    missing = "NaN" if number.has_nan else "unused"
+    values = [missing if math.isnan(v) else "Inf" if v == math.inf else "-Inf" if v == -math.inf else v for v in table]
+    rows = [{"code": code, "bits": f"{code:0{number.width}b}", "value": value} for code, value in enumerate(values)]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    digits = math.ceil(number.width / 4)
+    lines = [f"{row['code']:0{digits}x}  {row['bits']}  {_short(row['value'])}" for row in rows]
+    console = Console(highlight=False, markup=False)
+    console.print(Text(str(number), "bold") + Text(f": {number.width} bits, {number.min:.9g} to {number.max:.9g}"))
+    console.print(Columns(lines, padding=(0, 4), column_first=True))
+
+
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.9g}"

@@ -1,0 +1,33 @@
+"""Progress on standard error, where that is a terminal: a bar for a loop, a spinner for work without a count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def track(items: Iterable[Any], total: int, description: str) -> Iterator[Any]:
+    """Show a bar on standard error while a loop runs."""
+    columns = (
+        TextColumn("{task.description:18}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield from progress.track(items, total=total, description=description)
+
+
+def stage(description: str) -> AbstractContextManager[Any]:
+    """Show a spinner on standard error while something without a count goes on."""
+    console = Console(stderr=True)
+    return console.status(description) if console.is_terminal else nullcontext()
+
+
+SHOWN: dict[str, Any] = {"track": track, "stage": stage}

@@ -1,0 +1,219 @@
+"""The one combinator: divide by a scale shared over a block, round to a format, multiply back.
+
+The scale is itself rounded by a quantizer, which may again be scaled. Every scheme, from per-tensor integers to
+NVFP4, is a choice of element format, granularity, scale, range and rule.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import abstractmethod
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from qsim_core.encoding import Encoded
+from qsim_core.errors import QsimError
+from qsim_core.format import Format
+from qsim_core.numerics import ScaleRule, power_of_two_scale, round_to_integer, working
+from qsim_core.quantizer import Granularity, Quantizer, floating, laid_out_as
+from qsim_core.ranges import Calibrator, MinMax
+
+
+class Scheme(Quantizer):
+    """Divide by a scale shared over a block, round to `element`, multiply back. One property to write: `granularity`.
+
+    Blocks lie along the last axis, the matmul's reduction axis, the last one may be short:
+
+        x [A, K], "tensor"             -> scales [1]
+        x [A, K], "channel", "token"   -> scales [A, 1]
+        x [A, K], n                    -> scales [A, ceil(K / n)]
+        x [A, K], (r, c)               -> scales [ceil(A / r), ceil(K / c)]
+
+    Symmetric: scale = highest / reach(element), where `range` says what the highest magnitude is. Otherwise, for
+    integers: scale = (highest - lowest) / (max - min) with zero inside the range, and a zero point
+    min - round(lowest / scale) that makes zero exact. The quotients are float32's (float64's for float64 input).
+    `rule` may make a power of two of the scale; `scale` rounds it, saturating at that format's largest value.
+
+    A block of zeros, or whose scale rounds to zero, becomes zero. A block that holds NaN or ±Inf has no scale
+    and becomes NaN as a whole: an overflow is not hidden.
+    """
+
+    element: Format = Field(description="the number format of the scaled values")
+    scale: Quantizer | None = Field(None, description="what rounds the scales; none keeps them in float32")
+    symmetric: bool = Field(True, description="no zero point; false: one for each scale, for integers")
+    range: Calibrator = Field(MinMax(), description="what a scale covers: minmax, absmax, percentile, mse")
+    rule: ScaleRule = Field(
+        "divide", description="how the range becomes a scale: divided, or a power of two (floor, ceil, even, rceil)"
+    )
+
+    @property
+    @abstractmethod
+    def granularity(self) -> Granularity:
+        """Which elements share a scale: "tensor", "channel" or "token" (a row), n along a row, or (rows, columns)."""
+
+    @model_validator(mode="after")
+    def _works_together(self) -> Self:
+        element, scale = self.element, self.scale
+        if element.min > 0:
+            raise ValueError(f"{element} holds no zero and nothing below: it can be a scale, not an element")
+        if isinstance(scale, Format) and not scale.wide:
+            raise ValueError(f"{scale} as a scale needs a scale of its own, like scaled({scale}, channel)")
+        if not self.symmetric and not element.is_integer:
+            raise ValueError(f"a zero point shifts whole numbers; {element} is none, so leave symmetric=false out")
+        if not self.symmetric and self.rule != "divide":
+            raise ValueError(f"rule {self.rule} is for symmetric scales; leave symmetric=false out")
+        return self
+
+    @functools.cached_property
+    def coded(self) -> Format:
+        """The element format as it is used: with a zero point, every code of it."""
+        return self.element if self.symmetric else self.element.full()
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """`x` rounded, in its own dtype; the arithmetic is float32's (float64's for float64)."""
+        if floating(x).numel() == 0:
+            return x.clone()
+        blocks = self.split(working(x))
+        scale, zero = self.scales(blocks)
+        return laid_out_as(x, self.join(self._units(blocks, scale, zero) * scale, x))
+
+    def passes(self, x: Tensor) -> Tensor:
+        """True where x / scale is at most half a step outside the element format; NaN does not pass."""
+        if x.numel() == 0:
+            return torch.ones_like(x, dtype=torch.bool)
+        blocks = self.split(working(x))
+        scale, zero = self.scales(blocks)
+        units = blocks / _divisor(scale)
+        return self.join(self.coded.passes(units if zero is None else units + zero), x)
+
+    def encode(self, x: Tensor) -> Encoded:
+        """Codes in the shape of `x`, scales and zero points one for each block. Where a scale is NaN no code counts."""
+        blocks, element = self.split(working(floating(x))), self.coded
+        exact, zero = self._exact(blocks)
+        scale = self._rounded(exact).unsqueeze(-1)
+        units = torch.where(scale.isnan(), element.max, self._units(blocks, scale, zero))
+        if zero is not None:
+            zero = torch.where(scale.isnan(), 0.0, zero)
+            units = units + zero
+        return Encoded(
+            codes=self.join(element.to_codes(units), x),
+            width=element.width,
+            dtype=x.dtype,
+            scales=exact if self.scale is None else self.scale.encode(self._limited(exact)),
+            zero_points=None if zero is None else element.to_codes(zero.squeeze(-1)),
+        )
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        element, dtype = self.coded, working(torch.empty(0, dtype=encoded.dtype)).dtype
+        stored = encoded.scales
+        scale = self.scale.decode(stored) if self.scale is not None and isinstance(stored, Encoded) else stored
+        assert isinstance(scale, Tensor)
+        units = element.from_codes(self.split(encoded.codes), dtype)
+        if encoded.zero_points is not None:
+            units = units - element.from_codes(encoded.zero_points, dtype).unsqueeze(-1)
+        return self.join(units * scale.unsqueeze(-1), encoded.codes).to(encoded.dtype)
+
+    def scales(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scales and zero points of blocks [..., B, n], [..., B, 1] each; NaN where a block has none."""
+        exact, zero = self._exact(blocks)
+        return self._rounded(exact).unsqueeze(-1), zero
+
+    def _exact(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scales [..., B] before they are rounded, and zero points [..., B, 1], after `range` has looked."""
+        seen = blocks
+        if self.symmetric:
+            seen = blocks.abs() if self.element.min < 0 else blocks.clamp(min=0)
+
+        def error(low: Tensor, high: Tensor) -> Tensor:
+            exact, zero = self._covering(low, high)
+            scale = self._rounded(exact).unsqueeze(-1)
+            return self._units(blocks, scale, zero) * scale - blocks
+
+        return self._covering(*self.range.range(seen, error))
+
+    def _covering(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        element = self.coded
+        if not self.symmetric:
+            low, high = low.clamp(max=0), high.clamp(min=0)
+            exact = _finite((high - low) / (element.max - element.min))
+            offset = (low / _divisor(self._rounded(exact))).round()
+            return exact, (element.min - offset).clamp(element.min, element.max).unsqueeze(-1)
+        if self.rule == "divide":
+            return _finite(high / element.reach), None
+        return power_of_two_scale(high, self.rule, element.max, element.beyond), None
+
+    def _limited(self, exact: Tensor) -> Tensor:
+        return exact.clamp(max=getattr(self.scale, "max", math.inf))
+
+    def _rounded(self, exact: Tensor) -> Tensor:
+        return exact if self.scale is None else _finite(self.scale.quantize(self._limited(exact)))
+
+    def _units(self, blocks: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """The blocks in units of their scale, rounded; less the zero point, where there is one."""
+        units, element = blocks / _divisor(scale), self.coded
+        if zero is None:
+            return element.round(units)
+        return round_to_integer(units, element.min - zero, element.max - zero, element.rounding, element.seed)
+
+    def split(self, x: Tensor) -> Tensor:
+        """`x` as [..., blocks, elements of a block]; what a last block lacks is filled up with zeros."""
+        if self.granularity == "tensor":
+            return x.reshape(1, -1)
+        rows, columns = self._block(x.shape)
+        x = x.reshape(1, 1) if x.dim() == 0 else x
+        if isinstance(self.granularity, tuple):
+            below, beside = -x.shape[-2] % rows, -x.shape[-1] % columns
+            tiles = F.pad(x, (0, beside, 0, below)).unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
+            tiled: Tensor = tiles.transpose(-2, -3).flatten(-2)
+            return tiled
+        missing = -x.shape[-1] % columns
+        blocks: Tensor = (F.pad(x, (0, missing)) if missing else x).unflatten(-1, (-1, columns))
+        return blocks
+
+    def join(self, blocks: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `split`: blocks back in the shape of the tensor they came from."""
+        if self.granularity == "tensor":
+            return blocks.reshape(like.shape)
+        if isinstance(self.granularity, tuple):
+            tiles = blocks.unflatten(-1, self._block(like.shape)).transpose(-2, -3)
+            joined: Tensor = tiles.flatten(-4, -3).flatten(-2)
+            return joined[..., : like.shape[-2], : like.shape[-1]]
+        return blocks.flatten(-2)[..., : like.shape[-1] if like.dim() else 1].reshape(like.shape)
+
+    def _block(self, shape: torch.Size) -> tuple[int, int]:
+        """Rows and columns of a block, never more than there are."""
+        length = shape[-1] if shape else 1
+        if not isinstance(self.granularity, tuple):
+            return 1, max(1, min(self.granularity, length) if isinstance(self.granularity, int) else length)
+        if len(shape) < 2:
+            raise QsimError(f"{self} shares scales over rows and columns; a tensor of shape {tuple(shape)} has no rows")
+        return max(1, min(self.granularity[0], shape[-2])), max(1, min(self.granularity[1], length))
+
+    def bits_per_element(self, shape: torch.Size) -> float | None:
+        """The element's width plus scales' and zero points' bits, spread over the elements (32 for a bare scale)."""
+        elements, width = math.prod(shape), float(self.element.width)
+        if elements == 0:
+            return width
+        if self.granularity == "tensor":
+            scales = torch.Size([1])
+        else:
+            rows, columns = self._block(shape)
+            length, height = (shape or (1,))[-1], shape[-2] if len(shape) > 1 else 1
+            scales = torch.Size([*shape[:-2], math.ceil(height / rows), math.ceil(length / columns)])
+        each = 32.0 if self.scale is None else self.scale.bits_per_element(scales)
+        if each is None:
+            return None
+        return width + (each + (0 if self.symmetric else width)) * scales.numel() / elements
+
+
+def _finite(scale: Tensor) -> Tensor:
+    return torch.where(scale.isfinite(), scale, torch.nan)
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, 1.0, scale)

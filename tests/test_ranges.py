@@ -1,0 +1,131 @@
+"""What a scale covers, and how the range becomes one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import qsim_core as qsim
+from qsim_core.numerics import power_of_two_scale
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def gptq_with_mse(
+    x: Tensor, bits: int, sym: bool, norm: float = 2.4, grid: int = 100, maxshrink: float = 0.8
+) -> Tensor:
+    """GPTQ's reference (quant.py) with `mse=True`: the shrink of each row with the least |error|^2.4."""
+    maxq = 2**bits - 1
+    low, high = x.amin(1).clamp(max=0), x.amax(1).clamp(min=0)
+    if sym:
+        high = torch.maximum(low.abs(), high)
+        low = -high
+
+    def rounded(share: float) -> Tensor:
+        scale = (share * high - share * low) / maxq
+        zero = torch.full_like(scale, (maxq + 1) / 2) if sym else torch.round(-share * low / scale)
+        scale, zero = scale[:, None], zero[:, None]
+        return scale * ((torch.round(x / scale) + zero).clamp(0, maxq) - zero)
+
+    best, least = rounded(1.0), torch.full_like(high, torch.inf)
+    for step in range(int(maxshrink * grid)):
+        tried = rounded(1 - step / grid)
+        error = (tried - x).abs().pow(norm).sum(1)
+        better = error < least
+        best[better], least[better] = tried[better], error[better]
+    return best
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_mse_is_gptqs_search(bits: int) -> None:
+    x = noise(24, 96) + 0.1
+
+    asymmetric = qsim.parse(f"channel(int{bits}, symmetric=false, range=mse)")(x)
+    symmetric = qsim.parse(f"channel(int({bits}, narrow=false, convention=gptq), range=mse)")(x)
+
+    assert torch.allclose(asymmetric, gptq_with_mse(x, bits, sym=False), rtol=0, atol=1e-6)
+    assert torch.allclose(symmetric, gptq_with_mse(x, bits, sym=True), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("element", ["int3", "e2m1", "nf4", "int4"])
+def test_mse_is_never_worse_than_covering_everything(element: str) -> None:
+    x = noise(16, 128) ** 3
+
+    def error(text: str) -> Tensor:
+        return (qsim.parse(text)(x) - x).abs().pow(2.4).sum(1)
+
+    assert (error(f"channel({element}, range=mse)") <= error(f"channel({element})")).all()
+    assert (error(f"channel({element}, range=mse)") < error(f"channel({element})")).any()
+
+
+@pytest.mark.parametrize("p", [75, 99, 99.9, 100])
+def test_percentile_is_numpys(p: float) -> None:
+    x = noise(8, 500)
+    scale = torch.from_numpy(np.percentile(x.abs().double().numpy(), p, axis=1, keepdims=True)).float() / 7
+
+    assert torch.allclose(
+        qsim.parse(f"channel(int4, range=percentile({p}))")(x), (x / scale).round().clamp(-7, 7) * scale, atol=1e-5
+    )
+
+
+def test_absmax_covers_either_side_alike_even_with_a_zero_point() -> None:
+    x = torch.tensor([[-1.0, 3.0, 0.5]])
+
+    assert qsim.parse("channel(uint2, symmetric=false, range=absmax)").encode(x).zero_points.item() == 2  # type: ignore[union-attr]
+    assert qsim.parse("channel(uint2, symmetric=false)").encode(x).zero_points.item() == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("range_", ["minmax", "absmax", "percentile", "mse"])
+@pytest.mark.parametrize("symmetric", ["true", "false"])
+@pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
+def test_a_block_with_nan_or_inf_shows_it_whatever_the_range(range_: str, symmetric: str, special: float) -> None:
+    x = noise(3, 64)
+    x[1, 5] = special
+
+    y = qsim.parse(f"channel(int4, range={range_}, symmetric={symmetric})")(x)
+
+    assert y[1].isnan().all()
+    assert y[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("rule", "exponents"),
+    [("floor", [0, 0, 0, -1, 0]), ("ceil", [0, 1, 1, 0, 1]), ("even", [0, 0, 1, 0, 1]), ("rceil", [0, 0, 1, 0, 1])],
+)  # fmt: skip
+def test_the_rules_by_hand_for_e2m1(rule: str, exponents: list[int]) -> None:
+    """Magnitudes 4, 6, 6.01 (7 rounds up from 7), 3.9, 7.5 against a largest value of 6 = 1.5 * 2^2."""
+    magnitudes = torch.tensor([4.0, 6.0, 7.0, 3.9, 7.5])
+
+    scales = power_of_two_scale(magnitudes, rule, 6.0, 8.0)  # type: ignore[arg-type]
+
+    assert scales.log2().tolist() == exponents
+
+
+def test_a_power_of_two_scale_is_exact_next_to_powers_of_two() -> None:
+    magnitudes = torch.exp2(torch.arange(-100.0, 100.0))
+    below, above = (torch.nextafter(magnitudes, torch.tensor(end)) for end in (0.0, torch.inf))
+
+    for x, floor, ceil in ((magnitudes, 1.0, 1.0), (below, 0.5, 1.0), (above, 1.0, 2.0)):
+        assert torch.equal(power_of_two_scale(x, "floor", 1.0, 2.0), magnitudes * floor)
+        assert torch.equal(power_of_two_scale(x, "ceil", 1.0, 2.0), magnitudes * ceil)
+
+
+def test_an_own_calibrator_is_twenty_lines() -> None:
+    class Half(qsim.Calibrator):
+        """Covers half of the range."""
+
+        name = "half"
+
+        def range(self, blocks: Tensor, error: object) -> tuple[Tensor, Tensor]:
+            return blocks.amin(-1) / 2, blocks.amax(-1) / 2
+
+    host = qsim.Host()
+    host.register(Half)
+
+    y = host.parse("channel(int4, range=half)")(torch.tensor([[14.0, 3.0, -7.0]]))
+
+    assert y.tolist() == [[7.0, 3.0, -7.0]]

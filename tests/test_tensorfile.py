@@ -1,0 +1,167 @@
+"""`qsim quantize`: a file of tensors rounded, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+import qsim_core as qsim
+from qsim_core.cli import main
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+TENSORS = {
+    "fc.weight": noise(8, 100),
+    "fc.bias": noise(8),
+    "half.weight": noise(6, 64).bfloat16(),
+    "conv.weight": noise(5, 4, 3, 3),
+    "experts": noise(2, 6, 32),
+    "embed.weight": noise(10, 16).half(),
+    "ids": torch.arange(12).view(3, 4),
+    "empty": torch.empty(0, 4),
+    "mask": torch.tensor([True, False]),
+}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "in.safetensors"
+    save_file(TENSORS, path, metadata={"format": "pt"})
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["quantize", *map(str, arguments)])
+
+
+def test_weights_are_rounded_and_everything_else_is_copied(source: Path, tmp_path: Path) -> None:
+    outcome = run(source, tmp_path / "out.safetensors", "--weights", "abfp(int4, n=16)", "--skip", "*embed*")
+
+    out, quantizer = load_file(tmp_path / "out.safetensors"), qsim.parse("abfp(int4, n=16)")
+    assert outcome.exit_code == 0, outcome.output
+    for name in ("fc.weight", "half.weight", "experts"):
+        assert torch.equal(out[name], quantizer(TENSORS[name]))
+    for name in ("fc.bias", "embed.weight", "ids", "empty", "mask"):
+        assert torch.equal(out[name], TENSORS[name])
+        assert out[name].dtype == TENSORS[name].dtype
+
+
+def test_a_kernels_rows_run_over_taps_and_inputs_as_in_a_simulation(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "out.safetensors", "--weights", "abfp(int4, n=16)")
+    conv = torch.nn.Conv2d(4, 5, 3, bias=False)
+    conv.weight.data.copy_(TENSORS["conv.weight"])
+    x = noise(1, 4, 6, 6)
+    with qsim.simulate(conv, weights="abfp(int4, n=16)"), torch.no_grad():
+        simulated = conv(x)
+
+    rounded = load_file(tmp_path / "out.safetensors")["conv.weight"]
+
+    assert torch.equal(torch.nn.functional.conv2d(x, rounded), simulated)
+
+
+def test_a_bare_format_is_rounded_by_channel_and_every_tensor_is_reported(source: Path, tmp_path: Path) -> None:
+    outcome = run(source, tmp_path / "out.safetensors", "--weights", "int8", "--json")
+
+    report = {row["name"]: row for row in json.loads(outcome.stdout)}
+    assert report["fc.weight"]["quantizer"] == "channel(int8)"
+    assert report["fc.weight"]["bits"] == 8 + 32 / 100
+    assert 35 < report["fc.weight"]["sqnr_db"] < 55
+    assert report["ids"] == {"name": "ids", "shape": [3, 4], "quantizer": None, "sqnr_db": None, "bits": None}
+
+
+def test_the_table_says_what_was_done(source: Path, tmp_path: Path) -> None:
+    outcome = run(source, tmp_path / "out.safetensors", "--weights", "bf16", "--skip", "conv*")
+
+    assert "half.weight" in outcome.stdout
+    assert f"4 of 9 tensors rounded, the others copied, to {tmp_path}/out.safetensors\n" in outcome.stdout
+
+
+def test_metadata_and_order_stay(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "out.safetensors", "--weights", "int8")
+
+    def header(path: Path) -> bytes:
+        data = path.read_bytes()
+        return data[: 8 + int.from_bytes(data[:8], "little")]
+
+    assert header(tmp_path / "out.safetensors") == header(source)
+
+
+def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
+    """Twelve tensors of 16 MiB: the peak grows by a few of them over what the program takes anyway, not by all twelve."""
+    save_file({f"w{i}": noise(2048, 2048, seed=i) for i in range(12)}, tmp_path / "in.safetensors")
+    save_file({"w": noise(8, 8)}, tmp_path / "small.safetensors")
+    program = (
+        "import resource, sys; from pathlib import Path; import qsim_core as q; from qsim_core.tensorfile import quantize_file\n"
+        "quantize_file(Path(sys.argv[1]), Path('out.safetensors'), q.parse('channel(int4)'))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+
+    def peak(name: str) -> int:
+        command = [sys.executable, "-c", program, name]
+        return int(subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout)
+
+    grown = (peak("in.safetensors") - peak("small.safetensors")) / 1024
+
+    assert grown < 9 * 16, f"{grown:.0f} MiB"
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ("", ["--weights", "int99"], "no quantizer 'int99'"),
+        ("", ["--weights", "none"], "--weights none rounds nothing; name a quantizer, like 'abfp(int4)'"),
+        ("", ["--weights", "int4", "--skip", "nothing*"], "pattern 'nothing*' matches no tensor. There are: "),
+        ("", ["--weights", "int4", "--skip", "*"], "holds no weight to round: no float tensor of two axes that is not skipped"),
+        ("nan", ["--weights", "int4"], "fc.weight holds NaN or Inf; what is rounded from it would mean nothing"),
+        ("corrupt", ["--weights", "int4"], "in.safetensors is no safetensors file, or corrupt: "),
+        ("missing", ["--weights", "int4"], "cannot read "),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
+    change: str, arguments: list[str], message: str, source: Path, tmp_path: Path
+) -> None:
+    if change == "nan":
+        save_file({"fc.weight": torch.tensor([[1.0, torch.nan]])}, source)
+    elif change == "corrupt":
+        source.write_bytes(source.read_bytes()[:-50])
+    elif change == "missing":
+        source.unlink()
+    before = sorted(tmp_path.iterdir())
+
+    outcome = run(source, tmp_path / "out.safetensors", *arguments)
+
+    assert outcome.exit_code == 1
+    assert message in outcome.stderr
+    assert outcome.stderr.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_output_is_no_directory_and_not_the_input(source: Path, tmp_path: Path) -> None:
+    assert "is a directory" in run(source, tmp_path, "--weights", "int4").stderr
+    assert (
+        "in.safetensors is the input; give the output another name" in run(source, source, "--weights", "int4").stderr
+    )
+
+
+def test_a_full_disk_leaves_no_half_of_a_file(source: Path, tmp_path: Path) -> None:
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+
+    run = subprocess.run(
+        [sys.executable, "-B", "-m", "qsim_core", "quantize", str(source), "out.safetensors", "--weights", "int4", "-q"],
+        cwd=tmp_path, capture_output=True, text=True, preexec_fn=small_disk,
+    )  # fmt: skip
+
+    assert run.stderr == "Error: cannot write out.safetensors: File too large\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
