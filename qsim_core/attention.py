@@ -1,4 +1,4 @@
-"""Fused attention, taken apart so that its two products can be met.
+"""Functions with matmuls inside, taken apart so that these can be met: above all fused attention.
 
 `explicit_attention` is `scaled_dot_product_attention` written out. `explicit_multi_head_attention` is torch's own
 `multi_head_attention_forward`, told that no function mode is there, so that it calls its matmuls one by one
@@ -56,8 +56,40 @@ def _without_mode(function: Any) -> Callable[..., Any]:
 
 explicit_multi_head_attention = _without_mode(F.multi_head_attention_forward)
 
+
+def _addbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """`torch.addbmm`: its sum runs over the batch too, so it is one product with a longer reduction axis."""
+    return torch.addmm(input, batch1.transpose(0, 1).flatten(1), batch2.flatten(0, 1), beta=beta, alpha=alpha)
+
+
+def _tensordot(a: Tensor, b: Tensor, dims: Any = 2, out: Tensor | None = None) -> Tensor:
+    """`torch.tensordot` as an einsum with numbered axes."""
+    if isinstance(dims, Tensor):
+        dims = dims.tolist()
+    pairs = (list(range(a.dim() - dims, a.dim())), list(range(dims))) if isinstance(dims, int) else dims
+    left = list(range(a.dim()))
+    right = list(range(a.dim(), a.dim() + b.dim()))
+    for mine, theirs in zip(*pairs, strict=True):
+        right[theirs] = left[mine]
+    kept = [axis for axis in left if axis not in right] + [axis for axis in right if axis not in left]
+    result: Tensor = torch.einsum(a, left, b, right, kept)
+    return result if out is None else out.copy_(result)
+
+
+def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An in-place method by its function that returns a new tensor."""
+    return lambda self, *args, **kwargs: self.copy_(function(self, *args, **kwargs))
+
+
 EXPLICIT: dict[Callable[..., Any], Callable[..., Any]] = {
     F.scaled_dot_product_attention: explicit_attention,
     F.multi_head_attention_forward: explicit_multi_head_attention,
+    torch.addbmm: _addbmm,
+    torch.Tensor.addbmm: _addbmm,
+    torch.tensordot: _tensordot,
+    torch.Tensor.addmm_: _in_place(torch.addmm),
+    torch.Tensor.addmv_: _in_place(torch.addmv),
+    torch.Tensor.baddbmm_: _in_place(torch.baddbmm),
+    torch.Tensor.addbmm_: _in_place(_addbmm),
 }
 SOFTMAX = frozenset({F.softmax, torch.softmax, torch.Tensor.softmax})

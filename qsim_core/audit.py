@@ -44,6 +44,9 @@ PRODUCTS = frozenset(
         "convolution_overrideable",
         "mkldnn_convolution",
         "_trilinear",
+        "conv_tbc",
+        "_sparse_mm",
+        "_sparse_addmm",
         "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_efficient_attention",
@@ -154,7 +157,7 @@ class _Outside(TorchDispatchMode):
         self.found: dict[str, int] = defaultdict(int)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
+        name = func.overloadpacket.__name__.rstrip("_")
         if name in PRODUCTS and not self.sites.thread.inside:
             stack = self.sites.thread.stack
             self.found[f"{stack[-1].path if stack else ''}:{name}"] += 1

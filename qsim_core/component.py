@@ -56,16 +56,17 @@ class Component(BaseModel):
         return str(self)
 
     def __str__(self) -> str:
-        preset, options = self.__dict__.get("_preset", (None, None))
-        if preset is not None and options == self._options():
-            return str(preset)
+        name, options = self.__dict__.get("_written", (self.name, None))
+        if options is not None and options == self._options():
+            return str(name)
         parts = []
         for index, (option, field) in enumerate(options_of(type(self)).items()):
             value, default = getattr(self, option), field.get_default(call_default_factory=True)
             leading = index == 0 and (field.is_required() or isinstance(value, Component | int | float))
             if leading or (value != default and _render(value) != default):
                 parts.append(_render(value) if index == 0 else f"{option}={_render(value)}")
-        return f"{self.name}({', '.join(parts)})" if parts else self.name
+        name = name if options is None else self.name
+        return f"{name}({', '.join(parts)})" if parts else str(name)
 
     def replace(self, **changes: Any) -> Self:
         """A checked copy with some options changed."""
@@ -74,10 +75,10 @@ class Component(BaseModel):
     def _options(self) -> dict[str, Any]:
         return {option: getattr(self, option) for option in options_of(type(self))}
 
-    def _named(self, preset: str) -> Self:
-        """A copy that prints as the preset it came from; equality and hash are untouched."""
+    def _named(self, name: str, preset: bool = False) -> Self:
+        """A copy that prints under this name, its plugin's with it or the preset's; equality and hash are untouched."""
         copy = self.model_copy()
-        copy.__dict__["_preset"] = (preset, self._options())
+        copy.__dict__["_written"] = (name, self._options() if preset else None)
         return copy
 
 
@@ -96,8 +97,11 @@ def options_of(cls: type[Component]) -> dict[str, FieldInfo]:
     return {name: cls.model_fields[name] for name in dict.fromkeys(declared) if name in cls.model_fields}
 
 
-def construct(cls: type[Component], node: Node, host: Any) -> Component:
-    """Build a component of class `cls` from a word or call; errors point at the argument that is wrong."""
+def construct(cls: type[Component], node: Node, host: Any, scope: frozenset[str]) -> Component:
+    """Build a component of class `cls` from a word or call; errors point at the argument that is wrong.
+
+    `scope` has the plugins on which the author of the class relies: they say what its default texts mean.
+    """
     options = list(options_of(cls))
     positional = node.arguments or ()
     if len(positional) > len(options):
@@ -112,6 +116,9 @@ def construct(cls: type[Component], node: Node, host: Any) -> Component:
             raise value.error(f"{cls.name} is given {option!r} twice")
         given[option] = value
     values = {option: _value(part, cls.model_fields[option].annotation) for option, part in given.items()}
+    for option, field in cls.model_fields.items():
+        if option not in given and isinstance(field.default, str) and _allows(field.annotation, Component):
+            values[option] = read(field.default, scope)
     try:
         return cls.model_validate(values, context={"host": host})
     except ValidationError as error:

@@ -21,8 +21,8 @@ from qsim_core.host import Host
 from qsim_core.quantizer import Quantizer
 from qsim_core.recipe import Recipe
 
-PLUGIN_OUTPUTS = "bf16"
-WIDE = {"16": "cast(bf16)", "32": None}
+PLUGIN_OUTPUTS = "fp.bf16"
+WIDE = {"16": "cast(fp.bf16)", "32": None}
 """Widths that name no integers: 16 is bfloat16 and 32 the float32 that is simulated in."""
 
 
@@ -81,7 +81,7 @@ def _precision(host: Host, precision: str, scheme: Quantizer | None) -> dict[str
         raise RecipeError(f"--precision is written w4a8: the bits of weights and of activations, not {precision!r}")
     chosen: dict[str, Any] = {}
     for role, bits in zip(("weights", "activations"), found.groups(), strict=True):
-        chosen[role] = WIDE[bits] if bits in WIDE else _in_scheme(host, role, f"int{int(bits)}", scheme)
+        chosen[role] = WIDE[bits] if bits in WIDE else _in_scheme(host, role, f"int.int{int(bits)}", scheme)
     return chosen
 
 

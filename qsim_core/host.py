@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
@@ -62,6 +63,7 @@ class Host:
         core = Plugin("core", "qsim-core", _core_version(), module="qsim_core.schemes")
         self._plugins = {"core": core, **(_discover() if discover else {})}
         self._loaded: dict[str, Offers | PluginError] = {}
+        self._everything: dict[str, list[tuple[str, type[Component] | Preset]]] | None = None
 
     @property
     def plugins(self) -> dict[str, Plugin]:
@@ -77,6 +79,7 @@ class Host:
         if name in self._plugins:
             raise PluginError(f"a plugin named {name!r} is there already; give register() another name=")
         self._plugins[name] = Plugin(name, "inline", "0", module=module)
+        self._everything = None
         try:
             self.load(name)
         except PluginError:
@@ -121,16 +124,26 @@ class Host:
 
     def components(self, kind: type[Component] | None = None) -> dict[str, list[tuple[str, type[Component] | Preset]]]:
         """Every component and preset that loads, by name: a list of (plugin, what it offers), sorted."""
-        found: dict[str, list[tuple[str, type[Component] | Preset]]] = {}
-        failures = self.check()
-        for plugin in self.plugins.keys() - failures.keys():
-            for offered in self.load(plugin).items():
-                if kind is None or issubclass(self.class_of(offered), kind):
+        if self._everything is None:
+            found: dict[str, list[tuple[str, type[Component] | Preset]]] = {}
+            failures = self.check()
+            for plugin in self.plugins.keys() - failures.keys():
+                for offered in self.load(plugin).items():
                     found.setdefault(offered.name, []).append((plugin, offered))
-        return {name: sorted(found[name], key=lambda pair: pair[0]) for name in sorted(found)}
+            self._everything = {name: sorted(found[name], key=lambda pair: pair[0]) for name in sorted(found)}
+        if kind is None:
+            return dict(self._everything)
+        fitting = {n: [o for o in f if issubclass(self.class_of(o[1]), kind)] for n, f in self._everything.items()}
+        return {name: offered for name, offered in fitting.items() if offered}
 
     def find(self, name: str, kind: type[Component] | None = None) -> type[Component] | Preset:
         """What a name means. Raises `QsimError` if it means nothing of this kind here, or more than one thing."""
+        return self._find(name, kind, frozenset())[1]
+
+    def _find(
+        self, name: str, kind: type[Component] | None, scope: frozenset[str]
+    ) -> tuple[str, type[Component] | Preset]:
+        """The plugin and what it offers under a name; of several, the one in `scope`."""
         from qsim_core.component import Component
 
         kind = kind or Component
@@ -141,10 +154,14 @@ class Host:
             candidates = self.components().get(bare, [])
         fitting = [(p, o) for p, o in candidates if issubclass(self.class_of(o), kind)]
         if len(fitting) > 1:
+            meant = [(p, o) for p, o in fitting if p in scope]
+            fitting = meant if len(meant) == 1 else fitting
+        if len(fitting) > 1:
+            offering = " and ".join(str(self._plugins[p]) for p, _ in fitting)
             choices = " or ".join(f"{p}.{bare}" for p, _ in fitting)
-            raise PluginError(f"{bare!r} is offered by more than one plugin; write {choices}")
+            raise PluginError(f"{bare!r} is offered by {offering}; write {choices}")
         if fitting:
-            return fitting[0][1]
+            return fitting[0]
         if candidates:
             raise QsimError(
                 f"{name!r} is {with_article(self.class_of(candidates[0][1]).kind)}, not {with_article(kind.kind)}"
@@ -154,6 +171,15 @@ class Host:
             raise failures[bare]
         names = [item.name for item in self.load(plugin).items()] if plugin else list(self.components(kind))
         raise QsimError(f"no {kind.kind} {name!r}{did_you_mean(bare, names)}{self.not_looked_at()}")
+
+    def scope(self, plugin: str) -> frozenset[str]:
+        """A plugin, the core, and the plugins among its distribution's dependencies: what its author relies on."""
+        known = self._plugins[plugin]
+        requires = (known.entry.dist.requires or []) if known.entry is not None and known.entry.dist is not None else []
+        needed = {re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower() for requirement in requires}
+        return frozenset(
+            {plugin, "core", *(p.name for p in self._plugins.values() if p.distribution.lower() in needed)}
+        )
 
     def not_looked_at(self) -> str:
         """The plugins that do not load and why, as the end of a message that something was not found."""
@@ -168,22 +194,26 @@ class Host:
         if node.name is None:
             raise node.error(f"expected a {(kind or Component).kind}, found {node.value!r}")
         try:
-            found = self.find(node.name, kind)
+            plugin, found = self._find(node.name, kind, node.scope)
         except PluginError:
             raise
         except QsimError as error:
             raise node.error(str(error)) from None
+        alone = len(self.components().get(found.name, ())) == 1
+        name = found.name if alone else f"{plugin}.{found.name}"
+        scope = self.scope(plugin)
         if not isinstance(found, Preset):
-            return construct(found, node, self)
+            made = construct(found, node, self, scope)
+            return made if alone else made._named(name)
+        written = read(found.text, scope)
         try:
-            preset = self.build(read(found.text), kind)._named(node.name)
+            preset = self.build(written, kind)._named(name, preset=True)
         except SpecError as error:
             raise PluginError(f"preset {found.name!r} cannot be built: {error}") from error
         if node.arguments:
             raise node.arguments[0].error(f"{node.name!r} is short for {found.text}; name the option to change")
         if not node.options:
             return preset
-        written = read(found.text)
         return self.build(replace(written, options={**written.options, **node.options}), kind)
 
     def parse(self, text: str, kind: type[Component] | None = None) -> Any:
@@ -219,7 +249,8 @@ class Host:
     def _collect(plugin: Plugin) -> Offers:
         if plugin.rivals:
             raise PluginError(
-                f"plugin {plugin.name!r} is claimed by {' and '.join((plugin.distribution, *plugin.rivals))}; "
+                f"plugin {plugin.name!r} is claimed by "
+                f"{' and '.join((f'{plugin.distribution} {plugin.version}', *plugin.rivals))}; "
                 f"uninstall all but one of them"
             )
         remedy = f"reinstall or upgrade {plugin.distribution}, or uninstall it"

@@ -21,8 +21,9 @@ from qsim_core.errors import QsimError
 
 @dataclass(frozen=True)
 class Layout:
-    """Views of an operand: `rows` brings its reduction axis last, `back` undoes that."""
+    """Views of an operand: `rows` brings its reduction axis last, `back` undoes that; `name` tells layouts apart."""
 
+    name: str
     rows: Callable[[Tensor], Tensor]
     back: Callable[[Tensor], Tensor]
 
@@ -35,8 +36,8 @@ def _swap(x: Tensor) -> Tensor:
     return x.transpose(-1, -2) if x.dim() > 1 else x
 
 
-LAST = Layout(_same, _same)
-SECOND_LAST = Layout(_swap, _swap)
+LAST = Layout("last", _same, _same)
+SECOND_LAST = Layout("second last", _swap, _swap)
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Call:
     """What `addmm` and `baddbmm` add the product to."""
     result: Layout = LAST
     """The result, with the axis last that the next matmul will sum over."""
+    operation: str = "einsum"
 
     def run(self, operands: Sequence[Tensor]) -> Any:
         """The call with other operands in place; the very same call if they are the ones it has."""
@@ -83,7 +85,8 @@ class Op:
         tensors = tuple(named[name] for name in self.operands)
         addend = named.get(self.addend) if self.addend else None
         result = _channels(self.space, groups=1) if self.space else LAST
-        return Call(function, args, kwargs, tensors, self.layouts(named), places, addend, result)
+        operation = function.__name__.strip("_")
+        return Call(function, args, kwargs, tensors, self.layouts(named), places, addend, result, operation)
 
     def _place(self, name: str, positional: int) -> int | str:
         index = self.parameters.index(name)
@@ -112,7 +115,7 @@ def _channels(space: int, groups: int) -> Layout:
     def back(t: Tensor) -> Tensor:
         return t.movedim(-1, -1 - space).flatten(-2 - space, -1 - space)
 
-    return Layout(rows, back)
+    return Layout(f"channels {space} {groups}", rows, back)
 
 
 def taps(weight: Tensor, outputs: int = 0, groups: int = 1) -> Layout:
@@ -135,13 +138,17 @@ def taps(weight: Tensor, outputs: int = 0, groups: int = 1) -> Layout:
     def back(t: Tensor) -> Tensor:
         return t.reshape(permuted).permute(inverse).flatten(0, 1)
 
-    return Layout(rows, back)
+    return Layout(f"taps {outputs} {groups}", rows, back)
 
 
 _LINEAR = Op(("input", "weight", "bias"), ("input", "weight"), _constant(LAST, LAST))
 _MATMUL = Op(("input", "other"), ("input", "other"), _constant(LAST, SECOND_LAST))
 _RMATMUL = Op(("other", "input"), ("input", "other"), _constant(LAST, SECOND_LAST))
 _MM = Op(("input", "mat2"), ("input", "mat2"), _constant(LAST, SECOND_LAST))
+_INNER = Op(("input", "other"), ("input", "other"), _constant(LAST, LAST))
+_GROUPED = Op(("mat_a", "mat_b", "offs"), ("mat_a", "mat_b"), _constant(LAST, SECOND_LAST))
+GROUPED = [getattr(home, name) for home, name in ((torch, "_grouped_mm"), (F, "grouped_mm")) if hasattr(home, name)]
+_ADDMV = Op(("input", "mat", "vec"), ("mat", "vec"), _constant(LAST, LAST), addend="input")
 _MV = Op(("input", "vec"), ("input", "vec"), _constant(LAST, LAST))
 _ADDMM = Op(("input", "mat1", "mat2"), ("mat1", "mat2"), _constant(LAST, SECOND_LAST), addend="input")
 _BADDBMM = Op(("input", "batch1", "batch2"), ("batch1", "batch2"), _constant(LAST, SECOND_LAST), addend="input")
@@ -154,16 +161,24 @@ OPS: dict[Callable[..., Any], Op] = {
     torch.Tensor.matmul: _MATMUL,
     torch.Tensor.__matmul__: _MATMUL,
     torch.Tensor.__rmatmul__: _RMATMUL,
+    torch.linalg.matmul: _MATMUL,
     torch.mm: _MM,
     torch.Tensor.mm: _MM,
     torch.bmm: _MM,
     torch.Tensor.bmm: _MM,
     torch.mv: _MV,
     torch.Tensor.mv: _MV,
+    torch.inner: _INNER,
+    torch.Tensor.inner: _INNER,
+    torch.dot: _INNER,
+    torch.Tensor.dot: _INNER,
+    torch.addmv: _ADDMV,
+    torch.Tensor.addmv: _ADDMV,
     torch.addmm: _ADDMM,
     torch.Tensor.addmm: _ADDMM,
     torch.baddbmm: _BADDBMM,
     torch.Tensor.baddbmm: _BADDBMM,
+    **dict.fromkeys(GROUPED, _GROUPED),
     F.conv1d: Op(_CONV, ("input", "weight"), _conv(1, outputs=0), space=1),
     F.conv2d: Op(_CONV, ("input", "weight"), _conv(2, outputs=0), space=2),
     F.conv3d: Op(_CONV, ("input", "weight"), _conv(3, outputs=0), space=3),
@@ -236,4 +251,4 @@ def _summed_last(term: str, output: str, shape: torch.Size) -> Layout:
         parted: Tensor = t.unflatten(-1, sizes)
         return parted.permute(inverse)
 
-    return Layout(rows, back)
+    return Layout(f"summed {summed}", rows, back)

@@ -95,10 +95,13 @@ class Function(Quantizer):
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, quantizer: Quantizer, value: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.quantizer = quantizer
+    def forward(x: Tensor, quantizer: Quantizer, value: Tensor | None) -> Tensor:
         return quantizer.quantize(x) if value is None else value.detach().view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Quantizer, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.quantizer = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

@@ -9,7 +9,8 @@ from types import FrameType
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch._C import _len_torch_function_stack
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from qsim_core.quantizer import Quantizer
 from qsim_core.recipe import Plan
@@ -79,7 +80,7 @@ class Thread(threading.local):
         self.stack, self.caller, self.shared, self.inside = [], None, None, False
         mode, self.mode = self.mode, None
         if mode is not None:
-            mode.__exit__(None, None, None)
+            leave(mode)
 
     def running(self) -> bool:
         """Whether the outermost module's call is still on the Python stack: Ctrl-C leaves without any hook."""
@@ -87,3 +88,15 @@ class Thread(threading.local):
         while frame is not None and frame is not self.caller:
             frame = frame.f_back
         return frame is not None
+
+
+def leave(mode: TorchFunctionMode) -> None:
+    """Take a mode off torch's stack, also from under others: after Ctrl-C it may not be the topmost any more."""
+    above = []
+    while _len_torch_function_stack() > 0:
+        top = _pop_mode()
+        if top is mode:
+            break
+        above.append(top)
+    for other in reversed(above):
+        _push_mode(other)

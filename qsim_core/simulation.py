@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from qsim_core import audit as auditing
 from qsim_core.errors import QsimError, RecipeError
-from qsim_core.recipe import Recipe
+from qsim_core.recipe import Plan, Recipe
 from qsim_core.sites import Sites, functional
 
 Example = Any
@@ -27,9 +28,12 @@ class Simulation:
         self.keep = keep
         self.example: Example = None
         self.sites = Sites(model, recipe, keep)
-        self._handles = self.sites.attach(model)
+        self._handles: list[RemovableHandle] = []
         self._before_transforms: dict[str, Tensor] = {}
-        for path, module in model.named_modules():
+
+    def _attach(self) -> None:
+        self.sites.attach(self.model, self._handles)
+        for path, module in self.model.named_modules():
             if "extra_repr" not in vars(module):
                 vars(module)["extra_repr"] = SiteText(self.sites, path, module)
 
@@ -51,10 +55,10 @@ class Simulation:
             raise QsimError("this simulation was made with keep=False: the original weights are gone; load them again")
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
         for module in self.model.modules():
             if isinstance(vars(module).get("extra_repr"), SiteText):
                 del vars(module)["extra_repr"]
-        self._handles = []
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items():
                 if name in self._before_transforms:
@@ -123,6 +127,7 @@ def simulate(
         raise QsimError("this model is simulated already; restore() it first")
     simulation = Simulation(model, recipe, keep)
     try:
+        simulation._attach()
         if recipe.transforms and keep:
             state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
             simulation._before_transforms = state
@@ -148,22 +153,36 @@ class SiteText:
         return ", ".join(part for part in (own, *self._weighted(), *self._products()) if part)
 
     def _weighted(self) -> Iterator[str]:
-        site = self.sites.table.get(self.path)
-        known = site is not None or isinstance(self.module, nn.Linear | nn.modules.conv._ConvNd)
-        if not known:
-            return
-        plan = site.plan if site else self.sites.recipe.plan([self.path])
-        for role in ("weight", "input", "output"):
-            if (quantizer := getattr(plan, role)) is not None:
-                yield f"{role}={quantizer}"
+        """The sites of this module's own weights, and of those of children that print without `extra_repr`."""
+        for site in self.sites.table.values():
+            if site.weight is None:
+                continue
+            owner, _, parameter = site.weight.rpartition(".")
+            if owner == self.path and _tells(self.module):
+                yield from _texts(site.plan, "" if parameter == "weight" else parameter)
+            elif owner.rpartition(".")[0] == self.path and owner and not _tells(self._child(owner)):
+                yield from _texts(site.plan, owner.rpartition(".")[2])
+        if not self.sites.table and isinstance(self.module, nn.Linear | nn.modules.conv._ConvNd):
+            yield from _texts(self.sites.recipe.plan([self.path]), "")
+
+    def _child(self, path: str) -> nn.Module | None:
+        return self.module._modules.get(path.rpartition(".")[2])
 
     def _products(self) -> Iterator[str]:
         for site in functional(self.sites, self.path):
-            label = (site.aliases or [site.name])[0].rpartition(":")[2]
-            quantizers = {"input": site.plan.input, "output": site.plan.output}
-            texts = [f"{role}={quantizer}" for role, quantizer in quantizers.items() if quantizer is not None]
-            if texts:
-                yield f"{label}: {' '.join(texts)}"
+            yield from _texts(site.plan, (site.aliases or [site.name])[0].rpartition(":")[2])
+
+
+def _tells(module: nn.Module | None) -> bool:
+    """Whether a module's text includes its `extra_repr`; transformers' Conv1D, for one, writes its own."""
+    return type(module).__repr__ is nn.Module.__repr__
+
+
+def _texts(plan: Plan, label: str) -> Iterator[str]:
+    quantizers = {"weight": plan.weight, "input": plan.input, "output": plan.output}
+    texts = [f"{role}={quantizer}" for role, quantizer in quantizers.items() if quantizer is not None]
+    if texts:
+        yield f"{label}: {' '.join(texts)}" if label else ", ".join(texts)
 
 
 @contextlib.contextmanager

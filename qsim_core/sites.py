@@ -70,13 +70,11 @@ class Sites:
         self.__dict__.update(state)
         self.thread = Thread()
 
-    def attach(self, model: nn.Module) -> list[RemovableHandle]:
-        """Hook every module; the handles take the hooks away again."""
-        handles = []
+    def attach(self, model: nn.Module, handles: list[RemovableHandle]) -> None:
+        """Hook every module; the handles, put into a list as they come, take the hooks away again."""
         for path, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(functools.partial(self._enter, path)))
             handles.append(module.register_forward_hook(functools.partial(self._leave, path), always_call=True))
-        return handles
 
     def _enter(self, path: str, module: nn.Module, args: Any) -> None:
         thread = self.thread
@@ -140,6 +138,7 @@ class Sites:
         self, site: Site, quantizer: Quantizer | None, weight: Weight, operand: Tensor, layout: Layout, training: bool
     ) -> Tensor:
         before = value = operand
+        self.weights.met(weight, layout, self.thread.stack[-1].module)
         if quantizer is not None:
             if self.observer is not None and not self.weights.overwritten(weight):
                 before = operand.detach().clone()  # it may be about to be overwritten
@@ -177,7 +176,7 @@ class Sites:
         if masked:
             alpha, beta = call.kwargs.get("alpha", 1), call.kwargs.get("beta", 1)
             rounded = alpha * rounded if alpha != 1 else rounded
-            return rounded if beta == 0 else beta * call.addend + rounded
+            rounded = rounded if beta == 0 else beta * call.addend + rounded
         return call.kwargs["out"].copy_(rounded) if call.kwargs.get("out") is not None else rounded
 
     def _observe(
@@ -204,8 +203,7 @@ class Sites:
             name = f"{frame.path}:matmul.{frame.products}"
             frame.products += 1
         if name not in self.table:
-            operation = getattr(call.function, "__name__", "matmul").strip("_")
-            self.table[name] = Site(name, operation, weight.name if weight else None, self.recipe.plan([name]))
+            self.table[name] = Site(name, call.operation, weight.name if weight else None, self.recipe.plan([name]))
         site = self.table[name]
         left = call.operands[0]
         if weight is None and frame.softmax is not None and left.shape[-2:] == frame.softmax[-2:]:

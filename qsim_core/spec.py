@@ -32,6 +32,8 @@ class Node:
     value: Any = None
     arguments: tuple[Node, ...] | None = None
     options: dict[str, Node] = field(default_factory=dict)
+    scope: frozenset[str] = frozenset()
+    """The plugins that whoever wrote the text relies on: a preset's own plugin and its dependencies."""
 
     @property
     def is_word(self) -> bool:
@@ -41,8 +43,8 @@ class Node:
         return SpecError(message, self.text, self.position)
 
 
-def read(text: str) -> Node:
-    """The syntax tree of a component's text.
+def read(text: str, scope: frozenset[str] = frozenset()) -> Node:
+    """The syntax tree of a component's text, written by someone who relies on the plugins in `scope`.
 
     Raises `SpecError`, pointing at the character, for anything that is not a word, a call, a number, a
     string or a list, for a text of more than 16,384 characters and for nesting deeper than 16.
@@ -59,12 +61,13 @@ def read(text: str) -> Node:
         raise SpecError(f"cannot be read: {error.msg}", line, position) from None
     except (RecursionError, MemoryError, ValueError):
         raise SpecError("cannot be read: nested too deep, or not text", line) from None
-    return _Reader(line).node(tree, depth=0)
+    return _Reader(line, scope).node(tree, depth=0)
 
 
 class _Reader:
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, scope: frozenset[str]) -> None:
         self.text = text
+        self.scope = scope
 
     def node(self, tree: ast.expr, depth: int) -> Node:
         """One expression as a node. Raises `SpecError` for what the grammar has not."""
@@ -73,7 +76,7 @@ class _Reader:
             raise SpecError(f"nested deeper than {MAX_DEPTH}", self.text, position)
         match tree:
             case ast.Name() | ast.Attribute():
-                return Node(self.text, position, name=self.name(tree, position))
+                return Node(self.text, position, name=self.name(tree, position), scope=self.scope)
             case ast.Constant(value=bool() | None):
                 return Node(self.text, position, name=str(tree.value))
             case ast.Constant(value=int() | float() | str()):
@@ -85,7 +88,7 @@ class _Reader:
             case ast.Call():
                 arguments = tuple(self.node(argument, depth + 1) for argument in tree.args)
                 options = {self.option(k, position): self.node(k.value, depth + 1) for k in tree.keywords}
-                return Node(self.text, position, self.name(tree.func, position), None, arguments, options)
+                return Node(self.text, position, self.name(tree.func, position), None, arguments, options, self.scope)
         found = ast.get_source_segment(self.text, tree) or self.text
         raise SpecError(f"expected a name, a number, a string or a call, found {found!r}", self.text, position)
 

@@ -3,7 +3,8 @@
 With `keep` the quantized copy lies here, beside the model, whose parameters stay as they are. Without it the
 parameter itself is overwritten, unless it is tied, foreign to the module that multiplies by it, or used in parts:
 then its other users would see it, and a copy is held after all. A weight that trains is quantized in every
-forward, with its straight-through gradient.
+forward, with its straight-through gradient. That a parameter has changed is seen by its identity, version and address:
+what is written behind autograd's back, through `parameter.data`, is not.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qsim_core.errors import QsimError
 from qsim_core.ops import Layout
 from qsim_core.quantizer import Quantizer, straight_through
 
@@ -48,12 +50,14 @@ class Weights:
     """The quantized weights of one model."""
 
     def __init__(self, model: nn.Module, keep: bool) -> None:
-        owners = Counter(id(parameter) for _, parameter in _named(model))
-        self.tied = frozenset(name for name, parameter in _named(model) if owners[id(parameter)] > 1)
+        owners = Counter(_storage(parameter) for _, parameter in _named(model))
+        self.tied = frozenset(name for name, parameter in _named(model) if owners[_storage(parameter)] > 1)
         self.elsewhere = frozenset(name for name, parameter in _named(model) if parameter.is_meta)
         self.keep = keep
         self.folded: dict[tuple[Any, ...], _Folded] = {}
         self.moves: Counter[str] = Counter()
+        self.uses: dict[str, set[str]] = {}
+        """The layouts in which each weight was met: along two reduction axes it cannot be overwritten."""
         self.lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -64,6 +68,13 @@ class Weights:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.lock = threading.Lock()
+
+    def met(self, weight: Weight, layout: Layout, module: nn.Module) -> None:
+        """Note a use of a weight; an embedding's table is looked up too."""
+        uses = self.uses.setdefault(weight.name, set())
+        uses.add(layout.name)
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            uses.add("looked up")
 
     def overwritten(self, weight: Weight) -> bool:
         """Whether the parameter itself holds quantized values by now, so that the original is gone."""
@@ -84,15 +95,21 @@ class Weights:
 
     def _fold(self, weight: Weight, operand: Tensor, layout: Layout, quantizer: Quantizer) -> Tensor:
         parameter = weight.parameter
-        key = (weight.name, operand.storage_offset(), tuple(operand.shape), operand.stride())
+        key = (weight.name, layout.name, operand.storage_offset(), tuple(operand.shape), operand.stride())
         folded = self.folded.get(key)
+        if folded is None and self.overwritten(weight):
+            raise QsimError(
+                f"{weight.name} is multiplied along two axes and was overwritten for the first; keep its original "
+                f"with keep=True, or give simulate an example, so that both uses are known beforehand"
+            )
         if folded is not None and self._holds(folded, parameter):
             return operand if folded.copy is None else folded.copy
         if folded is not None and folded.identity != id(parameter):
             self.moves[weight.name] += 1
         with torch.no_grad():
             value = torch.empty_like(operand).copy_(layout.back(quantizer.quantize(layout.rows(operand.detach()))))
-            in_place = not self.keep and weight.owned and weight.name not in self.tied | self.elsewhere
+            alone = weight.name not in self.tied | self.elsewhere and len(self.uses[weight.name]) == 1
+            in_place = not self.keep and weight.owned and alone
             if in_place:
                 parameter.data.copy_(value)
         if weight.name in self.elsewhere or self.moves[weight.name] > MOVES:
@@ -105,18 +122,24 @@ class Weights:
     @staticmethod
     def _holds(folded: _Folded, parameter: Tensor) -> bool:
         """Whether the parameter still is (a copy), or still holds (in place), what was quantized."""
-        same = folded.identity == id(parameter) and folded.version == _version(parameter)
-        if folded.copy is not None or same:
-            return same and (folded.copy is None or folded.address == parameter.data_ptr())
-        held = folded.sums == _sums(parameter.detach())
+        made_from = id(parameter), _version(parameter), parameter.data_ptr()
+        if made_from == (folded.identity, folded.version, folded.address):
+            return True
+        held = folded.copy is None and folded.sums == _sums(parameter.detach())
         if held:
-            folded.identity, folded.version = id(parameter), _version(parameter)
+            folded.identity, folded.version, folded.address = made_from
         return held
 
 
 def _sums(x: Tensor) -> tuple[float, float]:
     wide = x.double()
     return float(wide.sum()), float(wide.square().sum())
+
+
+def _storage(parameter: Tensor) -> int:
+    """What two parameters share that are tied; those that have no memory are known by themselves."""
+    address = 0 if parameter.is_meta else parameter.untyped_storage().data_ptr()
+    return address or id(parameter)
 
 
 def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

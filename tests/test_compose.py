@@ -101,7 +101,7 @@ def test_plugins_keep_their_order(host: qsim.Host) -> None:
         ({"plugins": ["opt"]}, "plugin 'opt' (qsim-opt 0.1.0) has no quantizer, transform or evaluator called 'opt'"),
         ({"plugins": ["smooth"]}, "a transform alone quantizes nothing; say --weights or --precision with it"),
         ({"precision": "4x8"}, "--precision is written w4a8: the bits of weights and of activations, not '4x8'"),
-        ({"precision": "w1a8"}, "no quantizer 'int1'"),
+        ({"precision": "w1a8"}, "no quantizer 'int.int1'"),
         ({"settings": ["abfp.n"]}, "--set is written COMPONENT.OPTION=VALUE, like abfp.n=128, not 'abfp.n'"),
         ({"settings": ["mx.n=3"], "plugins": ["abfp"]}, "--set mx.n=3: the recipe has no component 'mx'"),
         ({"settings": ["abfp.m=3"], "plugins": ["abfp"]}, "abfp has no option 'm'. There are: element, n, range, rule, scale, symmetric"),

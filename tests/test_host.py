@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 import qsim_core as qsim
 from qsim_core.cli import main
+from qsim_core.compose import compose
 
 Install = Callable[..., None]
 
@@ -155,7 +156,7 @@ def test_two_plugins_of_one_name_are_an_error_when_that_name_is_needed(install: 
         host.load("acme")
 
     assert str(error.value) == (
-        "plugin 'acme' is claimed by acme-tools and qsim-acme 1.2; uninstall all but one of them"
+        "plugin 'acme' is claimed by acme-tools 1.2 and qsim-acme 1.2; uninstall all but one of them"
     )
     assert host.parse("int4").bits == 4
 
@@ -167,7 +168,10 @@ def test_two_components_of_one_name_are_no_harm_until_it_is_used(install: Instal
 
     assert host.parse("int4").bits == 4
     assert host.parse("acme.halves").name == "halves"
-    with pytest.raises(qsim.PluginError, match=r"^'halves' is offered by more than one plugin; write acme.halves or "):
+    with pytest.raises(
+        qsim.PluginError,
+        match=r"^'halves' is offered by plugin 'acme' \(qsim-acme 1.2\) and plugin 'other' \(qsim-other 1.2\); ",
+    ):
         host.parse("halves")
 
 
@@ -290,10 +294,32 @@ def test_a_text_default_is_resolved_by_the_host_that_builds_the_component() -> N
     host.register(Int4)
 
     with pytest.raises(
-        qsim.PluginError, match="'int4' is offered by more than one plugin; write inline.int4 or int.int4"
+        qsim.PluginError,
+        match=r"'int4' is offered by plugin 'inline' \(inline 0\) and plugin 'int' \(qsim-int .*\); write inline.int4 or int.int4",
     ):
         host.parse("int4")
     assert host.parse("abfp").element.name == "int"  # an element is a format, and inline's int4 is none
+
+
+def test_a_rival_to_a_name_that_only_a_plugin_wrote_changes_nothing(host: qsim.Host) -> None:
+    """abfp's default is its own dependency's int4, whoever else offers one; so is --precision's."""
+
+    class Other(qsim.Format):
+        name = "int4"
+
+        def table(self) -> torch.Tensor:
+            return torch.tensor([0.0, 1.0])
+
+    before = host.parse("abfp")
+    host = qsim.Host()
+    host.register(Other)
+
+    abfp, precise = host.parse("abfp"), compose(host, {}, [], "w4a8").weights
+
+    assert abfp == before
+    assert (str(abfp), str(precise)) == ("abfp(int.int4)", "channel(int.int4)")
+    assert host.parse(str(abfp)) == abfp
+    assert str(host.parse("inline.int4")) == "inline.int4"
 
 
 def test_installing_a_plugin_imports_nothing_for_help_and_the_list(install: Install, tmp_path: Path) -> None:

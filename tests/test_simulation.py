@@ -116,6 +116,51 @@ def test_overwritten_weights_are_not_quantized_twice_when_they_come_back() -> No
     assert torch.equal(model(X), expected)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_weight_that_was_exchanged_is_quantized_anew(keep: bool) -> None:
+    model = nn.Linear(8, 4, bias=False)
+    qsim.simulate(model, weights="int4", keep=keep)
+    x, new = torch.eye(8), torch.arange(32.0).view(4, 8)
+    with torch.no_grad():
+        model(x)
+
+        model.weight.data = new.clone()
+
+        assert torch.equal(model(x).T, qsim.parse("channel(int4)")(new))
+
+
+def test_simulate_that_fails_leaves_the_model_as_it_was() -> None:
+    class Refuses(nn.Module):
+        """As a scripted module does."""
+
+        def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("no hooks here")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    model = nn.Sequential(nn.Linear(4, 4), Refuses())
+    x = torch.ones(1, 4)
+    expected = model(x)
+
+    with pytest.raises(RuntimeError, match="no hooks here"):
+        qsim.simulate(model, activations="int2")
+
+    assert torch.equal(model(x), expected)
+    assert not model[0]._forward_pre_hooks
+    assert "extra_repr" not in vars(model[0])
+
+
+def test_functional_gradients_pass_through() -> None:
+    model = nn.Linear(4, 1)
+    qsim.simulate(model, activations="int8")
+    x = torch.ones(4)
+
+    gradient = torch.func.grad(lambda v: model(v).sum())(x)
+
+    assert torch.equal(gradient, model.weight.detach()[0])
+
+
 def test_training_moves_the_weights_themselves() -> None:
     model = perceptron().train()
     qsim.simulate(model, weights="int4", activations="int8")
@@ -152,6 +197,23 @@ def test_print_shows_each_sites_quantizers() -> None:
         "  (2): Linear(in_features=16, out_features=4, bias=True)\n"
         ")"
     )
+
+
+def test_print_shows_the_sites_of_modules_that_write_their_own_text_at_their_parents(make: Make, ids: Tensor) -> None:
+    model = make("gpt2")
+    qsim.simulate(model, weights="int4", activations="int8", example={"input_ids": ids})
+
+    text = str(model)
+
+    assert "c_attn: weight=channel(int4) input=token(int8), c_proj: weight=channel(int4) input=token(int8)" in text
+
+
+def test_print_shows_parameters_that_are_no_modules_weight() -> None:
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    x = torch.ones(1, 3, 8)
+    qsim.simulate(attention, weights="int4", example=(x, x, x))
+
+    assert "in_proj_weight: weight=channel(int4)" in str(attention)
 
 
 def test_print_shows_attention_products_once_they_are_known(make: Make, ids: Tensor) -> None:

@@ -101,6 +101,19 @@ def test_generate_with_a_cache_works(family: str, make: Make, ids: Tensor) -> No
     assert not torch.equal(quantized.generate(ids[:, :4], max_new_tokens=6, do_sample=False), expected)
 
 
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_with_causal_scales_a_cache_changes_nothing(family: str, make: Make, ids: Tensor) -> None:
+    model = make(family, "sdpa")
+    qsim.simulate(model, qsim.Recipe(weights="int4", activations="int8", value_axis="head"))  # type: ignore[arg-type]
+
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits[:, -1]
+        past = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+        step = model(input_ids=ids[:, -1:], past_key_values=past).logits[:, -1]
+
+    assert (step - whole).abs().max() <= 1e-4 * whole.abs().max()
+
+
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("keep", [True, False])
 def test_copies_are_simulated_like_the_original(
@@ -350,6 +363,101 @@ def test_ctrl_c_in_mid_forward_quantizes_nothing_afterwards() -> None:
     assert simulation.sites.thread.stack == []
 
 
+def test_after_ctrl_c_our_mode_goes_and_others_stay() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Breaks(KeyboardInterrupt))
+    qsim.simulate(model, activations=doubled)
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.ones(1, 4))
+    model[1].error = None
+
+    with torch.device("meta"):
+        model(torch.ones(1, 4, device="cpu"))
+        made = torch.empty(1)
+
+    assert made.is_meta
+    assert active_modes() == 0
+
+
+def test_experts_held_in_one_parameter_are_met(ids: Tensor) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval()
+    expected = logits(model, ids)
+
+    audit = qsim.simulate(model, weights="int8", activations="int8", example={"input_ids": ids}).audit()
+
+    experts = [site for site in audit.sites if ".experts." in site.site]
+    assert [site.weight for site in experts] == ["channel(int8)"] * 2
+    assert audit.uncovered == []
+    assert not torch.equal(logits(model, ids), expected)
+    assert torch.allclose(logits(model, ids), expected, atol=0.05)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_weight_multiplied_along_both_its_axes_is_quantized_along_each(keep: bool) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(noise(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight) + x @ self.weight
+
+    model, x = Both(), noise(3, 8)
+    channel = qsim.parse("channel(int4)")
+    expected = F.linear(x, channel(model.weight.detach())) + x @ channel(model.weight.detach().T).T
+
+    qsim.simulate(model, weights="int4", example=x, keep=keep)
+
+    with torch.no_grad():
+        assert torch.allclose(model(x), expected, atol=1e-6)
+
+
+def test_overwriting_for_one_axis_and_then_meeting_another_is_an_error() -> None:
+    model = nn.Module()
+    model.weight = nn.Parameter(noise(8, 8))
+    model.forward = lambda x: F.linear(x, model.weight) + x @ model.weight  # type: ignore[method-assign]
+    qsim.simulate(model, weights="int4", keep=False)
+
+    with (
+        torch.no_grad(),
+        pytest.raises(qsim.QsimError, match="^weight is multiplied along two axes and was overwritten"),
+    ):
+        model(noise(3, 8))
+
+
+@pytest.mark.parametrize("how", ["one object", "one memory", "one module"])
+def test_a_tied_weight_is_not_overwritten_under_its_other_user(how: str) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(16, 8), nn.Linear(8, 16, bias=False)
+            if how == "one object":
+                self.head.weight = self.table.weight
+            elif how == "one memory":
+                self.head.weight.data = self.table.weight.data
+            else:
+                self.table.forward = self.both  # type: ignore[method-assign]
+
+        def both(self, ids: Tensor) -> Tensor:
+            return F.linear(F.embedding(ids, self.table.weight), self.table.weight)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.table(ids) if how == "one module" else self.head(self.table(ids))
+
+    model, ids = Tied(), torch.arange(16)
+    weight = model.table.weight.detach().clone()
+    qsim.simulate(model, weights="int2", keep=False, example=ids)
+
+    with torch.no_grad():
+        y = model(ids)
+
+    assert torch.equal(model.table.weight, weight)
+    assert torch.equal(y, F.linear(weight, qsim.parse("channel(int2)")(weight)))
+
+
 def test_a_tied_weight_is_quantized_for_lm_head_and_not_for_the_embedding(make: Make, ids: Tensor) -> None:
     model = make("opt")
     assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
@@ -452,6 +560,17 @@ def noise(*shape: int) -> Tensor:
         (torch.mv, (3, 8), (8,)),
         (lambda a, b: torch.addmm(torch.ones(3, 5), a, b, beta=2, alpha=3), (3, 8), (8, 5)),
         (lambda a, b: torch.baddbmm(torch.ones(2, 3, 5), a, b), (2, 3, 8), (2, 8, 5)),
+        (lambda a, b: torch.ones(3, 5).addmm_(a, b), (3, 8), (8, 5)),
+        (lambda a, b: torch.ones(2, 3, 5).baddbmm_(a, b, beta=2), (2, 3, 8), (2, 8, 5)),
+        (lambda a, b: torch.addbmm(torch.ones(3, 5), a, b), (2, 3, 8), (2, 8, 5)),
+        (lambda a, b: torch.ones(3, 5).addbmm_(a, b), (2, 3, 8), (2, 8, 5)),
+        (lambda a, b: torch.addmv(torch.ones(3), a, b), (3, 8), (8,)),
+        (torch.linalg.matmul, (3, 8), (8, 5)),
+        (torch.inner, (3, 8), (5, 8)),
+        (torch.dot, (8,), (8,)),
+        (lambda a, b: torch.tensordot(a, b, dims=1), (3, 8), (8, 5)),
+        (lambda a, b: torch.tensordot(a, b, dims=([0, 2], [1, 0])), (2, 3, 8), (8, 2, 5)),
+        (lambda a, b: torch._grouped_mm(a, b, torch.tensor([2, 6], dtype=torch.int32)), (6, 8), (2, 8, 16)),
         (lambda a, b: torch.einsum("ik,kj->ij", a, b), (3, 8), (8, 5)),
         (lambda a, b: torch.einsum("ik,kj", [a, b]), (3, 8), (8, 5)),
         (lambda a, b: torch.einsum("...qd,...kd->...qk", a, b), (2, 3, 8), (2, 5, 8)),
@@ -582,6 +701,18 @@ def test_v_may_be_quantized_along_the_head_so_that_no_later_token_is_seen(make: 
     ]
 
 
+def test_the_output_of_a_masked_product_reaches_the_tensor_it_was_to_go_to() -> None:
+    a, b, mask, out = noise(2, 3, 8), noise(2, 8, 4), noise(2, 3, 4), torch.zeros(2, 3, 4)
+    model = nn.Module()
+    model.forward = lambda x: torch.baddbmm(mask, x, b, out=out)  # type: ignore[method-assign]
+    qsim.simulate(model, outputs=torch.round)
+
+    y = model(a)
+
+    assert y is out
+    assert torch.equal(out, mask + (a @ b).round())
+
+
 def test_integer_products_are_none_of_our_business() -> None:
     model = nn.Module()
     model.forward = lambda x: torch.matmul(x, x)  # type: ignore[method-assign]
@@ -599,7 +730,7 @@ def test_what_no_site_meets_is_listed() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             y, _ = self.lstm(self.linear(x))
-            return torch.tensordot(y, y, dims=1 if y.dim() == 1 else ([0, 1, 2], [0, 1, 2]))
+            return F.bilinear(y, y, torch.ones(2, 4, 4))
 
     simulation = qsim.simulate(Hidden(), activations="int8", example=torch.ones(3, 1, 4))
 

@@ -29,7 +29,7 @@ from qsim_core.spec import MAX_DEPTH, MAX_LENGTH
         ('scaled(int4, "token")', "scaled(int4, block=token)"),
         ("float(4, 3, specials=fn, saturate=True)", "float(4, mantissa=3, specials=fn, saturate=true)"),
         ("perplexity(seqlen=2048)", "perplexity(2048)"),
-        ("core.cast(fp.bf16)", "cast(fp.bf16)"),
+        ("core.cast(fp.bf16)", "cast(bf16)"),
         ("cast(\n    bf16\n)", "cast(bf16)"),
     ],
 )
