@@ -227,13 +227,14 @@ def _notes(site: Site, value_axis: str) -> list[str]:
     notes = []
     if site.weight is None and (site.op == "linear" or site.op.startswith("conv")):
         notes.append("its weight is computed, not a parameter: it takes the quantizer of activations")
-    granularity = site.plan.input.granularity if site.plan.input else "element"
-    if isinstance(granularity, tuple) and granularity[0] > 1:
-        notes.append(f"input scales are shared over {granularity[0]} rows and see later tokens")
-    elif granularity == "tensor":
-        notes.append("one input scale for the whole tensor: it depends on the batch and sees later tokens")
-    elif site.is_value_product and value_axis == "tokens" and granularity != "element":
-        notes.append("v's scales are shared over tokens and see later ones (value_axis head: they do not)")
+    for role, quantizer in (("input", site.plan.input), ("output", site.plan.output)):
+        sharing = quantizer.sharing if quantizer is not None else frozenset()
+        if "tensor" in sharing:
+            notes.append(f"one {role} scale for the whole tensor: it depends on the batch and sees later tokens")
+        for rows in sorted(block[0] for block in sharing if isinstance(block, tuple) and block[0] > 1):
+            notes.append(f"{role} scales are shared over {rows} rows and see later tokens")
+        if role == "input" and site.is_value_product and value_axis == "tokens" and sharing - {"tensor"}:
+            notes.append("v's scales are shared over tokens and see later ones (value_axis head: they do not)")
     return notes
 
 

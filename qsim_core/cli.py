@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,19 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; qsim's own errors become click's, Ctrl-C an exit code."""
+        if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character shows a question mark
+            sys.stdout.reconfigure(errors="replace")
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
         except QsimError as error:
             raise click.ClickException(str(error)) from error
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is left in the buffer has nowhere to go
+            raise click.ClickException(f"cannot write the output: {error.strerror or error}") from error
         except KeyboardInterrupt:
             click.echo("Error: interrupted; nothing was written", err=True)
             ctx.exit(INTERRUPTED)
@@ -72,7 +83,10 @@ def evaluate(ctx: click.Context, /, output: str | None, quiet: bool, **options: 
 
     MODEL is a directory, a hub name, or a model of the zoo (default: opt-tiny).
     """
-    from qsim_core import report
+    from qsim_core import progress
+
+    with nullcontext() if quiet else progress.stage("starting"):  # torch takes its time to load
+        from qsim_core import report
 
     target = Path(output) if output not in (None, "-") else None
     if target is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ def evaluate(
         simulated=simulated,
         audit=audit,
         environment=Environment.here(device, dtype),
-        data=DataRecord(name=dataset.name, sha256=dataset.sha256, source=data),
+        data=DataRecord(name=dataset.name, sha256=dataset.sha256, source=_from_anywhere(data)),
         batch_size=run.batch_size,
         limit=run.limit,
         seed=run.seed,
@@ -106,6 +107,13 @@ def same_data(result: Result, rerun: Result) -> None:
             f"the data {result.data.name!r} have changed since the record was made "
             f"({result.data.sha256[:12]} then, {rerun.data.sha256[:12]} now); the numbers do not compare"
         )
+
+
+def _from_anywhere(source: str | None) -> str | None:
+    """A path that a record can be run again with from any directory; a name stays."""
+    if source is None or not Path(source).expanduser().exists():
+        return source
+    return str(Path(source).expanduser().resolve())
 
 
 def _load(located: Located, device: str, dtype: str) -> LoadedModel:

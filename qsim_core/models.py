@@ -55,9 +55,9 @@ def locate(name: str, host: Host) -> Located:
         raise ModelError(f"there is no directory {name}")
     if not path.is_dir():
         _check_it_may_be_on_the_hub(name, named, host)
-    source = str(path) if path.is_dir() else name
+    source = str(path.resolve()) if path.is_dir() else name  # a record must mean the same from any directory
     adapter = _adapter(model_type(source), name, host)
-    return Located(name, source, adapter, (adapter,))
+    return Located(source, source, adapter, (adapter,))
 
 
 def _check_it_may_be_on_the_hub(name: str, named: dict[str, Any], host: Host) -> None:

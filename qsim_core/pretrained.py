@@ -15,6 +15,7 @@ import torch
 from qsim_core.bases import LoadedModel
 from qsim_core.errors import ModelError
 
+TOKENIZERS = ("tokenizer.json", "*vocab*", "*.model", "merges.txt", "tekken.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -42,15 +43,20 @@ def load_pretrained(model_class: Any, source: str, dtype: torch.dtype) -> Loaded
     from transformers import AutoTokenizer
 
     _check_weights_exist(source)
+    _check_tokenizer_exists(source)
+    how = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
     try:
-        model, report = model_class.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
+        model, report = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **how)
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=False)
     except SafetensorError as error:
         raise ModelError(f"the weights of {source} are corrupt: {_line(error)}; fetch or save them again") from None
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a configuration can be wrong in as many ways as transformers has layers
         raise ModelError(f"{source} cannot be loaded: {_line(error)}") from None
+    if report["mismatched_keys"]:
+        name, stored, expected = sorted(report["mismatched_keys"])[0]
+        raise ModelError(
+            f"weight {name} of {source} has shape {tuple(stored)}, its configuration says {tuple(expected)}"
+        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelError(f"the weights of {source} lack {missing[0]}{_more(missing)}")
@@ -78,6 +84,13 @@ def _check_weights_exist(source: str) -> None:
             f"save_pretrained() it as safetensors"
         )
     raise ModelError(f"{source} has no weights: expected model.safetensors")
+
+
+def _check_tokenizer_exists(source: str) -> None:
+    """Without its files transformers makes a tokenizer that knows no word."""
+    directory = Path(source)
+    if directory.is_dir() and not any(next(directory.glob(pattern), None) for pattern in TOKENIZERS):
+        raise ModelError(f"{source} has no tokenizer: expected tokenizer.json; save the tokenizer beside the model")
 
 
 def _hub_config(name: str) -> Any:

@@ -7,13 +7,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 def track(items: Iterable[Any], total: int, description: str) -> Iterator[Any]:
     """Show a bar on standard error while a loop runs."""
     columns = (
-        TextColumn("{task.description:18}"),
+        TextColumn("{task.description:18}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -27,7 +28,7 @@ def track(items: Iterable[Any], total: int, description: str) -> Iterator[Any]:
 def stage(description: str) -> AbstractContextManager[Any]:
     """Show a spinner on standard error while something without a count goes on."""
     console = Console(stderr=True)
-    return console.status(description) if console.is_terminal else nullcontext()
+    return console.status(escape(description)) if console.is_terminal else nullcontext()
 
 
 SHOWN: dict[str, Any] = {"track": track, "stage": stage}

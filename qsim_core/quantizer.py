@@ -58,6 +58,11 @@ class Quantizer(Component):
         """Which elements share a scale: the tensor, a row, a block of n or r x c, no others; None: unknown."""
         return None
 
+    @property
+    def sharing(self) -> frozenset[Granularity]:
+        """The granularities of its scales, and of their scales in turn: what else a value may depend on."""
+        return frozenset() if self.granularity in (None, "element") else frozenset({self.granularity})
+
     def __call__(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             return straight_through(x, self)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from qsim_core.bases import Evaluator, Transform
 from qsim_core.component import Component, explain
@@ -28,6 +28,10 @@ def _in_scheme(scheme: type[Component]) -> AfterValidator:
         return scheme.model_validate({"element": quantizer}) if isinstance(quantizer, Format) else quantizer
 
     return AfterValidator(wrap)
+
+
+def _several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
 
 
 Weights = Annotated[Quantizer | None, _in_scheme(Channel)]
@@ -73,7 +77,9 @@ class Recipe(_Strict):
         "tokens, or head, which does not",
     )
     transforms: tuple[Transform, ...] = Field((), description="methods that rewrite the model first, in this order")
-    skip: tuple[str, ...] | None = Field(None, description="patterns of sites to leave alone; none: the adapter's")
+    skip: Annotated[tuple[str, ...] | None, BeforeValidator(_several)] = Field(
+        None, description="patterns of sites to leave alone; none: the adapter's"
+    )
     overrides: dict[str, Override] = Field(default_factory=dict, description="pattern -> what is different there")
     evaluate: Evaluator | None = Field(None, description="the evaluator; none: the adapter's")
 

@@ -42,6 +42,7 @@ def run(options: dict[str, Any], given: set[str], quiet: bool) -> Result | None:
             "batch_size": before.batch_size,
             "seed": before.seed,
             "dtype": before.environment.dtype,
+            "device": options["device"] if "device" in given else before.environment.device,
         }
     else:
         recipe = _recipe(options, host)
@@ -102,6 +103,10 @@ def _differences(before: Result, after: Result) -> Iterator[str]:
     for library, version in before.environment.versions.items():
         if after.environment.versions.get(library) != version:
             yield f"{library} was {version}, now {after.environment.versions.get(library)}"
+    for what in ("device", "threads"):
+        was, now = getattr(before.environment, what), getattr(after.environment, what)
+        if was != now:
+            yield f"{what} was {was}, now {now}: sums may be taken in another order"
 
 
 def _hush_libraries() -> None:

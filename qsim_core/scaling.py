@@ -56,6 +56,10 @@ class Scheme(Quantizer):
     def granularity(self) -> Granularity:
         """Which elements share a scale: "tensor", "channel" or "token" (a row), n along a row, or (rows, columns)."""
 
+    @property
+    def sharing(self) -> frozenset[Granularity]:
+        return super().sharing | (self.scale.sharing if self.scale is not None else frozenset())
+
     @model_validator(mode="after")
     def _works_together(self) -> Self:
         element, scale = self.element, self.scale

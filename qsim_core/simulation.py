@@ -118,7 +118,7 @@ def simulate(
     parts = {"weights": weights, "activations": activations, "outputs": outputs, "overrides": overrides}
     given = {key: value for key, value in parts.items() if value is not None}
     if skip is not None:
-        given["skip"] = (skip,) if isinstance(skip, str) else tuple(skip)
+        given["skip"] = skip if isinstance(skip, str) else tuple(skip)
     if recipe is not None and given:
         raise RecipeError(f"give a recipe or its parts, not both (here: recipe and {', '.join(given)})")
     if not isinstance(recipe, Recipe):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import qsim_core as qsim
 from qsim_core.atomic import writing
 from qsim_core.cli import main
 
+ZOO = Path(__file__).parent.parent / "plugins" / "zoo" / "qsim_zoo" / "models"
 QUICK = ["--limit", "4", "--quiet"]
 Qsim = Callable[..., Result]
 
@@ -118,6 +120,64 @@ def test_a_record_of_another_version_warns(qsim_: Qsim, record: Path) -> None:
 
     assert outcome.exit_code == 0
     assert f"Warning: plugin 'abfp' was qsim-abfp 0.0.7, now {qsim.__version__}\n" in outcome.stderr
+
+
+def test_a_record_of_another_machine_warns(qsim_: Qsim, record: Path) -> None:
+    changed = json.loads(record.read_text())
+    changed["environment"] |= {"device": "meta:7", "threads": 99}
+    Path("changed.json").write_text(json.dumps(changed))
+
+    there, here = (qsim_("evaluate", "--from", "changed.json", "--quiet", *more) for more in ([], ["--device", "cpu"]))
+
+    assert there.exit_code == 1
+    assert here.exit_code == 0
+    assert "Warning: device was meta:7, now cpu: sums may be taken in another order\n" in here.stderr
+    assert "Warning: threads was 99, now 1: sums may be taken in another order\n" in here.stderr
+
+
+def test_a_record_of_a_directory_runs_again_from_elsewhere(
+    qsim_: Qsim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(ZOO / "opt-tiny", tmp_path / "mine")
+    (tmp_path / "text.txt").write_text("Some words of documentation, said again and again. " * 200)
+    first = qsim_("evaluate", "mine", "--weights", "int8", "--data", "text.txt", "--json", "record.json", *QUICK)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    again = qsim_("evaluate", "--from", "../record.json", "--json", "again.json", "--quiet")
+
+    assert (first.exit_code, again.exit_code) == (0, 0), first.output + again.output
+    assert qsim.Result.read(Path("again.json")).simulated == qsim.Result.read(tmp_path / "record.json").simulated
+
+
+def test_names_with_brackets_are_names_and_no_markup(qsim_: Qsim, tmp_path: Path) -> None:
+    (tmp_path / "x[").mkdir()
+    (tmp_path / "x[" / "b].txt").write_text("Some words of documentation, said again and again. " * 200)
+
+    outcome = qsim_("evaluate", "--weights", "int8", "--data", "x[/b].txt", "--skip", "*.[kq]_proj", "--limit", "2")
+
+    assert outcome.exit_code == 0, outcome.output
+    assert "x[/b].txt (sha256" in outcome.stdout
+    assert "left alone: *.[kq]_proj (" in outcome.stdout
+
+
+def test_a_terminal_that_lacks_a_character_shows_another(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "qsim_core", "components", "posit"]
+    run = subprocess.run(command, capture_output=True, cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+
+    assert (run.returncode, run.stderr) == (0, b"")
+    assert run.stdout.startswith(b"posit(bits=8, es=2, rounding=even, seed=0)\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
+@pytest.mark.parametrize("arguments", [["components"], ["plugins", "--json"]])
+def test_a_full_disk_under_standard_output_is_one_line(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "qsim_core", *arguments], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+
+    assert (run.returncode, run.stderr) == (1, "Error: cannot write the output: No space left on device\n")
 
 
 def test_json_to_standard_output_is_json_and_nothing_else(qsim_: Qsim) -> None:

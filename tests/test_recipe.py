@@ -86,3 +86,7 @@ def test_what_is_wrong_is_one_clear_line(text: str, message: str) -> None:
 def test_yaml_runs_no_code() -> None:
     with pytest.raises(qsim.RecipeError, match="could not determine a constructor for the tag"):
         qsim.Recipe.from_yaml("weights: !!python/object/apply:os.getcwd []")
+
+
+def test_one_pattern_may_stand_alone() -> None:
+    assert qsim.Recipe.from_yaml("skip: lm_head").skip == ("lm_head",)

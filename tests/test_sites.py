@@ -681,6 +681,26 @@ def test_an_activation_shared_by_q_k_and_v_is_quantized_once(make: Make, ids: Te
     assert calls == 2 * (1 + 1 + 1 + 1)  # q, k and v's; out_proj's; fc1's; fc2's: two layers
 
 
+@pytest.mark.parametrize(
+    ("recipe", "note"),
+    [
+        ({"activations": "tensor(int8)"}, "one input scale for the whole tensor: it depends on the batch and sees later tokens"),
+        ({"activations": "nvfp4"}, "one input scale for the whole tensor: it depends on the batch and sees later tokens"),
+        ({"outputs": "tensor(int8)"}, "one output scale for the whole tensor: it depends on the batch and sees later tokens"),
+        ({"activations": "block(e4m3, [128, 128])"}, "input scales are shared over 128 rows and see later tokens"),
+        ({"activations": "block(e4m3, [1, 128])"}, None),
+        ({"activations": "abfp(int4, scale=scaled(int8, channel))"}, None),
+        ({"weights": "tensor(int8)"}, None),
+    ],
+)  # fmt: skip
+def test_scales_that_see_other_samples_are_pointed_out(recipe: dict[str, str], note: str | None) -> None:
+    x = torch.ones(2, 4)
+
+    (site,) = qsim.simulate(nn.Linear(4, 4), recipe, example=x).audit().sites
+
+    assert site.notes == ([note] if note else [])
+
+
 def test_v_may_be_quantized_along_the_head_so_that_no_later_token_is_seen(make: Make, ids: Tensor) -> None:
     changed = ids.clone()
     changed[:, -1] = 3

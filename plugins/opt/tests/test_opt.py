@@ -125,6 +125,17 @@ def break_config(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
 
+def break_width(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": "abc"}))
+
+
+def break_tokenizer(folder: Path) -> None:
+    for file in folder.iterdir():
+        if file.name not in ("config.json", "generation_config.json", "model.safetensors"):
+            file.unlink()
+
+
 def break_family(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
@@ -138,7 +149,9 @@ def break_family(folder: Path) -> None:
          "save_pretrained() it as safetensors"),
         (break_corrupt, "the weights of {} are corrupt: "),
         (break_missing, "the weights of {} lack model.decoder.layers.0.fc1.weight"),
-        (break_shape, "{} cannot be loaded: "),
+        (break_shape, "weight model.decoder.layers.0.fc1.weight of {} has shape (3, 3), its configuration says (24, 16)"),
+        (break_width, "{} cannot be loaded: "),
+        (break_tokenizer, "{} has no tokenizer: expected tokenizer.json; save the tokenizer beside the model"),
         (break_nan, "weight model.decoder.layers.0.fc1.weight holds NaN or Inf; nothing measured on this model would "
          "mean much"),
     ],

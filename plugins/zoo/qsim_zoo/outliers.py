@@ -15,7 +15,11 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from qsim_core import ModelError
 
 CHANNELS = 4
 LOWEST, HIGHEST = 20.0, 60.0
@@ -44,24 +48,32 @@ def add_outliers(weights: dict[str, Tensor], layers: int, seed: int = 0) -> dict
 
 def directory(source: Path) -> Path:
     """A directory with the model, made once from `source` and kept in the user's cache ($QSIM_CACHE)."""
-    from safetensors.torch import load_file, save_file
-
     weights = source / "model.safetensors"
     stamp = hashlib.sha256(weights.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:16]
     target = cache() / "zoo" / stamp / "opt-tiny-outliers"
     if target.is_dir():
         return target
+    try:
+        _make(source, target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or "there is no room, or no leave to write"
+        raise ModelError(
+            f"cannot make opt-tiny-outliers under {cache()}: {reason}; set QSIM_CACHE to a directory with 20 MB of room"
+        ) from None
+    return target
+
+
+def _make(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         part = Path(scratch) / "part"
         shutil.copytree(source, part)
         config = json.loads((part / "config.json").read_text(encoding="utf-8"))
-        made = add_outliers(load_file(weights), config["num_hidden_layers"])
+        made = add_outliers(load_file(source / "model.safetensors"), config["num_hidden_layers"])
         save_file(made, part / "model.safetensors", metadata={"format": "pt"})
         (part / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2), encoding="utf-8")
         if not target.is_dir():  # another process may have been faster
             part.rename(target)
-    return target
 
 
 def cache() -> Path:

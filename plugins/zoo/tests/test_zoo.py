@@ -152,3 +152,18 @@ def test_training_goes_on_where_it_was_stopped_and_ends_the_same(
     assert ends[0] == ends[1]
     weights = [(tmp_path / folder / "opt-tiny" / "model.safetensors").read_bytes() for folder in ("halves", "whole")]
     assert weights[0] == weights[1]
+
+
+def test_a_cache_that_cannot_be_written_is_one_line_that_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("QSIM_CACHE", str(tmp_path / "file"))
+
+    with pytest.raises(qsim.ModelError) as error:
+        qsim.parse("zoo").models()["opt-tiny-outliers"].directory()
+
+    assert str(error.value) == (
+        f"cannot make opt-tiny-outliers under {tmp_path}/file: Not a directory; "
+        "set QSIM_CACHE to a directory with 20 MB of room"
+    )
