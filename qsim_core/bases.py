@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from qsim_core.component import Component, Preset
 from qsim_core.errors import DataError, QsimError
 from qsim_core.quantizer import Quantizer
 from qsim_core.ranges import Calibrator
+
+if TYPE_CHECKING:
+    from qsim_core.context import Context
 
 
 @dataclass
@@ -78,8 +81,8 @@ class Transform(Component):
     kind: ClassVar[str] = "transform"
 
     @abstractmethod
-    def apply(self, model: nn.Module, context: Any) -> None:
-        """Change the model in place."""
+    def apply(self, model: nn.Module, context: Context) -> None:
+        """Change the model in place. `context` has its matmuls, calibration data and blocks, and takes reports."""
 
 
 class Adapter(Component):

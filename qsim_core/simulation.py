@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qsim_core import audit as auditing
+from qsim_core.bases import Run
+from qsim_core.context import Context, LayerReport
 from qsim_core.errors import QsimError, RecipeError
+from qsim_core.forward import Example, as_in_evaluation, call
 from qsim_core.recipe import Plan, Recipe
 from qsim_core.sites import Sites, functional
-
-Example = Any
-"""One batch: a mapping of keyword arguments, a tuple of positional ones, or a single argument."""
 
 
 class Simulation:
@@ -30,6 +29,8 @@ class Simulation:
         self.sites = Sites(model, recipe, keep)
         self._handles: list[RemovableHandle] = []
         self._before_transforms: dict[str, Tensor] = {}
+        self.reports: list[LayerReport] = []
+        """What the transforms did, layer by layer."""
 
     def _attach(self) -> None:
         self.sites.attach(self.model, self._handles)
@@ -89,6 +90,24 @@ class Simulation:
         for site in self.sites.table.values():
             site.calls = 0
 
+    def _transform(self, batches: list[Example] | None, run: Run) -> None:
+        """Apply the recipe's transforms in their order, each on what the one before left."""
+        self.sites.quantizing = False
+        try:
+            for transform in self.recipe.transforms:
+                context = Context(self.model, self.sites, batches, run, str(transform))
+                before = _fingerprint(self.model)
+                with torch.no_grad():
+                    transform.apply(self.model, context)
+                if _fingerprint(self.model) == before:
+                    reasons = (
+                        "; ".join(dict.fromkeys(r.note for r in context.reports if r.note)) or "it found nothing to do"
+                    )
+                    raise RecipeError(f"{transform} changed nothing in this model: {reasons}")
+                self.reports += context.reports
+        finally:
+            self.sites.quantizing = True
+
 
 def simulate(
     model: nn.Module,
@@ -100,14 +119,19 @@ def simulate(
     skip: Any = None,
     overrides: Mapping[str, Any] | None = None,
     example: Example = None,
+    transforms: Iterable[Any] | None = None,
+    calibration: Iterable[Example] | None = None,
     keep: bool = True,
+    run: Run | None = None,
     host: Any = None,
 ) -> Simulation:
     """Simulate `model`, in place, with quantizers at every matmul's sites.
 
     Say it with a `recipe`, or with its parts: quantizers, their text, or plain callables tensor -> tensor, for
-    `weights`, `activations` and `outputs`; patterns of sites to `skip`; `overrides` by pattern. With none of them
-    the sites are put in place and nothing is quantized.
+    `weights`, `activations` and `outputs`; patterns of sites to `skip`; `overrides` by pattern; `transforms` in the
+    order in which they are applied. With none of them the sites are put in place and nothing is quantized.
+
+    `calibration` is what transforms look at: batches, each like an example. `run` shows progress.
 
     With an `example` (a mapping of keyword arguments, a tuple of positional ones, or one argument) all sites are
     known at once, else after the first forward; a pattern that matches none is then an error. `keep=False`
@@ -119,6 +143,8 @@ def simulate(
     given = {key: value for key, value in parts.items() if value is not None}
     if skip is not None:
         given["skip"] = skip if isinstance(skip, str) else tuple(skip)
+    if transforms is not None:
+        given["transforms"] = tuple(transforms)
     if recipe is not None and given:
         raise RecipeError(f"give a recipe or its parts, not both (here: recipe and {', '.join(given)})")
     if not isinstance(recipe, Recipe):
@@ -131,15 +157,23 @@ def simulate(
         if recipe.transforms and keep:
             state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
             simulation._before_transforms = state
-        for transform in recipe.transforms:
-            transform.apply(model, simulation)
+        batches = None if calibration is None else list(calibration)
+        if example is None and batches:
+            example = batches[0]
         if example is not None:
             simulation._discover(example)
+        simulation._transform(batches, run or Run())
     except BaseException:
         simulation.keep = True  # nothing has been folded yet
         simulation.restore()
         raise
     return simulation
+
+
+def _fingerprint(model: nn.Module) -> list[tuple[float, float]]:
+    """What tells whether any parameter has changed."""
+    wide = (p.detach().double() for p in model.parameters() if not p.is_meta)
+    return [(float(p.sum()), float(p.square().sum())) for p in wide]
 
 
 class SiteText:
@@ -183,23 +217,3 @@ def _texts(plan: Plan, label: str) -> Iterator[str]:
     texts = [f"{role}={quantizer}" for role, quantizer in quantizers.items() if quantizer is not None]
     if texts:
         yield f"{label}: {' '.join(texts)}" if label else ", ".join(texts)
-
-
-@contextlib.contextmanager
-def as_in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; every module's own mode again afterwards."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        with torch.no_grad():
-            model.eval()
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def call(model: nn.Module, example: Example) -> Any:
-    """Run the model on one batch, given as `Example` says."""
-    if isinstance(example, Mapping):
-        return model(**example)
-    return model(*example) if isinstance(example, tuple) else model(example)

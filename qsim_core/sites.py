@@ -60,11 +60,12 @@ class Sites:
         self.weights = Weights(model, keep)
         self.quantizing = True
         self.observer: Observer | None = None
+        self.watcher: Callable[[Site, Call], None] | None = None
         self.checked = False
         self.thread = Thread()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "thread": None, "observer": None}
+        return {**self.__dict__, "thread": None, "observer": None, "watcher": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -120,6 +121,8 @@ class Sites:
             weights = [*(None for _ in weights[:-1]), weights[-1]]
         site = self._site(frame, call, next((weight for weight in weights if weight), None))
         site.calls += not recomputing()
+        if self.watcher is not None:
+            self.watcher(site, call)
         plan = site.plan if self.quantizing else Plan()
         operands = []
         for index, (operand, weight, layout) in enumerate(zip(call.operands, weights, call.layouts, strict=True)):

@@ -58,6 +58,8 @@ class Weights:
         self.moves: Counter[str] = Counter()
         self.uses: dict[str, set[str]] = {}
         """The layouts in which each weight was met: along two reduction axes it cannot be overwritten."""
+        self.pinned: set[str] = set()
+        """Weights that a transform has put on their grid: final, and not rounded again."""
         self.lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -84,6 +86,8 @@ class Weights:
         self, weight: Weight, operand: Tensor, layout: Layout, quantizer: Quantizer, training: bool
     ) -> Tensor:
         """The operand quantized: made now where it trains, else from what was made before."""
+        if weight.name in self.pinned:
+            return operand
         differentiable = torch.is_grad_enabled() and operand.requires_grad
         if differentiable and training:
             return layout.back(quantizer(layout.rows(operand)))

@@ -133,4 +133,4 @@ def test_int_fp_and_abfp_as_wheels_beside_the_core_make_abfp_work(copied: Path, 
 
     assert run.returncode == 0, run.stderr
     assert run.stdout.split(maxsplit=1)[1] == "['abfp', 'core', 'fp', 'int']\n"
-    assert command.stdout.startswith("abfp(element=int4, n=64, scale=bf16)")
+    assert command.stdout.startswith("abfp(element=int4, n=64, scale=bf16, ")

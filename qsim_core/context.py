@@ -1,0 +1,137 @@
+"""What a transform works with: the model's matmuls, calibration data, blocks, and a place to say what was done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from qsim_core.bases import Run
+from qsim_core.blocks import Block, walk
+from qsim_core.errors import DataError
+from qsim_core.forward import as_in_evaluation, call
+from qsim_core.ops import Call
+from qsim_core.quantizer import Quantizer
+from qsim_core.running import Site
+
+if TYPE_CHECKING:
+    from qsim_core.sites import Sites
+
+Watcher = Callable[[Site, Call], None]
+"""Called for every matmul that is met, with its site and the call, before it is computed."""
+
+
+class LayerReport(BaseModel):
+    """What one transform did to one layer."""
+
+    model_config = ConfigDict(frozen=True)
+
+    transform: str
+    layer: str
+    before: float | None = Field(None, description="the error that the layer would have had")
+    after: float | None = Field(None, description="the error that it has")
+    measure: str = Field("", description="what `before` and `after` are")
+    seconds: float = 0.0
+    note: str = Field("", description="what else there is to say: why a layer was left alone, what was retried")
+
+
+@dataclass(frozen=True)
+class MatmulWeight:
+    """A weight that a matmul multiplies by, and the quantizer that its site has for it."""
+
+    site: Site
+    parameter: nn.Parameter
+    quantizer: Quantizer | None
+
+    @property
+    def name(self) -> str:
+        """The parameter's full name."""
+        assert self.site.weight is not None
+        return self.site.weight
+
+
+class Context:
+    """One transform at work on a model whose sites are known and quantize nothing meanwhile."""
+
+    def __init__(self, model: nn.Module, sites: Sites, batches: Sequence[Any] | None, run: Run, name: str) -> None:
+        self.model = model
+        self.sites = sites
+        self.run = run
+        self.name = name
+        self.reports: list[LayerReport] = []
+        self._batches = batches
+
+    @property
+    def batches(self) -> Sequence[Any]:
+        """The calibration data: inputs of the model, batch by batch. Raises `DataError` if there are none."""
+        if not self._batches:
+            raise DataError(
+                f"{self.name} needs calibration data; give simulate(…, calibration=batches), or --calibration-data"
+            )
+        return self._batches
+
+    def weights(self) -> list[MatmulWeight]:
+        """Every weight that the recipe quantizes, in the order in which the model multiplies by them."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        found = [(site, site.plan.weight) for site in self.sites.table.values() if site.weight in parameters]
+        return [MatmulWeight(s, parameters[s.weight], q) for s, q in found if s.weight is not None and q is not None]
+
+    def observe(self, watch: Watcher, description: str) -> None:
+        """Run all calibration data through the model once, and show `watch` every matmul."""
+        for index, batch in enumerate(self.run.track(self.batches, len(self.batches), description)):
+            with self.watching(watch, index), as_in_evaluation(self.model):
+                call(self.model, batch)
+
+    @contextmanager
+    def watching(self, watch: Watcher, sample: int) -> Iterator[None]:
+        """Inside, `watch` is shown every matmul. Raises `DataError` where a calibration sample makes NaN or Inf."""
+
+        def checked(site: Site, call: Call) -> None:
+            for operand in call.operands:
+                if not operand.isfinite().all():
+                    raise DataError(f"calibration batch {sample} brings NaN or Inf to {site.name}; leave it out")
+            watch(site, call)
+
+        before, self.sites.watcher = self.sites.watcher, checked
+        try:
+            yield
+        finally:
+            self.sites.watcher = before
+
+    def blocks(self) -> Iterator[Block]:
+        """The model's blocks in order, each with the inputs that the blocks before it, as changed by now, give it."""
+        return walk(self)
+
+    def pin(self, weight: MatmulWeight) -> None:
+        """Declare that a weight lies on its quantizer's grid: it is final and is not rounded again."""
+        self.sites.weights.pinned.add(weight.name)
+
+    def report(self, layer: str, **what: Any) -> None:
+        """Say what was done to a layer; it goes into the result."""
+        self.reports.append(LayerReport(transform=self.name, layer=layer, **what))
+
+    @contextmanager
+    def timed(self) -> Iterator[Callable[[], float]]:
+        """Gives a function that says how many seconds have passed."""
+        start = time.perf_counter()
+        yield lambda: time.perf_counter() - start
+
+
+def input_of(site: Site, call: Call, parameter: Tensor) -> Tensor:
+    """The operand of a call that is not its weight, with the reduction axis last."""
+    for operand, layout in zip(call.operands, call.layouts, strict=True):
+        if operand is not parameter and operand._base is not parameter:
+            return layout.rows(operand.detach())
+    raise AssertionError(f"{site.name} has no input")
+
+
+def relative_error(exact: Tensor, approximate: Tensor) -> float:
+    """|exact - approximate| / |exact|, in the Frobenius norm, float64."""
+    norm = float(torch.linalg.vector_norm(exact.double()))
+    return float(torch.linalg.vector_norm(exact.double() - approximate.double())) / norm if norm else 0.0

@@ -1,0 +1,33 @@
+"""Running a model on one batch, as an evaluation does."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+Example = Any
+"""One batch: a mapping of keyword arguments, a tuple of positional ones, or a single argument."""
+
+
+@contextlib.contextmanager
+def as_in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; every module's own mode again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def call(model: nn.Module, example: Example) -> Any:
+    """Run the model on one batch, given as `Example` says."""
+    if isinstance(example, Mapping):
+        return model(**example)
+    return model(*example) if isinstance(example, tuple) else model(example)

@@ -1,0 +1,169 @@
+"""What a transform works with: blocks one after another, the matmuls in them, weights that are final."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qsim_core as qsim
+from qsim_core.blocks import block_paths
+from qsim_core.context import Context, input_of
+
+Make = Callable[..., Any]
+
+
+def probe(apply: Callable[[nn.Module, Context], None]) -> qsim.Transform:
+    """A transform that runs a function, and changes a weight so that it counts as one."""
+
+    class Probe(qsim.Transform):
+        name = "probe"
+
+        def apply(self, model: nn.Module, context: Context) -> None:
+            apply(model, context)
+            next(model.parameters()).add_(1)
+
+    return Probe()
+
+
+def seq2seq() -> Any:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(
+        T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=96, decoder_start_token_id=0)
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "paths"),
+    [
+        ("opt", ["model.decoder.layers.0", "model.decoder.layers.1"]),
+        ("llama", ["model.layers.0", "model.layers.1"]),
+        ("gpt2", ["transformer.h.0", "transformer.h.1"]),
+        ("codegen", ["transformer.h.0", "transformer.h.1"]),
+    ],
+)
+def test_blocks_are_what_repeats(family: str, paths: list[str], make: Make, ids: Tensor) -> None:
+    model = make(family)
+    simulation = qsim.simulate(model, example={"input_ids": ids})
+
+    assert block_paths(model, simulation.sites.table.values()) == paths
+
+
+def test_blocks_are_whole_layers_not_their_halves(ids: Tensor) -> None:
+    model = seq2seq()
+    simulation = qsim.simulate(model, example={"input_ids": ids, "decoder_input_ids": ids[:, :5]})
+
+    found = block_paths(model, simulation.sites.table.values())
+
+    assert found == ["encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1"]
+
+
+def test_without_attention_blocks_are_the_elements_of_a_list_or_the_model() -> None:
+    stack, alone = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), nn.Linear(4, 4)
+    for model in (stack, alone):
+        qsim.simulate(model, example=torch.ones(1, 4))
+
+    assert block_paths(stack, stack[0]._forward_pre_hooks and qsim_sites(stack)) == ["0", "2"]
+    assert block_paths(alone, qsim_sites(alone)) == [""]
+
+
+def qsim_sites(model: nn.Module) -> Any:
+    return vars(model)["extra_repr"].sites.table.values()
+
+
+@pytest.mark.parametrize("family", ["opt", "opt-350m", "llama", "gpt2", "codegen", "t5"])
+def test_a_walk_gives_each_block_the_inputs_that_the_model_gives_it(family: str, make: Make, ids: Tensor) -> None:
+    model = seq2seq() if family == "t5" else make(family)
+    batches: list[Any] = [{"input_ids": ids, "use_cache": False}, {"input_ids": ids.flip(1), "use_cache": False}]
+    if family == "t5":
+        batches = [{**batch, "decoder_input_ids": ids[:, :5]} for batch in batches]
+    seen: dict[str, list[Tensor]] = {}
+
+    def gather(into: dict[str, list[Tensor]]) -> Callable[..., None]:
+        def watch(site: Any, call: Any) -> None:
+            into.setdefault(site.name, []).extend(operand.clone() for operand in call.operands)
+
+        return watch
+
+    def apply(model: nn.Module, context: Context) -> None:
+        for block in context.blocks():
+            with torch.no_grad():  # a change to a block is felt by the blocks after it
+                next(p for p in block.module.parameters() if p.dim() == 1).mul_(1.5)
+            block.observe(gather(seen))
+        whole: dict[str, list[Tensor]] = {}
+        context.observe(gather(whole), "everything")
+        for name, operands in seen.items():
+            assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(operands, whole[name], strict=True)), name
+
+    qsim.simulate(model, weights="int8", transforms=[probe(apply)], calibration=batches)
+
+    assert len(seen) >= 8
+
+
+def test_a_pinned_weight_is_not_rounded_again() -> None:
+    model = nn.Linear(8, 4, bias=False)
+
+    def apply(model: nn.Module, context: Context) -> None:
+        for weight in context.weights():
+            weight.parameter.fill_(0.3)
+            context.pin(weight)
+
+    class Fill(qsim.Transform):
+        name = "fill"
+
+        def apply(self, model: nn.Module, context: Context) -> None:
+            apply(model, context)
+
+    qsim.simulate(model, weights="cast(int4)", transforms=[Fill()], example=torch.ones(1, 8))
+
+    assert torch.allclose(model(torch.ones(1, 8)), torch.full((1, 4), 2.4))
+
+
+def test_the_input_of_a_call_has_its_reduction_axis_last(make: Make, ids: Tensor) -> None:
+    model, lengths = make("gpt2"), {}
+
+    def apply(model: nn.Module, context: Context) -> None:
+        weights = {weight.site.name: weight for weight in context.weights()}
+
+        def watch(site: Any, call: Any) -> None:
+            if site.name in weights:
+                lengths[site.name] = input_of(site, call, weights[site.name].parameter).shape[-1]
+
+        context.observe(watch, "lengths")
+
+    qsim.simulate(model, weights="int8", transforms=[probe(apply)], calibration=[{"input_ids": ids}])
+
+    assert lengths["transformer.h.0.mlp.c_fc"] == 64
+    assert lengths["transformer.h.0.mlp.c_proj"] == 256
+
+
+def test_a_transform_that_changes_nothing_is_an_error() -> None:
+    class Idle(qsim.Transform):
+        name = "idle"
+
+        def apply(self, model: nn.Module, context: Context) -> None:
+            context.report("0", note="no norm before it")
+
+    with pytest.raises(qsim.RecipeError, match="^idle changed nothing in this model: no norm before it$"):
+        qsim.simulate(nn.Linear(4, 4), weights="int4", transforms=[Idle()], example=torch.ones(1, 4))
+
+
+def test_a_transform_without_calibration_data_says_how_to_give_some() -> None:
+    def apply(model: nn.Module, context: Context) -> None:
+        context.observe(lambda site, call: None, "")
+
+    with pytest.raises(qsim.DataError, match="^probe needs calibration data; give simulate"):
+        qsim.simulate(nn.Linear(4, 4), weights="int4", transforms=[probe(apply)], example=torch.ones(1, 4))
+
+
+def test_nan_in_the_calibration_data_names_site_and_sample() -> None:
+    def apply(model: nn.Module, context: Context) -> None:
+        context.observe(lambda site, call: None, "")
+
+    batches = [torch.ones(1, 4), torch.full((1, 4), torch.nan)]
+    with pytest.raises(qsim.DataError, match="^calibration batch 1 brings NaN or Inf to 0; leave it out$"):
+        qsim.simulate(nn.Sequential(nn.Linear(4, 4)), weights="int4", transforms=[probe(apply)], calibration=batches)
