@@ -127,6 +127,16 @@ class Scheme(Quantizer):
         exact, zero = self._exact(blocks)
         return self._rounded(exact).unsqueeze(-1), zero
 
+    def scale_map(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The scale and the zero point of each element of `x`, in its shape and in the dtype of the arithmetic."""
+        blocks = self.split(working(x))
+        scale, zero = self.scales(blocks)
+        return self.join(scale.expand_as(blocks), x), None if zero is None else self.join(zero.expand_as(blocks), x)
+
+    def round_at(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """`x` rounded under scales and zero points that were found before, given for each element or to broadcast."""
+        return self._units(x, scale, zero) * scale
+
     def _exact(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scales [..., B] before they are rounded, and zero points [..., B, 1], after `range` has looked."""
         seen = blocks

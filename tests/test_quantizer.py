@@ -220,3 +220,24 @@ def test_a_callable_that_changes_shape_or_dtype_is_refused(function: object, mes
 
     with pytest.raises(qsim.QsimError, match=message):
         quantizer(torch.ones(2, 3))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "channel(int4)",
+        "channel(int4, symmetric=false)",
+        "abfp(int4, n=7)",
+        "block(e4m3, [2, 5])",
+        "nvfp4",
+        "tensor(e2m1)",
+    ],
+)
+def test_rounding_at_the_scales_of_a_tensor_is_quantizing_it(text: str) -> None:
+    x, scheme = noise(6, 33), qsim.parse(text)
+
+    scale, zero = scheme.scale_map(x)
+
+    assert scale.shape == x.shape
+    assert torch.equal(scheme.round_at(x, scale, zero), scheme(x))
+    assert torch.equal(scheme.round_at(x[:, 3], scale[:, 3], None if zero is None else zero[:, 3]), scheme(x)[:, 3])
