@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +54,17 @@ class NamedModel:
     directory: Callable[[], Path]
     data: Callable[[], Data]
     doc: str = ""
+    calibration: Callable[[], Data] | None = None
+    """What transforms may look at: none of what the model is evaluated on."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which data transforms look at: `samples` of them, of `length` (tokens; none: what the evaluator takes)."""
+
+    source: str | None = None
+    samples: int = 32
+    length: int | None = None
 
 
 def no_progress(items: Iterable[Any], total: int, description: str) -> Iterable[Any]:
@@ -98,6 +109,10 @@ class Adapter(Component):
     def load(self, model: str, dtype: torch.dtype) -> LoadedModel:
         """The model in a local directory or of a hub's name, in eval mode. Raises `ModelError`."""
 
+    def structure(self, model: nn.Module) -> Mapping[str, Sequence[str]] | None:
+        """Norm's module path -> names of the weights that read it; none: as tracing finds it."""
+        return None
+
     def models(self) -> Mapping[str, NamedModel]:
         """Models that this adapter knows by a name of their own."""
         return {}
@@ -118,6 +133,10 @@ class Evaluator(Component):
     def read(self, source: str) -> Data:
         """The data that a path or name stands for. Raises `DataError`."""
         raise DataError(f"{self.name} cannot read data; leave --data out")
+
+    def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
+        """Batches of one sample each for transforms to look at, drawn by `seed`. Raises `DataError`."""
+        raise DataError(f"{self.name} makes no calibration batches; use an evaluator that does, or Python")
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any] | None:
         """One small batch, as keyword arguments of the model's forward: finds the sites, feeds the audit."""

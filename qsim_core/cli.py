@@ -69,6 +69,9 @@ def main() -> None:
 @click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="A recipe in YAML or JSON.")
 @click.option("--from", "record", type=click.Path(path_type=Path), metavar="FILE", help="Run a result's record again.")
 @click.option("--data", metavar="FILE|NAME", help="Data: a file, or a name for `datasets` (NAME[:CONFIG[:SPLIT]]).")
+@click.option("--calibration-data", metavar="FILE|NAME", help="Data that transforms look at; default: the model's own.")
+@click.option("--calibration-samples", type=click.IntRange(1), default=32, show_default=True, help="So many samples.")
+@click.option("--calibration-seqlen", type=click.IntRange(2), help="Tokens of a sample; default: a window's.")
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, …")
 @click.option("--dtype", default="float32", show_default=True, help="Arithmetic of the model and the simulation.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Samples computed at a time.")
@@ -103,6 +106,21 @@ def evaluate(ctx: click.Context, /, output: str | None, quiet: bool, **options: 
         click.echo(result.model_dump_json(indent=2))
     elif not quiet:
         report.show(result)
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("--data", metavar="FILE|NAME", help="Data to take the example from; default: the model's own.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def structure(model: str | None, data: str | None, as_json: bool) -> None:
+    """Show what a model looks like: blocks, norms and the weights that read them, and what is refused and why.
+
+    Found by running one example; what the model's adapter declares is marked.
+    """
+    from qsim_core import listing
+    from qsim_core.host import Host
+
+    listing.structure(Host(), model, data, as_json)
 
 
 @main.command()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from qsim_core.forward import as_in_evaluation, call
 from qsim_core.ops import Call
 from qsim_core.quantizer import Quantizer
 from qsim_core.running import Site
+from qsim_core.structure import Structure, trace
 
 if TYPE_CHECKING:
     from qsim_core.sites import Sites
@@ -59,13 +61,30 @@ class MatmulWeight:
 class Context:
     """One transform at work on a model whose sites are known and quantize nothing meanwhile."""
 
-    def __init__(self, model: nn.Module, sites: Sites, batches: Sequence[Any] | None, run: Run, name: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sites,
+        batches: Sequence[Any] | None,
+        run: Run,
+        name: str,
+        example: Any = None,
+        declared: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         self.model = model
         self.sites = sites
         self.run = run
         self.name = name
         self.reports: list[LayerReport] = []
         self._batches = batches
+        self._example = example
+        self._declared = declared
+
+    @functools.cached_property
+    def structure(self) -> Structure:
+        """What the model looks like, traced on the example (or the first calibration batch) when first asked for."""
+        example = self.batches[0] if self._example is None else self._example
+        return trace(self.model, example, self._declared)
 
     @property
     def batches(self) -> Sequence[Any]:

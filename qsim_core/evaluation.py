@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qsim_core.bases import Data, Evaluator, LoadedModel, Run
+from qsim_core.bases import Calibration, Data, Evaluator, LoadedModel, Run
 from qsim_core.component import components_in
 from qsim_core.errors import DataError, QsimError, RecipeError
 from qsim_core.host import Host, installed
 from qsim_core.models import Located, locate
 from qsim_core.recipe import Recipe
-from qsim_core.result import DataRecord, Environment, PluginRecord, Result
+from qsim_core.result import CalibrationRecord, DataRecord, Environment, PluginRecord, Result
 from qsim_core.simulation import simulate
 
 DEFAULT_MODEL = "opt-tiny"
@@ -52,6 +53,19 @@ class Job:
             raise DataError(f"{self.located.name} comes without data; name some with --data")
         return self.located.data()
 
+    def calibration(self, given: Calibration) -> Data | None:
+        """The data that the recipe's transforms look at, if it has any. Raises `DataError` if nothing is named."""
+        if not self.recipe.transforms:
+            return None
+        if given.source is not None:
+            return self.evaluator.read(given.source)
+        if self.located.calibration is None:
+            raise DataError(
+                f"{self.recipe.transforms[0]} needs calibration data, and {self.located.name} comes without; "
+                f"name some with --calibration-data"
+            )
+        return self.located.calibration()
+
 
 def evaluate(
     recipe: Recipe,
@@ -60,6 +74,7 @@ def evaluate(
     data: str | None = None,
     device: str = "cpu",
     dtype: str = "float32",
+    calibration: Calibration | None = None,
     run: Run | None = None,
 ) -> Result:
     """Measure a model as it is and under a recipe. Raises a `QsimError` that says what to do."""
@@ -70,14 +85,27 @@ def evaluate(
         raise RecipeError("the recipe quantizes nothing; name weights, activations or outputs")
     with run.stage(f"loading {job.located.name}"):
         dataset = job.data(data)
+        given = calibration or Calibration()
+        seen = job.calibration(given)
         loaded = _load(job.located, device, dtype)
     example = job.evaluator.example(loaded, dataset)
+    batches = None
+    if seen is not None:
+        batches = job.evaluator.calibration(loaded, seen, given.samples, given.length, run.seed)
     with run.stage("looking for matmuls"):
         if example is not None:  # a recipe that does not fit the model is told before the baseline has run for an hour
             simulate(loaded.model, job.recipe.model_copy(update={"transforms": ()}), example=example).restore()
     baseline, baseline_seconds = _timed(job.evaluator, loaded, dataset, run, f"{dtype} baseline")
-    with run.stage("quantizing weights"):
-        simulation = simulate(loaded.model, job.recipe, example=example, keep=False, host=host)
+    with run.stage("quantizing weights") if batches is None else nullcontext():  # transforms show their own progress
+        simulation = simulate(
+            loaded.model,
+            job.recipe,
+            example=example,
+            calibration=batches,
+            structure=job.located.adapter.structure(loaded.model),
+            keep=False,
+            run=run,
+        )
         audit = simulation.audit()
     simulated, simulated_seconds = _timed(job.evaluator, loaded, dataset, run, "simulated")
     seconds = {"baseline": baseline_seconds, "simulated": simulated_seconds, "total": time.perf_counter() - start}
@@ -88,6 +116,8 @@ def evaluate(
         audit=audit,
         environment=Environment.here(device, dtype),
         data=DataRecord(name=dataset.name, sha256=dataset.sha256, source=_from_anywhere(data)),
+        calibration=None if seen is None else _calibration_record(given, seen),
+        transforms=simulation.reports,
         batch_size=run.batch_size,
         limit=run.limit,
         seed=run.seed,
@@ -107,6 +137,13 @@ def same_data(result: Result, rerun: Result) -> None:
             f"the data {result.data.name!r} have changed since the record was made "
             f"({result.data.sha256[:12]} then, {rerun.data.sha256[:12]} now); the numbers do not compare"
         )
+
+
+def _calibration_record(given: Calibration, seen: Data) -> CalibrationRecord:
+    source = _from_anywhere(given.source)
+    return CalibrationRecord(
+        name=seen.name, sha256=seen.sha256, source=source, samples=given.samples, length=given.length
+    )
 
 
 def _from_anywhere(source: str | None) -> str | None:

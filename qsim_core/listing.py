@@ -7,9 +7,11 @@ import json
 import math
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 import click
+import torch
 from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +22,8 @@ from qsim_core.compose import catalogue
 from qsim_core.errors import QsimError
 from qsim_core.format import Format
 from qsim_core.host import Host
+from qsim_core.progress import hush_libraries
+from qsim_core.structure import Structure
 
 WIDEST = 8
 
@@ -130,3 +134,61 @@ def codes(host: Host, text: str, as_json: bool) -> None:
 
 def _short(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.9g}"
+
+
+def structure(host: Host, model: str | None, data: str | None, as_json: bool) -> None:
+    """Print what was found in a model, and what was refused and why."""
+    from qsim_core.blocks import block_paths
+    from qsim_core.evaluation import DEFAULT_MODEL, Job
+    from qsim_core.recipe import Recipe
+    from qsim_core.simulation import simulate
+    from qsim_core.structure import trace
+
+    hush_libraries()
+    job = Job.of(Recipe.of({"model": model or DEFAULT_MODEL}, host), host)
+    loaded = job.located.adapter.load(job.located.source, torch.float32)
+    example = job.evaluator.example(loaded, job.data(data))
+    if example is None:
+        raise QsimError(f"{job.evaluator} gives no example to run; trace the model from Python")
+    simulation = simulate(loaded.model, example=example)
+    blocks = block_paths(loaded.model, simulation.sites.table.values())
+    simulation.restore()
+    declared = job.located.adapter.structure(loaded.model)
+    found = trace(loaded.model, example, declared)
+    if as_json:
+        click.echo(json.dumps(_structure_record(found, blocks, declared), indent=2))
+        return
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    ends = f"{blocks[0] or 'the model'} to {blocks[-1] or 'the model'}"
+    console.print(Text(job.located.name, "bold") + Text(f": {len(blocks)} blocks, {ends}"))
+    console.print("\nnorms, and the weights that read them: ranges can be moved from one to the others", style="bold")
+    for group in found.groups:
+        mark = " (declared)" if declared and group.norm in declared else ""
+        console.print(f"  {group.norm} -> {_relative(group.norm, group.weights)}{mark}")
+    console.print("\nweights in pairs: channels can be permuted, and scaled where it says so", style="bold")
+    for pair in found.pairs:
+        mark = " (scaled too)" if pair.scales else ""
+        console.print(f"  {pair.producer.removesuffix('.weight')} -> {_relative(pair.producer, pair.weights)}{mark}")
+    console.print("\nrefused", style="bold")
+    for refused in found.refused:
+        console.print(f"  {refused.name}: {'; '.join(refused.reasons)}", style="dim")
+
+
+def _relative(name: str, others: list[str]) -> str:
+    """Modules without the parts of their paths that they share with `name`."""
+    parts, shown = name.removesuffix(".weight").split("."), []
+    for other in others:
+        rest = other.removesuffix(".weight").split(".")
+        shared = next((i for i, (a, b) in enumerate(zip(parts, rest, strict=False)) if a != b), len(rest) - 1)
+        shown.append(".".join(rest[shared:]))
+    return ", ".join(shown)
+
+
+def _structure_record(found: Structure, blocks: list[str], declared: Mapping[str, Any] | None) -> dict[str, Any]:
+    told = declared or {}
+    return {
+        "blocks": blocks,
+        "groups": [{"norm": g.norm, "weights": g.weights, "declared": g.norm in told} for g in found.groups],
+        "pairs": [{"producer": p.producer, "weights": p.weights, "scales": p.scales} for p in found.pairs],
+        "refused": [{"name": refused.name, "reasons": list(refused.reasons)} for refused in found.refused],
+    }

@@ -29,6 +29,7 @@ class Located:
     components: tuple[Component, ...]
     """The adapters that had a part in finding it."""
     data: Callable[[], Data] | None = None
+    calibration: Callable[[], Data] | None = None
 
 
 def named_models(host: Host) -> dict[str, tuple[Adapter, NamedModel]]:
@@ -45,7 +46,7 @@ def locate(name: str, host: Host) -> Located:
         library, model = named[name]
         directory = str(model.directory())
         adapter = _adapter(model_type(directory), name, host)
-        return Located(name, directory, adapter, (adapter, library), model.data)
+        return Located(name, directory, adapter, (adapter, library), model.data, model.calibration)
     if not name.strip():
         raise ModelError(f"an empty name is no model{did_you_mean(name, named)}")
     path = Path(name).expanduser()

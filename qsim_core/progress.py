@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -32,3 +33,14 @@ def stage(description: str) -> AbstractContextManager[Any]:
 
 
 SHOWN: dict[str, Any] = {"track": track, "stage": stage}
+
+
+def hush_libraries() -> None:
+    """transformers draws bars and logs hints of its own; a command shows qsim's."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        return
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import statistics
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from qsim_core import evaluation, progress
-from qsim_core.bases import Run
+from qsim_core.bases import Calibration, Run
 from qsim_core.compose import compose
+from qsim_core.context import LayerReport
 from qsim_core.errors import RecipeError
 from qsim_core.host import Host
 from qsim_core.recipe import Recipe, read_yaml
@@ -44,18 +45,24 @@ def run(options: dict[str, Any], given: set[str], quiet: bool) -> Result | None:
             "dtype": before.environment.dtype,
             "device": options["device"] if "device" in given else before.environment.device,
         }
+        if (looked_at := before.calibration) is not None:
+            options["calibration_data"] = looked_at.source
+            options["calibration_samples"], options["calibration_seqlen"] = looked_at.samples, looked_at.length
     else:
         recipe = _recipe(options, host)
     if options["dry_run"]:
         click.echo(evaluation.Job.of(recipe, host).recipe.to_yaml(), nl=False)
         return None
-    _hush_libraries()
+    progress.hush_libraries()
     result = evaluation.evaluate(
         recipe,
         host=host,
         data=options["data"],
         device=options["device"],
         dtype=options["dtype"],
+        calibration=Calibration(
+            options["calibration_data"], options["calibration_samples"], options["calibration_seqlen"]
+        ),
         run=Run(options["batch_size"], options["limit"], options["seed"], **({} if quiet else progress.SHOWN)),
     )
     if before is not None:
@@ -109,17 +116,6 @@ def _differences(before: Result, after: Result) -> Iterator[str]:
             yield f"{what} was {was}, now {now}: sums may be taken in another order"
 
 
-def _hush_libraries() -> None:
-    """transformers draws bars and logs hints of its own; a command shows qsim's."""
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    try:
-        from transformers.utils import logging
-    except ImportError:
-        return
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
 def show(result: Result) -> None:
     """The table of one result on standard output."""
     audit, recipe = result.audit, result.recipe
@@ -154,6 +150,8 @@ def _lines(result: Result) -> Iterator[str]:
     yield f"{result.protocol}; {result.data.name} (sha256 {result.data.sha256[:12]})"
     if result.recipe["skip"]:
         yield f"left alone: {', '.join(result.recipe['skip'])} (--skip none quantizes everything)"
+    for transform in dict.fromkeys(report.transform for report in result.transforms):
+        yield _done(transform, [report for report in result.transforms if report.transform == transform])
     if audit.uncovered:
         yield f"not reached: {', '.join(audit.uncovered)}"
     grouped: dict[str, list[str]] = {}
@@ -162,6 +160,17 @@ def _lines(result: Result) -> Iterator[str]:
             grouped.setdefault(note, []).append(site.site)
     for note, sites in grouped.items():
         yield f"{len(sites)} site{'s' if len(sites) > 1 else ''}, like {sites[0]}: {note}"
+
+
+def _done(transform: str, reports: list[LayerReport]) -> str:
+    """What one transform did, in one line: its error before and after in the middle, and what it left alone."""
+    changed = [report for report in reports if report.before is not None and report.after is not None]
+    line = f"{transform}: {len(changed)} layers"
+    if changed:
+        before, after = (statistics.median(getattr(r, key) for r in changed) for key in ("before", "after"))
+        line += f", {changed[0].measure} {before:.3g} before and {after:.3g} after (median)"
+    left = len(reports) - len(changed)
+    return line + (f"; {left} left alone (--json says why)" if left else "")
 
 
 def _bits(bits: float | None) -> str:

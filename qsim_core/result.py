@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from qsim_core.atomic import writing
 from qsim_core.audit import Audit
 from qsim_core.component import explain
+from qsim_core.context import LayerReport
 from qsim_core.errors import QsimError
 
 SCHEMA_VERSION = 1
@@ -31,6 +32,13 @@ class DataRecord(_Record):
     name: str
     sha256: str
     source: str | None = Field(None, description="the --data it was read from; none: the data that go with the model")
+
+
+class CalibrationRecord(DataRecord):
+    """What the transforms looked at; drawn by the run's seed."""
+
+    samples: int
+    length: int | None = Field(description="tokens of a sample; none: what the evaluator takes")
 
 
 class Environment(_Record):
@@ -72,6 +80,8 @@ class Result(_Record):
     plugins: dict[str, PluginRecord] = Field(description="every plugin that had a part in it")
     environment: Environment
     data: DataRecord
+    calibration: CalibrationRecord | None = Field(None, description="what the transforms looked at")
+    transforms: list[LayerReport] = Field(default=[], description="what each transform did, layer by layer")
     batch_size: int
     limit: int | None
     seed: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -90,12 +90,12 @@ class Simulation:
         for site in self.sites.table.values():
             site.calls = 0
 
-    def _transform(self, batches: list[Example] | None, run: Run) -> None:
+    def _transform(self, batches: list[Example] | None, run: Run, declared: Mapping[str, Sequence[str]] | None) -> None:
         """Apply the recipe's transforms in their order, each on what the one before left."""
         self.sites.quantizing = False
         try:
             for transform in self.recipe.transforms:
-                context = Context(self.model, self.sites, batches, run, str(transform))
+                context = Context(self.model, self.sites, batches, run, str(transform), self.example, declared)
                 before = _fingerprint(self.model)
                 with torch.no_grad():
                     transform.apply(self.model, context)
@@ -121,6 +121,7 @@ def simulate(
     example: Example = None,
     transforms: Iterable[Any] | None = None,
     calibration: Iterable[Example] | None = None,
+    structure: Mapping[str, Sequence[str]] | None = None,
     keep: bool = True,
     run: Run | None = None,
     host: Any = None,
@@ -131,7 +132,8 @@ def simulate(
     `weights`, `activations` and `outputs`; patterns of sites to `skip`; `overrides` by pattern; `transforms` in the
     order in which they are applied. With none of them the sites are put in place and nothing is quantized.
 
-    `calibration` is what transforms look at: batches, each like an example. `run` shows progress.
+    `calibration` is what transforms look at: batches, each like an example. `structure` declares which weights read
+    which norm (norm's path -> names of weights), where tracing does not find it by itself. `run` shows progress.
 
     With an `example` (a mapping of keyword arguments, a tuple of positional ones, or one argument) all sites are
     known at once, else after the first forward; a pattern that matches none is then an error. `keep=False`
@@ -162,7 +164,7 @@ def simulate(
             example = batches[0]
         if example is not None:
             simulation._discover(example)
-        simulation._transform(batches, run or Run())
+        simulation._transform(batches, run or Run(), structure)
     except BaseException:
         simulation.keep = True  # nothing has been folded yet
         simulation.restore()

@@ -67,7 +67,7 @@ def test_a_result_has_everything_that_its_schema_promises(record: Path) -> None:
 
     assert set(result) == {
         "schema_version", "model", "adapter", "recipe", "evaluator", "protocol", "metric", "baseline", "simulated",
-        "audit", "plugins", "environment", "data", "batch_size", "limit", "seed", "seconds",
+        "audit", "plugins", "environment", "data", "calibration", "transforms", "batch_size", "limit", "seed", "seconds",
     }  # fmt: skip
     assert result["recipe"] == {
         "weights": "abfp(int4)",
@@ -257,6 +257,42 @@ def test_dtype_is_recorded_and_used(qsim_: Qsim) -> None:
     assert {site["path"] for site in result["audit"]["sites"]} == {"bfloat16"}
 
 
+def test_a_transform_runs_from_the_command_line_and_its_record_again(qsim_: Qsim) -> None:
+    """ABFP-SQ on the outliers: back to within 5% of what ABFP costs the model without them."""
+    looked_at = ["--calibration-samples", "8", "--calibration-seqlen", "128"]
+    plain = qsim_("evaluate", "opt-tiny", "--plugin", "abfp", "--json", "plain.json", "--limit", "24", "--quiet")
+    smooth = qsim_(
+        "evaluate", "opt-tiny-outliers", "--plugin", "abfp", "--plugin", "smoothquant", *looked_at, "--json", "smooth.json",
+        "--limit", "24",
+    )  # fmt: skip
+    again = qsim_("evaluate", "--from", "smooth.json", "--json", "again.json", "--quiet")
+
+    assert [outcome.exit_code for outcome in (plain, smooth, again)] == [0, 0, 0], smooth.output + again.output
+    assert "smoothquant(0.5): 8 layers, largest channel over the median one " in smooth.stdout
+    first, second, third = (qsim.Result.read(Path(f"{name}.json")) for name in ("plain", "smooth", "again"))
+    assert second.simulated["perplexity"] < 1.05 * first.simulated["perplexity"]
+    assert second.simulated == third.simulated
+    assert second.calibration is not None
+    assert (second.calibration.name, second.calibration.samples, second.calibration.length) == (
+        "zoo: Python's documentation, train split", 8, 128,
+    )  # fmt: skip
+    assert [r.note for r in second.transforms if r.after is None] == [
+        "left alone: model.decoder.embed_tokens.weight is also read by embedding: it is tied"
+    ]
+
+
+def test_structure_shows_what_was_found_and_what_was_refused(qsim_: Qsim) -> None:
+    shown, data = qsim_("structure", "opt-tiny"), json.loads(qsim_("structure", "--json").stdout)
+
+    assert shown.stdout.startswith("opt-tiny: 4 blocks, model.decoder.layers.0 to model.decoder.layers.3\n")
+    assert "  model.decoder.layers.0.final_layer_norm -> fc1 (declared)\n" in shown.stdout
+    assert "  model.decoder.layers.0.fc1 -> fc2 (scaled too)\n" in shown.stdout
+    assert (
+        "refused\n  model.decoder.final_layer_norm: model.decoder.embed_tokens.weight is also read by" in shown.stdout
+    )
+    assert (len(data["blocks"]), len(data["groups"]), len(data["pairs"]), len(data["refused"])) == (4, 8, 8, 1)
+
+
 def test_components_lists_and_shows(qsim_: Qsim) -> None:
     listing, one = qsim_("components"), qsim_("components", "abfp")
     data = json.loads(qsim_("components", "abfp", "--json").stdout)
@@ -333,6 +369,10 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "nothing reached": (["--weights", "int8", "--skip", "*"], "weights: channel(int8) reached no site of this model"),
     "unknown dtype": (["--weights", "int8", "--dtype", "float31"], "no dtype 'float31'; there are float32, bfloat16"),
     "unknown device": (["--weights", "int8", "--device", "gpu7"], "device 'gpu7' cannot be used: "),
+    "calibration that is too short": (["--precision", "w4a8", "--plugin", "smoothquant", "--calibration-seqlen", "999"],
+                                      "calibration windows of 999 tokens: the model takes 2 to 256"),
+    "calibration data that are not there": (["--precision", "w4a8", "--plugin", "smoothquant", "--calibration-data", "no.txt"],
+                                            "there is no file no.txt"),
     "a record that is none": (["--from", "text.txt"], "text.txt is no qsim result: "),
     "a record and options": (["--from", "text.txt", "--weights", "int8"], "--from runs a record as it is; leave weights out"),
     "precision": (["--precision", "4bit"], "--precision is written w4a8"),

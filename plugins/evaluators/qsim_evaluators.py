@@ -51,6 +51,19 @@ class Perplexity(Evaluator):
             raise DataError(f"there is no file {source}")
         return _text(source, _read_dataset(source))
 
+    def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
+        """Windows at random places of the text, as GPTQ draws them, one in a batch: `samples` of `length` tokens."""
+        length = length or self._sizes(loaded)[0]
+        longest = getattr(loaded.model.config, "max_position_embeddings", None) or LONGEST
+        if not 2 <= length <= longest:
+            raise DataError(f"calibration windows of {length} tokens: the model takes 2 to {longest}")
+        tokens = torch.tensor(loaded.tokenizer(data.content, verbose=False).input_ids, dtype=torch.long)
+        if len(tokens) < length:
+            raise DataError(f"{data.name} has {len(tokens)} tokens, fewer than one calibration window of {length}")
+        starts = torch.randint(len(tokens) - length + 1, (samples,), generator=torch.Generator().manual_seed(seed))
+        windows = [tokens[start : start + length].unsqueeze(0).to(_device(loaded)) for start in starts.tolist()]
+        return [{"input_ids": window, "use_cache": False} for window in windows]
+
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
         """The first window alone, without a cache."""
         windows, _ = self._windows(loaded, data)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import nn
 
 from qsim_core import Adapter, LoadedModel, hookimpl
 
@@ -21,6 +24,18 @@ class OPT(Adapter):
         from qsim_core.pretrained import load_pretrained
 
         return load_pretrained(OPTForCausalLM, model, dtype)
+
+    def structure(self, model: nn.Module) -> dict[str, list[str]] | None:
+        """The norms before attention and before fc1; after the residual (OPT-350m) none can be folded."""
+        config: Any = model.config
+        if not config.do_layer_norm_before:
+            return None
+        groups = {}
+        for layer in range(config.num_hidden_layers):
+            path = f"model.decoder.layers.{layer}"
+            groups[f"{path}.self_attn_layer_norm"] = [f"{path}.self_attn.{p}_proj.weight" for p in "qkv"]
+            groups[f"{path}.final_layer_norm"] = [f"{path}.fc1.weight"]
+        return groups
 
 
 @hookimpl

@@ -27,6 +27,13 @@ def documentation() -> Data:
     return Data.of_text("zoo: Python's documentation, test split", text("test"))
 
 
+def other_documentation() -> Data:
+    """The train split, for calibration: none of what models are evaluated on."""
+    from qsim_zoo.text import text
+
+    return Data.of_text("zoo: Python's documentation, train split", text("train"))
+
+
 def with_outliers() -> Path:
     """The directory of opt-tiny-outliers, made from opt-tiny when it is first asked for."""
     from qsim_zoo.outliers import directory
@@ -42,10 +49,16 @@ class Zoo(Adapter):
     def models(self) -> Mapping[str, NamedModel]:
         return {
             "opt-tiny": NamedModel(
-                lambda: trained("opt-tiny"), documentation, "OPT, 4 layers of width 256, on Python's documentation"
+                lambda: trained("opt-tiny"),
+                documentation,
+                "OPT, 4 layers of width 256, on Python's documentation",
+                other_documentation,
             ),
             "opt-tiny-outliers": NamedModel(
-                with_outliers, documentation, "opt-tiny with outlier channels in the norms, the same function"
+                with_outliers,
+                documentation,
+                "opt-tiny with outlier channels in the norms, the same function",
+                other_documentation,
             ),
         }
 

@@ -1,0 +1,39 @@
+"""Which parameter a tensor is: by where it lies in memory, so that views and slices are known too."""
+
+from __future__ import annotations
+
+import bisect
+from typing import Any
+
+from torch import Tensor, nn
+
+Named = tuple[str, Tensor]
+
+
+class Parameters:
+    """The parameters of a model by their addresses; of tied ones the first name counts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        named = {p.data_ptr(): (n, p) for n, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
+        self._addresses = sorted(address for address in named if address)
+        self._parameters = [named[address] for address in self._addresses]
+        self._copies: dict[int, Named] = {}
+
+    def of(self, tensor: Any) -> Named | None:
+        """The name and the parameter that a tensor is a view of; or the name and the view that it is a copy of."""
+        if not isinstance(tensor, Tensor):
+            return None
+        if id(tensor) in self._copies:
+            name, original = self._copies[id(tensor)]
+            return (name, original) if tensor.shape == original.shape else None
+        place = bisect.bisect_right(self._addresses, tensor.data_ptr()) - 1
+        if place < 0:
+            return None
+        name, parameter = self._parameters[place]
+        inside = tensor.data_ptr() < self._addresses[place] + parameter.numel() * parameter.element_size()
+        return (name, parameter) if inside and tensor.dtype == parameter.dtype else None
+
+    def copied(self, tensor: Tensor, copy: Tensor) -> None:
+        """Remember that a tensor was copied or cast; whoever tells keeps both alive."""
+        if (found := self.of(tensor)) is not None:
+            self._copies[id(copy)] = found[0], self._copies[id(tensor)][1] if id(tensor) in self._copies else tensor
