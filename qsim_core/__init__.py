@@ -46,6 +46,7 @@ _HOME = {
     "RecipeError": "errors",
     "ModelError": "errors",
     "DataError": "errors",
+    "CalibrationWarning": "errors",
 }
 
 __all__ = [*_HOME, "parse"]  # noqa: PLE0604 - the names are all there
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from qsim_core.component import Component as Component
     from qsim_core.component import Preset as Preset
     from qsim_core.encoding import Encoded as Encoded
+    from qsim_core.errors import CalibrationWarning as CalibrationWarning
     from qsim_core.errors import DataError as DataError
     from qsim_core.errors import ModelError as ModelError
     from qsim_core.errors import PluginError as PluginError

@@ -174,7 +174,7 @@ class _Watch:
     def __call__(self, site: Site, role: str, before: Tensor, after: Tensor, quantizer: Quantizer | None) -> None:
         self.dtypes[site.name] = after.dtype
         if quantizer is not None:
-            self.sums[site.name, role].add(before, after, quantizer)
+            self.sums[site.name, role.rstrip("2")].add(before, after, quantizer)
 
 
 def audit(sites: Sites, run: Callable[[], Any] | None) -> Audit:

@@ -60,6 +60,7 @@ def main() -> None:
 @click.option("--weights", metavar="TEXT", help="Quantizer of weights, like 'abfp(int4, n=64)'; none for none.")
 @click.option("--activations", metavar="TEXT", help="Quantizer of every input of a matmul.")
 @click.option("--outputs", metavar="TEXT", help="Quantizer of every result of a matmul.")
+@click.option("--static", metavar="CALIBRATOR", help="One static scale for each activation, like mse or entropy.")
 @click.option("--value-axis", type=click.Choice(["tokens", "head"]), help="Along which axis v's scales are shared.")
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Sites to leave alone; 'none' for none; repeatable.")
 @click.option(

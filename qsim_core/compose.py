@@ -19,7 +19,9 @@ from qsim_core.errors import PluginError, RecipeError, did_you_mean
 from qsim_core.format import Format
 from qsim_core.host import Host
 from qsim_core.quantizer import Quantizer
+from qsim_core.ranges import Calibrator
 from qsim_core.recipe import Recipe
+from qsim_core.schemes import Tensorwise
 
 PLUGIN_OUTPUTS = "fp.bf16"
 WIDE = {"16": "cast(fp.bf16)", "32": None}
@@ -33,6 +35,7 @@ def compose(
     precision: str | None = None,
     texts: Mapping[str, str | None] | None = None,
     settings: Iterable[str] = (),
+    static: str | None = None,
 ) -> Recipe:
     """A recipe from a file's `values`, changed by the options in the order given above."""
     chosen: dict[str, Any] = dict(values)
@@ -53,6 +56,8 @@ def compose(
         if text is not None:
             chosen[role] = None if text == "none" else _in_scheme(host, role, text, scheme)
     recipe = Recipe.of(chosen, host)
+    if static is not None:
+        recipe = _static(host, recipe, static)
     if recipe.transforms and not recipe.quantizes:
         raise RecipeError("a transform alone quantizes nothing; say --weights or --precision with it")
     for setting in settings:
@@ -83,6 +88,20 @@ def _precision(host: Host, precision: str, scheme: Quantizer | None) -> dict[str
     for role, bits in zip(("weights", "activations"), found.groups(), strict=True):
         chosen[role] = WIDE[bits] if bits in WIDE else _in_scheme(host, role, f"int.int{int(bits)}", scheme)
     return chosen
+
+
+def _static(host: Host, recipe: Recipe, calibrator: str) -> Recipe:
+    """Activations under one static scale for each tensor, chosen by a calibrator; weights stay as they are."""
+    element = getattr(recipe.activations, "element", None)
+    if not isinstance(element, Format):
+        raise RecipeError(
+            f"--static {calibrator}: no format of activations to give static scales; say --precision with it"
+        )
+    range_ = host.parse(calibrator, Calibrator)
+    symmetric = getattr(recipe.activations, "symmetric", True)
+    tensor = Tensorwise(element=element, symmetric=symmetric, static=True, range=range_)
+    values = {key: getattr(recipe, key) for key in recipe.model_fields_set}
+    return Recipe.of({**values, "activations": tensor}, host)
 
 
 def _in_scheme(host: Host, role: str, text: str, scheme: Quantizer | None) -> Quantizer:

@@ -39,6 +39,10 @@ class DataError(QsimError):
     """The data cannot be read, or is too little to measure anything on."""
 
 
+class CalibrationWarning(UserWarning):
+    """A static scale was found that can hardly be right."""
+
+
 def with_article(noun: str) -> str:
     """The noun with its article.
 

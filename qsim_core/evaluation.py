@@ -55,14 +55,15 @@ class Job:
 
     def calibration(self, given: Calibration) -> Data | None:
         """The data that the recipe's transforms look at, if it has any. Raises `DataError` if nothing is named."""
-        if not self.recipe.transforms:
+        if not self.recipe.transforms and not self.recipe.has_static:
             return None
         if given.source is not None:
             return self.evaluator.read(given.source)
         if self.located.calibration is None:
+            who = self.recipe.transforms[0] if self.recipe.transforms else "a static scale"
             raise DataError(
-                f"{self.recipe.transforms[0]} needs calibration data, and {self.located.name} comes without; "
-                f"name some with --calibration-data"
+                f"{who} needs calibration data, and {self.located.name} comes without; name some with "
+                f"--calibration-data"
             )
         return self.located.calibration()
 
@@ -118,6 +119,7 @@ def evaluate(
         data=DataRecord(name=dataset.name, sha256=dataset.sha256, source=_from_anywhere(data)),
         calibration=None if seen is None else _calibration_record(given, seen),
         transforms=simulation.reports,
+        warnings=simulation.warnings,
         batch_size=run.batch_size,
         limit=run.limit,
         seed=run.seed,

@@ -14,24 +14,34 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from qsim_core.component import Component
+from qsim_core.observers import Extremes, Histogram, Observer
 
 Rounded = Callable[[Tensor, Tensor], Tensor]
 """The difference that quantizing makes to the values under a range (lowest, highest)."""
 
 
 class Calibrator(Component):
-    """Chooses the range that a scale covers. One method to write: `range`."""
+    """Chooses the range that a scale covers. One method to write: `range`.
+
+    The same calibrator serves a scale that is found anew for each tensor and a static one, found once in calibration
+    data: then `observer` gathers what has passed, and `range` is given values with counts.
+    """
 
     kind: ClassVar[str] = "calibrator"
 
     @abstractmethod
-    def range(self, blocks: Tensor, error: Rounded) -> tuple[Tensor, Tensor]:
+    def range(self, blocks: Tensor, error: Rounded, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         """The lowest and the highest value to cover, [..., B] each, for blocks [..., B, n].
 
         For a scale without a zero point the blocks hold magnitudes, and the lowest does not count.
-        `error(lowest, highest)` is how far quantizing under a range moves each value, [..., B, n]. A block with NaN
-        or ±Inf must give a range that is not finite, so that it shows.
+        `error(lowest, highest)` is how far quantizing under a range moves each value, [..., B, n]. `counts`, in the
+        shape of the blocks, says how many values each stands for (None: one). A block with NaN or ±Inf must give a
+        range that is not finite, so that it shows.
         """
+
+    def observer(self) -> Observer:
+        """What gathers the values for a static scale; by default a histogram."""
+        return Histogram()
 
 
 class MinMax(Calibrator):
@@ -39,8 +49,11 @@ class MinMax(Calibrator):
 
     name = "minmax"
 
-    def range(self, blocks: Tensor, error: Rounded) -> tuple[Tensor, Tensor]:
+    def range(self, blocks: Tensor, error: Rounded, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         return blocks.amin(-1), blocks.amax(-1)
+
+    def observer(self) -> Observer:
+        return Extremes()
 
 
 class AbsMax(Calibrator):
@@ -48,28 +61,30 @@ class AbsMax(Calibrator):
 
     name = "absmax"
 
-    def range(self, blocks: Tensor, error: Rounded) -> tuple[Tensor, Tensor]:
+    def range(self, blocks: Tensor, error: Rounded, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         highest = blocks.abs().amax(-1)
         return -highest, highest
+
+    def observer(self) -> Observer:
+        return Extremes()
 
 
 class Percentile(Calibrator):
     """All but the outermost values: p percent of the magnitudes, or, with a zero point, p percent at either end.
 
-    Between two values it interpolates linearly, as numpy's `percentile` does by default.
+    Between two values it interpolates linearly, as numpy's `percentile` does by default; of values with counts it takes
+    the first that has that share at or below it. A short last block counts as filled up with zeros.
     """
 
     name = "percentile"
     p: float = Field(99.9, gt=50, le=100, description="percent of the values to cover")
 
-    def range(self, blocks: Tensor, error: Rounded) -> tuple[Tensor, Tensor]:
-        ordered = blocks.sort(-1).values
+    def range(self, blocks: Tensor, error: Rounded, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+        ordered, order = blocks.sort(-1)
+        counts = None if counts is None else counts.gather(-1, order)
         ends = ordered[..., 0], ordered[..., -1]
-        shares = (1 - self.p / 100, self.p / 100)
-        low, high = (
-            torch.where(end.isfinite(), _quantile(ordered, share), end) for end, share in zip(ends, shares, strict=True)
-        )
-        return low, high
+        low, high = (_quantile(ordered, share, counts) for share in (1 - self.p / 100, self.p / 100))
+        return torch.where(ends[0].isfinite(), low, ends[0]), torch.where(ends[1].isfinite(), high, ends[1])
 
 
 class MSE(Calibrator):
@@ -85,19 +100,24 @@ class MSE(Calibrator):
     steps: PositiveInt = Field(100, description="candidates from the whole range to none of it")
     lowest: float = Field(0.2, ge=0, lt=1, description="share of the range where the search ends")
 
-    def range(self, blocks: Tensor, error: Rounded) -> tuple[Tensor, Tensor]:
+    def range(self, blocks: Tensor, error: Rounded, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         low, high = blocks.amin(-1), blocks.amax(-1)
         least = torch.full_like(high, torch.inf)
         best = torch.ones_like(high)
         for step in range(int((1 - self.lowest) * self.steps + 1e-9)):
             share = 1 - step / self.steps
-            found = error(share * low, share * high).abs().pow(self.norm).sum(-1)
+            powers = error(share * low, share * high).abs().pow(self.norm)
+            found = (powers if counts is None else powers * counts).sum(-1)
             better = found < least
             least, best = torch.where(better, found, least), torch.where(better, share, best)
         return best * low, best * high
 
 
-def _quantile(ordered: Tensor, share: float) -> Tensor:
+def _quantile(ordered: Tensor, share: float, counts: Tensor | None) -> Tensor:
+    if counts is not None:
+        reached = counts.cumsum(-1)
+        index = torch.searchsorted(reached.contiguous(), share * reached[..., -1:].contiguous())
+        return ordered.gather(-1, index.clamp(max=ordered.shape[-1] - 1)).squeeze(-1)
     place = share * (ordered.shape[-1] - 1)
     below = int(place)
     low, high = ordered[..., below], ordered[..., min(below + 1, ordered.shape[-1] - 1)]

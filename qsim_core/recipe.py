@@ -114,6 +114,12 @@ class Recipe(_Strict):
         named: list[Recipe | Override] = [self, *self.overrides.values()]
         return any(r.weights or r.activations or r.outputs for r in named)
 
+    @property
+    def has_static(self) -> bool:
+        """Whether a quantizer of activations or outputs wants static scales."""
+        named: list[Recipe | Override] = [self, *self.overrides.values()]
+        return any(getattr(q, "static", False) for r in named for q in (r.activations, r.outputs))
+
     def plan(self, names: Iterable[str]) -> Plan:
         """The quantizers of the matmul that goes by these names (its own and its aliases)."""
         names = list(names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,7 @@ from qsim_core import evaluation, progress
 from qsim_core.bases import Calibration, Run
 from qsim_core.compose import compose
 from qsim_core.context import LayerReport
-from qsim_core.errors import RecipeError
+from qsim_core.errors import CalibrationWarning, RecipeError
 from qsim_core.host import Host
 from qsim_core.recipe import Recipe, read_yaml
 from qsim_core.result import Result
@@ -54,6 +55,7 @@ def run(options: dict[str, Any], given: set[str], quiet: bool) -> Result | None:
         click.echo(evaluation.Job.of(recipe, host).recipe.to_yaml(), nl=False)
         return None
     progress.hush_libraries()
+    warnings.simplefilter("ignore", CalibrationWarning)  # the result holds them; they are printed below
     result = evaluation.evaluate(
         recipe,
         host=host,
@@ -69,6 +71,8 @@ def run(options: dict[str, Any], given: set[str], quiet: bool) -> Result | None:
         evaluation.same_data(before, result)
         for line in _differences(before, result):
             click.echo(f"Warning: {line}", err=True)
+    for line in result.warnings:
+        click.echo(f"Warning: {line}", err=True)
     return result
 
 
@@ -83,7 +87,9 @@ def _recipe(options: dict[str, Any], host: Host) -> Recipe:
     # the evaluator and skip that an adapter chooses are filled in first, so that --set can reach them
     if options["settings"] and "evaluate" not in values:
         values["evaluate"] = str(evaluation.Job.of(Recipe.of({"model": values.get("model")}, host), host).evaluator)
-    recipe = compose(host, values, options["plugins"], options["precision"], texts, options["settings"])
+    recipe = compose(
+        host, values, options["plugins"], options["precision"], texts, options["settings"], options["static"]
+    )
     if not recipe.quantizes and not recipe.transforms:
         raise RecipeError("nothing to do: say --plugin, --precision, --weights, --activations or --recipe")
     return recipe

@@ -6,12 +6,14 @@ import sys
 import threading
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C import _len_torch_function_stack
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
+from qsim_core.errors import RecipeError
 from qsim_core.quantizer import Quantizer
 from qsim_core.recipe import Plan
 
@@ -28,10 +30,28 @@ class Site:
     aliases: list[str] = field(default_factory=list)
     calls: int = 0
     """How often it was met, recomputation in a backward pass not counted."""
+    fixed: dict[str, Any] = field(default_factory=dict)
+    """Static scales by role ("input", "input2" for the other operand of a product of activations, "output")."""
 
     @property
     def names(self) -> list[str]:
         return [self.name, *self.aliases]
+
+    def planned(self, role: str) -> Quantizer | None:
+        """The quantizer that the recipe has for a role."""
+        return getattr(self.plan, role.rstrip("2"))  # type: ignore[no-any-return]
+
+    def quantizer(self, role: str) -> Any:
+        """The same, with its static scales. Raises `RecipeError` where it wants some and none were found."""
+        planned = self.planned(role)
+        if role in self.fixed:
+            return self.fixed[role]
+        if getattr(planned, "static", False) and role != "weight":
+            raise RecipeError(
+                f"{self.name}: {planned} needs calibration data; give simulate(…, calibration=batches), or "
+                f"--calibration-data"
+            )
+        return planned
 
     @property
     def is_value_product(self) -> bool:

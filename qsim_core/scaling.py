@@ -51,6 +51,10 @@ class Scheme(Quantizer):
         "divide", description="how the range becomes a scale: divided, or a power of two (floor, ceil, even, rceil)"
     )
 
+    static: bool = Field(
+        False, description="one scale for all data, found in calibration data; false: anew for each tensor"
+    )
+
     @property
     @abstractmethod
     def granularity(self) -> Granularity:
@@ -58,6 +62,8 @@ class Scheme(Quantizer):
 
     @property
     def sharing(self) -> frozenset[Granularity]:
+        if self.static:  # no other value has a say
+            return frozenset()
         return super().sharing | (self.scale.sharing if self.scale is not None else frozenset())
 
     @model_validator(mode="after")
@@ -71,6 +77,8 @@ class Scheme(Quantizer):
             raise ValueError(f"a zero point shifts whole numbers; {element} is none, so leave symmetric=false out")
         if not self.symmetric and self.rule != "divide":
             raise ValueError(f"rule {self.rule} is for symmetric scales; leave symmetric=false out")
+        if self.static and not (self.granularity == "tensor" or isinstance(self.granularity, int)):
+            raise ValueError(f"a static scale is for the tensor or for n along the row, not for {self.granularity}")
         return self
 
     @functools.cached_property
@@ -137,7 +145,32 @@ class Scheme(Quantizer):
         """`x` rounded under scales and zero points that were found before, given for each element or to broadcast."""
         return self._units(x, scale, zero) * scale
 
-    def _exact(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
+    def static_blocks(self, x: Tensor) -> Tensor:
+        """`x` as [B, values]: all that shares a static scale, over all rows."""
+        blocks = self.split(working(x))
+        if self.granularity == "tensor":
+            return blocks
+        return blocks.flatten(0, -3).movedim(-2, 0).flatten(1) if blocks.dim() > 2 else blocks
+
+    def fit(self, values: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Static scales and zero points, [B, 1] each, for values [B, n] of which each stands for `counts`."""
+        exact, zero = self._exact(values, counts)
+        return self._rounded(exact).unsqueeze(-1), zero
+
+    def quantize_at(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """`x` quantized with static scales, in its own dtype."""
+        if floating(x).numel() == 0:
+            return x.clone()
+        blocks = self.split(working(x))
+        scale, zero = scale.to(blocks.dtype), None if zero is None else zero.to(blocks.dtype)
+        return laid_out_as(x, self.join(self._units(blocks, scale, zero) * scale, x))
+
+    def passes_at(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """`passes` with static scales."""
+        units = self.split(working(x)) / _divisor(scale)
+        return self.join(self.coded.passes(units if zero is None else units + zero), x)
+
+    def _exact(self, blocks: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Scales [..., B] before they are rounded, and zero points [..., B, 1], after `range` has looked."""
         seen = blocks
         if self.symmetric:
@@ -148,7 +181,7 @@ class Scheme(Quantizer):
             scale = self._rounded(exact).unsqueeze(-1)
             return self._units(blocks, scale, zero) * scale - blocks
 
-        return self._covering(*self.range.range(seen, error))
+        return self._covering(*self.range.range(seen, error, counts))
 
     def _covering(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         element = self.coded
@@ -211,7 +244,7 @@ class Scheme(Quantizer):
     def bits_per_element(self, shape: torch.Size) -> float | None:
         """The element's width plus scales' and zero points' bits, spread over the elements (32 for a bare scale)."""
         elements, width = math.prod(shape), float(self.element.width)
-        if elements == 0:
+        if elements == 0 or self.static:  # a static scale is stored once for all data
             return width
         if self.granularity == "tensor":
             scales = torch.Size([1])

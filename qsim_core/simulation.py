@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch.utils.hooks import RemovableHandle
 from qsim_core import audit as auditing
 from qsim_core.bases import Run
 from qsim_core.context import Context, LayerReport
-from qsim_core.errors import QsimError, RecipeError
+from qsim_core.errors import CalibrationWarning, QsimError, RecipeError
 from qsim_core.forward import Example, as_in_evaluation, call
 from qsim_core.recipe import Plan, Recipe
 from qsim_core.sites import Sites, functional
+from qsim_core.static import Fitter
 
 
 class Simulation:
@@ -31,6 +33,8 @@ class Simulation:
         self._before_transforms: dict[str, Tensor] = {}
         self.reports: list[LayerReport] = []
         """What the transforms did, layer by layer."""
+        self.warnings: list[str] = []
+        """Static scales that can hardly be right, each with its site."""
 
     def _attach(self) -> None:
         self.sites.attach(self.model, self._handles)
@@ -108,6 +112,24 @@ class Simulation:
         finally:
             self.sites.quantizing = True
 
+    def _fix(self, batches: list[Example] | None, run: Run) -> None:
+        """Choose static scales, if any are wanted, in one pass of the unquantized model over the calibration data."""
+        if not batches or not self.recipe.has_static:
+            return
+        fitter = Fitter()
+        self.sites.quantizing, self.sites.observer = False, fitter
+        try:
+            for batch in run.track(batches, len(batches), "static scales"):
+                with as_in_evaluation(self.model):
+                    call(self.model, batch)
+        finally:
+            self.sites.quantizing, self.sites.observer = True, None
+        for site in self.sites.table.values():
+            site.calls = 0
+        self.warnings += fitter.fix()
+        for line in self.warnings:
+            warnings.warn(line, CalibrationWarning, stacklevel=3)
+
 
 def simulate(
     model: nn.Module,
@@ -165,6 +187,7 @@ def simulate(
         if example is not None:
             simulation._discover(example)
         simulation._transform(batches, run or Run(), structure)
+        simulation._fix(batches, run or Run())
     except BaseException:
         simulation.keep = True  # nothing has been folded yet
         simulation.restore()

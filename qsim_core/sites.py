@@ -26,13 +26,13 @@ from qsim_core.errors import RecipeError
 from qsim_core.ops import LAST, OPS, Call, Layout, read_call
 from qsim_core.quantizer import Quantizer
 from qsim_core.randomness import at
-from qsim_core.recipe import Plan, Recipe
+from qsim_core.recipe import Recipe
 from qsim_core.running import Frame, Site, Thread
 from qsim_core.weights import Weight, Weights
 
 MET = frozenset({*OPS, *EXPLICIT, *SOFTMAX, torch.einsum})
 Observer = Callable[[Site, str, Tensor, Tensor, Quantizer | None], None]
-"""Called with a site, a role (input, weight or output), the tensor before and after, and what quantized it."""
+"""Called with site, role (input, input2, weight or output), the tensor before and after, and what quantized it."""
 
 
 class _Mode(TorchFunctionMode):
@@ -123,24 +123,25 @@ class Sites:
         site.calls += not recomputing()
         if self.watcher is not None:
             self.watcher(site, call)
-        plan = site.plan if self.quantizing else Plan()
         operands = []
         for index, (operand, weight, layout) in enumerate(zip(call.operands, weights, call.layouts, strict=True)):
             if index == 1 and self.recipe.value_axis == "head" and site.is_value_product:
                 layout = LAST
             if weight is not None:
-                operands.append(self._weight(site, plan.weight, weight, operand, layout, frame.module.training))
+                operands.append(self._weight(site, weight, operand, layout, frame.module.training))
             else:
-                operands.append(self._input(site, plan.input, operand, layout))
-        result = self._output(site, plan.output, call, operands)
+                role = "input2" if operands and site.weight is None else "input"
+                operands.append(self._input(site, role, operand, layout))
+        result = self._output(site, call, operands)
         if site.weight is None:
             frame.before_softmax.append((site, result.shape))
         return result
 
-    def _weight(
-        self, site: Site, quantizer: Quantizer | None, weight: Weight, operand: Tensor, layout: Layout, training: bool
-    ) -> Tensor:
-        before = value = operand
+    def _quantizer(self, site: Site, role: str) -> Any:
+        return site.quantizer(role) if self.quantizing else None
+
+    def _weight(self, site: Site, weight: Weight, operand: Tensor, layout: Layout, training: bool) -> Tensor:
+        quantizer, before, value = self._quantizer(site, "weight"), operand, operand
         self.weights.met(weight, layout, self.thread.stack[-1].module)
         if quantizer is not None:
             if self.observer is not None and not self.weights.overwritten(weight):
@@ -150,23 +151,24 @@ class Sites:
         self._observe(site, "weight", before, value, layout, quantizer)
         return value
 
-    def _input(self, site: Site, quantizer: Quantizer | None, operand: Tensor, layout: Layout) -> Tensor:
+    def _input(self, site: Site, role: str, operand: Tensor, layout: Layout) -> Tensor:
         """The operand quantized; one that the call before this had too (q, k and v's) is not computed again."""
-        value = operand
+        quantizer, value = self._quantizer(site, role), operand
         if quantizer is not None:
             shareable = layout is LAST and not torch.is_grad_enabled() and not operand.is_inference()
             last = self.thread.shared
             if shareable and last and last[0] is operand and last[1] == operand._version and last[2] is quantizer:
                 value = last[3]
             else:
-                with at(f"{site.name}:input", site.calls):
+                with at(f"{site.name}:{role}", site.calls):
                     value = layout.back(quantizer(layout.rows(operand)))
                 self.thread.shared = (operand, operand._version, quantizer, value) if shareable else None
-        self._observe(site, "input", operand, value, layout, quantizer)
+        self._observe(site, role, operand, value, layout, quantizer)
         return value
 
-    def _output(self, site: Site, quantizer: Quantizer | None, call: Call, operands: list[Tensor]) -> Tensor:
+    def _output(self, site: Site, call: Call, operands: list[Tensor]) -> Tensor:
         """The result quantized, a bias in it but not a mask: what is added to a product of activations comes after."""
+        quantizer = self._quantizer(site, "output")
         if quantizer is None:
             result: Tensor = call.run(operands)
             self._observe(site, "output", result, result, call.result, None)

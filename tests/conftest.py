@@ -54,7 +54,8 @@ def _codegen(attention: str = "eager") -> Any:
     from transformers import CodeGenConfig, CodeGenForCausalLM
 
     sizes = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
-    return CodeGenForCausalLM(CodeGenConfig(**sizes, bos_token_id=0, eos_token_id=0))
+    config = CodeGenConfig(**sizes, bos_token_id=0, eos_token_id=0)
+    return CodeGenForCausalLM._from_config(config, attn_implementation=attention)
 
 
 FAMILIES: dict[str, Callable[..., Any]] = {

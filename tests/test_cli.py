@@ -67,7 +67,7 @@ def test_a_result_has_everything_that_its_schema_promises(record: Path) -> None:
 
     assert set(result) == {
         "schema_version", "model", "adapter", "recipe", "evaluator", "protocol", "metric", "baseline", "simulated",
-        "audit", "plugins", "environment", "data", "calibration", "transforms", "batch_size", "limit", "seed", "seconds",
+        "audit", "plugins", "environment", "data", "calibration", "transforms", "warnings", "batch_size", "limit", "seed", "seconds",
     }  # fmt: skip
     assert result["recipe"] == {
         "weights": "abfp(int4)",
@@ -299,7 +299,9 @@ def test_components_lists_and_shows(qsim_: Qsim) -> None:
 
     assert "e4m3" in listing.stdout
     assert "perplexity" in listing.stdout
-    assert one.stdout.startswith("abfp(element=int4, n=64, scale=bf16, symmetric=true, range=minmax, rule=divide)\n")
+    assert one.stdout.split("\nquantizer of")[0].replace("\n", "") == (
+        "abfp(element=int4, n=64, scale=bf16, symmetric=true, range=minmax, rule=divide, static=false)"
+    )
     assert data[0]["options"][1] == {
         "name": "n",
         "type": "whole number",
@@ -373,10 +375,35 @@ WRONG: dict[str, tuple[list[str], str]] = {
                                       "calibration windows of 999 tokens: the model takes 2 to 256"),
     "calibration data that are not there": (["--precision", "w4a8", "--plugin", "smoothquant", "--calibration-data", "no.txt"],
                                             "there is no file no.txt"),
+    "static scales of nothing": (["--weights", "int8", "--static", "mse"],
+                                 "--static mse: no format of activations to give static scales; say --precision with it"),
+    "static scales by no calibrator": (["--precision", "w4a8", "--static", "mes"], "no calibrator 'mes'; did you mean 'mse'? There are: absmax"),
     "a record that is none": (["--from", "text.txt"], "text.txt is no qsim result: "),
     "a record and options": (["--from", "text.txt", "--weights", "int8"], "--from runs a record as it is; leave weights out"),
     "precision": (["--precision", "4bit"], "--precision is written w4a8"),
 }  # fmt: skip
+
+
+def test_static_scales_from_one_option(qsim_: Qsim) -> None:
+    static = [
+        "evaluate",
+        "--precision",
+        "w4a8",
+        "--static",
+        "percentile(97)",
+        "--calibration-samples",
+        "2",
+        "--limit",
+        "2",
+    ]
+
+    done = qsim_(*static, "--json", "static.json")
+    result = json.loads(Path("static.json").read_text())
+
+    assert result["recipe"]["activations"] == "tensor(int8, range=percentile(97.0), static=true)"
+    assert result["calibration"]["samples"] == 2
+    assert "Warning: model.decoder.layers.0.self_attn.q_proj (input) clips 2.9% of" in done.stderr
+    assert result["warnings"][0].startswith("model.decoder.layers.0.self_attn.q_proj (input) clips 2.9% of")
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -120,7 +120,7 @@ def test_an_own_calibrator_is_twenty_lines() -> None:
 
         name = "half"
 
-        def range(self, blocks: Tensor, error: object) -> tuple[Tensor, Tensor]:
+        def range(self, blocks: Tensor, error: object, counts: object) -> tuple[Tensor, Tensor]:
             return blocks.amin(-1) / 2, blocks.amax(-1) / 2
 
     host = qsim.Host()

@@ -1,0 +1,77 @@
+"""Calibrators of the plugin, dynamic and static."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qsim_core as qsim
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_max_is_minmax() -> None:
+    assert qsim.parse("tensor(int8, range=max)") == qsim.parse("tensor(int8, range=minmax)")
+
+
+def test_entropy_cuts_a_long_tail_and_keeps_a_short_one() -> None:
+    heavy = torch.cat([noise(50_000), torch.tensor([60.0])]).view(1, -1)
+    uniform = torch.linspace(-1, 1, 50_000).view(1, -1)
+    entropy = qsim.parse("entropy")
+
+    (_, cut), (_, kept) = (entropy.range(x, None, None) for x in (heavy, uniform))
+
+    assert 2.5 < cut.item() < 15
+    assert kept.item() > 0.98
+
+
+def by_the_recipe(histogram: Tensor, levels: int) -> int:
+    """TensorRT's slides, bin by bin: the number of bins to keep."""
+    best, least = 0, float("inf")
+    for bins in range(levels, 2049, 8):
+        p = histogram[:bins].clone()
+        p[-1] += histogram[bins:].sum()
+        q = torch.zeros(bins, dtype=torch.float64)
+        for level in range(levels):
+            members = [b for b in range(bins) if b * levels // bins == level]
+            total, filled = sum(histogram[b] for b in members), [b for b in members if p[b] > 0]
+            for b in filled:
+                q[b] = total / len(filled)
+        p, q = p / p.sum(), q / q.sum()
+        divergence = float(sum(p[b] * (p[b] / max(float(q[b]), 1e-12)).log() for b in range(bins) if p[b] > 0))
+        if divergence <= least:
+            best, least = bins, divergence
+    return best
+
+
+@pytest.mark.slow
+def test_entropy_is_its_description_written_out() -> None:
+    """Half a minute of loops; the fast tests look at its behaviour."""
+    x = noise(20_000).abs() ** 1.5
+    histogram = torch.histc(x, 2048, 0, float(x.max())).double()
+
+    _, high = qsim.parse("entropy(4)").range(x.view(1, -1), None, None)
+
+    assert round(float(high / x.max()) * 2048 - 0.5) == by_the_recipe(histogram, 8)
+
+
+def test_a_moving_average_follows_the_batches() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    batches = [torch.tensor([[1.0]]), torch.tensor([[2.0]]), torch.tensor([[4.0]])]
+
+    simulation = qsim.simulate(
+        model, activations="tensor(int4, static=true, range=moving_average(0.5))", calibration=batches
+    )
+
+    high = ((1.0 * 0.5 + 2.0 * 0.5) * 0.5) + 4.0 * 0.5
+    (site,) = simulation.sites.table.values()
+    assert site.fixed["input"].scale.item() == pytest.approx(high / 7)
+
+
+@pytest.mark.parametrize("text", ["entropy(1)", "entropy(11)", "moving_average(1)", "percentile(40)"])
+def test_what_makes_no_sense_is_refused(text: str) -> None:
+    with pytest.raises(qsim.SpecError, match=" should be "):
+        qsim.parse(text)

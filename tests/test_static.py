@@ -1,0 +1,208 @@
+"""Static scales: found once in calibration data, at every site that wants them, in one pass."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qsim_core as qsim
+from qsim_core.observers import BINS, Extremes, Histogram
+
+Make = Callable[..., Any]
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("scales", [[1.0, 1.0], [1.0, 1000.0], [1000.0, 1.0], [1e-20, 1.0], [0.0, 1.0]])
+def test_two_halves_merged_are_the_whole(scales: list[float]) -> None:
+    parts = [noise(3, 500, seed=i) * scale for i, scale in enumerate(scales)]
+    whole, first, second = Histogram(), Histogram(), Histogram()
+    for part, observer in zip(parts, (first, second), strict=True):
+        whole.update(part)
+        observer.update(part)
+
+    first.merge(second)
+
+    assert all(torch.equal(a, b) for a, b in zip(first.values(), whole.values(), strict=True))
+
+
+def test_the_order_of_batches_does_not_matter() -> None:
+    parts = [noise(1, 100, seed=i) * 10.0**i for i in range(5)]
+    forward, backward = Histogram(), Histogram()
+    for part in parts:
+        forward.update(part)
+    for part in reversed(parts):
+        backward.update(part)
+
+    assert torch.equal(forward.counts, backward.counts)
+
+
+def test_bins_hold_what_they_say() -> None:
+    histogram = Histogram()
+    x = noise(1, 10_000) * 3
+    histogram.update(x)
+    width = 2.0 ** float(histogram.exponent)  # type: ignore[arg-type]
+
+    edges = (np.arange(BINS + 1) - BINS // 2) * width
+    expected, _ = np.histogram(x.numpy(), edges)
+
+    assert torch.equal(histogram.counts[0], torch.from_numpy(expected).double())
+    assert x.abs().max() < width * BINS // 2 <= 2 * x.abs().max() + width
+
+
+def test_extremes_are_exact() -> None:
+    for observer in (Extremes(), Histogram()):
+        observer.update(torch.tensor([[0.3, -0.7]]))
+        observer.update(torch.tensor([[0.1, 0.9]]))
+        values, _ = observer.values()
+        assert (values.min().item(), values.max().item()) == (torch.tensor(-0.7).item(), torch.tensor(0.9).item())
+
+
+def test_a_static_scale_is_that_of_all_the_data() -> None:
+    model, batches = nn.Linear(8, 4, bias=False), [noise(16, 8, seed=i) * (i + 1) for i in range(3)]
+    qsim.simulate(model, activations="tensor(int8, static=true)", calibration=batches)
+    scale = torch.cat(batches).abs().max() / 127
+    x = noise(5, 8, seed=9) * 10
+
+    with torch.no_grad():
+        y = model(x)
+
+    assert torch.equal(y, ((x / scale).round().clamp(-127, 127) * scale) @ model.weight.T)
+
+
+def test_static_scales_along_the_row_are_shared_over_all_rows() -> None:
+    model, batches = nn.Linear(10, 4, bias=False), [noise(6, 10, seed=i) for i in range(2)]
+    simulation = qsim.simulate(model, activations="block(int8, 4, static=true)", calibration=batches)
+    x = torch.cat(batches)
+    expected = torch.stack([x[:, :4].abs().max(), x[:, 4:8].abs().max(), x[:, 8:].abs().max()]) / 127
+
+    (site,) = simulation.sites.table.values()
+
+    assert torch.equal(site.fixed["input"].scale.squeeze(-1), expected)
+
+
+@pytest.mark.parametrize("range_", ["percentile(99)", "mse"])
+def test_a_histogram_chooses_nearly_what_the_values_themselves_choose(range_: str) -> None:
+    data = noise(1, 50_000) ** 3
+    dynamic = qsim.parse(f"tensor(int4, range={range_})")
+    simulation = qsim.simulate(
+        nn.Linear(50_000, 1), activations=f"tensor(int4, static=true, range={range_})", calibration=[data]
+    )
+
+    (site,) = simulation.sites.table.values()
+
+    assert float(site.fixed["input"].scale) == pytest.approx(float(dynamic.scales(data)[0]), rel=0.03)
+
+
+def test_q_k_p_and_v_have_scales_of_their_own_in_one_pass(make: Make, ids: Tensor) -> None:
+    model, runs = make("opt"), []
+    model.register_forward_hook(lambda *args: runs.append(1))
+    simulation = qsim.simulate(
+        model,
+        weights="int8",
+        activations="tensor(int8, static=true, symmetric=false)",
+        calibration=[{"input_ids": ids}] * 3,
+    )
+
+    fixed = {site.name: site.fixed for site in simulation.sites.table.values()}
+
+    attention = fixed["model.decoder.layers.0.self_attn:matmul.0"]
+    assert set(attention) == {"input", "input2"}
+    assert attention["input"].scale.item() != attention["input2"].scale.item()
+    assert set(fixed["model.decoder.layers.0.fc1"]) == {"input"}
+    assert len(runs) == 1 + 3  # one to find the sites
+    exact = make("opt")(input_ids=ids).logits
+    assert (model(input_ids=ids).logits - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_a_zero_point_is_static_too() -> None:
+    model, batches = nn.Linear(4, 4, bias=False), [torch.tensor([[1.0, 2.0, 3.0, 16.0]])]
+    simulation = qsim.simulate(model, activations="tensor(uint4, static=true, symmetric=false)", calibration=batches)
+
+    (site,) = simulation.sites.table.values()
+
+    assert (site.fixed["input"].scale.item(), site.fixed["input"].zero.item()) == (pytest.approx(16 / 15), 0.0)
+
+
+def test_outputs_may_be_static() -> None:
+    model = nn.Linear(4, 4, bias=False)
+    simulation = qsim.simulate(model, outputs="tensor(int8, static=true)", calibration=[torch.ones(1, 4)])
+
+    (site,) = simulation.sites.table.values()
+
+    assert site.fixed["output"].scale.item() == pytest.approx(float(model.weight.detach().sum(1).abs().max()) / 127)
+
+
+def test_a_copied_model_keeps_its_scales() -> None:
+    model = nn.Linear(4, 4)
+    qsim.simulate(model, activations="tensor(int4, static=true)", calibration=[noise(3, 4)])
+    x = noise(2, 4, seed=5)
+
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+
+
+def test_the_gradient_stops_outside_the_range() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    qsim.simulate(model, activations="tensor(int4, static=true)", calibration=[torch.tensor([[7.0, -7.0]])])
+    x = torch.tensor([[3.0, 9.0]], requires_grad=True)
+
+    model(x).backward()
+
+    assert x.grad[0, 1] == 0  # type: ignore[index]
+    assert x.grad[0, 0] == model.weight[0, 0]  # type: ignore[index]
+
+
+def test_a_static_scale_sees_no_other_sample_and_the_audit_says_so() -> None:
+    model = nn.Linear(4, 4)
+    simulation = qsim.simulate(model, activations="tensor(int8, static=true)", calibration=[noise(3, 4)])
+
+    (site,) = simulation.audit().sites
+
+    assert site.notes == []
+    assert site.input == "tensor(int8, static=true)"
+
+
+def test_without_calibration_data_it_says_what_is_missing() -> None:
+    model = nn.Linear(4, 4)
+    qsim.simulate(model, activations="tensor(int8, static=true)", example=noise(1, 4))
+
+    with pytest.raises(
+        qsim.RecipeError, match=r"needs calibration data; give simulate\(…, calibration=batches\), or --cal"
+    ):
+        model(noise(1, 4))
+
+
+@pytest.mark.parametrize(
+    "scheme", ["token(int8, static=true)", "channel(int8, static=true)", "block(int8, [2, 4], static=true)"]
+)
+def test_rows_have_no_static_scale(scheme: str) -> None:
+    with pytest.raises(qsim.SpecError, match="a static scale is for the tensor or for n along the row, not for "):
+        qsim.parse(scheme)
+
+
+@pytest.mark.parametrize(
+    ("data", "quantizer", "message"),
+    [
+        (
+            torch.zeros(2, 4),
+            "tensor(int8, static=true)",
+            r"^weight_site \(input\) saw only zeros in the calibration data$",
+        ),
+        (torch.tensor([[1e-8, 1e3, 1.0, 1.0]]), "block(int8, 1, static=true)", r"has scales from 7.9e-11 to 7.9$"),
+        (noise(40, 4), "tensor(int8, static=true, range=percentile(90))", r"clips \d+\.\d% of its values$"),
+    ],
+)
+def test_a_calibration_that_collapsed_is_pointed_out(data: Tensor, quantizer: str, message: str) -> None:
+    model = nn.Sequential()
+    model.add_module("weight_site", nn.Linear(4, 4))
+
+    with pytest.warns(qsim.CalibrationWarning, match=message):
+        qsim.simulate(model, activations=quantizer, calibration=[data])
