@@ -84,6 +84,8 @@ class Run:
     """Wraps a loop to show its progress: `for x in run.track(items, total, "perplexity")`."""
     stage: Callable[[str], AbstractContextManager[Any]] = field(default=nullcontext)
     """Surrounds work without a count to show that it goes on: `with run.stage("loading opt-tiny"):`."""
+    work_dir: Path | None = None
+    """Where finished blocks are kept, so that a run that died goes on from there."""
 
 
 class Transform(Component):

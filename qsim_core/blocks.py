@@ -81,7 +81,10 @@ def _within(name: str, path: str) -> bool:
 
 
 def walk(context: Context) -> Iterator[Block]:
-    """The blocks in order; whoever takes one may change it before asking for the next."""
+    """The blocks in order; whoever takes one may change it, and nothing outside of it, before asking for the next.
+
+    Blocks that an earlier run has finished (`Run.work_dir`) are given back their tensors and passed over.
+    """
     paths = block_paths(context.model, context.sites.table.values())
     index = 0
     while index < len(paths):
@@ -89,7 +92,9 @@ def walk(context: Context) -> Iterator[Block]:
         inputs = first
         for offset, path in enumerate(paths[index : index + chain]):
             block = Block(path, context.model.get_submodule(path), inputs, context)
-            yield block
+            if not context.recall(index + offset, block.module):
+                yield block
+                context.remember(index + offset, block.module)
             if offset + 1 < chain:
                 hidden = [_hidden(output) for output in block.outputs()]
                 given = others[paths[index + offset + 1]]

@@ -73,6 +73,9 @@ def main() -> None:
 @click.option("--calibration-data", metavar="FILE|NAME", help="Data that transforms look at; default: the model's own.")
 @click.option("--calibration-samples", type=click.IntRange(1), default=32, show_default=True, help="So many samples.")
 @click.option("--calibration-seqlen", type=click.IntRange(2), help="Tokens of a sample; default: a window's.")
+@click.option(
+    "--work-dir", type=click.Path(path_type=Path), metavar="DIR", help="Keep finished blocks, to go on after a failure."
+)
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, …")
 @click.option("--dtype", default="float32", show_default=True, help="Arithmetic of the model and the simulation.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Samples computed at a time.")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qsim_core.bases import Run
 from qsim_core.blocks import Block, walk
+from qsim_core.checkpoint import Checkpoint
 from qsim_core.errors import DataError
 from qsim_core.forward import as_in_evaluation, call
 from qsim_core.ops import Call
@@ -126,6 +127,27 @@ class Context:
     def blocks(self) -> Iterator[Block]:
         """The model's blocks in order, each with the inputs that the blocks before it, as changed by now, give it."""
         return walk(self)
+
+    def recall(self, index: int, block: nn.Module) -> bool:
+        """Whether an earlier run has finished this block; then all is as that run left it, reports and pins too."""
+        said = None if self._checkpoint is None else self._checkpoint.restore(index, block)
+        if said is not None:
+            self.sites.weights.pinned.update(said["pinned"])
+            self.reports = [LayerReport.model_validate(report) for report in said["reports"]]
+        return said is not None
+
+    def remember(self, index: int, block: nn.Module) -> None:
+        """Keep a finished block for a later run, where there is a work directory."""
+        if self._checkpoint is not None:
+            reports = [report.model_dump() for report in self.reports]
+            self._checkpoint.save(index, block, {"pinned": sorted(self.sites.weights.pinned), "reports": reports})
+
+    @functools.cached_property
+    def _checkpoint(self) -> Checkpoint | None:
+        """Made before the first block is changed: it is found again by the model as it was."""
+        if self.run.work_dir is None:
+            return None
+        return Checkpoint.of(self.run.work_dir, self.model, self.batches, self.sites.recipe.to_yaml(), self.name)
 
     def pin(self, weight: MatmulWeight) -> None:
         """Declare that a weight lies on its quantizer's grid: it is final and is not rounded again."""

@@ -25,7 +25,7 @@ from qsim_core.recipe import Recipe, read_yaml
 from qsim_core.result import Result
 from qsim_core.tensorfile import quantize_file
 
-FREE_BESIDE_A_RECORD = frozenset({"record", "device", "dry_run"})
+FREE_BESIDE_A_RECORD = frozenset({"record", "device", "dry_run", "work_dir"})
 """The options that say nothing that a record says."""
 
 
@@ -65,7 +65,13 @@ def run(options: dict[str, Any], given: set[str], quiet: bool) -> Result | None:
         calibration=Calibration(
             options["calibration_data"], options["calibration_samples"], options["calibration_seqlen"]
         ),
-        run=Run(options["batch_size"], options["limit"], options["seed"], **({} if quiet else progress.SHOWN)),
+        run=Run(
+            options["batch_size"],
+            options["limit"],
+            options["seed"],
+            work_dir=options["work_dir"],
+            **({} if quiet else progress.SHOWN),
+        ),
     )
     if before is not None:
         evaluation.same_data(before, result)

@@ -1,0 +1,71 @@
+"""The blocks that a transform has finished, kept in a directory: a run that died goes on where it was.
+
+What was kept is found again by what it was made from: the recipe, the transform, every parameter before it, and the
+calibration data, by their SHA-256. Another run of another recipe may use the same directory; nothing is mistaken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from qsim_core import __version__
+from qsim_core.atomic import writing
+from qsim_core.errors import QsimError
+
+
+class Checkpoint:
+    """One transform's finished blocks, a file for each; each file appears whole or not at all."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    @classmethod
+    def of(cls, work_dir: Path, model: nn.Module, batches: Iterable[Any], *texts: str) -> Checkpoint:
+        """The checkpoint of what these texts, the model as it is now and the data say. Raises `QsimError`."""
+        digest = hashlib.sha256("\0".join((__version__, torch.__version__, *texts)).encode())
+        for leaf in [*(p for _, p in sorted(model.state_dict().items())), *tree_leaves(list(batches))]:
+            digest.update(_bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
+        directory = work_dir / digest.hexdigest()[:16]
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise QsimError(f"cannot use {work_dir} as work directory: {error.strerror}") from None
+        return cls(directory)
+
+    def save(self, index: int, block: nn.Module, said: dict[str, Any]) -> None:
+        """Keep a finished block's tensors, and what was said about it (plain data). Raises `QsimError`."""
+        state = {name: tensor.detach().cpu() for name, tensor in block.state_dict().items()}
+        with writing(self._file(index)) as file:
+            torch.save({"state": state, "said": said}, file)
+
+    def restore(self, index: int, block: nn.Module) -> dict[str, Any] | None:
+        """Give a block the tensors that were kept, if they were; what was said about it. Raises `QsimError`."""
+        path = self._file(index)
+        if not path.exists():
+            return None
+        try:
+            kept = torch.load(io.BytesIO(path.read_bytes()), weights_only=True)
+            with torch.no_grad():
+                for name, tensor in block.state_dict().items():
+                    tensor.copy_(kept["state"][name])
+        except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise QsimError(f"{path} cannot be read back ({type(error).__name__}); remove it and run again") from None
+        said: dict[str, Any] = kept["said"]
+        return said
+
+    def _file(self, index: int) -> Path:
+        return self.directory / f"block-{index:03}.pt"
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return f"{tensor.dtype}{tuple(tensor.shape)}".encode() + flat.view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,106 @@
+"""A run that died goes on at the block it had reached."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import qsim_core as qsim
+from qsim_core import Run
+from qsim_core.context import Context
+
+PROGRAM = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from torch import nn
+import qsim_core as qsim
+
+class Halve(qsim.Transform):
+    name = "halve"
+    die_at: int = -1
+
+    def __str__(self):
+        return "halve"
+
+    def apply(self, model, context):
+        for block in context.blocks():
+            if block.path == str(self.die_at):
+                os.kill(os.getpid(), signal.SIGKILL)
+            print(block.path, round(float(block.inputs[0][0][0].sum()), 4))
+            block.module.weight.mul_(0.5)
+            context.report(block.path, after=0.5)
+            for weight in context.weights():
+                if weight.name == f"{block.path}.weight":
+                    context.pin(weight)
+
+torch.manual_seed(0)
+model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+simulation = qsim.simulate(model, weights="int4", transforms=[Halve(die_at=int(sys.argv[2]))],
+                           calibration=[torch.ones(3, 8)], run=qsim.Run(work_dir=Path(sys.argv[1])))
+print([report.layer for report in simulation.reports], sorted(simulation.sites.weights.pinned))
+print(model(torch.ones(1, 8)).tolist())
+"""
+
+
+def run(work_dir: Path, die_at: int = -1) -> tuple[int, list[str]]:
+    done = subprocess.run([sys.executable, "-c", PROGRAM, str(work_dir), str(die_at)], capture_output=True, text=True)
+    return done.returncode, done.stdout.splitlines()
+
+
+def test_after_kill_9_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    _, unbroken = run(tmp_path / "other")
+
+    died, reached = run(tmp_path / "work", die_at=2)
+    ended, resumed = run(tmp_path / "work")
+
+    assert (died, ended) == (-9, 0)
+    assert len(reached) <= 2  # what it had printed may be lost with it
+    assert resumed == unbroken[2:]  # blocks 2 and 3 only, and the same reports, pins and outputs
+
+
+class Double(qsim.Transform):
+    name = "double"
+
+    def apply(self, model: nn.Module, context: Context) -> None:
+        for block in context.blocks():
+            next(block.module.parameters()).mul_(2)
+            context.report(block.path)
+
+
+def simulate(work_dir: Path, **recipe: Any) -> qsim.Simulation:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    return qsim.simulate(
+        model, transforms=[Double()], calibration=[torch.ones(2, 4)], run=Run(work_dir=work_dir), **recipe
+    )
+
+
+def test_another_recipe_starts_anew(tmp_path: Path) -> None:
+    for weights in ("int4", "int8", "int4"):
+        simulate(tmp_path, weights=weights)
+
+    assert len(list(tmp_path.glob("*/block-000.pt"))) == 2
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    simulate(tmp_path, weights="int4")
+    (file,) = tmp_path.glob("*/block-001.pt")
+    file.write_bytes(b"no tensors")
+
+    with pytest.raises(qsim.QsimError, match=r"block-001\.pt cannot be read back .*; remove it and run again"):
+        simulate(tmp_path, weights="int4")
+
+
+def test_a_work_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+
+    with pytest.raises(qsim.QsimError, match=r"cannot use .*file as work directory: "):
+        simulate(file, weights="int4")
