@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from qsim_core.forward import as_in_evaluation, call
+from qsim_core.offload import at_hand
 from qsim_core.running import Site
 
 if TYPE_CHECKING:
@@ -92,9 +93,10 @@ def walk(context: Context) -> Iterator[Block]:
         inputs = first
         for offset, path in enumerate(paths[index : index + chain]):
             block = Block(path, context.model.get_submodule(path), inputs, context)
-            if not context.recall(index + offset, block.module):
-                yield block
-                context.remember(index + offset, block.module)
+            with at_hand(block.module):
+                if not context.recall(index + offset, block.module):
+                    yield block
+                    context.remember(index + offset, block.module)
             if offset + 1 < chain:
                 hidden = [_hidden(output) for output in block.outputs()]
                 given = others[paths[index + offset + 1]]

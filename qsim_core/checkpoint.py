@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from qsim_core import __version__
 from qsim_core.atomic import writing
 from qsim_core.errors import QsimError
+from qsim_core.offload import state
 
 
 class Checkpoint:
@@ -32,7 +34,7 @@ class Checkpoint:
     def of(cls, work_dir: Path, model: nn.Module, batches: Iterable[Any], *texts: str) -> Checkpoint:
         """The checkpoint of what these texts, the model as it is now and the data say. Raises `QsimError`."""
         digest = hashlib.sha256("\0".join((__version__, torch.__version__, *texts)).encode())
-        for leaf in [*(p for _, p in sorted(model.state_dict().items())), *tree_leaves(list(batches))]:
+        for leaf in itertools.chain((p for _, p in state(model)), tree_leaves(list(batches))):
             digest.update(_bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
         directory = work_dir / digest.hexdigest()[:16]
         try:
@@ -43,9 +45,9 @@ class Checkpoint:
 
     def save(self, index: int, block: nn.Module, said: dict[str, Any]) -> None:
         """Keep a finished block's tensors, and what was said about it (plain data). Raises `QsimError`."""
-        state = {name: tensor.detach().cpu() for name, tensor in block.state_dict().items()}
+        tensors = {name: tensor.detach().cpu() for name, tensor in block.state_dict().items()}
         with writing(self._file(index)) as file:
-            torch.save({"state": state, "said": said}, file)
+            torch.save({"tensors": tensors, "said": said}, file)
 
     def restore(self, index: int, block: nn.Module) -> dict[str, Any] | None:
         """Give a block the tensors that were kept, if they were; what was said about it. Raises `QsimError`."""
@@ -56,7 +58,7 @@ class Checkpoint:
             kept = torch.load(io.BytesIO(path.read_bytes()), weights_only=True)
             with torch.no_grad():
                 for name, tensor in block.state_dict().items():
-                    tensor.copy_(kept["state"][name])
+                    tensor.copy_(kept["tensors"][name])
         except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
             raise QsimError(f"{path} cannot be read back ({type(error).__name__}); remove it and run again") from None
         said: dict[str, Any] = kept["said"]

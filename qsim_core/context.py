@@ -18,6 +18,7 @@ from qsim_core.blocks import Block, walk
 from qsim_core.checkpoint import Checkpoint
 from qsim_core.errors import DataError
 from qsim_core.forward import as_in_evaluation, call
+from qsim_core.offload import at_hand
 from qsim_core.ops import Call
 from qsim_core.quantizer import Quantizer
 from qsim_core.running import Site
@@ -48,15 +49,16 @@ class LayerReport(BaseModel):
 class MatmulWeight:
     """A weight that a matmul multiplies by, and the quantizer that its site has for it."""
 
+    model: nn.Module
     site: Site
-    parameter: nn.Parameter
-    quantizer: Quantizer | None
+    name: str
+    """The parameter's full name."""
+    quantizer: Quantizer
 
     @property
-    def name(self) -> str:
-        """The parameter's full name."""
-        assert self.site.weight is not None
-        return self.site.weight
+    def parameter(self) -> nn.Parameter:
+        """The parameter as it is now: of an offloaded module it is another one each time."""
+        return self.model.get_parameter(self.name)
 
 
 class Context:
@@ -85,7 +87,8 @@ class Context:
     def structure(self) -> Structure:
         """What the model looks like, traced on the example (or the first calibration batch) when first asked for."""
         example = self.batches[0] if self._example is None else self._example
-        return trace(self.model, example, self._declared)
+        with at_hand(self.model):
+            return trace(self.model, example, self._declared)
 
     @property
     def batches(self) -> Sequence[Any]:
@@ -98,9 +101,12 @@ class Context:
 
     def weights(self) -> list[MatmulWeight]:
         """Every weight that the recipe quantizes, in the order in which the model multiplies by them."""
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        found = [(site, site.plan.weight) for site in self.sites.table.values() if site.weight in parameters]
-        return [MatmulWeight(s, parameters[s.weight], q) for s, q in found if s.weight is not None and q is not None]
+        known = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        return [
+            MatmulWeight(self.model, site, site.weight, site.plan.weight)
+            for site in self.sites.table.values()
+            if site.weight in known and site.weight is not None and site.plan.weight is not None
+        ]
 
     def observe(self, watch: Watcher, description: str) -> None:
         """Run all calibration data through the model once, and show `watch` every matmul."""

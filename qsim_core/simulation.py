@@ -15,6 +15,7 @@ from qsim_core.bases import Run
 from qsim_core.context import Context, LayerReport
 from qsim_core.errors import CalibrationWarning, QsimError, RecipeError
 from qsim_core.forward import Example, as_in_evaluation, call
+from qsim_core.offload import at_hand, state
 from qsim_core.recipe import Plan, Recipe
 from qsim_core.sites import Sites, functional
 from qsim_core.static import Fitter
@@ -65,9 +66,10 @@ class Simulation:
             if isinstance(vars(module).get("extra_repr"), SiteText):
                 del vars(module)["extra_repr"]
         with torch.no_grad():
-            for name, tensor in self.model.state_dict().items():
-                if name in self._before_transforms:
-                    tensor.copy_(self._before_transforms[name])
+            for path, module in self.model.named_modules() if self._before_transforms else ():
+                with at_hand(module, inside=False):
+                    for name, tensor in [*module.named_parameters(path, False), *module.named_buffers(path, False)]:
+                        tensor.copy_(self._before_transforms[name])
         return self.model
 
     def __enter__(self) -> Simulation:
@@ -179,8 +181,7 @@ def simulate(
     try:
         simulation._attach()
         if recipe.transforms and keep:
-            state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-            simulation._before_transforms = state
+            simulation._before_transforms = {name: parameter.clone() for name, parameter in state(model)}
         batches = None if calibration is None else list(calibration)
         if example is None and batches:
             example = batches[0]
@@ -197,7 +198,7 @@ def simulate(
 
 def _fingerprint(model: nn.Module) -> list[tuple[float, float]]:
     """What tells whether any parameter has changed."""
-    wide = (p.detach().double() for p in model.parameters() if not p.is_meta)
+    wide = (parameter.double() for _, parameter in state(model))
     return [(float(p.sum()), float(p.square().sum())) for p in wide]
 
 
