@@ -227,6 +227,7 @@ def _notes(site: Site, value_axis: str) -> list[str]:
     notes = []
     if site.weight is None and (site.op == "linear" or site.op.startswith("conv")):
         notes.append("its weight is computed, not a parameter: it takes the quantizer of activations")
+    notes += [f"its {role} is rotated by {rotation}" for role, rotation in site.rotations.items()]
     for role, quantizer in (("input", site.plan.input), ("output", site.plan.output)):
         sharing = quantizer.sharing if quantizer is not None else frozenset()
         if "tensor" in sharing:

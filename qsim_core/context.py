@@ -86,9 +86,18 @@ class Context:
     @functools.cached_property
     def structure(self) -> Structure:
         """What the model looks like, traced on the example (or the first calibration batch) when first asked for."""
-        example = self.batches[0] if self._example is None else self._example
         with at_hand(self.model):
-            return trace(self.model, example, self._declared)
+            return trace(self.model, self.example, self._declared)
+
+    @property
+    def example(self) -> Any:
+        """One batch: the one that `simulate` was given, or the first of the calibration data."""
+        return self.batches[0] if self._example is None else self._example
+
+    def look(self, watch: Watcher) -> None:
+        """Run the example through the model once, and show `watch` every matmul."""
+        with self.watching(watch, 0), as_in_evaluation(self.model):
+            call(self.model, self.example)
 
     @property
     def batches(self) -> Sequence[Any]:

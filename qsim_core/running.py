@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -32,6 +33,10 @@ class Site:
     """How often it was met, recomputation in a backward pass not counted."""
     fixed: dict[str, Any] = field(default_factory=dict)
     """Static scales by role ("input", "input2" for the other operand of a product of activations, "output")."""
+
+    rotations: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    """By role, an orthogonal map along the reduction axis that an input goes through before all else: a transform put
+    it there, and its inverse into the other operand."""
 
     @property
     def names(self) -> list[str]:
@@ -86,6 +91,20 @@ class Frame:
         return f"{self.path}.{name}" if self.path else name
 
 
+@dataclass(frozen=True)
+class Last:
+    """What a function made of a tensor the last time: q, k and v have the same input, one after another."""
+
+    function: Any
+    of: Tensor
+    version: int
+    value: Tensor
+
+    @staticmethod
+    def holds(last: Last | None, function: Any, x: Tensor) -> bool:
+        return last is not None and last.of is x and last.version == x._version and last.function is function
+
+
 class Thread(threading.local):
     """What one thread is running."""
 
@@ -94,10 +113,11 @@ class Thread(threading.local):
         self.mode: TorchFunctionMode | None = None
         self.caller: FrameType | None = None
         self.inside = False
-        self.shared: tuple[Tensor, int, Quantizer, Tensor] | None = None
+        self.quantized: Last | None = None
+        self.rotated: Last | None = None
 
     def clear(self) -> None:
-        self.stack, self.caller, self.shared, self.inside = [], None, None, False
+        self.stack, self.caller, self.quantized, self.rotated, self.inside = [], None, None, None, False
         mode, self.mode = self.mode, None
         if mode is not None:
             leave(mode)

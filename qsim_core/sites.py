@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from qsim_core.ops import LAST, OPS, Call, Layout, read_call
 from qsim_core.quantizer import Quantizer
 from qsim_core.randomness import at
 from qsim_core.recipe import Recipe
-from qsim_core.running import Frame, Site, Thread
+from qsim_core.running import Frame, Last, Site, Thread
 from qsim_core.weights import Weight, Weights
 
 MET = frozenset({*OPS, *EXPLICIT, *SOFTMAX, torch.einsum})
@@ -121,16 +122,21 @@ class Sites:
             weights = [*(None for _ in weights[:-1]), weights[-1]]
         site = self._site(frame, call, next((weight for weight in weights if weight), None))
         site.calls += not recomputing()
+        roles = [
+            "weight" if weight else "input2" if i and not site.weight else "input" for i, weight in enumerate(weights)
+        ]
+        if site.rotations:
+            turned = zip(roles, call.operands, call.layouts, strict=True)
+            call = replace(call, operands=tuple(self._rotated(site, *operand) for operand in turned))
         if self.watcher is not None:
             self.watcher(site, call)
         operands = []
-        for index, (operand, weight, layout) in enumerate(zip(call.operands, weights, call.layouts, strict=True)):
-            if index == 1 and self.recipe.value_axis == "head" and site.is_value_product:
+        for role, operand, weight, layout in zip(roles, call.operands, weights, call.layouts, strict=True):
+            if role == "input2" and self.recipe.value_axis == "head" and site.is_value_product:
                 layout = LAST
             if weight is not None:
                 operands.append(self._weight(site, weight, operand, layout, frame.module.training))
             else:
-                role = "input2" if operands and site.weight is None else "input"
                 operands.append(self._input(site, role, operand, layout))
         result = self._output(site, call, operands)
         if site.weight is None:
@@ -151,18 +157,27 @@ class Sites:
         self._observe(site, "weight", before, value, layout, quantizer)
         return value
 
+    def _rotated(self, site: Site, role: str, operand: Tensor, layout: Layout) -> Tensor:
+        """The operand after the rotation that the site has for its role, if it has one."""
+        rotation = site.rotations.get(role)
+        if rotation is None:
+            return operand
+        if Last.holds(self.thread.rotated, rotation, operand):
+            return self.thread.rotated.value  # type: ignore[union-attr]
+        value = layout.back(rotation(layout.rows(operand)))
+        self.thread.rotated = _last(rotation, operand, value, layout)
+        return value
+
     def _input(self, site: Site, role: str, operand: Tensor, layout: Layout) -> Tensor:
         """The operand quantized; one that the call before this had too (q, k and v's) is not computed again."""
         quantizer, value = self._quantizer(site, role), operand
         if quantizer is not None:
-            shareable = layout is LAST and not torch.is_grad_enabled() and not operand.is_inference()
-            last = self.thread.shared
-            if shareable and last and last[0] is operand and last[1] == operand._version and last[2] is quantizer:
-                value = last[3]
+            if layout is LAST and Last.holds(self.thread.quantized, quantizer, operand):
+                value = self.thread.quantized.value  # type: ignore[union-attr]
             else:
                 with at(f"{site.name}:{role}", site.calls):
                     value = layout.back(quantizer(layout.rows(operand)))
-                self.thread.shared = (operand, operand._version, quantizer, value) if shareable else None
+                self.thread.quantized = _last(quantizer, operand, value, layout)
         self._observe(site, role, operand, value, layout, quantizer)
         return value
 
@@ -236,6 +251,12 @@ class Sites:
                 f"the recipe names {alias!r}, which is only known after a forward pass; give simulate an example"
             )
         site.plan = plan
+
+
+def _last(function: Any, x: Tensor, value: Tensor, layout: Layout) -> Last | None:
+    """What may be used again for the same tensor; nothing where gradients are recorded."""
+    shareable = layout is LAST and not torch.is_grad_enabled() and not x.is_inference()
+    return Last(function, x, x._version, value) if shareable else None
 
 
 def recomputing() -> bool:

@@ -783,6 +783,6 @@ def test_a_simulation_leaves_no_cycle_that_keeps_activations(make: Make, ids: Te
     simulation = qsim.simulate(model, activations="int8")
     logits(model, ids)
 
-    assert simulation.sites.thread.shared is None
+    assert simulation.sites.thread.quantized is None
     gc.collect()
     assert simulation.sites.thread.caller is None

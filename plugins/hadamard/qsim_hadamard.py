@@ -1,0 +1,216 @@
+"""Hadamard rotations: `hadamard()` spreads outliers over all channels before anything is rounded."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from qsim_core import Transform, hookimpl
+from qsim_core.context import Context
+from qsim_core.offload import at_hand
+from qsim_core.ops import Call, Layout
+from qsim_core.running import Site
+from qsim_core.structure import scale_group
+
+LARGEST = 64
+"""Factors of a rotation are at most so large, or one of Paley's: cheaper than one product with the whole of it."""
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """x D H along the last axis, of `size`: random signs D from `seed` (none: all +1), then a Hadamard matrix over √n.
+
+    H is a Kronecker product of small ones, Sylvester's and at most one of Paley's, and is applied factor by factor, in
+    the dtype of `x`. Raises `ValueError` where no Hadamard matrix of that size can be made of these.
+    """
+
+    size: int
+    seed: int | None = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.seed is not None:
+            x = x * signs(self.size, self.seed).to(x)
+        sizes = factors(self.size)
+        y = x.unflatten(-1, sizes)
+        for axis, size in enumerate(sizes, start=y.dim() - len(sizes)):
+            matrix = hadamard(size) / math.sqrt(size)
+            y = (y.movedim(axis, -1) @ matrix.to(y)).movedim(-1, axis)
+        rotated: Tensor = y.flatten(-len(sizes))
+        return rotated
+
+    def __str__(self) -> str:
+        return f"a Hadamard matrix of {self.size}"
+
+
+@functools.lru_cache(maxsize=64)
+def signs(size: int, seed: int) -> Tensor:
+    """Random signs [size], the same for the same seed everywhere; torch's global generator is left alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, (size,), generator=generator).mul(2).sub(1).double()
+
+
+@functools.lru_cache(maxsize=64)
+def factors(size: int) -> tuple[int, ...]:
+    """Sizes of Hadamard matrices whose Kronecker product has this size, none larger than need be."""
+    two = size & -size
+    found: list[int] = []
+    if size > two:  # an odd factor m: one of Paley's, of m times a power of two
+        odd = size // two
+        multiple = next((4 * odd << k for k in range(8) if 4 << k <= two and _paley(4 * odd << k)), None)
+        if multiple is None:
+            raise ValueError(f"no Hadamard matrix of {size} is known here")
+        found, two = [multiple], size // multiple
+    while two > LARGEST:
+        found, two = [*found, LARGEST], two // LARGEST
+    return (*found, two) if two > 1 or not found else tuple(found)
+
+
+@functools.lru_cache(maxsize=64)
+def hadamard(size: int) -> Tensor:
+    """A Hadamard matrix [size, size] of ±1, float64: H Hᵀ = size · I.
+
+    Sylvester's for powers of two; else Paley's: size - 1 a prime that leaves 3 when divided by 4, or size / 2 - 1 one
+    that leaves 1 (R. Paley, On orthogonal matrices, 1933, constructions I and II).
+    """
+    if size & (size - 1) == 0:
+        matrix = torch.ones(1, 1, dtype=torch.float64)
+        while len(matrix) < size:
+            matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
+        return matrix
+    kind = _paley(size)
+    order = size if kind == 1 else size // 2
+    core = torch.zeros(order, order, dtype=torch.float64)
+    core[0, 1:], core[1:, 0] = 1.0, -1.0 if kind == 1 else 1.0
+    core[1:, 1:] = _jacobsthal(order - 1)
+    if kind == 1:
+        return core + torch.eye(order, dtype=torch.float64)
+    of_edges = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    of_diagonal = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+    return torch.kron(core, of_edges) + torch.kron(torch.eye(order, dtype=torch.float64), of_diagonal)
+
+
+def _paley(size: int) -> int | None:
+    """Which of Paley's constructions makes a matrix of this size, with a prime."""
+    if size % 4 == 0 and _is_prime(size - 1):
+        return 1
+    return 2 if size % 4 == 0 and (size // 2 - 1) % 4 == 1 and _is_prime(size // 2 - 1) else None
+
+
+def _is_prime(number: int) -> bool:
+    return number > 1 and all(number % divisor for divisor in range(2, math.isqrt(number) + 1))
+
+
+def _jacobsthal(prime: int) -> Tensor:
+    """Whether column - row is a square modulo the prime: 1, not: -1, zero: 0."""
+    character = torch.full((prime,), -1.0, dtype=torch.float64)
+    character[torch.arange(1, prime).square() % prime] = 1.0
+    character[0] = 0.0
+    places = torch.arange(prime)
+    return character[(places[None, :] - places[:, None]) % prime]
+
+
+class Hadamard(Transform):
+    """Rotates the input of every quantized matmul, and the other operand with it; the function stays.
+
+    x W = (x D H)(Hᵀ D W): the weights are rotated once, the inputs in each forward, so that any model will do, whatever
+    norms, residuals and ties it has. `attention` rotates q and k, after any rotary embedding: q kᵀ = (q D H)(k D H)ᵀ.
+    `fold_norms` first moves the norms' weights into the linears that read them, where the structure allows it. Source:
+    QuaRot (arXiv 2404.00456), sections 3 and 4, with randomized Hadamard matrices as there.
+
+    A size without a Hadamard matrix, a convolution, and a weight that is tied, used in two ways or already on a grid
+    are left alone and reported.
+    """
+
+    name = "hadamard"
+    seed: int | None = Field(0, ge=0, description="of the random signs; none: no signs")
+    attention: bool = Field(True, description="rotate q and k too, along the head")
+    fold_norms: bool = Field(True, description="move the norms' weights into the linears that read them first")
+
+    def apply(self, model: nn.Module, context: Context) -> None:
+        """Rotate every weight that is quantized or whose input is, and say which were left alone, and why."""
+        if self.fold_norms:
+            _fold_norms(model, context)
+        seen: dict[str, list[tuple[Tensor, Layout]]] = defaultdict(list)
+        heads: dict[str, int] = {}
+
+        def watch(site: Site, call: Call) -> None:
+            for operand, layout in zip(call.operands, call.layouts, strict=True):
+                if site.weight is not None and _is_part_of(operand, model.get_parameter(site.weight)):
+                    seen[site.name].append((operand, layout))
+            heads[site.name] = call.layouts[0].rows(call.operands[0]).shape[-1]
+
+        context.look(watch)
+        for site in context.sites.table.values():
+            if site.weight is not None and (site.plan.weight or site.plan.input):
+                self._rotate(site, seen[site.name], model, context)
+            elif self.attention and site.plan.input and any(alias.endswith(":qk") for alias in site.aliases):
+                site.rotations = dict.fromkeys(("input", "input2"), rotation(heads[site.name], self.seed))
+
+    def _rotate(self, site: Site, seen: list[tuple[Tensor, Layout]], model: nn.Module, context: Context) -> None:
+        assert site.weight is not None
+        parameter = model.get_parameter(site.weight)
+        reason = _reason(site, seen, parameter, context)
+        if reason is not None:
+            context.report(site.weight, note=f"left alone: {reason}")
+            return
+        with context.timed() as seconds, at_hand(model.get_submodule(site.weight.rpartition(".")[0])):
+            parameter, (_, layout) = model.get_parameter(site.weight), seen[0]
+            rows = layout.rows(parameter)
+            site.rotations["input"] = turn = rotation(rows.shape[-1], self.seed)
+            before = _peak(rows)
+            parameter.copy_(layout.back(turn(rows.double())))
+            measure = "largest weight over the root mean square"
+            context.report(site.weight, before=before, after=_peak(rows), measure=measure, seconds=seconds())
+
+
+rotation = functools.lru_cache(maxsize=256)(Rotation)
+"""One object for each size, so that q, k and v share the rotated input."""
+
+
+def _fold_norms(model: nn.Module, context: Context) -> None:
+    for group in context.structure.groups:
+        weight = model.get_submodule(group.norm).weight
+        assert isinstance(weight, nn.Parameter)
+        factors = weight.detach().double() + group.offset
+        if bool((factors.abs() > 1e-6 * factors.abs().max()).all()):
+            scale_group(model, group, factors)
+        else:
+            context.report(group.norm, note="its weight stays: it switches channels off")
+
+
+def _reason(site: Site, seen: list[tuple[Tensor, Layout]], parameter: Tensor, context: Context) -> str | None:
+    """Why a weight cannot be rotated along its reduction axis."""
+    weights = context.sites.weights
+    if site.op.startswith("conv"):
+        return "a convolution"
+    if site.weight in weights.pinned:
+        return "it lies on its grid already"
+    if site.weight in weights.tied or len(weights.uses[site.weight or ""]) > 1:
+        return "it is tied, or used in two ways"
+    size = seen[0][1].rows(parameter).shape[-1] if seen else 0
+    if not seen or any(layout.rows(operand).shape[-1] != size for operand, layout in seen):
+        return "it is used in parts"
+    try:
+        factors(size)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _is_part_of(operand: Tensor, parameter: Tensor) -> bool:
+    return operand is parameter or operand._base is parameter or parameter.is_meta
+
+
+def _peak(rows: Tensor) -> float:
+    return float(rows.abs().max() / rows.double().square().mean().sqrt())
+
+
+@hookimpl
+def qsim_transforms() -> list[type[Transform]]:
+    return [Hadamard]

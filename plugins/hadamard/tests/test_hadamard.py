@@ -1,0 +1,118 @@
+"""Rotations are Hadamard's, and they change numbers and nothing else."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from families import make, tokens
+from qsim_hadamard import Rotation, hadamard
+from torch import Tensor, nn
+
+import qsim_core as qsim
+
+IDS = tokens()
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 64, 12, 20, 28, 36, 44, 60])
+def test_a_hadamard_matrix_has_orthogonal_rows_of_signs(size: int) -> None:
+    matrix = hadamard(size)
+
+    assert set(matrix.unique().tolist()) <= {-1.0, 1.0}
+    assert torch.equal(matrix @ matrix.T, size * torch.eye(size, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", [1, 2, 48, 96, 80, 160, 768, 3072, 11008, 14336, 5120])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_rotation_is_orthogonal_and_flat(size: int, seed: int | None) -> None:
+    rotation, places = Rotation(size, seed), torch.tensor([0, size // 2, size - 1])
+    rows = torch.nn.functional.one_hot(places, size).double()
+
+    rotated = rotation(rows)
+
+    assert torch.allclose(rotated @ rotated.T, rows @ rows.T, atol=1e-12)
+    assert torch.allclose(rotated.abs(), torch.full_like(rotated, size**-0.5), atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [3, 6, 77, 92])
+def test_a_size_without_a_matrix_is_an_error(size: int) -> None:
+    with pytest.raises(ValueError, match=f"no Hadamard matrix of {size} is known here"):
+        Rotation(size)(torch.ones(size))
+
+
+@pytest.mark.parametrize("family", ["opt", "opt-350m", "llama", "gpt2", "codegen"])
+def test_the_function_stays(family: str) -> None:
+    exact = make(family).double()(input_ids=IDS).logits
+    model = make(family).double()
+
+    simulation = qsim.simulate(
+        model, weights=wide, activations=wide, transforms=["hadamard"], example={"input_ids": IDS}
+    )
+
+    rotated = [r.layer for r in simulation.reports if r.after is not None]
+    assert len(rotated) >= 8
+    assert (model(input_ids=IDS).logits - exact).abs().max() < 1e-5 * exact.abs().max()  # rotary tables are float32
+
+
+def wide(x: Tensor) -> Tensor:
+    """A quantizer that changes nothing."""
+    return x.clone()
+
+
+def test_outliers_cost_less() -> None:
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    x[:, 5] *= 20
+
+    def error(*transforms: str) -> float:
+        model = make("llama").model.layers[0].mlp.gate_proj
+        exact = model(x)
+        qsim.simulate(model, activations="int4", transforms=transforms or None, example=x)
+        return (model(x) - exact).norm().item()  # type: ignore[no-any-return]
+
+    assert error("hadamard") < 0.5 * error()
+
+
+def test_restore_takes_rotations_away() -> None:
+    model = make("opt")
+    before = model(input_ids=IDS).logits
+    simulation = qsim.simulate(model, weights="int4", transforms=["hadamard"], example={"input_ids": IDS})
+
+    simulation.restore()
+
+    assert torch.equal(model(input_ids=IDS).logits, before)
+
+
+def test_a_copied_model_is_rotated_too() -> None:
+    model = make("opt")
+    qsim.simulate(model, weights="int4", activations="int4", transforms=["hadamard"], example={"input_ids": IDS})
+
+    assert torch.equal(copy.deepcopy(model)(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_what_cannot_be_rotated_is_reported() -> None:
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.Flatten(), nn.Linear(24, 6), nn.Linear(6, 2))
+
+    simulation = qsim.simulate(model, weights="int4", transforms=["hadamard"], example=torch.ones(1, 2, 8))
+
+    assert {report.layer: report.note for report in simulation.reports} == {
+        "0.weight": "left alone: a convolution",
+        "2.weight": "",
+        "3.weight": "left alone: no Hadamard matrix of 6 is known here",
+    }
+
+
+def test_a_tied_weight_is_left_alone() -> None:
+    simulation = qsim.simulate(make("opt"), weights="int4", transforms=["hadamard"], example={"input_ids": IDS})
+
+    notes = {report.layer: report.note for report in simulation.reports}
+    assert notes["lm_head.weight"] == "left alone: it is tied, or used in two ways"
+
+
+def test_the_audit_says_what_is_rotated() -> None:
+    model = nn.Linear(16, 4)
+    simulation = qsim.simulate(model, activations="int4", transforms=["hadamard"], example=torch.ones(1, 16))
+
+    (site,) = simulation.audit().sites
+
+    assert site.notes == ["its input is rotated by a Hadamard matrix of 16"]
