@@ -1,0 +1,103 @@
+"""Bias correction: `bias_correction()` takes the mean error of rounded weights out of the outputs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from qsim_core import Quantizer, Transform, hookimpl
+from qsim_core.context import Context
+from qsim_core.offload import at_hand
+from qsim_core.ops import Call, Layout
+from qsim_core.running import Site
+
+
+@dataclass
+class Sums:
+    """Over all outputs of one layer, in float64: errors [channels], their squares, and the outputs' squares."""
+
+    error: Tensor | float = 0.0
+    squares: float = 0.0
+    signal: float = 0.0
+    count: int = 0
+
+    def add(self, exact: Tensor, quantized: Tensor) -> None:
+        """Count outputs [rows, channels] in."""
+        error = (quantized - exact).double()
+        self.error = self.error + error.sum(0)
+        self.squares += float(error.square().sum())
+        self.signal += float(exact.double().square().sum())
+        self.count += len(exact)
+
+
+class BiasCorrection(Transform):
+    """Subtracts from each bias the mean, over the calibration data, of what quantizing adds to the layer's outputs.
+
+    b = b - E[Q(W) x - W x], channel by channel; with `activations`, b = b - E[Q(W) Q(x) - W x]. The inputs x are those
+    of the model before quantization. Source: Nagel et al., arXiv 1906.04721, section 4.2, measured as in appendix D.
+
+    A layer without a bias, or whose weight another transform has put on its grid, is left alone and reported.
+    """
+
+    name = "bias_correction"
+    activations: bool = Field(False, description="correct for rounded inputs too")
+
+    def apply(self, model: nn.Module, context: Context) -> None:
+        """Correct every bias beside a quantized weight, in one pass. Raises `DataError` without calibration data."""
+        known = {name for name, _ in model.named_parameters()}
+        biases = {}
+        for weight in context.weights():
+            bias = weight.name.removesuffix("weight") + "bias"
+            if weight.name in context.sites.weights.pinned:
+                context.report(weight.name, note="left alone: its weight lies on its grid already")
+            elif not weight.name.endswith("weight") or bias not in known:
+                context.report(weight.name, note="left alone: it has no bias of its own")
+            else:
+                biases[weight.site.name] = bias
+        sums: dict[str, Sums] = defaultdict(Sums)
+
+        def watch(site: Site, call: Call) -> None:
+            if site.name in biases:
+                exact = call.result.rows(call.run(call.operands))
+                quantized = call.result.rows(call.run(self._quantized(site, call, model)))
+                sums[site.name].add(exact.flatten(0, -2), quantized.flatten(0, -2))
+
+        context.observe(watch, "bias correction")
+        for site, found in sums.items():
+            bias = biases[site]
+            with at_hand(model.get_submodule(bias.rpartition(".")[0])):
+                parameter, mean = model.get_parameter(bias), found.error / found.count
+                assert isinstance(mean, Tensor)
+                parameter.copy_(parameter.double() - mean.to(parameter.device))
+            left = found.squares - found.count * float(mean.square().sum())
+            context.report(
+                bias,
+                before=_ratio(found.squares, found.signal),
+                after=_ratio(left, found.signal),
+                measure="relative error of the outputs",
+            )
+
+    def _quantized(self, site: Site, call: Call, model: nn.Module) -> list[Tensor]:
+        weight = model.get_parameter(site.weight or "")
+        operands = []
+        for operand, layout in zip(call.operands, call.layouts, strict=True):
+            is_weight = operand is weight or operand._base is weight
+            quantizer = site.plan.weight if is_weight else site.plan.input if self.activations else None
+            operands.append(operand if quantizer is None else _rounded(operand, layout, quantizer))
+        return operands
+
+
+def _rounded(operand: Tensor, layout: Layout, quantizer: Quantizer) -> Tensor:
+    return layout.back(quantizer.quantize(layout.rows(operand.detach())))
+
+
+def _ratio(error: float, signal: float) -> float:
+    return (max(error, 0.0) / signal) ** 0.5 if signal else 0.0
+
+
+@hookimpl
+def qsim_transforms() -> list[type[Transform]]:
+    return [BiasCorrection]
