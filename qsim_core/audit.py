@@ -206,12 +206,11 @@ def audit(sites: Sites, run: Callable[[], Any] | None) -> Audit:
 def _record(site: Site, calls: int, watch: _Watch, value_axis: str) -> SiteAudit:
     plan = site.plan
     roles = {role: sums.result() for (name, role), sums in watch.sums.items() if name == site.name}
-    has_input = "input" in roles or plan.input is not None
     return SiteAudit(
         site=site.name,
         aliases=site.aliases,
         op=site.op,
-        input=str(plan.input) if plan.input and has_input else None,
+        input=", ".join(dict.fromkeys(map(str, site.inputs))) or None,
         weight=str(plan.weight) if plan.weight and site.weight else None,
         output=str(plan.output) if plan.output else None,
         path=str(watch.dtypes.get(site.name, torch.float32)).removeprefix("torch."),
@@ -228,13 +227,14 @@ def _notes(site: Site, value_axis: str) -> list[str]:
     if site.weight is None and (site.op == "linear" or site.op.startswith("conv")):
         notes.append("its weight is computed, not a parameter: it takes the quantizer of activations")
     notes += [f"its {role} is rotated by {rotation}" for role, rotation in site.rotations.items()]
-    for role, quantizer in (("input", site.plan.input), ("output", site.plan.output)):
+    for role, quantizer in (*(("input", quantizer) for quantizer in site.inputs), ("output", site.plan.output)):
         sharing = quantizer.sharing if quantizer is not None else frozenset()
         if "tensor" in sharing:
             notes.append(f"one {role} scale for the whole tensor: it depends on the batch and sees later tokens")
         for rows in sorted(block[0] for block in sharing if isinstance(block, tuple) and block[0] > 1):
             notes.append(f"{role} scales are shared over {rows} rows and see later tokens")
-        if role == "input" and site.is_value_product and value_axis == "tokens" and sharing - {"tensor"}:
+        of_values = role == "input" and quantizer is site.fixed.get("input2", site.plan.input)
+        if of_values and site.is_value_product and value_axis == "tokens" and sharing - {"tensor"}:
             notes.append("v's scales are shared over tokens and see later ones (value_axis head: they do not)")
     return notes
 

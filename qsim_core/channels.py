@@ -74,6 +74,15 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """What makes channels: a weight, which of its axes, and the biases that are added to them."""
+
+    producer: str
+    axis: int
+    biases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Product:
     """A product of two computed tensors: who computed it, and the sources of its operands with their channels."""
 
@@ -81,6 +90,7 @@ class Product:
     left: dict[Source, Tensor]
     right: dict[Source, Tensor]
     after_softmax: bool
+    """Whether the left operand comes from a softmax: it is P, and the right one v."""
 
 
 @dataclass(frozen=True)

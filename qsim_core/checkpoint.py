@@ -10,7 +10,7 @@ import hashlib
 import io
 import itertools
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,13 @@ class Checkpoint:
         self.directory = directory
 
     @classmethod
-    def of(cls, work_dir: Path, model: nn.Module, batches: Iterable[Any], *texts: str) -> Checkpoint:
+    def of(cls, work_dir: Path, model: nn.Module, batches: Sequence[Any], *texts: str) -> Checkpoint:
         """The checkpoint of what these texts, the model as it is now and the data say. Raises `QsimError`."""
-        digest = hashlib.sha256("\0".join((__version__, torch.__version__, *texts)).encode())
-        for leaf in itertools.chain((p for _, p in state(model)), tree_leaves(list(batches))):
-            digest.update(_bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
-        directory = work_dir / digest.hexdigest()[:16]
+        tensors = (tensor for _, tensor in state(model))
+        made_from = sha256(
+            itertools.chain((__version__, torch.__version__, *texts), tensors, tree_leaves(list(batches)))
+        )
+        directory = work_dir / made_from[:16]
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -68,6 +69,13 @@ class Checkpoint:
         return self.directory / f"block-{index:03}.pt"
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return f"{tensor.dtype}{tuple(tensor.shape)}".encode() + flat.view(torch.uint8).numpy().tobytes()
+def sha256(leaves: Iterable[Any]) -> str:
+    """The SHA-256 of values one after another: a tensor's dtype, shape and bytes, anything else's repr."""
+    digest = hashlib.sha256()
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+            digest.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        else:
+            digest.update(repr(leaf).encode())
+    return digest.hexdigest()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from qsim_core.bases import Run
 from qsim_core.blocks import Block, walk
@@ -73,6 +74,7 @@ class Context:
         name: str,
         example: Any = None,
         declared: Mapping[str, Sequence[str]] | None = None,
+        handles: list[RemovableHandle] | None = None,
     ) -> None:
         self.model = model
         self.sites = sites
@@ -82,6 +84,8 @@ class Context:
         self._batches = batches
         self._example = example
         self._declared = declared
+        self.handles = [] if handles is None else handles
+        """Of hooks that a transform leaves in the model; `restore` takes them away."""
 
     @functools.cached_property
     def structure(self) -> Structure:

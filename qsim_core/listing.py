@@ -21,6 +21,7 @@ from qsim_core.component import Component, Preset, options_of
 from qsim_core.compose import catalogue
 from qsim_core.errors import QsimError
 from qsim_core.format import Format
+from qsim_core.heads import Attention, Projection
 from qsim_core.host import Host
 from qsim_core.progress import hush_libraries
 from qsim_core.structure import Structure
@@ -165,13 +166,32 @@ def structure(host: Host, model: str | None, data: str | None, as_json: bool) ->
     for group in found.groups:
         mark = " (declared)" if declared and group.norm in declared else ""
         console.print(f"  {group.norm} -> {_relative(group.norm, group.weights)}{mark}")
-    console.print("\nweights in pairs: channels can be permuted, and scaled where it says so", style="bold")
+    console.print(
+        "\nweights in pairs: channels can be permuted (of v within heads), and scaled where it says so", style="bold"
+    )
     for pair in found.pairs:
         mark = " (scaled too)" if pair.scales else ""
         console.print(f"  {pair.producer.removesuffix('.weight')} -> {_relative(pair.producer, pair.weights)}{mark}")
+    console.print("\nattention", style="bold")
+    for attention in found.attention:
+        own = f"{attention.path}."
+        made = {role: rows.text.removeprefix(own) for role, rows in _projections(attention).items() if rows is not None}
+        parts = [f"{role} {text}" for role, text in made.items()]
+        shared = f" ({attention.key_heads} of k and v)" if attention.key_heads < attention.heads else ""
+        shape = f"{attention.heads} heads of {attention.head_size}{shared}"
+        reads = _relative(attention.value.producer, [use.weight for use in attention.value.uses])
+        console.print(f"  {attention.path}: {shape}; {', '.join(parts)} -> {reads or 'no weight'}")
+    if found.ordered:
+        console.print("\nchannels that have to stay in their order", style="bold")
+    for refused in found.ordered:
+        console.print(f"  {refused.name}: {'; '.join(refused.reasons)}", style="dim")
     console.print("\nrefused", style="bold")
     for refused in found.refused:
         console.print(f"  {refused.name}: {'; '.join(refused.reasons)}", style="dim")
+
+
+def _projections(attention: Attention) -> dict[str, Projection | None]:
+    return {"q": attention.query, "k": attention.key, "v": attention.value}
 
 
 def _relative(name: str, others: list[str]) -> str:
@@ -190,5 +210,17 @@ def _structure_record(found: Structure, blocks: list[str], declared: Mapping[str
         "blocks": blocks,
         "groups": [{"norm": g.norm, "weights": g.weights, "declared": g.norm in told} for g in found.groups],
         "pairs": [{"producer": p.producer, "weights": p.weights, "scales": p.scales} for p in found.pairs],
+        "attention": [
+            {
+                "path": a.path,
+                "heads": a.heads,
+                "key_heads": a.key_heads,
+                "head_size": a.head_size,
+                **{role: rows and rows.producer for role, rows in _projections(a).items()},
+                "outputs": [use.weight for use in a.value.uses],
+            }
+            for a in found.attention
+        ],
+        "ordered": [{"name": refused.name, "reasons": list(refused.reasons)} for refused in found.ordered],
         "refused": [{"name": refused.name, "reasons": list(refused.reasons)} for refused in found.refused],
     }

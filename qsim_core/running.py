@@ -32,7 +32,8 @@ class Site:
     calls: int = 0
     """How often it was met, recomputation in a backward pass not counted."""
     fixed: dict[str, Any] = field(default_factory=dict)
-    """Static scales by role ("input", "input2" for the other operand of a product of activations, "output")."""
+    """By role ("input", "input2" for the other operand of a product of activations, "output") what stands in place of
+    the plan's quantizer: static scales, a transform's choice, or None for nothing."""
 
     rotations: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     """By role, an orthogonal map along the reduction axis that an input goes through before all else: a transform put
@@ -57,6 +58,13 @@ class Site:
                 f"--calibration-data"
             )
         return planned
+
+    @property
+    def inputs(self) -> list[Any]:
+        """The quantizers of its operands that are no weight, each once."""
+        roles = ("input",) if self.weight else ("input", "input2")
+        found = [self.fixed.get(role, self.plan.input) for role in roles]
+        return list({id(quantizer): quantizer for quantizer in found if quantizer is not None}.values())
 
     @property
     def is_value_product(self) -> bool:

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from qsim_core import audit as auditing
 from qsim_core.bases import Run
+from qsim_core.checkpoint import sha256
 from qsim_core.context import Context, LayerReport
 from qsim_core.errors import CalibrationWarning, QsimError, RecipeError
 from qsim_core.forward import Example, as_in_evaluation, call
@@ -101,11 +102,13 @@ class Simulation:
         self.sites.quantizing = False
         try:
             for transform in self.recipe.transforms:
-                context = Context(self.model, self.sites, batches, run, str(transform), self.example, declared)
-                before = _fingerprint(self.model)
+                context = Context(
+                    self.model, self.sites, batches, run, str(transform), self.example, declared, self._handles
+                )
+                before = _fingerprint(self.model, self.sites)
                 with torch.no_grad():
                     transform.apply(self.model, context)
-                if _fingerprint(self.model) == before:
+                if _fingerprint(self.model, self.sites) == before:
                     reasons = (
                         "; ".join(dict.fromkeys(r.note for r in context.reports if r.note)) or "it found nothing to do"
                     )
@@ -196,10 +199,10 @@ def simulate(
     return simulation
 
 
-def _fingerprint(model: nn.Module) -> list[tuple[float, float]]:
-    """What tells whether any parameter has changed."""
-    wide = (parameter.double() for _, parameter in state(model))
-    return [(float(p.sum()), float(p.square().sum())) for p in wide]
+def _fingerprint(model: nn.Module, sites: Sites) -> Any:
+    """What tells whether any tensor of the model has changed, or what stands at a site."""
+    stands = [(site.plan, dict(site.fixed), dict(site.rotations)) for site in sites.table.values()]
+    return sha256(tensor for _, tensor in state(model)), stands
 
 
 class SiteText:
@@ -219,18 +222,19 @@ class SiteText:
                 continue
             owner, _, parameter = site.weight.rpartition(".")
             if owner == self.path and _tells(self.module):
-                yield from _texts(site.plan, "" if parameter == "weight" else parameter)
+                yield from _texts(site.plan, site.inputs, "" if parameter == "weight" else parameter)
             elif owner.rpartition(".")[0] == self.path and owner and not _tells(self._child(owner)):
-                yield from _texts(site.plan, owner.rpartition(".")[2])
+                yield from _texts(site.plan, site.inputs, owner.rpartition(".")[2])
         if not self.sites.table and isinstance(self.module, nn.Linear | nn.modules.conv._ConvNd):
-            yield from _texts(self.sites.recipe.plan([self.path]), "")
+            plan = self.sites.recipe.plan([self.path])
+            yield from _texts(plan, [plan.input] if plan.input else [], "")
 
     def _child(self, path: str) -> nn.Module | None:
         return self.module._modules.get(path.rpartition(".")[2])
 
     def _products(self) -> Iterator[str]:
         for site in functional(self.sites, self.path):
-            yield from _texts(site.plan, (site.aliases or [site.name])[0].rpartition(":")[2])
+            yield from _texts(site.plan, site.inputs, (site.aliases or [site.name])[0].rpartition(":")[2])
 
 
 def _tells(module: nn.Module | None) -> bool:
@@ -238,8 +242,8 @@ def _tells(module: nn.Module | None) -> bool:
     return type(module).__repr__ is nn.Module.__repr__
 
 
-def _texts(plan: Plan, label: str) -> Iterator[str]:
-    quantizers = {"weight": plan.weight, "input": plan.input, "output": plan.output}
+def _texts(plan: Plan, inputs: Sequence[Any], label: str) -> Iterator[str]:
+    quantizers = {"weight": plan.weight, "input": ", ".join(map(str, inputs)) or None, "output": plan.output}
     texts = [f"{role}={quantizer}" for role, quantizer in quantizers.items() if quantizer is not None]
     if texts:
         yield f"{label}: {' '.join(texts)}" if label else ", ".join(texts)

@@ -68,9 +68,11 @@ class Fitter:
     def __call__(self, site: Site, role: str, before: Tensor, after: Tensor, quantizer: Quantizer | None) -> None:
         """Called with every tensor before it is quantized; nothing is, meanwhile."""
         scheme = site.planned(role)
+        key = site.name, role
         if not isinstance(scheme, Scheme) or not scheme.static or role == "weight":
             return
-        key = site.name, role
+        if role in site.fixed and key not in self.seen:  # a transform has chosen
+            return
         if key not in self.seen:
             self.seen[key] = site, scheme, scheme.range.observer()
         self.seen[key][2].update(scheme.static_blocks(before))

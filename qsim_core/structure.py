@@ -1,29 +1,27 @@
 """What a model looks like: norms and the weights that read them, pairs of weights, attention.
 
 Tracing proposes: `trace` runs one example and finds who makes channels and who reads them. A numeric check disposes:
-all that is to be folded is folded with random factors, and every product with a weight must come out as before. What
-does not hold is refused, with the reason, and never folded.
+all that is to be folded is folded with random factors and in random orders, and every product must come out as
+before. What does not hold is refused, with the reason, and never folded.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from qsim_core.addresses import Parameters
-from qsim_core.channels import WITH_WEIGHT, Source, Use
+from qsim_core.channels import Rows, Source, Use
+from qsim_core.checking import Edit, dispose
 from qsim_core.errors import ModelError
+from qsim_core.folding import permute_group, permute_rows, permute_scores, scale_group, scale_pair
 from qsim_core.forward import Example, as_in_evaluation, call
+from qsim_core.heads import Attention, Projection, attention_in
 from qsim_core.tracing import Tracer
-
-TOLERANCE = 2e-4
-"""Of the largest value of each product, in float32, under factors between 1/2 and 2."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +42,13 @@ class NormGroup:
 
 
 @dataclass(frozen=True)
-class WeightPair:
+class WeightPair(Rows):
     """A weight whose rows are another's columns: channels may be permuted, and scaled where `scales`."""
 
-    producer: str
-    axis: int
-    """Of the producer's axes, the one that makes the channels."""
-    biases: tuple[str, ...]
     size: int
     uses: tuple[Use, ...]
     scales: bool
-    partners: tuple[str, ...] = ()
+    partners: tuple[Rows, ...] = ()
     """Weights whose channels are multiplied with these on the way (gate and up): they are permuted together."""
 
     @property
@@ -77,6 +71,14 @@ class Structure:
     groups: list[NormGroup] = field(default_factory=list)
     pairs: list[WeightPair] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
+    attention: list[Attention] = field(default_factory=list)
+    ordered: list[Refused] = field(default_factory=list)
+    """Whose channels have to stay in their order, and why: norms, producers, and for orders within heads `path:qk` (q
+    with k) and `path:pv` (v)."""
+
+    def why_ordered(self, name: str) -> str:
+        """Why the order of these channels may not be changed; empty where it may."""
+        return "; ".join(reason for refused in self.ordered if refused.name == name for reason in refused.reasons)
 
     def group_of(self, weight: str) -> NormGroup | None:
         """The norm group that a weight reads from."""
@@ -103,6 +105,7 @@ def trace(model: nn.Module, example: Example, declared: Mapping[str, Sequence[st
             structure.pairs.append(found)
         elif found is not None:
             structure.refused.append(found)
+    structure.attention = attention_in(tracer)
     _check(model, example, structure)
     return structure
 
@@ -170,7 +173,7 @@ def _pair(source: Source, reasons: Sequence[str], tracer: Tracer) -> WeightPair 
     scales = all(use.scales for use in source.uses)
     events = {use.event for use in source.uses}
     others = [s for s in tracer.sources.values() if s is not source and events & {use.event for use in s.uses}]
-    partners = tuple(other.name for other in others if other.kind == "linear")
+    partners = tuple(Rows(s.name, s.axis, tuple(s.biases)) for s in others if s.kind == "linear")
     return WeightPair(
         source.name, source.axis, tuple(source.biases), source.size, _unique(source.uses), scales, partners
     )
@@ -203,120 +206,92 @@ def _offset(module: nn.Module, arguments: tuple[Any, ...]) -> float | None:
     return round(float(zero.flatten()[place] / slope.flatten()[place]), 2)
 
 
-@torch.no_grad()
-def scale_group(model: nn.Module, group: NormGroup, factors: Tensor) -> None:
-    """Divide a norm's channels by `factors` [size] and multiply the columns that read them; the function stays."""
-    module = model.get_submodule(group.norm)
-    weight, bias = module.weight, getattr(module, "bias", None)
-    assert isinstance(weight, nn.Parameter)
-    wide = factors.to(weight.device, torch.float64)
-    weight.copy_((weight.double() + group.offset) / wide - group.offset)
-    if isinstance(bias, nn.Parameter):
-        bias.copy_(bias.double() / wide)
-    _scale_uses(model, group.uses, wide)
-
-
-@torch.no_grad()
-def scale_pair(model: nn.Module, pair: WeightPair, factors: Tensor) -> None:
-    """Divide the rows of the producer, and its biases, by `factors` [size], and multiply the columns that read them."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    wide = factors.double()
-    producer = parameters[pair.producer]
-    producer.copy_(producer.double() / _facing(wide, producer, pair.axis))
-    for name in pair.biases:
-        parameters[name].copy_(parameters[name].double() / wide)
-    _scale_uses(model, pair.uses, wide)
-
-
-def _scale_uses(model: nn.Module, uses: Sequence[Use], factors: Tensor) -> None:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for use in uses:
-        read = torch.where(use.channels >= 0, factors[use.channels.clamp(min=0)], 1.0)
-        parameter = parameters[use.weight]
-        parameter.copy_(parameter.double() * _facing(read, parameter, use.axis))
-
-
-def _facing(values: Tensor, parameter: Tensor, axis: int) -> Tensor:
-    """Values along an axis of a parameter, shaped to be multiplied with it."""
-    return values.view([-1 if place == axis else 1 for place in range(parameter.dim())])
-
-
 def _check(model: nn.Module, example: Example, structure: Structure) -> None:
-    """Fold everything with random factors: all at once, and where a product changes, one by one."""
-    exact = _products(model, example)
-    foldable: list[NormGroup | WeightPair] = [*structure.groups, *(pair for pair in structure.pairs if pair.scales)]
-    if not foldable or _holds(model, example, foldable, exact):
-        return
-    for item in foldable:
-        if _holds(model, example, [item], exact):
-            continue
-        reason = "a product of the model changes when it is folded"
-        if isinstance(item, NormGroup):
-            structure.groups.remove(item)
-            structure.refused.append(Refused(item.norm, (reason,)))
-        else:
-            structure.pairs.remove(item)
-            structure.refused.append(Refused(item.producer, (reason,)))
-
-
-def _holds(
-    model: nn.Module, example: Example, items: Sequence[NormGroup | WeightPair], exact: dict[str, list[Tensor]]
-) -> bool:
-    """Whether every product but the producers' own comes out as before, each item folded with factors of its own."""
-    touched = {item.norm if isinstance(item, NormGroup) else item.producer for item in items}
-    weights = {weight for item in items for weight in item.weights} | touched
-    kept = {
-        n: p.detach().clone() for n, p in model.named_parameters(remove_duplicate=False) if _touches(n, items, weights)
-    }
+    """Fold everything with random factors, then with random orders; what changes a product is refused."""
     generator = torch.Generator().manual_seed(0)
-    try:
-        for item in items:
-            factors = torch.exp2(2 * torch.rand(item.size, generator=generator, dtype=torch.float64) - 1)
-            scale_group(model, item, factors) if isinstance(item, NormGroup) else scale_pair(model, item, factors)
-        folded = _products(model, example)
-    finally:
-        with torch.no_grad():
-            parameters = dict(model.named_parameters(remove_duplicate=False))
-            for name, values in kept.items():
-                parameters[name].copy_(values)
-    producers = {item.producer for item in items if isinstance(item, WeightPair)}
-    return all(
-        len(before) == len(folded[name]) and all(_close(a, b) for a, b in zip(before, folded[name], strict=True))
-        for name, before in exact.items()
-        if name not in producers
-    )
+    reason = "a product of the model changes when it is folded"
+
+    def factors(size: int) -> Tensor:
+        return torch.exp2(2 * torch.rand(size, generator=generator, dtype=torch.float64) - 1)
+
+    edits = [
+        Edit(partial(scale_group, model, g, factors(g.size)), _of_group(g), frozenset(), partial(_drop, structure, g))
+        for g in structure.groups
+    ]
+    edits += [
+        Edit(
+            partial(scale_pair, model, p, factors(p.size)),
+            _of_rows(p),
+            frozenset({p.producer}),
+            partial(_drop, structure, p),
+        )
+        for p in structure.pairs
+        if p.scales
+    ]
+    dispose(model, example, edits, reason)
+    dispose(model, example, list(_reorderings(model, structure, generator)), "a product of the model changes")
 
 
-def _touches(name: str, items: Sequence[NormGroup | WeightPair], weights: set[str]) -> bool:
-    biases = {bias for item in items if isinstance(item, WeightPair) for bias in item.biases}
-    return name in weights or name in biases or name.rpartition(".")[0] in weights
+def _reorderings(model: nn.Module, structure: Structure, generator: torch.Generator) -> Iterator[Edit]:
+    """A random order for all channels whose order may be changed; where there are heads, within them."""
+
+    def within(size: int, *sets: Tensor) -> Tensor:
+        order = torch.arange(size)
+        for channels in sets:
+            order[channels] = channels[torch.randperm(len(channels), generator=generator)]
+        return order
+
+    def keep(name: str) -> Callable[[str], None]:
+        return lambda reason: structure.ordered.append(Refused(name, (reason,)))
+
+    for group in structure.groups:
+        if isinstance(model.get_submodule(group.norm), nn.GroupNorm | nn.modules.batchnorm._NormBase):
+            keep(group.norm)("its channels are not its input's last axis")
+            continue
+        order = within(group.size, torch.arange(group.size))
+        yield Edit(partial(permute_group, model, group, order), _of_group(group), frozenset(), keep(group.norm))
+    values = {attention.value.producer for attention in structure.attention}
+    for pair in structure.pairs:
+        if pair.producer not in values:
+            order = within(pair.size, torch.arange(pair.size))
+            yield Edit(partial(permute_rows, model, pair, order), _of_rows(pair), _makers(pair), keep(pair.producer))
+    for attention in structure.attention:
+        value, query, key = attention.value, attention.query, attention.key
+        unread = () if value.uses else ("no weight reads its channels",)
+        if reasons := value.reasons or unread:
+            structure.ordered.append(Refused(f"{attention.path}:pv", reasons))
+        else:
+            order = within(value.size, *value.distinct)
+            apply = partial(permute_rows, model, value, order)
+            yield Edit(apply, _of_rows(value), _makers(value), keep(f"{attention.path}:pv"))
+        if query is None or key is None:
+            structure.ordered.append(Refused(f"{attention.path}:qk", ("q or k is not what a weight makes",)))
+        elif reasons := tuple(dict.fromkeys(query.reasons + key.reasons)):
+            structure.ordered.append(Refused(f"{attention.path}:qk", reasons))
+        else:
+            places = [torch.randperm(attention.head_size, generator=generator) for _ in key.distinct]
+            apply = partial(permute_scores, model, attention, places)
+            touched = _of_rows(query) | _of_rows(key)
+            yield Edit(apply, touched, _makers(query) | _makers(key), keep(f"{attention.path}:qk"), attention=True)
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * a.abs().max().clamp(min=1e-30))
+def _drop(structure: Structure, item: NormGroup | WeightPair, reason: str) -> None:
+    if isinstance(item, NormGroup):
+        structure.groups.remove(item)
+        structure.refused.append(Refused(item.norm, (reason,)))
+    else:
+        structure.pairs.remove(item)
+        structure.refused.append(Refused(item.producer, (reason,)))
 
 
-class _Recorder(TorchDispatchMode):
-    """Keeps the results of all products with a parameter, by the parameter."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.parameters = Parameters(model)
-        self.results: dict[str, list[Tensor]] = defaultdict(list)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        places = WITH_WEIGHT.get(name) or ((0, 1) if "convolution" in name else None)
-        if places is not None:
-            found = self.parameters.of(args[places[1]]) or self.parameters.of(args[places[0]])
-            if found is not None:
-                self.results[found[0]].append(out.detach().double())
-        return out
+def _of_group(group: NormGroup) -> frozenset[str]:
+    return frozenset({group.norm, *group.weights})
 
 
-def _products(model: nn.Module, example: Example) -> dict[str, list[Tensor]]:
-    recorder = _Recorder(model)
-    with as_in_evaluation(model), recorder:
-        call(model, example)
-    return dict(recorder.results)
+def _makers(rows: WeightPair | Projection) -> frozenset[str]:
+    return frozenset({rows.producer, *(partner.producer for partner in rows.partners)})
+
+
+def _of_rows(rows: WeightPair | Projection) -> frozenset[str]:
+    biases = {bias for maker in (rows, *rows.partners) for bias in maker.biases}
+    return _makers(rows) | biases | {use.weight for use in rows.uses}

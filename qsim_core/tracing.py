@@ -282,8 +282,7 @@ class Tracer(TorchDispatchMode):
         where = self._stack[-1] if self._stack else "the model"
         made: Tags = {}
         for tensor in tagged:
-            others = [other for other in args[:2] if other is not tensor]
-            other = others[0] if others else None
+            other = next((other for other in args[:2] if other is not tensor), None)
             for source, tag in self._tags[id(tensor)].items():
                 channels = tag.channels.expand(out.shape)
                 scales = tag.scales and name not in CURVES and not (name == "div" and tensor is not args[0])
@@ -292,7 +291,8 @@ class Tracer(TorchDispatchMode):
                     source.refuse(f"meets its own other channels in {where}")
                 elif name in SUMS and not twice and not self._adds_nothing(source, other, out):
                     source.refuse(f"is added to another tensor in {where}")
-                made[source] = Tag(channels, scales and not (twice and name not in SUMS))
+                first = made.get(source, Tag(channels))  # of x and rotated x, x tells the channels
+                made[source] = Tag(first.channels, first.scales and scales and not (twice and name not in SUMS))
         self._tag(out, made)
 
     def _adds_nothing(self, source: Source, other: Any, out: Tensor) -> bool:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from qsim_core import Transform, hookimpl
 from qsim_core.context import Context
+from qsim_core.folding import scale_group
 from qsim_core.offload import at_hand
 from qsim_core.ops import Call, Layout
 from qsim_core.running import Site
-from qsim_core.structure import scale_group
 
 LARGEST = 64
 """Factors of a rotation are at most so large, or one of Paley's: cheaper than one product with the whole of it."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from qsim_core import Transform, hookimpl
 from qsim_core.context import Context
-from qsim_core.structure import NormGroup, scale_group
+from qsim_core.folding import scale_group
+from qsim_core.structure import NormGroup
 
 PRESETS: dict[str, tuple[float, float]] = {
     "mit": (1e-5, float("inf")),
