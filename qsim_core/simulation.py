@@ -109,10 +109,7 @@ class Simulation:
                 with torch.no_grad():
                     transform.apply(self.model, context)
                 if _fingerprint(self.model, self.sites) == before:
-                    reasons = (
-                        "; ".join(dict.fromkeys(r.note for r in context.reports if r.note)) or "it found nothing to do"
-                    )
-                    raise RecipeError(f"{transform} changed nothing in this model: {reasons}")
+                    raise RecipeError(f"{transform} changed nothing in this model: {_why(context)}")
                 self.reports += context.reports
         finally:
             self.sites.quantizing = True
@@ -197,6 +194,15 @@ def simulate(
         simulation.restore()
         raise
     return simulation
+
+
+def _why(context: Context) -> str:
+    """Why a transform did nothing, and what may help."""
+    reasons = dict.fromkeys(report.note for report in context.reports if report.note)
+    why = "; ".join(reasons) or "it found nothing to do"
+    if "structure" in vars(context):
+        why += "; `qsim structure` shows what tracing found, simulate(…, structure={norm: [weights]}) declares the rest"
+    return why
 
 
 def _fingerprint(model: nn.Module, sites: Sites) -> Any:
