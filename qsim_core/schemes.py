@@ -126,6 +126,10 @@ class Cast(Quantizer):
     def granularity(self) -> Granularity:
         return "element"
 
+    @property
+    def unscaled(self) -> Format:
+        return self.element
+
 
 @hookimpl
 def qsim_quantizers() -> list[type[Quantizer]]:

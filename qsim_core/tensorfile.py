@@ -61,6 +61,8 @@ def read_header(file: BinaryIO, path: Path) -> tuple[bytes, list[Entry]]:
     try:
         with safe_open(path, framework="pt"):  # the library's own checks: lengths, overlaps, dtypes
             pass
+    except OSError as error:
+        raise QsimError(f"cannot read {path}: {error.strerror or error}") from None
     except SafetensorError as error:
         raise QsimError(f"{path} is no safetensors file, or corrupt: {' '.join(str(error).split())}") from None
     prefix = file.read(8)
@@ -83,8 +85,8 @@ def quantize_file(
     """Round the weights of `source` into `target`, which appears whole or not at all.
 
     Tensors of floats with two axes and more are weights, but for those that `skip` names; the others are copied
-    byte by byte. Raises `QsimError` for a file that is none, NaN or Inf in a weight, a pattern that matches nothing,
-    and where nothing is left to round.
+    byte by byte. Raises `QsimError` for a file that is none, NaN or Inf in a weight or in what becomes of it, a pattern
+    that matches nothing, and where nothing is left to round.
     """
     if source.resolve() == target.resolve():
         raise QsimError(f"{target} is the input; give the output another name")
@@ -131,6 +133,8 @@ def _rounded(
         layout = taps(tensor) if kernel else LAST
         rows = layout.rows(tensor)
         rounded = layout.back(quantizer.quantize(rows)).contiguous()
+        if not rounded.isfinite().all():
+            raise QsimError(f"{entry.name} overflows in {quantizer}; a scale keeps it in range, as in channel(F)")
         out.write(rounded.view(-1).view(torch.uint8).numpy().data)
         bits = quantizer.bits_per_element(rows.shape)
         yield Rounded(entry.name, entry.shape, str(quantizer), _sqnr(tensor, rounded), bits)

@@ -103,6 +103,30 @@ def test_the_bits_stored_are_the_bits_said(text: str, shape: tuple[int, ...]) ->
     assert encoded.packed().numel() == (x.numel() * encoded.width + 7) // 8
 
 
+def test_a_scale_that_nothing_rounds_counts_as_float32_whatever_the_tensor_is() -> None:
+    x, quantizer = noise(4, 16).double(), qsim.parse("block(int4, 8)")
+
+    assert quantizer.encode(x).bits / x.numel() == quantizer.bits_per_element(x.shape) == 4 + 32 / 8
+
+
+@pytest.mark.parametrize("text", QUANTIZERS)
+@pytest.mark.parametrize("shape", [(3, 0), (0, 4)])
+def test_an_empty_tensor_has_codes_too(text: str, shape: tuple[int, ...]) -> None:
+    quantizer, x = qsim.parse(text), torch.empty(shape, dtype=torch.bfloat16)
+
+    encoded = quantizer.encode(x)
+
+    assert (encoded.codes.shape, encoded.bits) == (shape, 0)
+    assert (quantizer.decode(encoded).shape, quantizer.decode(encoded).dtype) == (shape, torch.bfloat16)
+
+
+def test_codes_without_scales_are_no_schemes() -> None:
+    encoded = qsim.parse("int4").encode(torch.ones(4))
+
+    with pytest.raises(qsim.QsimError, match=r"^these codes have no scales that tensor\(int4\) could decode$"):
+        qsim.parse("tensor(int4)").decode(encoded)
+
+
 @pytest.mark.parametrize("width", range(1, 17))
 def test_packed_codes_unpack(width: int) -> None:
     codes = torch.randint(0, 2**width, (3, 37), generator=torch.Generator().manual_seed(width))

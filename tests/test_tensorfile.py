@@ -126,6 +126,7 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
         ("nan", ["--weights", "int4"], "fc.weight holds NaN or Inf; what is rounded from it would mean nothing"),
         ("corrupt", ["--weights", "int4"], "in.safetensors is no safetensors file, or corrupt: "),
         ("missing", ["--weights", "int4"], "cannot read "),
+        ("huge", ["--weights", "cast(e5m2)"], "fc.weight overflows in cast(e5m2); a scale keeps it in range, as in channel(F)"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
@@ -133,6 +134,8 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
 ) -> None:
     if change == "nan":
         save_file({"fc.weight": torch.tensor([[1.0, torch.nan]])}, source)
+    elif change == "huge":
+        save_file({"fc.weight": torch.tensor([[1.0, 1e6]])}, source)
     elif change == "corrupt":
         source.write_bytes(source.read_bytes()[:-50])
     elif change == "missing":
@@ -152,6 +155,12 @@ def test_the_output_is_no_directory_and_not_the_input(source: Path, tmp_path: Pa
     assert (
         "in.safetensors is the input; give the output another name" in run(source, source, "--weights", "int4").stderr
     )
+
+
+def test_a_device_is_no_input(tmp_path: Path) -> None:
+    outcome = run("/dev/null", tmp_path / "out.safetensors", "--weights", "int4")
+
+    assert outcome.stderr.startswith("Error: cannot read /dev/null: ")
 
 
 def test_a_full_disk_leaves_no_half_of_a_file(source: Path, tmp_path: Path) -> None:

@@ -258,6 +258,16 @@ def test_without_subnormals_zero_and_the_smallest_normal_are_neighbours() -> Non
     assert (y * 2.0**6).tolist() == [0, 0, 1, 1, 1, 1.125, 1.125, -1]
 
 
+@pytest.mark.parametrize(("text", "signed_zero"), [("e4m3", True), ("e4m3fnuz", False), ("binary8p3", False)])
+def test_without_subnormals_there_is_a_negative_zero_only_where_the_format_has_one(
+    text: str, signed_zero: bool
+) -> None:
+    y = qsim.parse(f"{text}(subnormals=false)")(torch.tensor([-1e-9, -0.0]))
+
+    assert y.tolist() == [0.0, 0.0]
+    assert y.signbit().tolist() == [signed_zero, signed_zero]
+
+
 @pytest.mark.parametrize("name", list(ML_DTYPES))
 def test_float64_is_rounded_once(name: str) -> None:
     number = qsim.parse(name)
