@@ -77,7 +77,9 @@ def main() -> None:
 @click.option("--dtype", default="float32", show_default=True, help="Arithmetic of the model and the simulation.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Samples computed at a time.")
 @click.option("--limit", type=click.IntRange(1), help="Evaluate so many samples only.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of whatever is drawn at random.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of drawn samples; stochastic rounding has `seed=`."
+)
 @click.option("--dry-run", is_flag=True, help="Print the recipe that would run, and stop.")
 @click.option("--json", "output", metavar="FILE", help="Write the result as JSON; - for standard output.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress, no table.")

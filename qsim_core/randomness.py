@@ -21,27 +21,32 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 
 
-class _Place(threading.local):
+class Place(threading.local):
+    """Where this thread draws."""
+
     site = 0
     step = 0
+    drawn = False
+    """Whether anything was drawn here."""
 
 
-_place = _Place()
+_place = Place()
 
 
 @contextlib.contextmanager
-def at(site: str, step: int) -> Iterator[None]:
+def at(site: str, step: int) -> Iterator[Place]:
     """Inside, numbers are those of this site (a name, of which the CRC-32 counts) and step (a count from 0)."""
-    before = _place.site, _place.step
-    _place.site, _place.step = zlib.crc32(site.encode()), step & WORD
+    before = _place.site, _place.step, _place.drawn
+    _place.site, _place.step, _place.drawn = zlib.crc32(site.encode()), step & WORD, False
     try:
-        yield
+        yield _place
     finally:
-        _place.site, _place.step = before
+        _place.site, _place.step, _place.drawn = before
 
 
 def uniform(like: Tensor, seed: int) -> Tensor:
     """Numbers in [0, 1), multiples of 2^-24, float32, one for each element of `like`, in its order and shape."""
+    _place.drawn = True
     blocks = torch.arange((like.numel() + 3) // 4, device=like.device)
     words = philox((blocks & WORD, blocks >> 32, _word(_place.step, like), _word(_place.site, like)), seed)
     drawn = torch.stack(words, -1).flatten()[: like.numel()]

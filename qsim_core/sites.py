@@ -152,7 +152,8 @@ class Sites:
         return value
 
     def _input(self, site: Site, role: str, operand: Tensor, layout: Layout) -> Tensor:
-        """The operand quantized; one that the call before this had too (q, k and v's) is not computed again."""
+        """The operand quantized; one that the call before this had too (q, k and v's) is not computed again, unless
+        numbers are drawn for it: those are every site's own, with a gradient and without."""
         quantizer, value = self._quantizer(site, role), operand
         if quantizer is not None:
             shareable = layout is LAST and not torch.is_grad_enabled() and not operand.is_inference()
@@ -160,8 +161,9 @@ class Sites:
             if shareable and last and last[0] is operand and last[1] == operand._version and last[2] is quantizer:
                 value = last[3]
             else:
-                with at(f"{site.name}:{role}", site.calls):
+                with at(f"{site.name}:{role}", site.calls) as place:
                     value = layout.back(quantizer(layout.rows(operand)))
+                    shareable = shareable and not place.drawn
                 self.thread.shared = (operand, operand._version, quantizer, value) if shareable else None
         self._observe(site, role, operand, value, layout, quantizer)
         return value
