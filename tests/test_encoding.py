@@ -66,7 +66,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("text", QUANTIZERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_decoding_gives_the_quantized_tensor(text: str, dtype: torch.dtype) -> None:
     quantizer, x = qsim.parse(text), noise(3, 5, 35).to(dtype)
     x[0, 0] = 0
