@@ -186,8 +186,9 @@ def components(name: str | None, table: bool, as_json: bool) -> None:
 def quantize(source: Path, target: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Round the weights in a file of tensors; the output has the same names, shapes and dtypes.
 
-    Every floating-point tensor of two axes and more is a weight, its rows along the last axis (a kernel's over its
-    input channels and taps); everything else is copied. Memory is bounded by the largest tensor.
+    Every tensor of float16, bfloat16, float32 or float64 with two axes and more is a weight, its rows along the last
+    axis (a kernel's over its input channels and taps); everything else is copied, float8 and whole numbers too.
+    Memory is bounded by the largest tensor.
     """
     from qsim_core import report
     from qsim_core.host import Host

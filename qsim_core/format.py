@@ -144,6 +144,10 @@ class Format(Quantizer):
         return "element"
 
     @property
+    def by_rows(self) -> bool:
+        return True
+
+    @property
     def unscaled(self) -> Format:
         return self
 

@@ -60,6 +60,11 @@ class Quantizer(Component):
         return None
 
     @property
+    def by_rows(self) -> bool:
+        """Whether each row is rounded by itself, whatever the others hold."""
+        return False
+
+    @property
     def unscaled(self) -> Format | None:
         """The number format that it rounds to as it is, if it does nothing else; a scale rounded so saturates."""
         return None

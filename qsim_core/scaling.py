@@ -67,6 +67,11 @@ class Scheme(Quantizer):
             return frozenset()
         return super().sharing | (self.scale.sharing if self.scale is not None else frozenset())
 
+    @property
+    def by_rows(self) -> bool:
+        rows = self.granularity[0] if isinstance(self.granularity, tuple) else 1
+        return rows == 1 and self.granularity != "tensor" and (self.scale is None or self.scale.by_rows)
+
     @model_validator(mode="after")
     def _works_together(self) -> Self:
         element, scale = self.element, self.scale

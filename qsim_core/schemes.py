@@ -127,6 +127,10 @@ class Cast(Quantizer):
         return "element"
 
     @property
+    def by_rows(self) -> bool:
+        return True
+
+    @property
     def unscaled(self) -> Format:
         return self.element
 
