@@ -80,7 +80,9 @@ def main() -> None:
 @click.option("--dtype", default="float32", show_default=True, help="Arithmetic of the model and the simulation.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Samples computed at a time.")
 @click.option("--limit", type=click.IntRange(1), help="Evaluate so many samples only.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of whatever is drawn at random.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of drawn samples; stochastic rounding has `seed=`."
+)
 @click.option("--dry-run", is_flag=True, help="Print the recipe that would run, and stop.")
 @click.option("--json", "output", metavar="FILE", help="Write the result as JSON; - for standard output.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress, no table.")
@@ -187,8 +189,9 @@ def components(name: str | None, table: bool, as_json: bool) -> None:
 def quantize(source: Path, target: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Round the weights in a file of tensors; the output has the same names, shapes and dtypes.
 
-    Every floating-point tensor of two axes and more is a weight, its rows along the last axis (a kernel's over its
-    input channels and taps); everything else is copied. Memory is bounded by the largest tensor.
+    Every tensor of float16, bfloat16, float32 or float64 with two axes and more is a weight, its rows along the last
+    axis (a kernel's over its input channels and taps); everything else is copied, float8 and whole numbers too.
+    Memory is bounded by the largest tensor.
     """
     from qsim_core import report
     from qsim_core.host import Host

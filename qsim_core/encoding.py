@@ -32,11 +32,11 @@ class Encoded:
 
     @property
     def bits(self) -> int:
-        """Bits stored in all: codes, zero points, and scales."""
+        """Bits stored in all: codes, zero points, and scales; 32 for a scale that nothing rounds, as in float32."""
         own = self.width * (self.codes.numel() + (0 if self.zero_points is None else self.zero_points.numel()))
         if isinstance(self.scales, Encoded):
             return own + self.scales.bits
-        return own + (0 if self.scales is None else self.scales.numel() * self.scales.itemsize * 8)
+        return own + (0 if self.scales is None else self.scales.numel() * 32)
 
 
 def as_codes(codes: Tensor, width: int) -> Tensor:

@@ -22,6 +22,9 @@ from qsim_core.numerics import Rounding, working
 from qsim_core.quantizer import Granularity, Quantizer, floating, laid_out_as
 from qsim_core.randomness import uniform
 
+SCALES_SPAN = 2.0**16
+"""E4M3 spans 2^17.8, 16-bit integers 2^16."""
+
 
 class Format(Quantizer):
     """A set of representable values; quantizing rounds to one of them, without any scale. One method to write: `table`.
@@ -33,8 +36,6 @@ class Format(Quantizer):
     """
 
     kind: ClassVar[str] = "format"
-    wide: ClassVar[bool] = True
-    """Whether its values span binades enough to be scales as they are."""
     has_nan: ClassVar[bool] = False
     """Whether NaN in the table is a value; else it marks codes without meaning."""
 
@@ -141,6 +142,20 @@ class Format(Quantizer):
     @property
     def granularity(self) -> Granularity:
         return "element"
+
+    @property
+    def by_rows(self) -> bool:
+        return True
+
+    @property
+    def unscaled(self) -> Format:
+        return self
+
+    @property
+    def wide(self) -> bool:
+        """Whether the positive values span more than 16 binades, enough to be scales as they are."""
+        finite = grid(self).finite
+        return float(finite[-1] / finite[finite > 0].min()) > SCALES_SPAN if self.max > 0 else False
 
 
 @dataclass(frozen=True)

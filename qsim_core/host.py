@@ -192,7 +192,8 @@ class Host:
         from qsim_core.spec import read
 
         if node.name is None:
-            raise node.error(f"expected a {(kind or Component).kind}, found {node.value!r}")
+            what = "a list" if isinstance(node.value, list) else repr(node.value)
+            raise node.error(f"expected {with_article((kind or Component).kind)}, found {what}")
         try:
             plugin, found = self._find(node.name, kind, node.scope)
         except PluginError:

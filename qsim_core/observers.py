@@ -23,8 +23,8 @@ class Observer(ABC):
     """Gathers values; two methods to write."""
 
     @abstractmethod
-    def update(self, values: Tensor) -> None:
-        """Take in values [B, m], the same B every time."""
+    def update(self, values: Tensor, counts: Tensor | None = None) -> None:
+        """Take in values [B, m], the same B every time; where `counts` has 0, a zero that fills up a short block."""
 
     @abstractmethod
     def values(self) -> tuple[Tensor, Tensor | None]:
@@ -32,13 +32,13 @@ class Observer(ABC):
 
 
 class Extremes(Observer):
-    """The lowest and the highest value of each block."""
+    """The lowest and the highest value of each block, zero among them where a block is filled up: scales cover it."""
 
     def __init__(self) -> None:
         self.low: Tensor | None = None
         self.high: Tensor | None = None
 
-    def update(self, values: Tensor) -> None:
+    def update(self, values: Tensor, counts: Tensor | None = None) -> None:
         low, high = values.amin(-1), values.amax(-1)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
@@ -64,7 +64,7 @@ class Histogram(Observer):
         """log2 of the bins' width, [B]."""
         self.counts = torch.empty(0)
 
-    def update(self, values: Tensor) -> None:
+    def update(self, values: Tensor, counts: Tensor | None = None) -> None:
         self.extremes.update(values)
         largest = values.abs().amax(-1)
         needed = torch.frexp(largest).exponent - (BINS // 2).bit_length() + 1  # largest < BINS/2 * 2^needed
@@ -76,7 +76,8 @@ class Histogram(Observer):
             )
         self._widen(torch.maximum(self.exponent, needed))
         index = (values.double() * power_of_two(-self.exponent).unsqueeze(-1)).floor().long() + BINS // 2
-        self.counts.scatter_add_(1, index.clamp(0, BINS - 1), torch.ones_like(index, dtype=torch.float64))
+        each = torch.ones_like(values) if counts is None else counts
+        self.counts.scatter_add_(1, index.clamp(0, BINS - 1), each.double())
 
     def _widen(self, exponent: Tensor) -> None:
         """Make the bins of each block as wide as 2^exponent by adding up neighbours."""
@@ -118,7 +119,7 @@ class MovingExtremes(Observer):
         self.momentum = momentum
         self.ends: Tensor | None = None
 
-    def update(self, values: Tensor) -> None:
+    def update(self, values: Tensor, counts: Tensor | None = None) -> None:
         ends = torch.stack([values.amin(-1), values.amax(-1)], -1)
         self.ends = ends if self.ends is None else self.momentum * self.ends + (1 - self.momentum) * ends
 

@@ -20,6 +20,7 @@ from qsim_core.errors import QsimError
 
 if TYPE_CHECKING:
     from qsim_core.encoding import Encoded
+    from qsim_core.format import Format
 
 Granularity = Literal["tensor", "channel", "token", "element"] | int | tuple[int, int]
 
@@ -56,6 +57,16 @@ class Quantizer(Component):
     @property
     def granularity(self) -> Granularity | None:
         """Which elements share a scale: the tensor, a row, a block of n or r x c, no others; None: unknown."""
+        return None
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether each row is rounded by itself, whatever the others hold."""
+        return False
+
+    @property
+    def unscaled(self) -> Format | None:
+        """The number format that it rounds to as it is, if it does nothing else; a scale rounded so saturates."""
         return None
 
     @property

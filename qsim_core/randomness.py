@@ -21,30 +21,42 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 
 
-class _Place(threading.local):
+class Place(threading.local):
+    """Where this thread draws."""
+
     site = 0
     step = 0
+    start = 0
+    rows = 1
+    drawn = False
+    """Whether anything was drawn here."""
 
 
-_place = _Place()
+_place = Place()
 
 
 @contextlib.contextmanager
-def at(site: str, step: int) -> Iterator[None]:
-    """Inside, numbers are those of this site (a name, of which the CRC-32 counts) and step (a count from 0)."""
-    before = _place.site, _place.step
-    _place.site, _place.step = zlib.crc32(site.encode()), step & WORD
+def at(site: str = "", step: int = 0, start: int = 0, rows: int = 1) -> Iterator[Place]:
+    """Inside, numbers are those of this site (a name, of which the CRC-32 counts) and step (a count from 0).
+
+    Where a tensor is rounded in parts, those of `rows` rows from row `start` on.
+    """
+    before = dict(_place.__dict__)
+    _place.__dict__.update(site=zlib.crc32(site.encode()), step=step & WORD, start=start, rows=rows, drawn=False)
     try:
-        yield
+        yield _place
     finally:
-        _place.site, _place.step = before
+        _place.__dict__.clear()
+        _place.__dict__.update(before)
 
 
 def uniform(like: Tensor, seed: int) -> Tensor:
     """Numbers in [0, 1), multiples of 2^-24, float32, one for each element of `like`, in its order and shape."""
-    blocks = torch.arange((like.numel() + 3) // 4, device=like.device)
+    _place.drawn = True
+    first = like.numel() // _place.rows * _place.start
+    blocks = torch.arange(first // 4, (first + like.numel() + 3) // 4, device=like.device)
     words = philox((blocks & WORD, blocks >> 32, _word(_place.step, like), _word(_place.site, like)), seed)
-    drawn = torch.stack(words, -1).flatten()[: like.numel()]
+    drawn = torch.stack(words, -1).flatten()[first % 4 :][: like.numel()]
     return ((drawn >> 8).float() * 2.0**-24).view(like.shape)
 
 

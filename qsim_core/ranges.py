@@ -16,7 +16,7 @@ from torch import Tensor
 from qsim_core.component import Component
 from qsim_core.observers import Extremes, Histogram, Observer
 
-Rounded = Callable[[Tensor, Tensor], Tensor]
+ErrorOf = Callable[[Tensor, Tensor], Tensor]
 """The difference that quantizing makes to the values under a range (lowest, highest)."""
 
 
@@ -30,12 +30,13 @@ class Calibrator(Component):
     kind: ClassVar[str] = "calibrator"
 
     @abstractmethod
-    def range(self, blocks: Tensor, error: Rounded, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    def range(self, blocks: Tensor, error: ErrorOf, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         """The lowest and the highest value to cover, [..., B] each, for blocks [..., B, n].
 
         For a scale without a zero point the blocks hold magnitudes, and the lowest does not count.
         `error(lowest, highest)` is how far quantizing under a range moves each value, [..., B, n]. `counts`, in the
-        shape of the blocks, says how many values each stands for (None: one). A block with NaN or ±Inf must give a
+        shape of the blocks, says how many values each stands for (None: one); the zeros that fill up a short last block
+        stand for none. A block with NaN or ±Inf must give a
         range that is not finite, so that it shows.
         """
 
@@ -49,7 +50,7 @@ class MinMax(Calibrator):
 
     name = "minmax"
 
-    def range(self, blocks: Tensor, error: Rounded, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    def range(self, blocks: Tensor, error: ErrorOf, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         return blocks.amin(-1), blocks.amax(-1)
 
     def observer(self) -> Observer:
@@ -61,7 +62,7 @@ class AbsMax(Calibrator):
 
     name = "absmax"
 
-    def range(self, blocks: Tensor, error: Rounded, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    def range(self, blocks: Tensor, error: ErrorOf, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         highest = blocks.abs().amax(-1)
         return -highest, highest
 
@@ -72,18 +73,17 @@ class AbsMax(Calibrator):
 class Percentile(Calibrator):
     """All but the outermost values: p percent of the magnitudes, or, with a zero point, p percent at either end.
 
-    Between two values it interpolates linearly, as numpy's `percentile` does by default; of values with counts it takes
-    the first that has that share at or below it. A short last block counts as filled up with zeros.
+    Between two values it interpolates linearly, as numpy's `percentile` does by default.
     """
 
     name = "percentile"
     p: float = Field(99.9, gt=50, le=100, description="percent of the values to cover")
 
-    def range(self, blocks: Tensor, error: Rounded, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    def range(self, blocks: Tensor, error: ErrorOf, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         ordered, order = blocks.sort(-1)
-        counts = None if counts is None else counts.gather(-1, order)
+        reached = (torch.ones_like(blocks) if counts is None else counts.gather(-1, order)).double().cumsum(-1)
         ends = ordered[..., 0], ordered[..., -1]
-        low, high = (_quantile(ordered, share, counts) for share in (1 - self.p / 100, self.p / 100))
+        low, high = (_quantile(ordered, reached, share) for share in (1 - self.p / 100, self.p / 100))
         return torch.where(ends[0].isfinite(), low, ends[0]), torch.where(ends[1].isfinite(), high, ends[1])
 
 
@@ -100,7 +100,7 @@ class MSE(Calibrator):
     steps: PositiveInt = Field(100, description="candidates from the whole range to none of it")
     lowest: float = Field(0.2, ge=0, lt=1, description="share of the range where the search ends")
 
-    def range(self, blocks: Tensor, error: Rounded, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    def range(self, blocks: Tensor, error: ErrorOf, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         low, high = blocks.amin(-1), blocks.amax(-1)
         least = torch.full_like(high, torch.inf)
         best = torch.ones_like(high)
@@ -113,12 +113,9 @@ class MSE(Calibrator):
         return best * low, best * high
 
 
-def _quantile(ordered: Tensor, share: float, counts: Tensor | None) -> Tensor:
-    if counts is not None:
-        reached = counts.cumsum(-1)
-        index = torch.searchsorted(reached.contiguous(), share * reached[..., -1:].contiguous())
-        return ordered.gather(-1, index.clamp(max=ordered.shape[-1] - 1)).squeeze(-1)
-    place = share * (ordered.shape[-1] - 1)
-    below = int(place)
-    low, high = ordered[..., below], ordered[..., min(below + 1, ordered.shape[-1] - 1)]
-    return low + (high - low) * (place - below)
+def _quantile(ordered: Tensor, reached: Tensor, share: float) -> Tensor:
+    """The value at a share of the way from the first to the last; `reached` says how many lie up to each."""
+    place = share * (reached[..., -1:] - 1)
+    below, above = (torch.searchsorted(reached, rank, right=True) for rank in (place.floor(), place.ceil()))
+    low, high = ordered.gather(-1, below), ordered.gather(-1, above)
+    return (low + (high - low) * (place - place.floor()).to(low.dtype)).squeeze(-1)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from qsim_core.encoding import Encoded
+from qsim_core.encoding import Encoded, as_codes
 from qsim_core.errors import QsimError
 from qsim_core.format import Format
 from qsim_core.numerics import ScaleRule, power_of_two_scale, round_to_integer, working
@@ -37,7 +37,8 @@ class Scheme(Quantizer):
     Symmetric: scale = highest / reach(element), where `range` says what the highest magnitude is. Otherwise, for
     integers: scale = (highest - lowest) / (max - min) with zero inside the range, and a zero point
     min - round(lowest / scale) that makes zero exact. The quotients are float32's (float64's for float64 input).
-    `rule` may make a power of two of the scale; `scale` rounds it, saturating at that format's largest value.
+    `rule` may make a power of two of the scale; `scale` rounds it, saturating at that format's largest value. The
+    element saturates too, whatever it does outside of a scheme: rounding alone never makes Inf or NaN of a number.
 
     A block of zeros, or whose scale rounds to zero, becomes zero. A block that holds NaN or ±Inf has no scale
     and becomes NaN as a whole: an overflow is not hidden.
@@ -66,17 +67,30 @@ class Scheme(Quantizer):
             return frozenset()
         return super().sharing | (self.scale.sharing if self.scale is not None else frozenset())
 
+    @property
+    def by_rows(self) -> bool:
+        rows = self.granularity[0] if isinstance(self.granularity, tuple) else 1
+        return rows == 1 and self.granularity != "tensor" and (self.scale is None or self.scale.by_rows)
+
     @model_validator(mode="after")
     def _works_together(self) -> Self:
         element, scale = self.element, self.scale
         if element.min > 0:
             raise ValueError(f"{element} holds no zero and nothing below: it can be a scale, not an element")
-        if isinstance(scale, Format) and not scale.wide:
-            raise ValueError(f"{scale} as a scale needs a scale of its own, like scaled({scale}, channel)")
+        if self.symmetric and element.max < -element.min / 2:
+            raise ValueError(
+                f"{element} goes down to {element.min:g} and up to {element.max:g} only, and it is this that a scale "
+                f"maps the largest magnitude to; give it values above zero too"
+            )
+        if scale is not None and (bare := scale.unscaled) is not None and not bare.wide:
+            raise ValueError(f"{scale} as a scale needs a scale of its own, like scaled({bare}, channel)")
         if not self.symmetric and not element.is_integer:
             raise ValueError(f"a zero point shifts whole numbers; {element} is none, so leave symmetric=false out")
         if not self.symmetric and self.rule != "divide":
             raise ValueError(f"rule {self.rule} is for symmetric scales; leave symmetric=false out")
+        if element.reach != element.max and not (self.symmetric and self.rule == "divide"):
+            rival = f"rule {self.rule}" if self.symmetric else "a zero point"
+            raise ValueError(f"{rival} leaves {element} no say in what a scale maps to; leave its convention out")
         if self.static and not (self.granularity == "tensor" or isinstance(self.granularity, int)):
             raise ValueError(f"a static scale is for the tensor or for n along the row, not for {self.granularity}")
         return self
@@ -90,23 +104,24 @@ class Scheme(Quantizer):
         """`x` rounded, in its own dtype; the arithmetic is float32's (float64's for float64)."""
         if floating(x).numel() == 0:
             return x.clone()
-        blocks = self.split(working(x))
-        scale, zero = self.scales(blocks)
+        blocks, exact, zero = self._measured(x)
+        scale = self._rounded(exact).unsqueeze(-1)
         return laid_out_as(x, self.join(self._units(blocks, scale, zero) * scale, x))
 
     def passes(self, x: Tensor) -> Tensor:
         """True where x / scale is at most half a step outside the element format; NaN does not pass."""
         if x.numel() == 0:
             return torch.ones_like(x, dtype=torch.bool)
-        blocks = self.split(working(x))
-        scale, zero = self.scales(blocks)
-        units = blocks / _divisor(scale)
+        blocks, exact, zero = self._measured(x)
+        units = blocks / _divisor(self._rounded(exact).unsqueeze(-1))
         return self.join(self.coded.passes(units if zero is None else units + zero), x)
 
     def encode(self, x: Tensor) -> Encoded:
         """Codes in the shape of `x`, scales and zero points one for each block. Where a scale is NaN no code counts."""
-        blocks, element = self.split(working(floating(x))), self.coded
-        exact, zero = self._exact(blocks)
+        element = self.coded
+        if floating(x).numel() == 0:
+            return Encoded(as_codes(x, element.width), element.width, x.dtype)
+        blocks, exact, zero = self._measured(x)
         scale = self._rounded(exact).unsqueeze(-1)
         units = torch.where(scale.isnan(), element.max, self._units(blocks, scale, zero))
         if zero is not None:
@@ -121,36 +136,35 @@ class Scheme(Quantizer):
         )
 
     def decode(self, encoded: Encoded) -> Tensor:
+        """(code - zero point) * scale, in the dtype that was encoded. Raises `QsimError` for what another encoded."""
         element, dtype = self.coded, working(torch.empty(0, dtype=encoded.dtype)).dtype
-        stored = encoded.scales
-        scale = self.scale.decode(stored) if self.scale is not None and isinstance(stored, Encoded) else stored
-        assert isinstance(scale, Tensor)
+        if encoded.codes.numel() == 0:
+            return torch.empty_like(encoded.codes, dtype=encoded.dtype)
+        scale = encoded.scales
+        if isinstance(scale, Encoded) and self.scale is not None:
+            scale = self.scale.decode(scale)
+        if not isinstance(scale, Tensor):
+            raise QsimError(f"these codes have no scales that {self} could decode")
         units = element.from_codes(self.split(encoded.codes), dtype)
         if encoded.zero_points is not None:
             units = units - element.from_codes(encoded.zero_points, dtype).unsqueeze(-1)
         return self.join(units * scale.unsqueeze(-1), encoded.codes).to(encoded.dtype)
 
-    def scales(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scales and zero points of blocks [..., B, n], [..., B, 1] each; NaN where a block has none."""
-        exact, zero = self._exact(blocks)
-        return self._rounded(exact).unsqueeze(-1), zero
-
     def scale_map(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The scale and the zero point of each element of `x`, in its shape and in the dtype of the arithmetic."""
-        blocks = self.split(working(x))
-        scale, zero = self.scales(blocks)
+        blocks, exact, zero = self._measured(x)
+        scale = self._rounded(exact).unsqueeze(-1)
         return self.join(scale.expand_as(blocks), x), None if zero is None else self.join(zero.expand_as(blocks), x)
 
     def round_at(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """`x` rounded under scales and zero points that were found before, given for each element or to broadcast."""
         return self._units(x, scale, zero) * scale
 
-    def static_blocks(self, x: Tensor) -> Tensor:
-        """`x` as [B, values]: all that shares a static scale, over all rows."""
+    def static_blocks(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`x` as [B, values], all that shares a static scale over all rows, and how many each stands for."""
         blocks = self.split(working(x))
-        if self.granularity == "tensor":
-            return blocks
-        return blocks.flatten(0, -3).movedim(-2, 0).flatten(1) if blocks.dim() > 2 else blocks
+        counts = self._counts(x, blocks)
+        return _over_rows(blocks), None if counts is None else _over_rows(counts)
 
     def fit(self, values: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Static scales and zero points, [B, 1] each, for values [B, n] of which each stands for `counts`."""
@@ -170,6 +184,17 @@ class Scheme(Quantizer):
         units = self.split(working(x)) / _divisor(scale)
         return self.join(self.coded.passes(units if zero is None else units + zero), x)
 
+    def _measured(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`x` in blocks [..., B, n], their scales [..., B] before these are rounded, and their zero points."""
+        blocks = self.split(working(x))
+        return blocks, *self._exact(blocks, self._counts(x, blocks))
+
+    def _counts(self, x: Tensor, blocks: Tensor) -> Tensor | None:
+        """1 for each value of a block and 0 for each zero that fills it up; None where nothing does."""
+        if blocks.numel() == x.numel():
+            return None
+        return self.split(torch.ones(x.shape[-2:], dtype=blocks.dtype, device=x.device)).expand(blocks.shape)
+
     def _exact(self, blocks: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Scales [..., B] before they are rounded, and zero points [..., B, 1], after `range` has looked."""
         seen = blocks
@@ -187,7 +212,10 @@ class Scheme(Quantizer):
         element = self.coded
         if not self.symmetric:
             low, high = low.clamp(max=0), high.clamp(min=0)
-            exact = _finite((high - low) / (element.max - element.min))
+            steps = element.max - element.min
+            exact = (high - low) / steps
+            exact = torch.where(exact.isinf(), high / steps - low / steps, exact)  # the difference may overflow
+            exact = _finite(exact)
             offset = (low / _divisor(self._rounded(exact))).round()
             return exact, (element.min - offset).clamp(element.min, element.max).unsqueeze(-1)
         if self.rule == "divide":
@@ -195,7 +223,8 @@ class Scheme(Quantizer):
         return power_of_two_scale(high, self.rule, element.max, element.beyond), None
 
     def _limited(self, exact: Tensor) -> Tensor:
-        return exact.clamp(max=getattr(self.scale, "max", math.inf))
+        bare = None if self.scale is None else self.scale.unscaled
+        return exact if bare is None else exact.clamp(max=bare.max)
 
     def _rounded(self, exact: Tensor) -> Tensor:
         return exact if self.scale is None else _finite(self.scale.quantize(self._limited(exact)))
@@ -204,7 +233,7 @@ class Scheme(Quantizer):
         """The blocks in units of their scale, rounded; less the zero point, where there is one."""
         units, element = blocks / _divisor(scale), self.coded
         if zero is None:
-            return element.round(units)
+            return element.round(units if element.overflow is None else units.clamp(element.min, element.max))
         return round_to_integer(units, element.min - zero, element.max - zero, element.rounding, element.seed)
 
     def split(self, x: Tensor) -> Tensor:
@@ -256,6 +285,11 @@ class Scheme(Quantizer):
         if each is None:
             return None
         return width + (each + (0 if self.symmetric else width)) * scales.numel() / elements
+
+
+def _over_rows(blocks: Tensor) -> Tensor:
+    """Blocks [..., B, n] as [B, all values there]."""
+    return blocks.flatten(0, -3).movedim(-2, 0).flatten(1) if blocks.dim() > 2 else blocks
 
 
 def _finite(scale: Tensor) -> Tensor:

@@ -126,6 +126,14 @@ class Cast(Quantizer):
     def granularity(self) -> Granularity:
         return "element"
 
+    @property
+    def by_rows(self) -> bool:
+        return True
+
+    @property
+    def unscaled(self) -> Format:
+        return self.element
+
 
 @hookimpl
 def qsim_quantizers() -> list[type[Quantizer]]:

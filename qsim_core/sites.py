@@ -169,15 +169,17 @@ class Sites:
         return value
 
     def _input(self, site: Site, role: str, operand: Tensor, layout: Layout) -> Tensor:
-        """The operand quantized; one that the call before this had too (q, k and v's) is not computed again."""
+        """The operand quantized; one that the call before this had too (q, k and v's) is not computed again, unless
+        numbers are drawn for it: those are every site's own, with a gradient and without."""
         quantizer, value = self._quantizer(site, role), operand
         if quantizer is not None:
             if layout is LAST and Last.holds(self.thread.quantized, quantizer, operand):
                 value = self.thread.quantized.value  # type: ignore[union-attr]
             else:
-                with at(f"{site.name}:{role}", site.calls):
+                with at(f"{site.name}:{role}", site.calls) as place:
                     value = layout.back(quantizer(layout.rows(operand)))
-                self.thread.quantized = _last(quantizer, operand, value, layout)
+                    last = None if place.drawn else _last(quantizer, operand, value, layout)
+                self.thread.quantized = last
         self._observe(site, role, operand, value, layout, quantizer)
         return value
 

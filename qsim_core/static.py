@@ -75,7 +75,7 @@ class Fitter:
             return
         if key not in self.seen:
             self.seen[key] = site, scheme, scheme.range.observer()
-        self.seen[key][2].update(scheme.static_blocks(before))
+        self.seen[key][2].update(*scheme.static_blocks(before))
 
     def fix(self) -> list[str]:
         """Choose the scales and leave them at the sites; gives a line for each that can hardly be right."""

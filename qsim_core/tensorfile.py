@@ -1,7 +1,8 @@
 """Files of tensors in the safetensors format, rounded tensor by tensor.
 
 The safetensors library writes a file from memory that holds all of it. Here the output has the input's header, so each
-tensor's place is known beforehand, and one tensor at a time is read, rounded and written.
+tensor's place is known beforehand, and one tensor at a time is read, rounded (a few rows at a time, where rows do not
+depend on each other) and written.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from qsim_core.bases import no_progress
 from qsim_core.errors import QsimError, RecipeError, did_you_mean
 from qsim_core.ops import LAST, taps
 from qsim_core.quantizer import Quantizer
+from qsim_core.randomness import at
 from qsim_core.recipe import matches
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PART = 2**20
+"""Elements that are rounded at a time."""
 LONGEST_HEADER = 100_000_000
 """The bound that the safetensors library sets, in bytes."""
 
@@ -61,6 +65,8 @@ def read_header(file: BinaryIO, path: Path) -> tuple[bytes, list[Entry]]:
     try:
         with safe_open(path, framework="pt"):  # the library's own checks: lengths, overlaps, dtypes
             pass
+    except OSError as error:
+        raise QsimError(f"cannot read {path}: {error.strerror or error}") from None
     except SafetensorError as error:
         raise QsimError(f"{path} is no safetensors file, or corrupt: {' '.join(str(error).split())}") from None
     prefix = file.read(8)
@@ -83,8 +89,8 @@ def quantize_file(
     """Round the weights of `source` into `target`, which appears whole or not at all.
 
     Tensors of floats with two axes and more are weights, but for those that `skip` names; the others are copied
-    byte by byte. Raises `QsimError` for a file that is none, NaN or Inf in a weight, a pattern that matches nothing,
-    and where nothing is left to round.
+    byte by byte. Raises `QsimError` for a file that is none, NaN or Inf in a weight or in what becomes of it, a pattern
+    that matches nothing, and where nothing is left to round.
     """
     if source.resolve() == target.resolve():
         raise QsimError(f"{target} is the input; give the output another name")
@@ -119,21 +125,42 @@ def _rounded(
 ) -> Iterator[Rounded]:
     for entry in entries:
         file.seek(start + entry.begin)
-        data = bytearray(file.read(entry.end - entry.begin))
+        data = bytearray(entry.end - entry.begin)
+        file.readinto(data)  # type: ignore[attr-defined]
         if entry.name not in chosen:
             out.write(data)
             yield Rounded(entry.name, entry.shape, None)
             continue
         tensor = torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(entry.shape)
-        if not tensor.isfinite().all():
+        if not _finite(tensor):
             raise QsimError(f"{entry.name} holds NaN or Inf; what is rounded from it would mean nothing")
         kernel = len(entry.shape) > 3 or (len(entry.shape) == 3 and any(matches(p, [entry.name]) for p in conv1d))
         layout = taps(tensor) if kernel else LAST
         rows = layout.rows(tensor)
-        rounded = layout.back(quantizer.quantize(rows)).contiguous()
+        rounded = layout.back(_in_parts(quantizer, rows)).contiguous()
+        if not _finite(rounded):
+            raise QsimError(f"{entry.name} overflows in {quantizer}; a scale keeps it in range, as in channel(F)")
         out.write(rounded.view(-1).view(torch.uint8).numpy().data)
         bits = quantizer.bits_per_element(rows.shape)
         yield Rounded(entry.name, entry.shape, str(quantizer), _sqnr(tensor, rounded), bits)
+
+
+def _in_parts(quantizer: Quantizer, rows: Tensor) -> Tensor:
+    """`quantizer.quantize(rows)`, bit for bit, a few rows at a time if it rounds them one by one."""
+    if not quantizer.by_rows:
+        return quantizer.quantize(rows)
+    flat = rows.flatten(0, -2)
+    rounded = torch.empty_like(flat)
+    count = max(1, PART // flat.shape[-1])
+    for start in range(0, len(flat), count):
+        part = flat[start : start + count]
+        with at(start=start, rows=len(part)):
+            rounded[start : start + count] = quantizer.quantize(part)
+    return rounded.view(rows.shape)
+
+
+def _finite(x: Tensor) -> bool:
+    return all(bool(end.isfinite()) for end in x.aminmax())  # NaN is either end, if there is one
 
 
 def _sqnr(before: Tensor, after: Tensor) -> float | None:

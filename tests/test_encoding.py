@@ -66,7 +66,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("text", QUANTIZERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_decoding_gives_the_quantized_tensor(text: str, dtype: torch.dtype) -> None:
     quantizer, x = qsim.parse(text), noise(3, 5, 35).to(dtype)
     x[0, 0] = 0
@@ -101,6 +101,30 @@ def test_the_bits_stored_are_the_bits_said(text: str, shape: tuple[int, ...]) ->
 
     assert encoded.bits / x.numel() == pytest.approx(quantizer.bits_per_element(x.shape), rel=1e-12)
     assert encoded.packed().numel() == (x.numel() * encoded.width + 7) // 8
+
+
+def test_a_scale_that_nothing_rounds_counts_as_float32_whatever_the_tensor_is() -> None:
+    x, quantizer = noise(4, 16).double(), qsim.parse("block(int4, 8)")
+
+    assert quantizer.encode(x).bits / x.numel() == quantizer.bits_per_element(x.shape) == 4 + 32 / 8
+
+
+@pytest.mark.parametrize("text", QUANTIZERS)
+@pytest.mark.parametrize("shape", [(3, 0), (0, 4)])
+def test_an_empty_tensor_has_codes_too(text: str, shape: tuple[int, ...]) -> None:
+    quantizer, x = qsim.parse(text), torch.empty(shape, dtype=torch.bfloat16)
+
+    encoded = quantizer.encode(x)
+
+    assert (encoded.codes.shape, encoded.bits) == (shape, 0)
+    assert (quantizer.decode(encoded).shape, quantizer.decode(encoded).dtype) == (shape, torch.bfloat16)
+
+
+def test_codes_without_scales_are_no_schemes() -> None:
+    encoded = qsim.parse("int4").encode(torch.ones(4))
+
+    with pytest.raises(qsim.QsimError, match=r"^these codes have no scales that tensor\(int4\) could decode$"):
+        qsim.parse("tensor(int4)").decode(encoded)
 
 
 @pytest.mark.parametrize("width", range(1, 17))

@@ -35,7 +35,11 @@ def declared(name: str) -> set[str]:
 
 
 def source_of(name: str) -> Path:
-    return ROOT if name == "qsim-core" else ROOT / "plugins" / name.removeprefix("qsim-")
+    return ROOT if name == "qsim-core" else ROOT / "plugins" / plugin_of(name)
+
+
+def plugin_of(distribution: str) -> str:
+    return distribution.removeprefix("qsim-").replace("-", "_")
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +107,7 @@ def test_a_distribution_works_with_what_it_declares_and_nothing_else(
     )
 
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip().split(",") == sorted({"core"} | {n.removeprefix("qsim-") for n in ours - {"qsim-core"}})
+    assert run.stdout.strip().split(",") == sorted({"core"} | {plugin_of(n) for n in ours - {"qsim-core"}})
 
 
 def test_the_zoos_distribution_carries_its_models(install: Callable[[str], Path]) -> None:

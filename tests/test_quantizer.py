@@ -120,10 +120,74 @@ def test_a_block_with_nan_or_inf_becomes_nan_and_the_others_do_not(special: floa
     assert torch.equal(y[1], x[1])
 
 
-def test_a_scale_too_large_for_its_format_saturates() -> None:
+@pytest.mark.parametrize("scale", ["e5m2", "cast(e5m2)"])
+def test_a_scale_too_large_for_its_format_saturates(scale: str) -> None:
     x = torch.tensor([[7e6, 1e6]])
 
-    assert torch.equal(qsim.parse("scaled(int4, 2, scale=e5m2)")(x), torch.tensor([[7.0, 7.0]]) * 57344)
+    assert torch.equal(qsim.parse(f"scaled(int4, 2, scale={scale})")(x), torch.tensor([[7.0, 7.0]]) * 57344)
+
+
+@pytest.mark.parametrize("element", ["e5m2", "e3m4", "binary8p3", "e4m3(saturate=false)"])
+@pytest.mark.parametrize("scheme", ["mx({})", "block({}, 32, scale=float(8, 1, specials=ieee))"])
+def test_an_element_saturates_under_a_scale_even_if_it_overflows_alone(element: str, scheme: str) -> None:
+    x, quantizer = noise(64, 64), qsim.parse(scheme.format(element))
+    scale, _ = quantizer.scale_map(x)
+    beyond = x.abs() / scale > (quantizer.element.max + quantizer.element.beyond) / 2
+
+    y = quantizer(x)
+
+    assert beyond.any()
+    assert torch.equal(y[beyond], torch.copysign(scale * quantizer.element.max, x)[beyond])
+    assert torch.equal(quantizer.decode(quantizer.encode(x)), y)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("channel(codebook([-2, -1, 0]))", "channel: codebook([-2.0, -1.0, 0.0]) goes down to -2 and up to 0 only, and it is this that a scale maps the largest magnitude to; give it values above zero too"),
+        ("tensor(codebook([-3, -2, -1]))", "tensor: codebook([-3.0, -2.0, -1.0]) goes down to -3 and up to -1 only"),
+        ("block(codebook([-8, 0.001]), 8)", "block: codebook([-8.0, 0.001]) goes down to -8 and up to 0.001 only"),
+        ("abfp(int4, scale=cast(int8))", "abfp: cast(int8) as a scale needs a scale of its own, like scaled(int8, channel)"),
+        ("abfp(int4, scale=int16)", "abfp: int16 as a scale needs a scale of its own, like scaled(int16, channel)"),
+        ("abfp(int4, scale=e2m1)", "abfp: e2m1 as a scale needs a scale of its own, like scaled(e2m1, channel)"),
+        ("mx(int(4, convention=power_of_two))", "mx: rule floor leaves int(4, convention=power_of_two) no say in what a scale maps to; leave its convention out"),
+        ("channel(int(4, narrow=false, convention=gptq), symmetric=false)", "channel: a zero point leaves int(4, narrow=false, convention=gptq) no say in what a scale maps to"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_together_is_refused(text: str, message: str) -> None:
+    with pytest.raises(qsim.SpecError) as error:
+        qsim.parse(text)
+
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(("last", "accepted"), [(2.0**16, False), (2.0**17, True)])
+def test_a_format_can_be_a_scale_as_it_is_if_its_values_span_enough(last: float, accepted: bool) -> None:
+    class Steps(qsim.Format):
+        """0, 1, and one more."""
+
+        name = "steps"
+
+        def table(self) -> Tensor:
+            return torch.tensor([0.0, 1.0, last])
+
+    host = qsim.Host()
+    host.register(Steps)
+
+    if accepted:
+        assert host.parse("abfp(int4, scale=steps)").scale == Steps()
+    else:
+        with pytest.raises(qsim.SpecError, match=r"steps as a scale needs a scale of its own, like scaled\(steps, ch"):
+            host.parse("abfp(int4, scale=steps)")
+
+
+def test_a_tile_needs_rows() -> None:
+    with pytest.raises(qsim.QsimError) as error:
+        qsim.parse("block(int4, [2, 4])")(torch.ones(8))
+
+    assert str(error.value) == (
+        "block(int4, n=[2, 4]) shares scales over rows and columns; a tensor of shape (8,) has no rows"
+    )
 
 
 def test_half_precision_is_computed_in_float32_and_rounded_once() -> None:

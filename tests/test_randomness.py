@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gfloat
 import gfloat.formats
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import qsim_core as qsim
 from qsim_core import randomness
@@ -97,6 +100,38 @@ def test_given_the_same_bits_gfloat_rounds_alike(name: str) -> None:
     )
 
     assert torch.equal(number(x).double(), torch.from_numpy(expected))
+
+
+def test_what_checkpointing_computes_again_draws_the_same_numbers() -> None:
+    model = torch.nn.Linear(16, 1, bias=False)
+    qsim.simulate(model, activations="int4(rounding=stochastic)")
+    x = torch.randn(16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    for _ in range(2):
+        y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+        (rounded,) = torch.autograd.grad(y, model.weight)
+
+        assert torch.equal(y, model.weight[0] @ rounded[0].unsqueeze(-1))
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_sites_that_read_one_tensor_draw_apart_with_a_gradient_and_without(mode: Any) -> None:
+    class Both(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = (torch.nn.Linear(64, 64, bias=False) for _ in range(2))
+            self.k.weight = self.q.weight = torch.nn.Parameter(torch.eye(64))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.q(x), self.k(x)
+
+    model, x = Both(), torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    qsim.simulate(model, activations="int4(rounding=stochastic)")
+
+    with mode():
+        q, k = model(x)
+
+    assert not torch.equal(q, k)
 
 
 def test_sites_and_steps_of_a_simulation_draw_apart_and_runs_repeat() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import qsim_core as qsim
 from qsim_core.numerics import power_of_two_scale
+from qsim_core.ranges import Percentile
 
 
 def noise(*shape: int) -> Tensor:
@@ -70,6 +71,50 @@ def test_percentile_is_numpys(p: float) -> None:
     assert torch.allclose(
         qsim.parse(f"channel(int4, range=percentile({p}))")(x), (x / scale).round().clamp(-7, 7) * scale, atol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["block(int4, 8, range=percentile(75))", "block(nf4, 8, range=mse)", "block(codebook([-1, 1]), 8, range=mse)"],
+)
+def test_what_fills_up_a_short_last_block_counts_for_nothing(text: str) -> None:
+    x, scheme = noise(4, 11), qsim.parse(text)
+
+    assert torch.equal(scheme(x)[:, 8:], scheme(x[:, 8:]))
+
+
+def test_nor_does_what_fills_up_a_tile() -> None:
+    x, scheme = noise(5, 11), qsim.parse("block(int4, [3, 8], range=percentile(75))")
+
+    assert torch.equal(scheme(x)[3:, 8:], scheme(x[3:, 8:]))
+
+
+def test_nor_in_a_static_scale() -> None:
+    x = noise(2000, 11)
+    simulation = qsim.simulate(
+        torch.nn.Linear(11, 1), activations="block(int4, 8, static=true, range=percentile(99.5))", calibration=[x]
+    )
+
+    (site,) = simulation.sites.table.values()
+
+    expected = np.percentile(x[:, 8:].abs().numpy(), 99.5) / 7
+    assert float(site.fixed["input"].scale[1]) == pytest.approx(expected, rel=0.01)
+
+
+def test_a_value_that_stands_for_three_counts_as_three_in_a_percentile() -> None:
+    values, counts = torch.tensor([[4.0, 1.0, 3.0]]), torch.tensor([[1.0, 3.0, 2.0]])
+
+    _, high = Percentile(p=70).range(values, lambda low, high: low, counts)
+
+    assert high.item() == np.percentile([1, 1, 1, 3, 3, 4], 70)
+
+
+def test_a_range_wider_than_float32_has_a_scale() -> None:
+    x = torch.tensor([[-3e38, 3e38, 0.0, 1e38]])
+
+    scale, _ = qsim.parse("channel(int4, symmetric=false)").scale_map(x)
+
+    assert torch.equal(scale, torch.full((1, 4), 4e37))
 
 
 def test_absmax_covers_either_side_alike_even_with_a_zero_point() -> None:

@@ -107,6 +107,7 @@ def test_json_and_yaml_carry_the_same_text() -> None:
     [
         ("", "an empty text names no component (character 1 of '')"),
         ("4", "expected a component, found 4 (character 1 of '4')"),
+        ("int4, int8", "expected a component, found a list (character 1 of 'int4, int8')"),
         ("abfp(int4", "cannot be read: '(' was never closed (character 5 of 'abfp(int4')"),
         ("a + b", "expected a name, a number, a string or a call, found 'a + b' (character 1 of 'a + b')"),
         ("abfp(n=0)", "abfp: n should be greater than 0, not 0 (character 8 of 'abfp(n=0)')"),

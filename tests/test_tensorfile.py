@@ -1,4 +1,4 @@
-"""`qsim quantize`: a file of tensors rounded, one tensor in memory at a time."""
+"""`qsim quantize`: a file of tensors rounded, one tensor in memory at a time, a few rows where they allow it."""
 
 from __future__ import annotations
 
@@ -98,12 +98,14 @@ def test_metadata_and_order_stay(source: Path, tmp_path: Path) -> None:
 
 
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
-    """Twelve tensors of 16 MiB: the peak grows by a few of them over what the program takes anyway, not by all twelve."""
-    save_file({f"w{i}": noise(2048, 2048, seed=i) for i in range(12)}, tmp_path / "in.safetensors")
-    save_file({"w": noise(8, 8)}, tmp_path / "small.safetensors")
+    """Four tensors of 32 MiB: over what the program takes anyway the peak grows by two, and by what a part takes."""
+    save_file(
+        {f"w{i}": noise(4096, 64, seed=i).bfloat16().repeat(1, 64) for i in range(4)}, tmp_path / "in.safetensors"
+    )
+    save_file({"w": noise(8, 64)}, tmp_path / "small.safetensors")
     program = (
         "import resource, sys; from pathlib import Path; import qsim_core as q; from qsim_core.tensorfile import quantize_file\n"
-        "quantize_file(Path(sys.argv[1]), Path('out.safetensors'), q.parse('channel(int4)'))\n"
+        "quantize_file(Path(sys.argv[1]), Path('out.safetensors'), q.parse('abfp(int4(rounding=stochastic))'))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
 
@@ -113,7 +115,30 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
 
     grown = (peak("in.safetensors") - peak("small.safetensors")) / 1024
 
-    assert grown < 9 * 16, f"{grown:.0f} MiB"
+    assert grown < 2 * 32 + 160, f"{grown:.0f} MiB"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "abfp(int4, n=64)",
+        "abfp(e4m3(rounding=stochastic), n=64)",
+        "channel(nf4(rounding=stochastic))",
+        "abfp(int4, n=64, scale=scaled(int8(rounding=stochastic), channel))",
+        "block(int4, [1, 64], range=percentile(99))",
+        "block(int4, [2, 64])",
+        "nvfp4",
+        "tensor(int4, static=true)",
+        "cast(e4m3)",
+    ],
+)
+def test_a_tensor_that_is_rounded_in_parts_has_the_same_bits(text: str, tmp_path: Path) -> None:
+    x = noise(2, 3, 250_001)
+    save_file({"experts": x}, tmp_path / "in.safetensors")
+
+    run(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--weights", text)
+
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["experts"], qsim.parse(text)(x))
 
 
 @pytest.mark.parametrize(
@@ -126,6 +151,7 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
         ("nan", ["--weights", "int4"], "fc.weight holds NaN or Inf; what is rounded from it would mean nothing"),
         ("corrupt", ["--weights", "int4"], "in.safetensors is no safetensors file, or corrupt: "),
         ("missing", ["--weights", "int4"], "cannot read "),
+        ("huge", ["--weights", "cast(e5m2)"], "fc.weight overflows in cast(e5m2); a scale keeps it in range, as in channel(F)"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
@@ -133,6 +159,8 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
 ) -> None:
     if change == "nan":
         save_file({"fc.weight": torch.tensor([[1.0, torch.nan]])}, source)
+    elif change == "huge":
+        save_file({"fc.weight": torch.tensor([[1.0, 1e6]])}, source)
     elif change == "corrupt":
         source.write_bytes(source.read_bytes()[:-50])
     elif change == "missing":
@@ -152,6 +180,12 @@ def test_the_output_is_no_directory_and_not_the_input(source: Path, tmp_path: Pa
     assert (
         "in.safetensors is the input; give the output another name" in run(source, source, "--weights", "int4").stderr
     )
+
+
+def test_a_device_is_no_input(tmp_path: Path) -> None:
+    outcome = run("/dev/null", tmp_path / "out.safetensors", "--weights", "int4")
+
+    assert outcome.stderr.startswith("Error: cannot read /dev/null: ")
 
 
 def test_a_full_disk_leaves_no_half_of_a_file(source: Path, tmp_path: Path) -> None:

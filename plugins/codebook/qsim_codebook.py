@@ -6,7 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -32,7 +32,6 @@ class Codebook(Format):
     """
 
     name = "codebook"
-    wide: ClassVar[bool] = False
     values: tuple[float, ...] = Field((), description="the representable values, in any order")
     file: str | None = Field(None, description="a file to read them from instead")
 

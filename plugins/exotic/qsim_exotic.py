@@ -21,7 +21,6 @@ class Log2(Format):
     """
 
     name = "log2"
-    wide: ClassVar[bool] = False
     bits: int = Field(4, ge=2, le=8, description="width of a code, sign included")
     signed: bool = Field(True, description="false: from 0 on, and one more bit of exponents")
 

@@ -107,9 +107,10 @@ class Float(Format):
             if self.specials == "p3109":
                 value[last] = torch.nan
             return value
-        both = torch.cat([value, -value])
-        if self.specials in ("fnuz", "p3109"):
-            both[last + 1] = torch.nan
+        if self.specials not in ("fnuz", "p3109"):
+            return torch.cat([value, -value])
+        both = torch.cat([value, 0.0 - value])  # no -0
+        both[last + 1] = torch.nan
         return both
 
     def round(self, x: Tensor) -> Tensor:

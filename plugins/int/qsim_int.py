@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -25,7 +25,6 @@ class Int(Format):
     """
 
     name = "int"
-    wide: ClassVar[bool] = False
     bits: int = Field(8, ge=2, le=16, description="width of a code, sign included")
     narrow: bool = Field(True, description="of signed integers: leave out the lowest code, so that it is symmetric")
     signed: bool = Field(True, description="false: from 0 on")

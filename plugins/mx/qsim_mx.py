@@ -30,7 +30,7 @@ class MX(Scheme):
 
 OCP = [
     Preset("mxfp8_e4m3", "mx(e4m3)", "OCP MXFP8, E4M3"),
-    Preset("mxfp8_e5m2", "mx(e5m2(saturate=true))", "OCP MXFP8, E5M2, saturating"),
+    Preset("mxfp8_e5m2", "mx(e5m2)", "OCP MXFP8, E5M2"),
     Preset("mxfp6_e3m2", "mx(e3m2)", "OCP MXFP6, E3M2"),
     Preset("mxfp6_e2m3", "mx(e2m3)", "OCP MXFP6, E2M3"),
     Preset("mxfp4", "mx(e2m1)", "OCP MXFP4"),

@@ -31,11 +31,18 @@ def test_a_tie_goes_to_the_even_code() -> None:
     assert codebook.replace(rounding="zero")(torch.tensor([0.9, 1.5, 9.0])).tolist() == [0.0, 1.0, 3.0]
 
 
-def test_nf4_agrees_with_the_nearest_of_its_values() -> None:
-    nf4 = qsim.parse("nf4")
-    x = torch.linspace(-1.2, 1.2, 100_001)
+@pytest.mark.parametrize("text", ["nf4", "codebook([-3, -0.5, 0, 0.75, 2])", "codebook([0, 1, 2, 3])"])
+def test_every_half_precision_number_goes_to_the_nearest_value_and_every_tie_to_the_even_code(text: str) -> None:
+    codebook = qsim.parse(text)
+    values = torch.tensor(codebook.values)
+    middles = (values[1:].double() + values[:-1].double()).div(2).float()
+    turns = [torch.nextafter(middles, torch.tensor(end)) for end in (-torch.inf, torch.inf)]
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16)
+    x = torch.cat([bits.view(torch.bfloat16).float(), bits.view(torch.float16).float(), values, middles, *turns])
+    x = x[~x.isnan()]
+    even_first = torch.cat([values[::2], values[1::2]])
 
-    assert torch.equal(nf4(x), nearest(x, torch.tensor(nf4.values)))
+    assert torch.equal(codebook(x), nearest(x.clamp(values[0], values[-1]), even_first))
 
 
 def test_nf4s_values_are_quantiles_of_a_normal_distribution() -> None:

@@ -86,7 +86,9 @@ def test_nothing_but_zero_becomes_zero_and_inf_is_not_a_real() -> None:
 def test_log2_is_the_nearest_power_in_the_logarithm(text: str, lowest: int) -> None:
     number = qsim.parse(text)
     x = torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2.5
-    x = torch.cat([x, x * 2.0**lowest])
+    bits = torch.arange(2**15).to(torch.int16)
+    halves = torch.cat([bits.view(torch.bfloat16).double(), bits.view(torch.float16).double()])
+    x = torch.cat([x, x * 2.0**lowest, halves[~halves.isnan()]])
 
     y = number(x)
 

@@ -50,6 +50,23 @@ OTHERS = [
     "float(5, 3, specials=ieee, signed=false)",
     "float(6, 2, specials=p3109, signed=false)",
 ]
+GFLOATS = {
+    "bf16": gfloat.formats.format_info_bfloat16,
+    "fp16": gfloat.formats.format_info_binary16,
+    **{name: getattr(gfloat.formats, f"format_info_ocp_{name}") for name in ("e4m3", "e5m2", "e3m2", "e2m3", "e2m1")},
+    **{f"binary8p{p}": gfloat.formats.format_info_p3109(8, p) for p in range(1, 8)},
+    **{f"binary8p{p}f": gfloat.formats.format_info_p3109(8, p, domain=gfloat.Domain.Finite) for p in range(1, 8)},
+    "float(6, 2, specials=p3109, signed=false)": gfloat.formats.format_info_p3109(8, 3, gfloat.Signedness.Unsigned),
+}
+"""The formats that gfloat describes itself."""
+BIASES = {
+    "tf32": 127, "e3m4": 3, "e1m2": 0, "e3m0": 3, "float(4, 3, specials=ieee)": 7,
+    "e4m3fnuz": 8, "e5m2fnuz": 16, "e4m3b11fnuz": 11,
+    "float(2, 3, bias=-3)": -3, "float(3, 2, bias=9)": 9, "float(5, 9)": 15, "float(7, 3, specials=fn)": 63,
+    "float(6, 1, specials=ieee)": 31, "float(4, 0, specials=fn)": 7, "float(8, 3, bias=130)": 130,
+    "float(4, 3, specials=fn, signed=false)": 7, "float(5, 3, specials=ieee, signed=false)": 15,
+}  # fmt: skip
+"""Those of the others, from their definitions."""
 GFLOAT_MODES = {
     "even": gfloat.RoundMode.TiesToEven,
     "away": gfloat.RoundMode.TiesToAway,
@@ -101,17 +118,19 @@ def by_ml_dtypes(name: str, number: Format, x: Tensor) -> Tensor:
     return torch.where(x.isnan(), torch.nan, y)  # FP6 and FP4 have no NaN; ml_dtypes gives -0
 
 
-def description(number: Format) -> gfloat.FormatInfo:
-    """A float of ours as gfloat describes it."""
-    assert number.name == "float"
+def description(name: str) -> gfloat.FormatInfo:
+    """gfloat's own description of a format, or one in its terms."""
+    if name in GFLOATS:
+        return GFLOATS[name]
+    number = qsim.parse(name)
     extended = number.specials in ("ieee", "p3109")
     signed_zero = number.signed and number.specials not in ("fnuz", "p3109")
     high_nans = {"ieee": 2**number.mantissa - 1, "fn": 1, "none": 0, "fnuz": 0, "p3109": 0 if number.signed else 1}
     return gfloat.FormatInfo(
-        name=str(number),
-        k=number.width,
+        name=name,
+        k=number.signed + number.exponent + number.mantissa,
         precision=number.mantissa + 1,
-        bias=number.offset,
+        bias=BIASES[name],
         has_nz=signed_zero,
         domain=gfloat.Domain.Extended if extended else gfloat.Domain.Finite,
         num_high_nans=high_nans[number.specials],
@@ -121,13 +140,13 @@ def description(number: Format) -> gfloat.FormatInfo:
     )
 
 
-def by_gfloat(number: Format, x: Tensor) -> Tensor:
+def by_gfloat(name: str, number: Format, x: Tensor) -> Tensor:
     """NaN is left to itself, and an unsigned format's negatives: gfloat gives them their magnitude."""
     known = ~x.isnan()
     inside = x[known] if number.signed else x[known].clamp(min=0)
     mode, saturate = GFLOAT_MODES[number.rounding], number.overflow is None
     y = torch.full_like(x, torch.nan)
-    rounded = gfloat.round_ndarray(description(number), inside.double().numpy(), mode, saturate)
+    rounded = gfloat.round_ndarray(description(name), inside.double().numpy(), mode, saturate)
     y[known] = torch.from_numpy(rounded).float() + (0.0 if not number.signed else -0.0)
     return y
 
@@ -156,7 +175,7 @@ def test_a_format_agrees_with_gfloat(name: str) -> None:
     number = qsim.parse(name)
     x = everything(number)
 
-    assert_same_bits(number(x), by_gfloat(number, x))
+    assert_same_bits(number(x), by_gfloat(name, number, x))
 
 
 @pytest.mark.parametrize("rounding", ["away", "zero"])
@@ -165,7 +184,7 @@ def test_other_roundings_agree_with_gfloat(name: str, rounding: str) -> None:
     number = qsim.parse(f"{name}(rounding={rounding})")
     x = everything(number)
 
-    assert_same_bits(number(x), by_gfloat(number, x))
+    assert_same_bits(number(x), by_gfloat(name, number, x))
 
 
 @pytest.mark.parametrize("rounding", ["even", "away", "zero", "stochastic"])
@@ -213,11 +232,11 @@ def test_e8m0_agrees_with_whoever_rounds_ties_the_same_way(rounding: str, oracle
     assert_same_bits(y, expected)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("tf32",)])
+@pytest.mark.parametrize("name", [name for name in [*NAMES, *OTHERS] if name != "tf32"])
 def test_codes_are_those_of_the_standard(name: str) -> None:
     number = qsim.parse(name)
     table = number.table()
-    expected = [gfloat.decode_float(description(number), code).fval for code in range(len(table))]
+    expected = [gfloat.decode_float(description(name), code).fval for code in range(len(table))]
 
     assert torch.equal(
         table.nan_to_num(nan=12345.0), torch.tensor(expected, dtype=torch.float64).nan_to_num(nan=12345.0)
@@ -250,12 +269,42 @@ def test_nan_without_a_code_is_an_error() -> None:
         qsim.parse("e2m1").encode(torch.tensor([1.0, torch.nan]))
 
 
+@pytest.mark.parametrize(
+    "text", ["e8m0", "e4m3(subnormals=false)", "e3m4(subnormals=false, saturate=true)", "e5m2fnuz(subnormals=false)"]
+)
+def test_what_gfloat_has_not_is_the_nearest_value_of_the_table(text: str) -> None:
+    """By comparing every distance, in float64; of two that are as near the even code, of two even ones the lower."""
+    number = qsim.parse(text)
+    table = number.table()
+    codes = torch.arange(len(table))[table.isfinite()]
+    codes = codes[
+        torch.argsort(codes % 2 * 1000 + table[codes].abs().argsort().argsort())
+    ]  # in the order of preference
+    x = torch.cat([every_bfloat16(), every_float16(), boundaries(number)])
+    x = x[~x.isnan()]
+    inside = x.double().clamp(number.min, number.max)
+
+    nearest = torch.cat([codes[(part[:, None] - table[codes]).abs().argmin(1)] for part in inside.split(8192)])
+
+    assert torch.equal(number(x).double(), table[nearest])
+
+
 def test_without_subnormals_zero_and_the_smallest_normal_are_neighbours() -> None:
     x = torch.tensor([0.49, 0.5, 0.51, 0.99, 1.0, 1.12, 1.13, -0.51]) * 2.0**-6
 
     y = qsim.parse("e4m3(subnormals=false)")(x)
 
     assert (y * 2.0**6).tolist() == [0, 0, 1, 1, 1, 1.125, 1.125, -1]
+
+
+@pytest.mark.parametrize(("text", "signed_zero"), [("e4m3", True), ("e4m3fnuz", False), ("binary8p3", False)])
+def test_without_subnormals_there_is_a_negative_zero_only_where_the_format_has_one(
+    text: str, signed_zero: bool
+) -> None:
+    y = qsim.parse(f"{text}(subnormals=false)")(torch.tensor([-1e-9, -0.0]))
+
+    assert y.tolist() == [0.0, 0.0]
+    assert y.signbit().tolist() == [signed_zero, signed_zero]
 
 
 @pytest.mark.parametrize("name", list(ML_DTYPES))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -58,6 +60,24 @@ def test_integers_round_half_to_even_and_saturate(bits: int, kind: str) -> None:
         expected = np.clip(np.rint(x.numpy()), low, high) + np.float32(0)
     assert_same_bits(y, torch.from_numpy(expected))
     assert (number.min, number.max) == (low, high)
+
+
+@pytest.mark.parametrize(
+    ("rounding", "by_numpy"),
+    [("away", lambda x: np.copysign(np.floor(np.abs(x) + 0.5), x)), ("zero", np.trunc)],
+)
+@pytest.mark.parametrize(
+    ("text", "low", "high"), [("int4", -7, 7), ("int(8, narrow=false)", -128, 127), ("uint5", 0, 31)]
+)
+def test_other_roundings_are_numpys(text: str, low: int, high: int, rounding: str, by_numpy: Any) -> None:
+    """In float64, where adding a half to a float32 is exact wherever it matters."""
+    x = torch.cat([every_bfloat16(), every_float16(), a_million(), boundaries(low, high)])
+
+    y = qsim.parse(text).replace(rounding=rounding)(x)
+
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        expected = np.clip(by_numpy(x.numpy().astype(np.float64)), low, high).astype(np.float32) + np.float32(0)
+    assert_same_bits(y, torch.from_numpy(expected))
 
 
 @pytest.mark.parametrize("rounding", ["even", "away", "zero", "stochastic"])
