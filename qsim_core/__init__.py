@@ -23,6 +23,8 @@ _HOME = {
     "Quantizer": "quantizer",
     "Format": "format",
     "Encoded": "encoding",
+    "pack": "encoding",
+    "unpack": "encoding",
     "Scaled": "schemes",
     "Scheme": "scaling",
     "Calibrator": "ranges",
@@ -63,6 +65,8 @@ if TYPE_CHECKING:
     from qsim_core.component import Component as Component
     from qsim_core.component import Preset as Preset
     from qsim_core.encoding import Encoded as Encoded
+    from qsim_core.encoding import pack as pack
+    from qsim_core.encoding import unpack as unpack
     from qsim_core.errors import CalibrationWarning as CalibrationWarning
     from qsim_core.errors import DataError as DataError
     from qsim_core.errors import ModelError as ModelError

@@ -154,8 +154,8 @@ class Format(Quantizer):
     @property
     def wide(self) -> bool:
         """Whether the positive values span more than 16 binades, enough to be scales as they are."""
-        finite = grid(self).finite
-        return float(finite[-1] / finite[finite > 0].min()) > SCALES_SPAN if self.max > 0 else False
+        positive = (finite := grid(self).finite)[finite > 0]
+        return len(positive) > 0 and float(positive[-1] / positive[0]) > SCALES_SPAN
 
 
 @dataclass(frozen=True)
