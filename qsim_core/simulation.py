@@ -199,9 +199,8 @@ def simulate(
 
 def _fingerprint(model: nn.Module, sites: Sites) -> list[Any]:
     """What tells whether any parameter has changed, or only its order, or what stands at a site."""
-    found: list[Any] = [
-        (site.plan, {role: id(fixed) for role, fixed in site.fixed.items()}) for site in sites.table.values()
-    ]
+    found: list[Any] = [(s.name, role, id(held)) for s in sites.table.values() for role, held in s.fixed.items()]
+    found += [(s.name, s.plan) for s in sites.table.values() if s.plan != sites.recipe.plan(s.names)]
     for parameter in (p.detach().double() for p in model.parameters() if not p.is_meta):
         found += [float(parameter.sum()), float(parameter.square().sum())]
         for axis, size in enumerate(parameter.shape):

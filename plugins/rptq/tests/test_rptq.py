@@ -423,8 +423,8 @@ def test_what_no_calibration_sample_reaches_is_left_alone_by_name() -> None:
             Branches().eval(),
             activations="int4",
             transforms=["rptq"],
-            example=-torch.ones(1, 8),
-            calibration=[torch.ones(1, 8)],
+            example=-torch.arange(8.0).view(1, 8),
+            calibration=[torch.arange(8.0).view(1, 8)],
         )
 
     assert str(error.value) == ("rptq(32) changed nothing in this model: left alone: no calibration sample reaches it")
