@@ -106,12 +106,11 @@ def _projection(operand: dict[Source, Tensor], count: int | None) -> Projection 
     rows = channels[..., 0, :].flatten(0, -2)
     if bool((rows < 0).any()):
         return None
-    if channels.dim() > 3:
-        heads = channels.shape[-3]
-    else:  # the batch comes first, so q's heads begin again with the next sample
-        again = (rows[1:] == rows[:1]).all(-1).nonzero()
-        heads = count or (int(again[0]) + 1 if len(again) else len(rows))
-    if not torch.equal(rows, rows[:heads].repeat(len(rows) // heads, 1)):
+    # the batch may come first on the same axis: then the heads begin again with the next sample
+    periods = (n for n in range(1, len(rows) + 1) if len(rows) % n == 0)
+    alike = (n for n in periods if torch.equal(rows, rows[:n].repeat(len(rows) // n, 1)))
+    heads = channels.shape[-3] if channels.dim() > 3 else count or next(alike)
+    if heads != len(rows) and not torch.equal(rows, rows[:heads].repeat(len(rows) // heads, 1)):
         return None
     rows = rows[:heads]
     if count is not None and heads != count:  # fused attention is handed each shared key and value once

@@ -206,8 +206,12 @@ def _why(context: Context) -> str:
 
 
 def _fingerprint(model: nn.Module, sites: Sites) -> Any:
-    """What tells whether any tensor of the model has changed, or what stands at a site."""
-    stands = [(site.plan, dict(site.fixed), dict(site.rotations)) for site in sites.table.values()]
+    """What tells whether any tensor of the model has changed, or what stands at a site beside the recipe's."""
+    stands = []
+    for site in sites.table.values():
+        plan = None if site.plan == sites.recipe.plan(site.names) else site.plan
+        if plan or site.fixed or site.rotations:
+            stands.append((site.name, plan, dict(site.fixed), dict(site.rotations)))
     return sha256(tensor for _, tensor in state(model)), stands
 
 

@@ -167,3 +167,39 @@ def test_nan_in_the_calibration_data_names_site_and_sample() -> None:
     batches = [torch.ones(1, 4), torch.full((1, 4), torch.nan)]
     with pytest.raises(qsim.DataError, match="^calibration batch 1 brings NaN or Inf to 0; leave it out$"):
         qsim.simulate(nn.Sequential(nn.Linear(4, 4)), weights="int4", transforms=[probe(apply)], calibration=batches)
+
+
+@pytest.mark.parametrize("what", ["order", "site"])
+def test_a_new_order_and_a_new_quantizer_are_changes(what: str) -> None:
+    class Change(qsim.Transform):
+        name = "change"
+
+        def apply(self, model: nn.Module, context: Context) -> None:
+            if what == "order":
+                parameter = next(model.parameters())
+                parameter.copy_(parameter.flip(0))
+            else:
+                next(iter(context.sites.table.values())).fixed["input"] = None
+
+    x = torch.ones(1, 4)
+    simulation = qsim.simulate(nn.Linear(4, 4), activations="int8", transforms=[Change()], calibration=[x])
+
+    texts = [site.input for site in simulation.audit(x).sites]
+    assert texts == ["token(int8)" if what == "order" else None]
+
+
+def test_restore_takes_the_hooks_of_transforms_away() -> None:
+    class Hook(qsim.Transform):
+        name = "hook"
+
+        def apply(self, model: nn.Module, context: Context) -> None:
+            context.handles.append(model.register_forward_hook(lambda module, args, output: output + 1))
+            next(model.parameters()).add_(1)
+
+    model, x = nn.Linear(4, 4), torch.ones(1, 4)
+    before = model(x)
+
+    simulation = qsim.simulate(model, activations="int8", transforms=[Hook()], calibration=[x])
+
+    assert not torch.equal(model(x), before)
+    assert torch.equal(simulation.restore()(x), before)

@@ -92,6 +92,21 @@ def test_heads_are_found_with_their_rows(make: Make, ids: Tensor) -> None:
     assert gpt2.value.text == "transformer.h.0.attn.c_attn[128…191]"
 
 
+def test_v_is_found_where_q_and_k_go_through_norms() -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen3Config(vocab_size=64, intermediate_size=48, head_dim=8, **sizes)
+    example = {"input_ids": torch.arange(6).view(1, 6), "use_cache": False}
+
+    structure = trace(Qwen3ForCausalLM._from_config(config).eval(), example)
+
+    (attention,) = structure.attention
+    assert (attention.query, attention.key, attention.heads, attention.key_heads) == (None, None, 4, 2)
+    assert [refused.name for refused in structure.ordered] == ["model.layers.0.self_attn:qk"]
+    assert structure.why_ordered("model.layers.0.self_attn:qk") == "q or k is not what a weight makes"
+
+
 def test_rotary_embedding_keeps_q_and_k_in_order_and_says_why(make: Make, ids: Tensor) -> None:
     structure = trace(make("llama"), {"input_ids": ids})
 

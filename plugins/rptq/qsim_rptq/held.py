@@ -1,0 +1,114 @@
+"""What stands at a site: quantizers that hold what calibration found."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qsim_core import Format
+from qsim_core.numerics import round_to_integer, working
+from qsim_core.quantizer import Granularity, laid_out_as, straight_through
+
+SMALLEST, LARGEST = 1e-4, 1e4
+"""The bounds of a scale, and of a zero point from above and below (quantizer.py of the reference)."""
+
+
+class Held(ABC):
+    """A quantizer at one site: it depends on nothing but the value itself."""
+
+    granularity: Granularity | None = None
+    sharing: frozenset[Granularity] = frozenset()
+
+    @abstractmethod
+    def quantize(self, x: Tensor) -> Tensor:
+        """`x` rounded, in its own shape and dtype."""
+
+    @abstractmethod
+    def passes(self, x: Tensor) -> Tensor:
+        """Where `x` lies at most half a step outside of what can be represented."""
+
+    @abstractmethod
+    def bits_per_element(self, shape: torch.Size) -> float:
+        """Bits of a code; scales are stored once for all data."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return straight_through(x, self)  # type: ignore[arg-type]
+        return self.quantize(x)
+
+
+@dataclass(frozen=True, eq=False)
+class Clustered(Held):
+    """A scale and a zero point for each channel, the same for all channels of a cluster.
+
+    `scale` and `zero` are [K] for rows x K, or [heads, 1, K] and [heads, K, 1] for an operand of attention,
+    [..., heads, tokens, K] or the other way round; one whose batch and heads are one axis will do too.
+    """
+
+    element: Format
+    scale: Tensor
+    zero: Tensor
+    clusters: int
+
+    @classmethod
+    def covering(cls, low: Tensor, high: Tensor, element: Format, clusters: int) -> Clustered:
+        """scale = (high - low) / 2^bits within 1e-4 … 1e4, zero = round(-(high + low) / (2 scale)) within ±1e4.
+
+        Of 2^bits steps the last has no code: what is above the middle of it saturates, as in the reference.
+        """
+        scale = ((high - low) / (element.max - element.min + 1)).clamp(SMALLEST, LARGEST)
+        zero = ((high + low) * (-0.5 / scale)).clamp(-LARGEST, LARGEST).round()
+        return cls(element, scale, zero, clusters)
+
+    def same_as(self, other: Clustered) -> bool:
+        """Whether both round every value alike."""
+        alike = self.element == other.element and self.scale.shape == other.scale.shape
+        return alike and torch.equal(self.scale, other.scale) and torch.equal(self.zero, other.zero)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        units, scale, zero = self._units(x)
+        low, high = self.element.min - zero, self.element.max - zero
+        rounded = round_to_integer(units, low, high, self.element.rounding, self.element.seed)
+        return laid_out_as(x, (rounded * scale).reshape(x.shape))
+
+    def passes(self, x: Tensor) -> Tensor:
+        units, _, zero = self._units(x)
+        return self.element.passes(units + zero).reshape(x.shape)
+
+    def _units(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        wide = working(x)
+        if self.scale.dim() == 3 and x.dim() == 3:
+            wide = wide.unflatten(0, (-1, len(self.scale)))
+        scale, zero = (t.to(wide.device, wide.dtype) for t in (self.scale, self.zero))
+        return wide / scale, scale, zero
+
+    def bits_per_element(self, shape: torch.Size) -> float:
+        return float(self.element.width)
+
+    def __str__(self) -> str:
+        return f"rptq({self.element}, {self.clusters} cluster{'s' * (self.clusters != 1)})"
+
+
+@dataclass(frozen=True, eq=False)
+class Probabilities(Held):
+    """round(x (2^bits - 1)) / (2^bits - 1): for values from 0 to 1, without a scale. NaN stays; the rest saturates."""
+
+    bits: int
+
+    def quantize(self, x: Tensor) -> Tensor:
+        levels = 2**self.bits - 1
+        return laid_out_as(x, (working(x) * levels).round().clamp(0, levels) / levels)
+
+    def passes(self, x: Tensor) -> Tensor:
+        margin = 0.5 / (2**self.bits - 1)
+        passing: Tensor = (x >= -margin) & (x <= 1 + margin)
+        return passing
+
+    def bits_per_element(self, shape: torch.Size) -> float:
+        return float(self.bits)
+
+    def __str__(self) -> str:
+        return f"rptq(P, {self.bits} bits of [0, 1])"

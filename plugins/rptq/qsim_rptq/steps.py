@@ -1,0 +1,206 @@
+"""What is reordered: channels that are made in one place and read in others, and how to fold a new order.
+
+A step's *slots* are its channels, [sets, channels of a set]: one set for a norm or a pair of weights, one for each head
+inside attention. Only slots of one set change places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from qsim_core.channels import Use
+from qsim_core.context import Context, input_of
+from qsim_core.folding import permute_group, permute_rows, permute_scores
+from qsim_core.heads import Attention, Projection
+from qsim_core.ops import Call
+from qsim_core.running import Site
+from qsim_core.structure import NormGroup, WeightPair
+
+
+@dataclass(eq=False)
+class Place:
+    """An operand of a matmul: which slot each of its channels is."""
+
+    site: Site
+    role: str
+    slots: Tensor
+    """[K], or [heads, size of a head] for an operand of attention."""
+    tokens_last: bool = False
+    """Of v in PV, whose reduction axis is the tokens: whether its quantizer has them last."""
+
+    def values(self, call: Call, parameters: dict[str, nn.Parameter]) -> Tensor:
+        """The operand as [values, K] or [values, heads, size of a head]."""
+        if self.slots.dim() == 1:
+            assert self.site.weight is not None
+            return input_of(self.site, call, parameters[self.site.weight]).reshape(-1, len(self.slots))
+        index = int(self.role == "input2")
+        rows = call.layouts[index].rows(call.operands[index].detach())
+        rows = rows.transpose(-1, -2) if self.site.is_value_product else rows
+        rows = rows if rows.dim() > 3 else rows.unflatten(0, (-1, len(self.slots)))
+        return rows.transpose(-2, -3).flatten(0, -3)
+
+    def facing(self, by_channel: Tensor) -> Tensor:
+        """Numbers for each channel in the shape in which they meet the rows that a quantizer is handed."""
+        if self.slots.dim() == 1:
+            return by_channel
+        return by_channel.unsqueeze(-1 if self.tokens_last else -2)
+
+
+@dataclass(eq=False)
+class Maker:
+    """A weight whose results are looked at instead of what is read: q's and k's."""
+
+    site: Site
+    channels: Tensor
+    """[heads, size of a head]"""
+    slots: Tensor
+
+    def values(self, call: Call, parameters: dict[str, nn.Parameter]) -> Tensor:
+        """The weight's result as [values, heads, size of a head]."""
+        result = call.result.rows(call.run([operand.detach() for operand in call.operands]))
+        return result.reshape(-1, result.shape[-1])[:, self.channels]
+
+
+@dataclass(eq=False)
+class Step:
+    """Channels that are put in another order, all that is quantized of them, and what tells them apart."""
+
+    name: str
+    sets: int
+    size: int
+    """Of all sets together."""
+    clusters: int
+    """Of each set, at most."""
+    places: list[Place]
+    fold: Callable[[Tensor], None]
+    """Takes an order for each set, [sets, channels of a set]."""
+    features: Sequence[Place | Maker] = ()
+    """Whose extremes are clustered; of the places, if there are none here."""
+    of_norm: bool = False
+    labels: Tensor = field(default_factory=lambda: torch.empty(0))
+    """[size]: the cluster of each slot, once they are in order."""
+
+
+def steps(context: Context, clusters: int, head_clusters: int, only_kv: bool) -> Iterator[Step]:
+    """Everything that can be reordered and that the recipe quantizes; what cannot be is reported with the reason."""
+    if not only_kv:
+        for refused in context.structure.refused:
+            context.report(refused.name.removesuffix(".weight"), note=f"left alone: {'; '.join(refused.reasons)}")
+        yield from _norms(context, clusters)
+        yield from _pairs(context, clusters)
+    for attention in context.structure.attention:
+        yield from _scores(context, attention, head_clusters, only_kv)
+        yield from _values(context, attention, head_clusters, only_kv)
+
+
+def _norms(context: Context, clusters: int) -> Iterator[Step]:
+    """R1 and R4: what norms make and weights read."""
+
+    def fold(group: NormGroup, order: Tensor) -> None:
+        context.handles.append(permute_group(context.model, group, order[0]))
+
+    for group in context.structure.groups:
+        places = _readers(context, group.uses, torch.arange(group.size))
+        if places and _free(context, group.norm, group.norm):
+            yield Step(group.norm, 1, group.size, clusters, places, partial(fold, group), of_norm=True)
+
+
+def _pairs(context: Context, clusters: int) -> Iterator[Step]:
+    """R5: what one weight makes and another reads, fc1 and fc2; gate and up together."""
+
+    def fold(pair: WeightPair, order: Tensor) -> None:
+        permute_rows(context.model, pair, order[0])
+
+    done = {attention.value.producer for attention in context.structure.attention}
+    for pair in context.structure.pairs:
+        if pair.producer in done:
+            continue
+        done |= {pair.producer, *(partner.producer for partner in pair.partners)}
+        places = _readers(context, pair.uses, torch.arange(pair.size))
+        name = pair.producer.removesuffix(".weight")
+        if places and _free(context, pair.producer, name):
+            yield Step(name, 1, pair.size, clusters, places, partial(fold, pair))
+
+
+def _scores(context: Context, attention: Attention, clusters: int, only_kv: bool) -> Iterator[Step]:
+    """R2: q and k, head by head, in one order."""
+    query, key = attention.query, attention.key
+    roles = ("input2",) if only_kv else ("input", "input2")
+    sites = _products(context, f"{attention.path}:qk", roles)
+    if not sites or not _free(context, f"{attention.path}:qk", f"{attention.path}:qk"):
+        return
+    assert query is not None and key is not None
+    slots = _slots(key)
+    made_at = {site.weight: site for site in context.sites.table.values()}
+    yield Step(
+        f"{attention.path}:qk",
+        len(key.distinct),
+        len(key.distinct) * attention.head_size,
+        clusters,
+        [Place(site, role, slots) for site, role in sites],
+        partial(permute_scores, context.model, attention),
+        [Maker(made_at[rows.producer], rows.heads, slots) for rows in (query, key)],
+    )
+
+
+def _values(context: Context, attention: Attention, clusters: int, only_kv: bool) -> Iterator[Step]:
+    """R3: v and what reads it behind the product, head by head."""
+    value, name = attention.value, f"{attention.path}:pv"
+    slots = _slots(value)
+    tokens_last = context.sites.recipe.value_axis == "tokens"
+    places = [Place(site, role, slots, tokens_last) for site, role in _products(context, name, ("input2",))]
+    slot_of = torch.full((value.size,), -1)
+    slot_of[value.heads] = slots
+    readers = _readers(context, value.uses, slot_of)
+
+    def fold(order: Tensor) -> None:
+        channels = torch.arange(value.size)
+        for head, places in zip(value.distinct, order, strict=True):
+            channels[head] = head[places]
+        permute_rows(context.model, value, channels)
+
+    if (places or (readers and not only_kv)) and _free(context, name, name):
+        sets = len(value.distinct)
+        yield Step(
+            name, sets, sets * attention.head_size, clusters, places + ([] if only_kv else readers), fold, readers
+        )
+
+
+def _slots(rows: Projection) -> Tensor:
+    """[heads, size of a head]: the slots of each head; heads that share keys or values have the same."""
+    size = rows.heads.shape[-1]
+    return torch.tensor(rows.shares).unsqueeze(-1) * size + torch.arange(size)
+
+
+def _readers(context: Context, uses: Iterable[Use], slot_of: Tensor) -> list[Place]:
+    """Where weights read channels, if something quantizes what they read; `slot_of` [channels] says which slot."""
+    sites = {site.weight: site for site in context.sites.table.values()}
+    found = []
+    for use in uses:
+        site = sites.get(use.weight)
+        if site is None or site.planned("input") is None:
+            continue
+        if bool((use.channels < 0).any()):
+            context.report(site.name, note="left alone: it reads constants too")
+        else:
+            found.append(Place(site, "input", slot_of[use.channels.cpu()]))
+    return found
+
+
+def _products(context: Context, alias: str, roles: Iterable[str]) -> list[tuple[Site, str]]:
+    """The operands of a product of attention that something quantizes."""
+    sites = [site for site in context.sites.table.values() if alias in site.aliases and site.planned("input")]
+    return [(site, role) for site in sites for role in roles]
+
+
+def _free(context: Context, name: str, layer: str) -> bool:
+    """Whether channels may be put in another order; if not, the report says why."""
+    reasons = context.structure.why_ordered(name)
+    if reasons:
+        context.report(layer, note=f"left in order: {reasons}")
+    return not reasons
