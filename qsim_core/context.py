@@ -183,14 +183,6 @@ class Context:
         yield lambda: time.perf_counter() - start
 
 
-def input_of(site: Site, call: Call, parameter: Tensor) -> Tensor:
-    """The operand of a call that is not its weight, with the reduction axis last."""
-    for operand, layout in zip(call.operands, call.layouts, strict=True):
-        if operand is not parameter and operand._base is not parameter:
-            return layout.rows(operand.detach())
-    raise AssertionError(f"{site.name} has no input")
-
-
 def relative_error(exact: Tensor, approximate: Tensor) -> float:
     """|exact - approximate| / |exact|, in the Frobenius norm, float64."""
     norm = float(torch.linalg.vector_norm(exact.double()))

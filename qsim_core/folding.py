@@ -15,60 +15,57 @@ from torch.utils.hooks import RemovableHandle
 
 from qsim_core.channels import Use
 from qsim_core.errors import ModelError
+from qsim_core.offload import editing
 
 if TYPE_CHECKING:
     from qsim_core.heads import Attention, Projection
     from qsim_core.structure import NormGroup, WeightPair
 
 
-@torch.no_grad()
 def scale_group(model: nn.Module, group: NormGroup, factors: Tensor) -> None:
     """Divide a norm's channels by `factors` [size] and multiply the columns that read them; the function stays."""
-    module = model.get_submodule(group.norm)
-    weight, bias = module.weight, getattr(module, "bias", None)
-    assert isinstance(weight, nn.Parameter)
-    wide = factors.to(weight.device, torch.float64)
-    weight.copy_((weight.double() + group.offset) / wide - group.offset)
-    if isinstance(bias, nn.Parameter):
-        bias.copy_(bias.double() / wide)
+    weight, *bias = _of_norm(model, group)
+    wide = factors.double()
+    with editing(model, weight, *bias) as parameters:
+        shifted = parameters[weight].double() + group.offset
+        parameters[weight].copy_(shifted / wide.to(shifted.device) - group.offset)
+        for name in bias:
+            parameters[name].copy_(parameters[name].double() / wide.to(shifted.device))
     _scale_uses(model, group.uses, wide)
 
 
-@torch.no_grad()
 def scale_pair(model: nn.Module, pair: WeightPair, factors: Tensor) -> None:
     """Divide the rows of the producer, and its biases, by `factors` [size], and multiply the columns that read them."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     wide = factors.double()
-    producer = parameters[pair.producer]
-    producer.copy_(producer.double() / _facing(wide, producer, pair.axis))
-    for name in pair.biases:
-        parameters[name].copy_(parameters[name].double() / wide)
+    with editing(model, pair.producer, *pair.biases) as parameters:
+        producer = parameters[pair.producer]
+        producer.copy_(producer.double() / _facing(wide, producer, pair.axis))
+        for name in pair.biases:
+            parameters[name].copy_(parameters[name].double() / wide.to(producer.device))
     _scale_uses(model, pair.uses, wide)
 
 
-@torch.no_grad()
 def permute_group(model: nn.Module, group: NormGroup, order: Tensor) -> RemovableHandle:
     """Put a norm's channels, and the columns that read them, in another order; the function stays.
 
     The norm's input is the residual stream, whose order is everyone's: a hook gathers it on entry. The handle that is
     returned takes the hook away again, and leaves the parameters as they are.
     """
-    module = model.get_submodule(group.norm)
-    for parameter in module.parameters(recurse=False):
-        parameter.copy_(parameter[order.to(parameter.device)])
+    with editing(model, *_of_norm(model, group)) as parameters:
+        for parameter in parameters.values():
+            parameter.copy_(parameter[order.to(parameter.device)])
     _permute_uses(model, group.uses, order)
-    return module.register_forward_pre_hook(Gather(order), with_kwargs=True)
+    return model.get_submodule(group.norm).register_forward_pre_hook(Gather(order), with_kwargs=True)
 
 
-@torch.no_grad()
 def permute_rows(model: nn.Module, rows: WeightPair | Projection, order: Tensor) -> None:
     """Put the channels that a weight makes, with its partners' and all their biases, in another order, and the columns
     that read them. Where other products come between the two, as in attention, not every order leaves the function."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     for maker in (rows, *rows.partners):
-        for name, axis in ((maker.producer, maker.axis), *((bias, -1) for bias in maker.biases)):
-            parameter = parameters[name]
-            parameter.copy_(parameter.index_select(axis, order.to(parameter.device)))
+        with editing(model, maker.producer, *maker.biases) as parameters:
+            for name, axis in ((maker.producer, maker.axis), *((bias, -1) for bias in maker.biases)):
+                parameter = parameters[name]
+                parameter.copy_(parameter.index_select(axis, order.to(parameter.device)))
     _permute_uses(model, rows.uses, order)
 
 
@@ -121,21 +118,27 @@ def columns(use: Use, order: Tensor) -> Tensor:
     return result
 
 
+def _of_norm(model: nn.Module, group: NormGroup) -> list[str]:
+    """The names of a norm's parameters, its weight first."""
+    names = [name for name, _ in model.get_submodule(group.norm).named_parameters(group.norm, recurse=False)]
+    return sorted(names, key=lambda name: not name.endswith("weight"))
+
+
 def _permute_uses(model: nn.Module, uses: Iterable[Use], order: Tensor) -> None:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     for use in uses:
-        parameter = parameters[use.weight]
-        parameter.copy_(parameter.index_select(use.axis, columns(use, order).to(parameter.device)))
+        with editing(model, use.weight) as parameters:
+            parameter = parameters[use.weight]
+            parameter.copy_(parameter.index_select(use.axis, columns(use, order).to(parameter.device)))
 
 
-def _scale_uses(model: nn.Module, uses: Sequence[Use], factors: Tensor) -> None:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+def _scale_uses(model: nn.Module, uses: Iterable[Use], factors: Tensor) -> None:
     for use in uses:
         read = torch.where(use.channels >= 0, factors[use.channels.clamp(min=0)], 1.0)
-        parameter = parameters[use.weight]
-        parameter.copy_(parameter.double() * _facing(read, parameter, use.axis))
+        with editing(model, use.weight) as parameters:
+            parameter = parameters[use.weight]
+            parameter.copy_(parameter.double() * _facing(read, parameter, use.axis))
 
 
 def _facing(values: Tensor, parameter: Tensor, axis: int) -> Tensor:
     """Values along an axis of a parameter, shaped to be multiplied with it."""
-    return values.view([-1 if place == axis else 1 for place in range(parameter.dim())])
+    return values.to(parameter.device).view([-1 if place == axis else 1 for place in range(parameter.dim())])

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -33,6 +34,14 @@ def at_hand(*modules: nn.Module, inside: bool = True) -> Iterator[None]:
                     _put_back(hook.weights_map, name, tensor.detach().cpu())
             hook.offload = True
             hook.post_forward(module, None)
+
+
+@contextlib.contextmanager
+def editing(model: nn.Module, *names: str) -> Iterator[dict[str, nn.Parameter]]:
+    """Parameters by their full names, there to be changed in place, and without a gradient."""
+    owners = (model.get_submodule(name.rpartition(".")[0]) for name in names)
+    with torch.no_grad(), at_hand(*owners, inside=False):
+        yield {name: model.get_parameter(name) for name in names}
 
 
 def state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -55,6 +55,14 @@ class Call:
     result: Layout = LAST
     """The result, with the axis last that the next matmul will sum over."""
     operation: str = "einsum"
+    weight: int | None = None
+    """Which operand is a parameter, or part of one; known once a site has met the call."""
+
+    @property
+    def input(self) -> Tensor:
+        """The first operand that is no parameter, with its reduction axis last."""
+        place = 1 if self.weight == 0 else 0
+        return self.layouts[place].rows(self.operands[place].detach())
 
     def run(self, operands: Sequence[Tensor]) -> Any:
         """The call with other operands in place; the very same call if they are the ones it has."""

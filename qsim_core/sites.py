@@ -129,7 +129,7 @@ class Sites:
             turned = zip(roles, call.operands, call.layouts, strict=True)
             call = replace(call, operands=tuple(self._rotated(site, *operand) for operand in turned))
         if self.watcher is not None:
-            self.watcher(site, call)
+            self.watcher(site, replace(call, weight=roles.index("weight") if site.weight else None))
         operands = []
         for role, operand, weight, layout in zip(roles, call.operands, weights, call.layouts, strict=True):
             if role == "input2" and self.recipe.value_axis == "head" and site.is_value_product:

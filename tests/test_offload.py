@@ -57,6 +57,18 @@ def test_a_walk_changes_weights_where_they_are_kept(how: str, make: Make, ids: T
     assert all(torch.equal(dict(state(elsewhere))[name], p) for name, p in here.named_parameters())
 
 
+@pytest.mark.parametrize("transform", ["gptq", "smoothquant", "hadamard", "awq", "rptq"])
+def test_methods_change_weights_where_they_are_kept(transform: str, make: Make, ids: Tensor, tmp_path: Path) -> None:
+    batches = [{"input_ids": ids, "use_cache": False}]
+    here, elsewhere = make("llama"), offload(make("llama"), "disk", tmp_path)
+
+    for model in (here, elsewhere):
+        qsim.simulate(model, weights="int4", activations="int8", transforms=[transform], calibration=batches)
+
+    with torch.no_grad():
+        assert torch.equal(elsewhere(**batches[0]).logits, here(**batches[0]).logits)
+
+
 @pytest.mark.parametrize("how", ["memory", "disk"])
 def test_restore_gives_them_back(how: str, make: Make, ids: Tensor, tmp_path: Path) -> None:
     model = offload(make("opt"), how, tmp_path)

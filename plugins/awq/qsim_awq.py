@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qsim_core import Scheme, Transform, hookimpl
 from qsim_core.blocks import Block
 from qsim_core.channels import Use
-from qsim_core.context import Context, MatmulWeight, input_of
+from qsim_core.context import Context, MatmulWeight
 from qsim_core.folding import scale_group, scale_pair
 from qsim_core.ops import Call, Layout
 from qsim_core.running import Site
@@ -157,13 +157,8 @@ def _observe(block: Block, weights: dict[str, MatmulWeight]) -> dict[str, Layer]
         weight = weights.get(site.weight or "")
         if weight is None or site.op.startswith("conv") or site.op == "einsum":
             return
-        x = input_of(site, call, weight.parameter)
+        x, layout = call.input, call.layouts[call.weight or 0]
         if weight.name not in layers:
-            layout = next(
-                layout
-                for operand, layout in zip(call.operands, call.layouts, strict=True)
-                if operand is weight.parameter or operand._base is weight.parameter
-            )
             zeros = x.new_zeros(x.shape[-1], dtype=torch.float32)
             layers[weight.name] = Layer(weight, layout, zeros.new_zeros(len(zeros), len(zeros)), zeros)
         layers[weight.name].add(x)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pydantic import Field
 from torch import Tensor, nn
 
-from qsim_core import Quantizer, Transform, hookimpl
+from qsim_core import Transform, hookimpl
 from qsim_core.context import Context
-from qsim_core.offload import at_hand
-from qsim_core.ops import Call, Layout
+from qsim_core.offload import editing
+from qsim_core.ops import Call
 from qsim_core.running import Site
 
 
@@ -62,14 +62,14 @@ class BiasCorrection(Transform):
         def watch(site: Site, call: Call) -> None:
             if site.name in biases:
                 exact = call.result.rows(call.run(call.operands))
-                quantized = call.result.rows(call.run(self._quantized(site, call, model)))
+                quantized = call.result.rows(call.run(self._quantized(site, call)))
                 sums[site.name].add(exact.flatten(0, -2), quantized.flatten(0, -2))
 
         context.observe(watch, "bias correction")
         for site, found in sums.items():
             bias = biases[site]
-            with at_hand(model.get_submodule(bias.rpartition(".")[0])):
-                parameter, mean = model.get_parameter(bias), found.error / found.count
+            with editing(model, bias) as parameters:
+                parameter, mean = parameters[bias], found.error / found.count
                 assert isinstance(mean, Tensor)
                 parameter.copy_(parameter.double() - mean.to(parameter.device))
             left = found.squares - found.count * float(mean.square().sum())
@@ -80,18 +80,14 @@ class BiasCorrection(Transform):
                 measure="relative error of the outputs",
             )
 
-    def _quantized(self, site: Site, call: Call, model: nn.Module) -> list[Tensor]:
-        weight = model.get_parameter(site.weight or "")
-        operands = []
-        for operand, layout in zip(call.operands, call.layouts, strict=True):
-            is_weight = operand is weight or operand._base is weight
-            quantizer = site.plan.weight if is_weight else site.plan.input if self.activations else None
-            operands.append(operand if quantizer is None else _rounded(operand, layout, quantizer))
-        return operands
-
-
-def _rounded(operand: Tensor, layout: Layout, quantizer: Quantizer) -> Tensor:
-    return layout.back(quantizer.quantize(layout.rows(operand.detach())))
+    def _quantized(self, site: Site, call: Call) -> list[Tensor]:
+        quantizers = [site.plan.input if self.activations else None for _ in call.operands]
+        if call.weight is not None:
+            quantizers[call.weight] = site.plan.weight
+        return [
+            operand if quantizer is None else layout.back(quantizer.quantize(layout.rows(operand.detach())))
+            for operand, layout, quantizer in zip(call.operands, call.layouts, quantizers, strict=True)
+        ]
 
 
 def _ratio(error: float, signal: float) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qsim_core import Transform, hookimpl
 from qsim_core.context import Context
 from qsim_core.folding import scale_group
-from qsim_core.offload import at_hand
+from qsim_core.offload import editing
 from qsim_core.ops import Call, Layout
 from qsim_core.running import Site
 
@@ -136,13 +136,13 @@ class Hadamard(Transform):
         """Rotate every weight that is quantized or whose input is, and say which were left alone, and why."""
         if self.fold_norms:
             _fold_norms(model, context)
-        seen: dict[str, list[tuple[Tensor, Layout]]] = defaultdict(list)
+        seen: dict[str, list[tuple[int, Layout]]] = defaultdict(list)
         heads: dict[str, int] = {}
 
         def watch(site: Site, call: Call) -> None:
-            for operand, layout in zip(call.operands, call.layouts, strict=True):
-                if site.weight is not None and _is_part_of(operand, model.get_parameter(site.weight)):
-                    seen[site.name].append((operand, layout))
+            if call.weight is not None:
+                layout = call.layouts[call.weight]
+                seen[site.name].append((layout.rows(call.operands[call.weight]).shape[-1], layout))
             heads[site.name] = call.layouts[0].rows(call.operands[0]).shape[-1]
 
         context.look(watch)
@@ -152,15 +152,15 @@ class Hadamard(Transform):
             elif self.attention and site.plan.input and any(alias.endswith(":qk") for alias in site.aliases):
                 site.rotations = dict.fromkeys(("input", "input2"), rotation(heads[site.name], self.seed))
 
-    def _rotate(self, site: Site, seen: list[tuple[Tensor, Layout]], model: nn.Module, context: Context) -> None:
+    def _rotate(self, site: Site, seen: list[tuple[int, Layout]], model: nn.Module, context: Context) -> None:
         assert site.weight is not None
         parameter = model.get_parameter(site.weight)
         reason = _reason(site, seen, parameter, context)
         if reason is not None:
             context.report(site.weight, note=f"left alone: {reason}")
             return
-        with context.timed() as seconds, at_hand(model.get_submodule(site.weight.rpartition(".")[0])):
-            parameter, (_, layout) = model.get_parameter(site.weight), seen[0]
+        with context.timed() as seconds, editing(model, site.weight) as parameters:
+            parameter, (_, layout) = parameters[site.weight], seen[0]
             rows = layout.rows(parameter)
             site.rotations["input"] = turn = rotation(rows.shape[-1], self.seed)
             before = _peak(rows)
@@ -175,16 +175,15 @@ rotation = functools.lru_cache(maxsize=256)(Rotation)
 
 def _fold_norms(model: nn.Module, context: Context) -> None:
     for group in context.structure.groups:
-        weight = model.get_submodule(group.norm).weight
-        assert isinstance(weight, nn.Parameter)
-        factors = weight.detach().double() + group.offset
+        with editing(model, f"{group.norm}.weight") as parameters:
+            factors = parameters[f"{group.norm}.weight"].double() + group.offset
         if bool((factors.abs() > 1e-6 * factors.abs().max()).all()):
             scale_group(model, group, factors)
         else:
             context.report(group.norm, note="its weight stays: it switches channels off")
 
 
-def _reason(site: Site, seen: list[tuple[Tensor, Layout]], parameter: Tensor, context: Context) -> str | None:
+def _reason(site: Site, seen: list[tuple[int, Layout]], parameter: Tensor, context: Context) -> str | None:
     """Why a weight cannot be rotated along its reduction axis."""
     weights = context.sites.weights
     if site.op.startswith("conv"):
@@ -194,17 +193,13 @@ def _reason(site: Site, seen: list[tuple[Tensor, Layout]], parameter: Tensor, co
     if site.weight in weights.tied or len(weights.uses[site.weight or ""]) > 1:
         return "it is tied, or used in two ways"
     size = seen[0][1].rows(parameter).shape[-1] if seen else 0
-    if not seen or any(layout.rows(operand).shape[-1] != size for operand, layout in seen):
+    if not seen or any(part != size for part, _ in seen):
         return "it is used in parts"
     try:
         factors(size)
     except ValueError as error:
         return str(error)
     return None
-
-
-def _is_part_of(operand: Tensor, parameter: Tensor) -> bool:
-    return operand is parameter or operand._base is parameter or parameter.is_meta
 
 
 def _peak(rows: Tensor) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qsim_core import Transform, hookimpl
 from qsim_core.context import Context
 from qsim_core.folding import scale_group
+from qsim_core.offload import editing
 from qsim_core.structure import NormGroup
 
 PRESETS: dict[str, tuple[float, float]] = {
@@ -97,10 +98,10 @@ def _ranges(model: nn.Module, context: Context, groups: list[NormGroup]) -> dict
 
 def _column_maxima(model: nn.Module, group: NormGroup) -> Tensor:
     """The largest |weight| that reads each channel, over all weights that do; float64 [C]."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     largest = torch.zeros(group.size, dtype=torch.float64)
     for use in group.uses:
-        columns = parameters[use.weight].detach().abs().double().movedim(use.axis, -1).flatten(0, -2).amax(0).cpu()
+        with editing(model, use.weight) as parameters:
+            columns = parameters[use.weight].abs().double().movedim(use.axis, -1).flatten(0, -2).amax(0).cpu()
         read = use.channels >= 0
         largest.scatter_reduce_(0, use.channels[read].cpu(), columns[read], "amax")
     return largest

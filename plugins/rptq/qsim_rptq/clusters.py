@@ -89,7 +89,6 @@ def relative_errors(
     context: Context, steps: Sequence[Step], scales: Mapping[Place, Sequence[Clustered]]
 ) -> dict[Step, list[float]]:
     """|x - quantized x| / |x| over all operands of each step in the first batch, for each way to quantize them."""
-    parameters = dict(context.model.named_parameters(remove_duplicate=False))
     at: dict[str, list[tuple[Step, Place]]] = defaultdict(list)
     for step in steps:
         for place in step.places:
@@ -99,7 +98,7 @@ def relative_errors(
 
     def watch(site: Site, matmul: Call) -> None:
         for step, place in at.get(site.name, ()):
-            x = place.values(matmul, parameters)
+            x = place.values(matmul)
             power[step] += float(x.double().square().sum())
             for way, held in enumerate(scales[place]):
                 errors[step][way] += float((held.quantize(x) - x).double().square().sum())
@@ -117,7 +116,6 @@ def extremes(
     `wanted` says how many groups there are and, in the shape of the channels, which is whose. With a momentum, new =
     momentum * old + (1 - momentum) * batch, starting at the first batch (reference: 0.99).
     """
-    parameters = dict(context.model.named_parameters(remove_duplicate=False))
     at: dict[str, list[Any]] = defaultdict(list)
     for part in wanted:
         at[part.site.name].append(part)
@@ -126,7 +124,7 @@ def extremes(
     def watch(site: Site, matmul: Call) -> None:
         for part in at.get(site.name, ()):
             count, groups = wanted[part]
-            values = part.values(matmul, parameters)
+            values = part.values(matmul)
             if not len(values):
                 continue
             observer = observers.setdefault(part, Extremes() if momentum is None else MovingExtremes(momentum))

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qsim_core.channels import Use
-from qsim_core.context import Context, input_of
+from qsim_core.context import Context
 from qsim_core.folding import permute_group, permute_rows, permute_scores
 from qsim_core.heads import Attention, Projection
 from qsim_core.ops import Call
@@ -33,11 +33,10 @@ class Place:
     tokens_last: bool = False
     """Of v in PV, whose reduction axis is the tokens: whether its quantizer has them last."""
 
-    def values(self, call: Call, parameters: dict[str, nn.Parameter]) -> Tensor:
+    def values(self, call: Call) -> Tensor:
         """The operand as [values, K] or [values, heads, size of a head]."""
         if self.slots.dim() == 1:
-            assert self.site.weight is not None
-            return input_of(self.site, call, parameters[self.site.weight]).reshape(-1, len(self.slots))
+            return call.input.reshape(-1, len(self.slots))
         index = int(self.role == "input2")
         rows = call.layouts[index].rows(call.operands[index].detach())
         rows = rows.transpose(-1, -2) if self.site.is_value_product else rows
@@ -60,7 +59,7 @@ class Maker:
     """[heads, size of a head]"""
     slots: Tensor
 
-    def values(self, call: Call, parameters: dict[str, nn.Parameter]) -> Tensor:
+    def values(self, call: Call) -> Tensor:
         """The weight's result as [values, heads, size of a head]."""
         result = call.result.rows(call.run([operand.detach() for operand in call.operands]))
         return result.reshape(-1, result.shape[-1])[:, self.channels]

@@ -1,0 +1,237 @@
+"""GPTQ: `gptq(percdamp=0.01)` rounds each weight so that its products with calibration data change least."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from qsim_core import DataError, Transform, hookimpl
+from qsim_core.blocks import block_paths
+from qsim_core.context import Context, MatmulWeight, Watcher
+from qsim_core.numerics import working
+from qsim_core.offload import at_hand
+from qsim_core.quantizer import Quantizer
+from qsim_core.randomness import at
+from qsim_gptq.feedback import Factor, factorize, feed_back
+from qsim_gptq.grids import grids, why_opaque, why_standing
+from qsim_gptq.hessians import Gathered, Gatherer, Part
+from qsim_gptq.inputs import Unseen
+
+PORTION = 512
+"""Columns of a Hessian that are multiplied at a time."""
+MEASURE = "relative error of the layer's output"
+
+
+class GPTQ(Transform):
+    """Rounds a weight column by column to its quantizer's grid, and makes up for each error in the columns to come.
+
+    Any scheme will do, and any format without a scale. The scales of rows, tiles and tensors are those of the weight as
+    it is; those of n elements along a row are found when their turn comes, unless `static_groups` or `act_order` is
+    set. Each block of the model sees what the blocks before it, quantized by now, make of unquantized activations.
+    Source: arXiv 2210.17323, algorithm 1, as IST-DASLab/gptq has it; the README names every difference.
+    """
+
+    name = "gptq"
+    percdamp: float = Field(
+        0.01, ge=0, allow_inf_nan=False, description="added to the Hessian's diagonal, as a share of its mean"
+    )
+    act_order: bool = Field(False, description="round columns by descending diagonal of the Hessian")
+    static_groups: bool = Field(False, description="scales of groups from the weight as it is, not as it becomes")
+    true_sequential: bool = Field(
+        False, description="run a block anew after each group of weights with the same input, not once for all"
+    )
+    block: PositiveInt = Field(128, description="columns whose errors are carried on together: a matter of speed")
+
+    def apply(self, model: nn.Module, context: Context) -> None:
+        """Quantize and pin every weight that it can. Raises `DataError` without calibration data, or on NaN in it."""
+        weights = context.weights() if context.batches else []
+        if not weights:
+            context.report("", note="the recipe quantizes no weight")
+        free = []
+        for weight in weights:
+            if reason := _why_not(weight, context):
+                context.report(weight.site.name, note=f"left alone: {reason}")
+            else:
+                free.append(weight)
+        paths = block_paths(model, context.sites.table.values())
+        inside = [any(_within(weight, path) for path in paths) for weight in free]
+        start = inside.index(True) if True in inside else 0
+        before = free[:start]
+        after = [weight for weight, within in zip(free[start:], inside[start:], strict=True) if not within]
+
+        def outside(weights: list[MatmulWeight]) -> None:
+            with at_hand(*(model.get_submodule(weight.name.rpartition(".")[0]) for weight in weights), inside=False):
+                self._quantize(weights, lambda watch: context.observe(watch, "gptq"), context)
+
+        outside(before)
+        for block in context.blocks() if True in inside else ():
+            self._quantize([weight for weight in free if _within(weight, block.path)], block.observe, context)
+        outside(after)
+
+    def _quantize(self, weights: list[MatmulWeight], observe: Callable[[Watcher], None], context: Context) -> None:
+        """Quantize the weights of one block, by one observation or by one for each group with the same input."""
+        while weights:
+            leader = weights[0] if self.true_sequential else None
+            gatherer = Gatherer(weights, leader)
+            observe(gatherer)
+            found = gatherer.found
+            done = weights if leader is None else [w for w in weights if w is leader or _same(found, w, leader)]
+            factors = _Factors(self)
+            for weight in done:
+                self._finish(weight, found.pop(weight.name), factors, context)
+            weights = [weight for weight in weights if weight not in done]
+
+    def _finish(self, weight: MatmulWeight, gathered: Gathered, factors: _Factors, context: Context) -> None:
+        """Quantize one weight, pin it and report it."""
+        name = weight.site.name
+        try:
+            parts = gathered.complete(weight.parameter)
+        except Unseen as error:
+            context.report(name, note=f"left alone: {error}")
+            return
+        quantizer = weight.quantizer
+        assert quantizer is not None
+        with context.run.stage(f"gptq {name}"), context.timed() as seconds:
+            outcomes: list[_Outcome] = []
+            for index, part in enumerate(parts):
+                place = f"{name}:weight" if len(parts) == 1 else f"{name}:weight:{index}"
+                try:
+                    outcomes += self._round(part, quantizer, place, factors)
+                except DataError as error:
+                    raise DataError(f"{context.name} at {name}: {error}") from None
+            context.pin(weight)
+        notes = [*_too_few(parts)]
+        notes += dict.fromkeys(note for outcome in outcomes for note in outcome.notes)
+        if self._refits and isinstance(quantizer.granularity, int) and (reason := why_standing(quantizer)):
+            notes.append(f"static groups: {reason}")
+        whole = sum(outcome.whole for outcome in outcomes) or 1.0
+        before = (sum(outcome.nearest for outcome in outcomes) / whole) ** 0.5
+        after = (sum(outcome.fed_back for outcome in outcomes) / whole) ** 0.5
+        context.report(name, before=before, after=after, measure=MEASURE, seconds=seconds(), note="; ".join(notes))
+
+    @property
+    def _refits(self) -> bool:
+        return not (self.static_groups or self.act_order)
+
+    def _round(self, part: Part, quantizer: Quantizer, place: str, factors: _Factors) -> list[_Outcome]:
+        """Write the quantized part into its parameter; the outcomes of its matrices."""
+        rows, outcomes = part.rows, []
+        with at(place, 0):
+            rounded = quantizer.quantize(rows)
+        if part.hessians is not None:
+            weights, nearest = (working(t).reshape(len(part.tokens), -1, rows.shape[-1]) for t in (rows, rounded))
+            found = [factors.of(hessian) for hessian in part.hessians]
+            whole_rows = isinstance(quantizer.granularity, str)
+            with at(place, 0):
+                seen = rows if whole_rows else _without_dead(rows, found)
+                columns = grids(quantizer, seen, len(found), self._refits, place)
+            results = []
+            for w, n, hessian, factor, grid in zip(weights, nearest, part.hessians, found, columns, strict=True):
+                q = n if factor is None else feed_back(w, factor, grid, self.block)
+                results.append(q)
+                errors = _energy(n - w, hessian), _energy(q - w, hessian)
+                outcomes.append(_Outcome(_energy(w, hessian), *errors, () if factor is None else factor.notes))
+            rounded = torch.stack(results).reshape(rows.shape)
+        part.operand.copy_(part.layout.back(rounded))
+        return outcomes
+
+
+class _Outcome(NamedTuple):
+    """Squared norms of one matrix's products with the inputs: exact, and the errors rounded to nearest and by GPTQ."""
+
+    whole: float
+    nearest: float
+    fed_back: float
+    notes: tuple[str, ...]
+
+
+class _Factors:
+    """Factors of Hessians; of several equal ones in a row (q, k and v's), one is computed."""
+
+    def __init__(self, options: GPTQ) -> None:
+        self._options = options
+        self._last: tuple[Tensor, Factor] | None = None
+
+    def of(self, hessian: Tensor) -> Factor | None:
+        """The factor of a Hessian; None where nothing was seen."""
+        if not hessian.diagonal().any():
+            return None
+        if self._last is None or not torch.equal(self._last[0], hessian):
+            self._last = hessian, factorize(hessian, self._options.percdamp, self._options.act_order)
+        return self._last[1]
+
+
+def _without_dead(rows: Tensor, factors: list[Factor | None]) -> Tensor:
+    """The rows with columns set to 0 whose input was always 0, so that they have no say in a block's scale."""
+    matrices = rows.reshape(len(factors), -1, rows.shape[-1]).clone()
+    for matrix, factor in zip(matrices, factors, strict=True):
+        if factor is not None:
+            matrix[:, factor.dead] = 0
+    return matrices.reshape(rows.shape)
+
+
+def _energy(matrix: Tensor, hessian: Tensor) -> float:
+    """|X M^T|^2 for a matrix M [N, K] and the Hessian X^T X."""
+    total = 0.0
+    for first in range(0, len(hessian), PORTION):  # the Hessian is symmetric: half of it will do
+        part, before = matrix[:, first : first + PORTION], matrix[:, :first]
+        columns = hessian[:, first : first + PORTION]
+        product = (part @ columns[first : first + PORTION]).addmm_(before, columns[:first], alpha=2)
+        total += float(torch.sum(product.mul_(part), dtype=torch.float64))
+    return max(0.0, total)
+
+
+def _why_not(weight: MatmulWeight, context: Context) -> str | None:
+    """Why a weight is left alone; None: it is not."""
+    state = context.sites.weights
+    assert weight.quantizer is not None
+    if weight.name in state.tied:
+        return "it is tied to another parameter, which would change with it"
+    if "looked up" in state.uses.get(weight.name, ()):
+        return "it is looked up as an embedding too"
+    if len(state.uses.get(weight.name, ())) > 1:
+        return "it is multiplied along two axes"
+    return why_opaque(weight.quantizer)
+
+
+def _within(weight: MatmulWeight, path: str) -> bool:
+    return not path or weight.name.startswith(f"{path}.")
+
+
+def _same(found: dict[str, Gathered], weight: MatmulWeight, leader: MatmulWeight) -> bool:
+    """Whether both saw the same inputs, every time."""
+    a, b = (list(found[w.name].parts.values()) for w in (weight, leader))
+    hessians = [(x.hessians, y.hessians) for x, y in zip(a, b, strict=False)]
+    return len(a) == len(b) > 0 and all(x is not None and y is not None and torch.equal(x, y) for x, y in hessians)
+
+
+def _too_few(parts: list[Part]) -> Iterator[str]:
+    """What there is to say about matrices that saw too few rows to tell their columns apart, or none."""
+    tokens, width = [count for part in parts for count in part.tokens], parts[0].rows.shape[-1]
+    few = [index for index, count in enumerate(tokens) if 0 < count < width]
+    none = [index for index, count in enumerate(tokens) if not count]
+    if len(tokens) == 1:
+        if few:
+            yield f"{tokens[0]} tokens for {width} columns: more calibration data would tell them apart"
+        if none:
+            yield "its input was always 0: rounded to nearest"
+        return
+    kind = "group" if parts[0].layout.name.startswith("taps") else "expert"
+    if few:
+        yield f"fewer tokens than the {width} columns for {_listed(kind, few)}"
+    if none:
+        yield f"no token for {_listed(kind, none)}: rounded to nearest"
+
+
+def _listed(kind: str, numbers: list[int]) -> str:
+    more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
+    return f"{kind}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:8]))}{more}"
+
+
+@hookimpl
+def qsim_transforms() -> list[type[Transform]]:
+    return [GPTQ]

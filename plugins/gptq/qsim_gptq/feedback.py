@@ -1,0 +1,114 @@
+"""GPTQ's error feedback: round a matrix column by column, each after the errors of those before it were made up for.
+
+The paper (arXiv 2210.17323, section 3) keeps the weights W [N, K] up to date with the inverse of the Hessian H
+[K, K]: with U the upper Cholesky factor of H^-1, a rounded column j subtracts (w - q) U[j, k] / U[j, j] from every
+later column k. The same numbers come without any inverse. Let H = R R^T with R upper triangular (the Cholesky factor of
+H turned upside down), so that U = R^-1, and let D = W - Q be all that rounding has changed. When the turn of column j
+comes it stands at
+
+    w_j + sum over i < j of D_i R[i, j] / R[j, j]
+
+which takes one factorization instead of three, and reads what was changed instead of rewriting what is to come.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qsim_core import DataError
+from qsim_gptq.grids import Grid
+
+RETRIES = 6
+"""How often the damping is raised, ten times each, before a Hessian is given up."""
+LEAST = 1e-6
+"""Where raising begins for a damping of 0."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What a Hessian says about the columns of a weight."""
+
+    unit: Tensor
+    """R with its columns divided by their diagonal elements, [K, K], columns in the order of `order`."""
+    order: Tensor | None
+    """The columns in the order in which they are rounded; None: as they stand."""
+    dead: Tensor
+    """Columns whose input was always zero, booleans [K]."""
+    notes: tuple[str, ...] = ()
+
+
+def factorize(hessian: Tensor, percdamp: float, act_order: bool) -> Factor:
+    """The factor of a Hessian [K, K] in its dtype; the factorization is float64's.
+
+    Columns that saw only zeros get a diagonal of 1. `percdamp` times the mean of the diagonal is added to the
+    diagonal; where no Cholesky factor exists it is raised tenfold, up to six times, and the note says so. With
+    `act_order` columns come by descending diagonal. Raises `DataError` for a Hessian that is not finite or has no
+    factor even then.
+    """
+    diagonal = hessian.diagonal().double()
+    if not diagonal.isfinite().all():
+        raise DataError("products of its inputs overflow; scale the calibration data down")
+    dead = diagonal == 0
+    diagonal = torch.where(dead, 1.0, diagonal)
+    order = diagonal.argsort(descending=True, stable=True) if act_order else None
+    turned = (hessian if order is None else hessian[order][:, order]).double().flip(0, 1)
+    turned_diagonal = (diagonal if order is None else diagonal[order]).flip(0)
+    mean, damping = float(diagonal.mean()), percdamp
+    for attempt in range(RETRIES + 1):
+        turned.diagonal().copy_(turned_diagonal + damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(turned)
+        if not failed:
+            upper = lower.flip(0, 1)
+            unit = upper.div_(upper.diagonal().clone()).to(hessian.dtype)
+            notes = [f"no Cholesky factor with percdamp={percdamp:g}: damped by {damping:g}"] if attempt else []
+            notes += [f"columns whose input was always 0, set to 0: {int(dead.sum())}"] if dead.any() else []
+            return Factor(unit, order, dead, tuple(notes))
+        tried, damping = damping, max(10 * damping, LEAST)
+    raise DataError(f"its Hessian has no Cholesky factor, not even damped by {tried:g} times its mean diagonal")
+
+
+def feed_back(weight: Tensor, factor: Factor, grid: Grid, block: int) -> Tensor:
+    """The matrix [N, K] (float32 or float64) rounded to its grid, so that its products with the inputs change little.
+
+    What the columns before a block of `block` columns do to it is one matrix product; within it, one matrix-vector
+    product for each column. Where the grid fits scales as it goes, a block ends where a group of columns does, and the
+    scale of a group is that of its weights with everything before them made up for.
+    """
+    start = weight.masked_fill(factor.dead, 0.0)
+    start = (start if factor.order is None else start[:, factor.order]).T.contiguous()  # a column is a row here
+    grid = grid.in_order(factor.order)
+    moved, change, quantized = start.clone(), torch.empty_like(start), torch.empty_like(start)
+    columns, first = len(start), 0
+    while first < columns:
+        last = min(first + block, columns)
+        group = grid.refits
+        if group and first % group == 0:
+            end = min(first + group, columns)
+            grid.fit(first, _made_up_for(start[first:end], factor.unit[:end, first:end], change[:first]))
+        if group:
+            last = min(last, first - first % group + group)
+        part = moved[first:last].addmm_(factor.unit[:first, first:last].T, change[:first])
+        within = factor.unit[first:last, first:last].T.contiguous()
+        so_far = change[first:last].T
+        rounded = []
+        rows = zip(part, start[first:last], change[first:last], within, strict=True)
+        for place, (now, before, changed, weights) in enumerate(rows):
+            if place:
+                now.addmv_(so_far[:, :place], weights[:place])
+            rounded.append(grid.round(first + place, now))
+            torch.sub(before, rounded[-1], out=changed)
+        torch.stack(rounded, out=quantized[first:last])
+        first = last
+    result: Tensor = quantized.T
+    return result if factor.order is None else result[:, factor.order.argsort()]
+
+
+def _made_up_for(start: Tensor, unit: Tensor, change: Tensor) -> Tensor:
+    """The columns [n, N] of a group when its turn comes: where the product changes least, were they not rounded."""
+    pushed = unit[: len(change)].T @ change
+    within = unit[len(change) :].T
+    moved: Tensor = torch.linalg.solve_triangular(within, pushed, upper=False, unitriangular=True)
+    return start + moved

@@ -1,0 +1,132 @@
+"""A quantizer's grid, column by column: where each column of a matrix may go, under which scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from qsim_core.numerics import working
+from qsim_core.quantizer import Quantizer
+from qsim_core.randomness import at
+from qsim_core.scaling import Scheme
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that the columns of one matrix [N, K] may take."""
+
+    quantizer: Quantizer
+    dtype: torch.dtype
+    """That of the weight: what is rounded to the grid is rounded to it too."""
+    place: str
+    """What stochastic rounding draws its numbers by, together with the column."""
+    scale: Tensor | None = None
+    """The scales of each group of columns that share them: [groups, N]. None: the quantizer has no scales."""
+    zero: Tensor | None = None
+    groups: Sequence[int] = ()
+    """The group of each column."""
+    refits: int = 0
+    """Scales are fitted as columns are reached, for so many at a time; 0: they stand."""
+    second: tuple[Tensor, Tensor | None] | None = None
+    """Of scales that are themselves scaled: their scales and zero points, [N, groups], which stand."""
+
+    def in_order(self, order: Tensor | None) -> Grid:
+        """The same, for columns in another order."""
+        return (
+            self if order is None or not self.groups else replace(self, groups=[self.groups[i] for i in order.tolist()])
+        )
+
+    def round(self, column: int, values: Tensor) -> Tensor:
+        """One column [N] (float32 or float64) on its grid."""
+        with self._drawing(column):
+            if self.scale is None:
+                rounded = self.quantizer.quantize(values)
+            else:
+                group = self.groups[column]
+                zero = None if self.zero is None else self.zero[group]
+                rounded = cast(Scheme, self.quantizer).round_at(values, self.scale[group], zero)
+        return rounded if rounded.dtype == self.dtype else rounded.to(self.dtype).to(values.dtype)
+
+    def fit(self, first: int, current: Tensor) -> None:
+        """Find the scales of the group of columns from `first` on, from what its columns [n, N] are by now."""
+        scheme, group = cast(Scheme, self.quantizer), self.groups[first]
+        if self.second is not None:
+            held, scale = cast(Scheme, scheme.scale), self.second[0][:, group : group + 1]
+            zero = None if self.second[1] is None else self.second[1][:, group : group + 1]
+            scheme = scheme.replace(scale=lambda exact: held.round_at(exact, scale, zero))
+        with self._drawing(first):
+            scales, zeros = scheme.scale_map(current.T.contiguous())
+        for stored, found in ((self.scale, scales), (self.zero, zeros)):
+            if stored is not None and found is not None:
+                stored[group] = found[:, 0]
+
+    def _drawing(self, column: int) -> AbstractContextManager[Any]:
+        return at(self.place, column) if _is_stochastic(self.quantizer) else nullcontext()
+
+
+def grids(quantizer: Quantizer, rows: Tensor, count: int, refit: bool, place: str) -> list[Grid]:
+    """The grids of the `count` matrices that a weight holds, as its `rows` [..., K] are quantized together.
+
+    Scales stand as the quantizer finds them in `rows`. With `refit` those shared by n elements along a row are fitted
+    anew, each group when its turn comes; where such a scale is itself scaled, the scales of the scales stand even so.
+    """
+    places = [f"{place}:{index}" for index in range(count)]
+    if not isinstance(quantizer, Scheme):
+        return [Grid(quantizer, rows.dtype, here) for here in places]
+    width, shared = rows.shape[-1], quantizer.granularity
+    shared = shared[1] if isinstance(shared, tuple) else shared
+    n = width if isinstance(shared, str) else min(shared, width)
+    refits = n if isinstance(quantizer.granularity, int) and refit and why_standing(quantizer) is None else 0
+    if refits:
+        scales = torch.empty_like(working(rows)[..., ::n])
+        zeros = None if quantizer.symmetric else torch.empty_like(scales)
+    else:
+        scales, zeros = quantizer.scale_map(rows)
+        scales, zeros = scales[..., ::n], None if zeros is None else zeros[..., ::n]
+    second: tuple[Tensor, Tensor | None] | None = None
+    if refits and isinstance(quantizer.scale, Scheme):
+        exact, _ = quantizer.replace(scale=None).scale_map(rows)
+        second = quantizer.scale.scale_map(exact[..., ::n])
+
+    def of(index: int) -> Grid:
+        def own(t: Tensor) -> Tensor:
+            return t.reshape(count, -1, t.shape[-1])[index]
+
+        return Grid(
+            quantizer,
+            rows.dtype,
+            places[index],
+            scale=own(scales).T.contiguous(),
+            zero=None if zeros is None else own(zeros).T.contiguous(),
+            groups=[column // n for column in range(width)],
+            refits=refits,
+            second=None if second is None else (own(second[0]), None if second[1] is None else own(second[1])),
+        )
+
+    return [of(index) for index in range(count)]
+
+
+def why_opaque(quantizer: Quantizer) -> str | None:
+    """Why a quantizer cannot round one column at a time; None: it can."""
+    if isinstance(quantizer, Scheme) or quantizer.granularity == "element":
+        return None
+    return f"{quantizer} is no scheme, and does not say that it rounds each element by itself"
+
+
+def why_standing(quantizer: Quantizer) -> str | None:
+    """Why the scales of blocks cannot be fitted one by one; None: they can."""
+    scale = quantizer.scale if isinstance(quantizer, Scheme) else None
+    if scale is None or isinstance(scale, Scheme) or scale.granularity == "element":
+        return None
+    return f"{scale} may round the scales of several blocks together"
+
+
+def _is_stochastic(quantizer: Quantizer | None) -> bool:
+    if isinstance(quantizer, Scheme):
+        return _is_stochastic(quantizer.element) or _is_stochastic(quantizer.scale)
+    return getattr(getattr(quantizer, "element", quantizer), "rounding", None) == "stochastic"

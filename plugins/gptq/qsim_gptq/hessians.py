@@ -1,0 +1,117 @@
+"""Hessians of weights: X^T X over all rows X that multiply a matrix, gathered while calibration data runs through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qsim_core.context import MatmulWeight
+from qsim_core.numerics import working
+from qsim_core.ops import Call, Layout
+from qsim_core.running import Site
+from qsim_gptq.inputs import Unseen, matrices, place_of, samples
+
+
+@dataclass
+class Part:
+    """A weight as a matmul met it: all of the parameter, or one expert's share of it."""
+
+    operand: Tensor
+    layout: Layout
+    hessians: Tensor | None
+    """[G, K, K], one for each matrix in it; None: no call met it."""
+    tokens: list[int]
+    """How many rows other than 0 multiplied each."""
+
+    @property
+    def rows(self) -> Tensor:
+        """[..., K], as its quantizer is handed it."""
+        return self.layout.rows(self.operand)
+
+
+@dataclass
+class Gathered:
+    """What was seen of one weight."""
+
+    parts: dict[tuple[object, ...], Part] = field(default_factory=dict)
+    reason: str = ""
+    """Why nothing can be told about it, if that is so."""
+
+    def complete(self, parameter: Tensor) -> list[Part]:
+        """Parts that make up the parameter, experts that no call met among them. Raises `Unseen`."""
+        if self.reason:
+            raise Unseen(self.reason)
+        parts = list(self.parts.values())
+        if not parts:
+            raise Unseen("no calibration sample reached it")
+        if sum(part.operand.numel() for part in parts) == parameter.numel():
+            return parts
+        first, size = parts[0], parameter[0].numel()
+        if parameter.dim() != 3 or any(part.operand.numel() != size for part in parts):
+            raise Unseen("it is multiplied in parts")
+        start, step = parameter.storage_offset(), parameter.stride(0)
+        met = {(part.operand.storage_offset() - start) // step: part for part in parts}
+        shape, stride = first.operand.shape, first.operand.stride()
+        return [
+            met.get(e, Part(parameter.detach().as_strided(shape, stride, start + e * step), first.layout, None, [0]))
+            for e in range(len(parameter))
+        ]
+
+
+class Gatherer:
+    """Watches matmuls and sums up the Hessians of some weights.
+
+    With `leader`, only those of its weights whose input is the very tensor that the leader's is.
+    """
+
+    def __init__(self, weights: Iterable[MatmulWeight], leader: MatmulWeight | None = None) -> None:
+        self.weights = {weight.name: weight for weight in weights}
+        self.found = {name: Gathered() for name in self.weights}
+        self.leader = leader
+        self._led: Tensor | None = None
+        self._last: tuple[tuple[object, ...], Tensor, tuple[Tensor, int]] | None = None
+
+    def __call__(self, site: Site, call: Call) -> None:
+        weight = self.weights.get(site.weight or "")
+        place = None if weight is None else place_of(call, weight.parameter)
+        if weight is None or place is None:
+            return
+        x = call.operands[1 - place] if len(call.operands) == 2 else None
+        if self.leader is not None:
+            if weight is self.leader:
+                self._led = x
+            elif x is not self._led:
+                return
+        gathered = self.found[weight.name]
+        try:
+            self._add(gathered, call, place)
+        except Unseen as error:
+            gathered.reason = str(error)
+
+    def _add(self, gathered: Gathered, call: Call, place: int) -> None:
+        operand = call.operands[place].detach()
+        key = (operand.storage_offset(), tuple(operand.shape), operand.stride())
+        part = gathered.parts.get(key)
+        count, width = matrices(call, place), call.layouts[place].rows(operand).shape[-1]
+        if part is None:
+            part = Part(operand, call.layouts[place], None, [0] * count)
+        if part.hessians is None:
+            part.hessians = working(operand).new_zeros(count, width, width)
+        for portion in samples(call, place):
+            for index, x in enumerate(portion):
+                product, count = self._product(x, part.hessians.dtype)
+                part.hessians[index] += product
+                part.tokens[index] += count
+        gathered.parts[key] = part
+
+    def _product(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+        """X^T X, and how many rows are not 0; of the same rows again, as k and v have after q, what is there."""
+        seen = (x.data_ptr(), x.shape, x.stride(), dtype, -1 if x.is_inference() else x._version)
+        if self._last is None or self._last[0] != seen or x.numel() == 0:
+            wide = x.to(dtype)
+            found = wide.T @ wide, int(wide.any(-1).sum())
+            self._last = seen, x, found  # x is kept, so that no other tensor gets its address
+        return self._last[2]
