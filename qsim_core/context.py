@@ -81,6 +81,7 @@ class Context:
         self.run = run
         self.name = name
         self.reports: list[LayerReport] = []
+        self.warnings: list[str] = []
         self._batches = batches
         self._example = example
         self._declared = declared
@@ -175,6 +176,10 @@ class Context:
     def report(self, layer: str, **what: Any) -> None:
         """Say what was done to a layer; it goes into the result."""
         self.reports.append(LayerReport(transform=self.name, layer=layer, **what))
+
+    def warn(self, layer: str, text: str) -> None:
+        """Say that something was done to a layer that can hardly be right; it goes into the result and is shown."""
+        self.warnings.append(f"{layer} {text}")
 
     @contextmanager
     def timed(self) -> Iterator[Callable[[], float]]:

@@ -40,7 +40,7 @@ class DataError(QsimError):
 
 
 class CalibrationWarning(UserWarning):
-    """A static scale was found that can hardly be right."""
+    """A static scale, or what a transform did, can hardly be right."""
 
 
 def with_article(noun: str) -> str:

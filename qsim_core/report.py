@@ -25,6 +25,7 @@ from qsim_core.recipe import Recipe, read_yaml
 from qsim_core.result import Result
 from qsim_core.tensorfile import quantize_file
 
+SHOWN_WARNINGS = 4
 FREE_BESIDE_A_RECORD = frozenset({"record", "device", "dry_run", "work_dir"})
 """The options that say nothing that a record says."""
 
@@ -77,8 +78,10 @@ def run(options: dict[str, Any], given: set[str], quiet: bool) -> Result | None:
         evaluation.same_data(before, result)
         for line in _differences(before, result):
             click.echo(f"Warning: {line}", err=True)
-    for line in result.warnings:
+    for line in result.warnings[:SHOWN_WARNINGS]:
         click.echo(f"Warning: {line}", err=True)
+    if len(result.warnings) > SHOWN_WARNINGS:
+        click.echo(f"Warning: {len(result.warnings) - SHOWN_WARNINGS} more like these (--json has them)", err=True)
     return result
 
 

@@ -36,7 +36,7 @@ class Simulation:
         self.reports: list[LayerReport] = []
         """What the transforms did, layer by layer."""
         self.warnings: list[str] = []
-        """Static scales that can hardly be right, each with its site."""
+        """What can hardly be right about static scales and what transforms did, each with its site."""
 
     def _attach(self) -> None:
         self.sites.attach(self.model, self._handles)
@@ -111,6 +111,7 @@ class Simulation:
                 if _fingerprint(self.model, self.sites) == before:
                     raise RecipeError(f"{transform} changed nothing in this model: {_why(context)}")
                 self.reports += context.reports
+                self.warnings += context.warnings
         finally:
             self.sites.quantizing = True
 
@@ -129,8 +130,6 @@ class Simulation:
         for site in self.sites.table.values():
             site.calls = 0
         self.warnings += fitter.fix()
-        for line in self.warnings:
-            warnings.warn(line, CalibrationWarning, stacklevel=3)
 
 
 def simulate(
@@ -189,6 +188,8 @@ def simulate(
             simulation._discover(example)
         simulation._transform(batches, run or Run(), structure)
         simulation._fix(batches, run or Run())
+        for line in simulation.warnings:
+            warnings.warn(line, CalibrationWarning, stacklevel=2)
     except BaseException:
         simulation.keep = True  # nothing has been folded yet
         simulation.restore()
