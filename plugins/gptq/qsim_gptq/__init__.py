@@ -121,18 +121,18 @@ class GPTQ(Transform):
         with at(place, 0):
             rounded = quantizer.quantize(rows)
         if part.hessians is not None:
-            weights, nearest = (working(t).reshape(len(part.tokens), -1, rows.shape[-1]) for t in (rows, rounded))
+            weights, rounds = (working(t).reshape(len(part.tokens), -1, rows.shape[-1]) for t in (rows, rounded))
             found = [factors.of(hessian) for hessian in part.hessians]
             whole_rows = isinstance(quantizer.granularity, str)
             with at(place, 0):
                 seen = rows if whole_rows else _without_dead(rows, found)
                 columns = grids(quantizer, seen, len(found), self._refits, place)
             results = []
-            for w, n, hessian, factor, grid in zip(weights, nearest, part.hessians, found, columns, strict=True):
+            for w, n, hessian, factor, grid in zip(weights, rounds, part.hessians, found, columns, strict=True):
                 q = n if factor is None else feed_back(w, factor, grid, self.block)
                 results.append(q)
-                errors = _energy(n - w, hessian), _energy(q - w, hessian)
-                outcomes.append(_Outcome(_energy(w, hessian), *errors, () if factor is None else factor.notes))
+                whole, nearest, after = _energies(torch.stack([w, n - w, q - w]), hessian)
+                outcomes.append(_Outcome(whole, nearest, after, () if factor is None else factor.notes))
             rounded = torch.stack(results).reshape(rows.shape)
         part.operand.copy_(part.layout.back(rounded))
         return outcomes
@@ -165,6 +165,8 @@ class _Factors:
 
 def _without_dead(rows: Tensor, factors: list[Factor | None]) -> Tensor:
     """The rows with columns set to 0 whose input was always 0, so that they have no say in a block's scale."""
+    if not any(factor is not None and factor.dead.any() for factor in factors):
+        return rows
     matrices = rows.reshape(len(factors), -1, rows.shape[-1]).clone()
     for matrix, factor in zip(matrices, factors, strict=True):
         if factor is not None:
@@ -172,15 +174,14 @@ def _without_dead(rows: Tensor, factors: list[Factor | None]) -> Tensor:
     return matrices.reshape(rows.shape)
 
 
-def _energy(matrix: Tensor, hessian: Tensor) -> float:
-    """|X M^T|^2 for a matrix M [N, K] and the Hessian X^T X."""
-    total = 0.0
+def _energies(matrices: Tensor, hessian: Tensor) -> list[float]:
+    """|X M^T|^2 of each of the matrices M [m, N, K], X^T X being the Hessian."""
+    rows, found = matrices.flatten(0, 1), torch.zeros(matrices.shape[:2], dtype=torch.float64, device=matrices.device)
     for first in range(0, len(hessian), PORTION):  # the Hessian is symmetric: half of it will do
-        part, before = matrix[:, first : first + PORTION], matrix[:, :first]
-        columns = hessian[:, first : first + PORTION]
-        product = (part @ columns[first : first + PORTION]).addmm_(before, columns[:first], alpha=2)
-        total += float(torch.sum(product.mul_(part), dtype=torch.float64))
-    return max(0.0, total)
+        here = slice(first, first + PORTION)
+        product = (rows[:, here] @ hessian[here, here]).addmm_(rows[:, :first], hessian[:first, here], alpha=2)
+        found += torch.linalg.vecdot(product, rows[:, here]).view(found.shape)
+    return found.sum(1).clamp(min=0).tolist()
 
 
 def _why_not(weight: MatmulWeight, context: Context) -> str | None:
