@@ -104,7 +104,9 @@ class GPTQ(Transform):
                 except DataError as error:
                     raise DataError(f"{context.name} at {name}: {error}") from None
             context.pin(weight)
-        notes = [*_too_few(parts)]
+        notes = list(_without_tokens(parts))
+        for few in _too_few(parts):
+            context.warn(name, few)
         notes += dict.fromkeys(note for outcome in outcomes for note in outcome.notes)
         if self._refits and isinstance(quantizer.granularity, int) and (reason := why_standing(quantizer)):
             notes.append(f"static groups: {reason}")
@@ -123,18 +125,18 @@ class GPTQ(Transform):
         with at(place, 0):
             rounded = quantizer.quantize(rows)
         if part.hessians is not None:
-            weights, nearest = (working(t).reshape(len(part.tokens), -1, rows.shape[-1]) for t in (rows, rounded))
+            weights, rounds = (working(t).reshape(len(part.tokens), -1, rows.shape[-1]) for t in (rows, rounded))
             found = [factors.of(hessian) for hessian in part.hessians]
             whole_rows = isinstance(quantizer.granularity, str)
             with at(place, 0):
                 seen = rows if whole_rows else _without_dead(rows, found)
                 columns = grids(quantizer, seen, len(found), self._refits, place)
             results = []
-            for w, n, hessian, factor, grid in zip(weights, nearest, part.hessians, found, columns, strict=True):
+            for w, n, hessian, factor, grid in zip(weights, rounds, part.hessians, found, columns, strict=True):
                 q = n if factor is None else feed_back(w, factor, grid, self.block)
                 results.append(q)
-                errors = _energy(n - w, hessian), _energy(q - w, hessian)
-                outcomes.append(_Outcome(_energy(w, hessian), *errors, () if factor is None else factor.notes))
+                whole, nearest, after = _energies(torch.stack([w, n - w, q - w]), hessian)
+                outcomes.append(_Outcome(whole, nearest, after, () if factor is None else factor.notes))
             rounded = torch.stack(results).reshape(rows.shape)
         part.operand.copy_(part.layout.back(rounded))
         return outcomes
@@ -167,6 +169,8 @@ class _Factors:
 
 def _without_dead(rows: Tensor, factors: list[Factor | None]) -> Tensor:
     """The rows with columns set to 0 whose input was always 0, so that they have no say in a block's scale."""
+    if not any(factor is not None and factor.dead.any() for factor in factors):
+        return rows
     matrices = rows.reshape(len(factors), -1, rows.shape[-1]).clone()
     for matrix, factor in zip(matrices, factors, strict=True):
         if factor is not None:
@@ -174,15 +178,14 @@ def _without_dead(rows: Tensor, factors: list[Factor | None]) -> Tensor:
     return matrices.reshape(rows.shape)
 
 
-def _energy(matrix: Tensor, hessian: Tensor) -> float:
-    """|X M^T|^2 for a matrix M [N, K] and the Hessian X^T X."""
-    total = 0.0
+def _energies(matrices: Tensor, hessian: Tensor) -> list[float]:
+    """|X M^T|^2 of each of the matrices M [m, N, K], X^T X being the Hessian."""
+    rows, found = matrices.flatten(0, 1), torch.zeros(matrices.shape[:2], dtype=torch.float64, device=matrices.device)
     for first in range(0, len(hessian), PORTION):  # the Hessian is symmetric: half of it will do
-        part, before = matrix[:, first : first + PORTION], matrix[:, :first]
-        columns = hessian[:, first : first + PORTION]
-        product = (part @ columns[first : first + PORTION]).addmm_(before, columns[:first], alpha=2)
-        total += float(torch.sum(product.mul_(part), dtype=torch.float64))
-    return max(0.0, total)
+        here = slice(first, first + PORTION)
+        product = (rows[:, here] @ hessian[here, here]).addmm_(rows[:, :first], hessian[:first, here], alpha=2)
+        found += torch.linalg.vecdot(product, rows[:, here]).view(found.shape)
+    return found.sum(1).clamp(min=0).tolist()
 
 
 def _why_not(weight: MatmulWeight, context: Context) -> str | None:
@@ -210,24 +213,25 @@ def _same(found: dict[str, Gathered], weight: MatmulWeight, leader: MatmulWeight
 
 
 def _too_few(parts: list[Part]) -> Iterator[str]:
-    """What there is to say about matrices that saw too few rows to tell their columns apart, or none."""
+    """What there is to warn of: matrices that saw fewer rows than they have columns."""
     tokens, width = [count for part in parts for count in part.tokens], parts[0].rows.shape[-1]
     few = [index for index, count in enumerate(tokens) if 0 < count < width]
-    none = [index for index, count in enumerate(tokens) if not count]
-    if len(tokens) == 1:
-        if few:
-            yield f"{tokens[0]} tokens for {width} columns: more calibration data would tell them apart"
-        if none:
-            yield "its input was always 0: rounded to nearest"
-        return
-    kind = "group" if parts[0].layout.name.startswith("taps") else "expert"
     if few:
-        yield f"fewer tokens than the {width} columns for {_listed(kind, few)}"
+        which = "" if len(tokens) == 1 else f" for {_listed(parts, few)}"
+        yield f"saw {min(tokens[i] for i in few)} tokens, fewer than its {width} columns{which}: give more samples"
+
+
+def _without_tokens(parts: list[Part]) -> Iterator[str]:
+    """What there is to say about matrices that saw nothing."""
+    tokens = [count for part in parts for count in part.tokens]
+    none = [index for index, count in enumerate(tokens) if not count]
     if none:
-        yield f"no token for {_listed(kind, none)}: rounded to nearest"
+        seen = "its input was always 0" if len(tokens) == 1 else f"no token for {_listed(parts, none)}"
+        yield f"{seen}: rounded to nearest"
 
 
-def _listed(kind: str, numbers: list[int]) -> str:
+def _listed(parts: list[Part], numbers: list[int]) -> str:
+    kind = "group" if parts[0].layout.name.startswith("taps") else "expert"
     more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
     return f"{kind}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:8]))}{more}"
 

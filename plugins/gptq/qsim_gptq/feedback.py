@@ -54,15 +54,14 @@ def factorize(hessian: Tensor, percdamp: float, act_order: bool) -> Factor:
     dead = diagonal == 0
     diagonal = torch.where(dead, 1.0, diagonal)
     order = diagonal.argsort(descending=True, stable=True) if act_order else None
-    turned = (hessian if order is None else hessian[order][:, order]).double().flip(0, 1)
+    turned = (hessian if order is None else hessian[order][:, order]).flip(0, 1).double()
     turned_diagonal = (diagonal if order is None else diagonal[order]).flip(0)
     mean, damping = float(diagonal.mean()), percdamp
     for attempt in range(RETRIES + 1):
         turned.diagonal().copy_(turned_diagonal + damping * mean)
         lower, failed = torch.linalg.cholesky_ex(turned)
         if not failed:
-            upper = lower.flip(0, 1)
-            unit = upper.div_(upper.diagonal().clone()).to(hessian.dtype)
+            unit = lower.div_(lower.diagonal().clone()).to(hessian.dtype).flip(0, 1)
             notes = [f"no Cholesky factor with percdamp={percdamp:g}: damped by {damping:g}"] if attempt else []
             notes += [f"columns whose input was always 0, set to 0: {int(dead.sum())}"] if dead.any() else []
             return Factor(unit, order, dead, tuple(notes))
@@ -73,42 +72,43 @@ def factorize(hessian: Tensor, percdamp: float, act_order: bool) -> Factor:
 def feed_back(weight: Tensor, factor: Factor, grid: Grid, block: int) -> Tensor:
     """The matrix [N, K] (float32 or float64) rounded to its grid, so that its products with the inputs change little.
 
-    What the columns before a block of `block` columns do to it is one matrix product; within it, one matrix-vector
-    product for each column. Where the grid fits scales as it goes, a block ends where a group of columns does, and the
-    scale of a group is that of its weights with everything before them made up for.
+    What all columns before a block of `block` columns do to it is one matrix product; within it there is one
+    matrix-vector product for each column. Where the grid fits scales as it goes, blocks are whole groups of columns, or
+    groups whole blocks, and the scale of a group is that of its weights with everything before them made up for.
     """
-    start = weight.masked_fill(factor.dead, 0.0)
+    start = weight.masked_fill(factor.dead, 0.0) if factor.dead.any() else weight
     start = (start if factor.order is None else start[:, factor.order]).T.contiguous()  # a column is a row here
-    grid = grid.in_order(factor.order)
+    grid, unit, n = grid.in_order(factor.order), factor.unit, grid.refits
     moved, change, quantized = start.clone(), torch.empty_like(start), torch.empty_like(start)
-    columns, first = len(start), 0
-    while first < columns:
-        last = min(first + block, columns)
-        group = grid.refits
-        if group and first % group == 0:
-            end = min(first + group, columns)
-            grid.fit(first, _made_up_for(start[first:end], factor.unit[:end, first:end], change[:first]))
-        if group:
-            last = min(last, first - first % group + group)
-        part = moved[first:last].addmm_(factor.unit[:first, first:last].T, change[:first])
-        within = factor.unit[first:last, first:last].T.contiguous()
-        so_far = change[first:last].T
-        rounded = []
-        rows = zip(part, start[first:last], change[first:last], within, strict=True)
-        for place, (now, before, changed, weights) in enumerate(rows):
-            if place:
-                now.addmv_(so_far[:, :place], weights[:place])
-            rounded.append(grid.round(first + place, now))
-            torch.sub(before, rounded[-1], out=changed)
-        torch.stack(rounded, out=quantized[first:last])
-        first = last
+    block, step = (-(-block // n) * n, min(block, n)) if n else (block, block)
+    for outer in range(0, len(start), block):
+        end = min(outer + block, len(start))
+        moved[outer:end].addmm_(unit[:outer, outer:end].T, change[:outer])
+        for first in range(outer, end, step):
+            here = slice(first, min(first + step, end))
+            moved[here].addmm_(unit[outer:first, here].T, change[outer:first])
+            if n and first % n == 0:
+                group = slice(first, min(first + n, end))
+                grid.fit(first, _made_up_for(start[group], moved[group], unit[group, group]))
+            _round_columns(grid, first, start[here], moved[here], change[here], quantized[here], unit[here, here])
     result: Tensor = quantized.T
     return result if factor.order is None else result[:, factor.order.argsort()]
 
 
-def _made_up_for(start: Tensor, unit: Tensor, change: Tensor) -> Tensor:
+def _round_columns(
+    grid: Grid, first: int, start: Tensor, moved: Tensor, change: Tensor, quantized: Tensor, unit: Tensor
+) -> None:
+    """Round columns from `first` on, [n, N] each: `moved` has all that came before them, `change` is written."""
+    rounded, so_far, weights = [], change.T, unit.T.contiguous()
+    for place, (now, before, changed) in enumerate(zip(moved, start, change, strict=True)):
+        if place:
+            now.addmv_(so_far[:, :place], weights[place, :place])
+        rounded.append(grid.round(first + place, now))
+        torch.sub(before, rounded[-1], out=changed)
+    torch.stack(rounded, out=quantized)
+
+
+def _made_up_for(start: Tensor, moved: Tensor, unit: Tensor) -> Tensor:
     """The columns [n, N] of a group when its turn comes: where the product changes least, were they not rounded."""
-    pushed = unit[: len(change)].T @ change
-    within = unit[len(change) :].T
-    moved: Tensor = torch.linalg.solve_triangular(within, pushed, upper=False, unitriangular=True)
-    return start + moved
+    solved: Tensor = torch.linalg.solve_triangular(unit.T, moved - start, upper=False, unitriangular=True)
+    return solved.add_(start)

@@ -23,8 +23,8 @@ class Grid:
     quantizer: Quantizer
     dtype: torch.dtype
     """That of the weight: what is rounded to the grid is rounded to it too."""
-    place: str
-    """What stochastic rounding draws its numbers by, together with the column."""
+    place: str | None = None
+    """What stochastic rounding draws its numbers by, together with the column; None: it does not draw any."""
     scale: Tensor | None = None
     """The scales of each group of columns that share them: [groups, N]. None: the quantizer has no scales."""
     zero: Tensor | None = None
@@ -66,7 +66,7 @@ class Grid:
                 stored[group] = found[:, 0]
 
     def _drawing(self, column: int) -> AbstractContextManager[Any]:
-        return at(self.place, column) if _is_stochastic(self.quantizer) else nullcontext()
+        return nullcontext() if self.place is None else at(self.place, column)
 
 
 def grids(quantizer: Quantizer, rows: Tensor, count: int, refit: bool, place: str) -> list[Grid]:
@@ -75,9 +75,9 @@ def grids(quantizer: Quantizer, rows: Tensor, count: int, refit: bool, place: st
     Scales stand as the quantizer finds them in `rows`. With `refit` those shared by n elements along a row are fitted
     anew, each group when its turn comes; where such a scale is itself scaled, the scales of the scales stand even so.
     """
-    places = [f"{place}:{index}" for index in range(count)]
+    places = [f"{place}:{index}" if _is_stochastic(quantizer) else None for index in range(count)]
     if not isinstance(quantizer, Scheme):
-        return [Grid(quantizer, rows.dtype, here) for here in places]
+        return [Grid(quantizer, rows.dtype, drawn) for drawn in places]
     width, shared = rows.shape[-1], quantizer.granularity
     shared = shared[1] if isinstance(shared, tuple) else shared
     n = width if isinstance(shared, str) else min(shared, width)

@@ -12,7 +12,7 @@ from qsim_core.context import MatmulWeight
 from qsim_core.numerics import working
 from qsim_core.ops import Call, Layout
 from qsim_core.running import Site
-from qsim_gptq.inputs import Unseen, matrices, place_of, samples
+from qsim_gptq.inputs import Unseen, matrices, samples
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Gatherer:
 
     def __call__(self, site: Site, call: Call) -> None:
         weight = self.weights.get(site.weight or "")
-        place = None if weight is None else place_of(call, weight.parameter)
+        place = None if weight is None else call.weight
         if weight is None or place is None:
             return
         x = call.operands[1 - place] if len(call.operands) == 2 else None

@@ -21,12 +21,6 @@ class Unseen(QsimError):
     """The rows that multiply a weight cannot be told from a call of this kind."""
 
 
-def place_of(call: Call, parameter: Tensor) -> int | None:
-    """Which operand of a call is a parameter, or a view of it; of two, the last."""
-    places = [i for i, operand in enumerate(call.operands) if operand is parameter or operand._base is parameter]
-    return places[-1] if places else None
-
-
 def matrices(call: Call, place: int) -> int:
     """How many matrices the weight is that stands in this place of a call."""
     rows = call.layouts[place].rows(call.operands[place])

@@ -239,10 +239,12 @@ def test_a_layer_that_saw_only_zeros_is_rounded_to_nearest() -> None:
     assert report.note == "its input was always 0: rounded to nearest"
 
 
-def test_too_few_tokens_are_noted() -> None:
-    (report,) = gptq(linear(noise(24, 40)), [inputs(12, 40)], "int4").reports
+def test_too_few_tokens_are_warned_of() -> None:
+    with pytest.warns(qsim.CalibrationWarning) as warned:
+        simulation = gptq(linear(noise(24, 40)), [inputs(12, 40)], "int4")
 
-    assert report.note == "12 tokens for 40 columns: more calibration data would tell them apart"
+    assert [str(w.message) for w in warned] == simulation.warnings
+    assert simulation.warnings == ["weight saw 12 tokens, fewer than its 40 columns: give more samples"]
 
 
 def test_a_singular_hessian_is_damped_more_and_that_is_noted() -> None:
@@ -420,19 +422,11 @@ def test_experts_without_tokens_are_rounded_to_nearest(kind: type[Loop]) -> None
 
 
 def test_experts_with_few_tokens_are_named() -> None:
-    model = Batched(noise(3, 32, 24))
+    model, kept = Batched(noise(3, 32, 24)), [torch.arange(40) % (1 + 4 * (e != 1)) == 0 for e in range(3)]
+    x = torch.stack([inputs(40, 32, seed=e) * kept[e][:, None] for e in range(3)])
 
-    (report,) = gptq(
-        model,
-        [
-            torch.stack(
-                [inputs(40, 32, seed=e) * (torch.arange(40) % (1 + 4 * (e != 1)) == 0)[:, None] for e in range(3)]
-            )
-        ],
-        "int4",
-    ).reports
-
-    assert report.note == "fewer tokens than the 32 columns for experts 0, 2"
+    with pytest.warns(qsim.CalibrationWarning, match="8 tokens, fewer than its 32 columns for experts 0, 2: give more"):
+        gptq(model, [x], "int4")
 
 
 SIZES = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
