@@ -59,7 +59,7 @@ def test_a_walk_changes_weights_where_they_are_kept(how: str, make: Make, ids: T
 
 @pytest.mark.parametrize("transform", ["gptq", "smoothquant", "hadamard", "awq", "rptq"])
 def test_methods_change_weights_where_they_are_kept(transform: str, make: Make, ids: Tensor, tmp_path: Path) -> None:
-    batches = [{"input_ids": ids, "use_cache": False}]
+    batches = [{"input_ids": (ids + shift) % 96, "use_cache": False} for shift in range(6)]
     here, elsewhere = make("llama"), offload(make("llama"), "disk", tmp_path)
 
     for model in (here, elsewhere):
