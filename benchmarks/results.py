@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import qsim_core as qsim
 from qsim_core.compose import compose
+from qsim_core.progress import hush_libraries
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "results.md"
 MODELS = ["opt-tiny", "opt-tiny-outliers"]
@@ -108,6 +110,8 @@ TABLES = {"methods": methods, "weights": weights}
 
 def main() -> None:
     """Compute the tables and put them into the document."""
+    hush_libraries()
+    warnings.simplefilter("ignore", qsim.CalibrationWarning)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"of {', '.join(TABLES)}; all of them if none is given"
