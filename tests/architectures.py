@@ -1,7 +1,4 @@
-"""Tiny models of many families, seeded, each with an example of its inputs; the plugins' tests use them too.
-
-`python tests/architectures.py > docs/coverage.md` writes the table of what is met in them.
-"""
+"""Tiny models of many families, seeded, each with an example of its inputs; the plugins' tests use them too."""
 
 from __future__ import annotations
 
