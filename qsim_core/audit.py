@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from qsim_core.dispatch import Watcher, operator_name
 from qsim_core.quantizer import Quantizer
 from qsim_core.running import Site
 from qsim_core.sites import Sites
@@ -43,6 +43,8 @@ PRODUCTS = frozenset(
         "_convolution",
         "convolution_overrideable",
         "mkldnn_convolution",
+        "cudnn_convolution",
+        "_slow_conv2d_forward",
         "_trilinear",
         "conv_tbc",
         "_sparse_mm",
@@ -101,7 +103,9 @@ class Audit(BaseModel):
     covered: int = Field(description="matmuls with at least one quantizer on an operand or the result")
     found: int
     skipped: list[str] = Field(description="sites that the recipe leaves alone")
-    uncovered: list[str] = Field(description="products that torch computed outside any site, as path:operator")
+    uncovered: list[str] = Field(
+        description="products outside any site, and operators not torch's own that may hold one, as path:operator"
+    )
     bits_per_weight: float | None = Field(description="over all quantized weights, scales counted; none: unknown")
     bits_per_activation: float | None = Field(description="over all quantized inputs of the batch, scales counted")
 
@@ -148,20 +152,29 @@ class _Sums:
         )
 
 
-class _Outside(TorchDispatchMode):
+class _Outside(Watcher):
     """Lists the products that are computed while no site is at work."""
 
     def __init__(self, sites: Sites) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.sites = sites
         self.found: dict[str, int] = defaultdict(int)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__.rstrip("_")
-        if name in PRODUCTS and not self.sites.thread.inside:
+        name = operator_name(func).rstrip("_")
+        product = name in PRODUCTS
+        if func.namespace != "aten":
+            name = f"{func.namespace}::{name}"
+            product = _may_multiply((*args, *(kwargs or {}).values()))
+        if product and not self.sites.thread.inside:
             stack = self.sites.thread.stack
             self.found[f"{stack[-1].path if stack else ''}:{name}"] += 1
         return func(*args, **(kwargs or {}))
+
+
+def _may_multiply(arguments: tuple[Any, ...]) -> bool:
+    """Whether an operator that is not torch's own has two matrices to multiply; what it does with them nobody sees."""
+    return sum(isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1 for x in arguments) > 1
 
 
 class _Watch:

@@ -31,6 +31,8 @@ class LoadedModel:
 
     model: nn.Module
     tokenizer: Any = None
+    processor: Any = None
+    """What prepares images or sound."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ class Adapter(Component):
     """What is known about one model family; its name is the family's `model_type`."""
 
     kind: ClassVar[str] = "adapter"
+    families: ClassVar[tuple[str, ...]] = ()
+    """Other `model_type`s that it loads."""
     evaluator: ClassVar[str | None] = None
     """Text of the evaluator that its field uses."""
     skip: ClassVar[tuple[str, ...]] = ()
@@ -110,6 +114,10 @@ class Adapter(Component):
     @abstractmethod
     def load(self, model: str, dtype: torch.dtype) -> LoadedModel:
         """The model in a local directory or of a hub's name, in eval mode. Raises `ModelError`."""
+
+    def evaluator_of(self, model: str) -> str | None:
+        """Text of the evaluator for one checkpoint, where its head decides; none: a recipe has to say it."""
+        return self.evaluator
 
     def structure(self, model: nn.Module) -> Mapping[str, Sequence[str]] | None:
         """Norm's module path -> names of the weights that read it; none: as tracing finds it."""

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from qsim_core.addresses import Parameters
 from qsim_core.channels import WITH_WEIGHT
+from qsim_core.dispatch import Watcher, operator_name
 from qsim_core.errors import ModelError
 from qsim_core.forward import Example, as_in_evaluation, call
 
@@ -87,17 +87,17 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * a.abs().max().clamp(min=1e-30))
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(Watcher):
     """Keeps the results of all products: those with a parameter by the parameter."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.parameters = Parameters(model)
         self.results: dict[str, list[Tensor]] = defaultdict(list)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
+        name = operator_name(func)
         places = WITH_WEIGHT.get(name) or ((0, 1) if "convolution" in name else None)
         if places is not None:
             found = self.parameters.of(args[places[1]]) or self.parameters.of(args[places[0]])

@@ -12,7 +12,7 @@ import torch
 
 from qsim_core.bases import Calibration, Data, Evaluator, LoadedModel, Run
 from qsim_core.component import components_in
-from qsim_core.errors import DataError, QsimError, RecipeError
+from qsim_core.errors import DataError, QsimError, RecipeError, SpecError
 from qsim_core.host import Host, installed
 from qsim_core.models import Located, locate
 from qsim_core.recipe import Recipe
@@ -36,11 +36,7 @@ class Job:
         """Fill in model, evaluator and skipped sites from the adapter. Raises `ModelError` and `RecipeError`."""
         located = locate(DEFAULT_MODEL if recipe.model is None else recipe.model, host)
         adapter = located.adapter
-        evaluator = recipe.evaluate
-        if evaluator is None:
-            if adapter.evaluator is None:
-                raise RecipeError(f"adapter {adapter} names no evaluator; say which with `evaluate:`")
-            evaluator = host.parse(adapter.evaluator, Evaluator)
+        evaluator = recipe.evaluate or _evaluator(located, host)
         skip = adapter.skip if recipe.skip is None else recipe.skip
         filled = {**{key: getattr(recipe, key) for key in recipe.model_fields_set}, "model": located.name, "skip": skip}
         return cls(Recipe.of({**filled, "evaluate": evaluator}, host), located, evaluator)
@@ -66,6 +62,21 @@ class Job:
                 f"--calibration-data"
             )
         return self.located.calibration()
+
+
+def _evaluator(located: Located, host: Host) -> Evaluator:
+    """The evaluator that a model's adapter chooses. Raises `RecipeError` if there is none."""
+    text = located.adapter.evaluator_of(located.source)
+    if text is None:
+        raise RecipeError(f"adapter {located.adapter} names no evaluator; say which with `evaluate:`")
+    try:
+        return host.parse(text, Evaluator)  # type: ignore[no-any-return]
+    except SpecError as error:
+        known = ", ".join(host.components(Evaluator)) or "none"
+        raise RecipeError(
+            f"{located.name} is evaluated by {text!r}, and no evaluator of that name is installed (there are: "
+            f"{known}); install one, or say another with `evaluate:`"
+        ) from error
 
 
 def evaluate(

@@ -14,9 +14,9 @@ from typing import Any
 
 from qsim_core.bases import Adapter, Data, NamedModel
 from qsim_core.component import Component
-from qsim_core.errors import ModelError, PluginError, QsimError, did_you_mean
+from qsim_core.configuration import family
+from qsim_core.errors import ModelError, did_you_mean
 from qsim_core.host import Host
-from qsim_core.pretrained import model_type
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def locate(name: str, host: Host) -> Located:
     if name in named:
         library, model = named[name]
         directory = str(model.directory())
-        adapter = _adapter(model_type(directory), name, host)
+        adapter = _adapter(family(directory), name, host)
         return Located(name, directory, adapter, (adapter, library), model.data, model.calibration)
     if not name.strip():
         raise ModelError(f"an empty name is no model{did_you_mean(name, named)}")
@@ -57,7 +57,7 @@ def locate(name: str, host: Host) -> Located:
     if not path.is_dir():
         _check_it_may_be_on_the_hub(name, named, host)
     source = str(path.resolve()) if path.is_dir() else name  # a record must mean the same from any directory
-    adapter = _adapter(model_type(source), name, host)
+    adapter = _adapter(family(source), name, host)
     return Located(source, source, adapter, (adapter,))
 
 
@@ -67,15 +67,20 @@ def _check_it_may_be_on_the_hub(name: str, named: dict[str, Any], host: Host) ->
         raise ModelError(f"no model {name!r}{did_you_mean(name, named)}{host.not_looked_at()}")
 
 
-def _adapter(family: str, name: str, host: Host) -> Adapter:
-    try:
-        adapter: Any = host.parse(family.replace("-", "_"), Adapter)
-    except PluginError:
-        raise
-    except QsimError:
-        known = ", ".join(host.components(Adapter)) or "none"
-        raise ModelError(
-            f"{name} is a {family!r} model, and no adapter of that name is installed (there are: {known}); "
-            f"from Python, qsim_core.simulate takes any model"
-        ) from None
-    return adapter  # type: ignore[no-any-return]
+def _adapter(of: str, name: str, host: Host) -> Adapter:
+    """The one adapter that bears a family's name, or names it among its `families`."""
+    offers = [(plugin, offered) for found in host.components(Adapter).values() for plugin, offered in found]
+    fitting = [(p, o) for p, o in offers if of.replace("-", "_") == o.name or of in getattr(o, "families", ())]
+    if len(fitting) > 1:
+        plugins = " and ".join(str(host.plugins[plugin]) for plugin, _ in fitting)
+        raise ModelError(f"{name} is a {of!r} model, which {plugins} load; uninstall all but one of them")
+    if fitting:
+        ((plugin, offered),) = fitting
+        return host.parse(f"{plugin}.{offered.name}", Adapter)  # type: ignore[no-any-return]
+    if (failure := host.check().get(of.replace("-", "_"))) is not None:
+        raise failure
+    known = ", ".join(host.components(Adapter)) or "none"
+    raise ModelError(
+        f"{name} is a {of!r} model, and no adapter of that name is installed (there are: {known}); "
+        f"from Python, qsim_core.simulate takes any model"
+    )

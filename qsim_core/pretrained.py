@@ -6,52 +6,68 @@ adapter's dependency, not the core's.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from qsim_core.bases import LoadedModel
+from qsim_core.bases import Adapter, LoadedModel
+from qsim_core.configuration import architecture, evaluator_of, family, line
 from qsim_core.errors import ModelError
 
 TOKENIZERS = ("tokenizer.json", "*vocab*", "*.model", "merges.txt", "tekken.json")
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
-def model_type(source: str) -> str:
-    """The `model_type` that a model's configuration names. Raises `ModelError`."""
-    directory = Path(source)
-    if not directory.is_dir():
-        return str(_hub_config(source).model_type)
-    config = directory / "config.json"
-    try:
-        family = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except FileNotFoundError:
-        raise ModelError(f"{source} has no config.json; a model is a directory that save_pretrained wrote") from None
-    except (ValueError, AttributeError):
-        raise ModelError(f"{config} is not the JSON of a model's configuration") from None
-    if not isinstance(family, str):
-        raise ModelError(f"{config} names no model_type")
-    return family
+class Pretrained(Adapter):
+    """An adapter for families of transformers: it loads the class that a checkpoint names."""
+
+    heads: ClassVar[tuple[str, ...]] = ()
+    """How the names of the classes that it loads end; every class of the family if there are none."""
+
+    def load(self, model: str, dtype: torch.dtype) -> LoadedModel:
+        """The model and what prepares its inputs, in eval mode. Raises `ModelError`."""
+        return load_pretrained(self.model_class(model), model, dtype)
+
+    def evaluator_of(self, model: str) -> str:
+        """The evaluator of the field that the checkpoint's head is made for."""
+        return evaluator_of(architecture(model))
+
+    def model_class(self, model: str) -> Any:
+        """transformers' class of the name and the family that a checkpoint gives. Raises `ModelError`."""
+        import transformers
+
+        name, of = architecture(model), family(model)
+        if self.heads and not name.endswith(self.heads):
+            raise ModelError(
+                f"{model} is of class {name}, and adapter {self} loads {', '.join(f'…{head}' for head in self.heads)}; "
+                f"from Python, qsim_core.simulate takes any model"
+            )
+        found: Any = getattr(transformers, name, None)
+        known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+        if not known:
+            raise ModelError(f"{model} is of class {name}, which transformers {transformers.__version__} does not have")
+        if found.config_class.model_type != of:
+            raise ModelError(f"{model} is said to be of class {name} and of family {of!r}, which do not go together")
+        return found
 
 
 def load_pretrained(model_class: Any, source: str, dtype: torch.dtype) -> LoadedModel:
-    """A model and its tokenizer, in eval mode on the CPU. Raises `ModelError` for weights that are missing,
-    pickled, corrupt, of other shapes than the configuration's, or not finite."""
+    """A model and its tokenizer or image processor, in eval mode on the CPU. Raises `ModelError` for weights that are
+    missing, pickled, corrupt, of other shapes than the configuration's, or not finite."""
     from safetensors import SafetensorError
-    from transformers import AutoTokenizer
 
     _check_weights_exist(source)
-    _check_tokenizer_exists(source)
+    _check_preparation_exists(model_class, source)
     how = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
     try:
         model, report = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **how)
-        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=False)
+        tokenizer, processor = _preparation(model_class, source)
     except SafetensorError as error:
-        raise ModelError(f"the weights of {source} are corrupt: {_line(error)}; fetch or save them again") from None
+        raise ModelError(f"the weights of {source} are corrupt: {line(error)}; fetch or save them again") from None
     except Exception as error:  # a configuration can be wrong in as many ways as transformers has layers
-        raise ModelError(f"{source} cannot be loaded: {_line(error)}") from None
+        raise ModelError(f"{source} cannot be loaded: {line(error)}") from None
     if report["mismatched_keys"]:
         name, stored, expected = sorted(report["mismatched_keys"])[0]
         raise ModelError(
@@ -61,7 +77,21 @@ def load_pretrained(model_class: Any, source: str, dtype: torch.dtype) -> Loaded
         missing = sorted(report["missing_keys"])
         raise ModelError(f"the weights of {source} lack {missing[0]}{_more(missing)}")
     check_finite(model)
-    return LoadedModel(model.eval(), tokenizer)
+    return LoadedModel(model.eval(), tokenizer, processor)
+
+
+def _preparation(model_class: Any, source: str) -> tuple[Any, Any]:
+    """Tokenizer and processor: what the model's main input needs, and the other if it lies beside it."""
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
+
+    main = model_class.main_input_name
+    tokenizer = processor = None
+    if main == "input_ids" or _has(source, TOKENIZERS):
+        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=False)
+    if main != "input_ids" or _has(source, PROCESSORS):
+        kind = AutoFeatureExtractor if main in ("input_features", "input_values") else AutoImageProcessor
+        processor = kind.from_pretrained(source, trust_remote_code=False)
+    return tokenizer, processor
 
 
 def check_finite(model: torch.nn.Module) -> None:
@@ -86,31 +116,23 @@ def _check_weights_exist(source: str) -> None:
     raise ModelError(f"{source} has no weights: expected model.safetensors")
 
 
-def _check_tokenizer_exists(source: str) -> None:
+def _check_preparation_exists(model_class: Any, source: str) -> None:
     """Without its files transformers makes a tokenizer that knows no word."""
-    directory = Path(source)
-    if directory.is_dir() and not any(next(directory.glob(pattern), None) for pattern in TOKENIZERS):
-        raise ModelError(f"{source} has no tokenizer: expected tokenizer.json; save the tokenizer beside the model")
-
-
-def _hub_config(name: str) -> Any:
-    try:
-        from transformers import AutoConfig
-    except ImportError:
-        raise ModelError(f"{name!r} is no directory, and without transformers no hub can be asked") from None
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    if not Path(source).is_dir():
+        return
+    if model_class.main_input_name == "input_ids":
+        if not _has(source, TOKENIZERS):
+            raise ModelError(f"{source} has no tokenizer: expected tokenizer.json; save the tokenizer beside the model")
+    elif not _has(source, PROCESSORS):
         raise ModelError(
-            f"no model {name!r}: it is neither a directory nor a model of the zoo, and the hub did not give it "
-            f"({_line(error).partition('. ')[0]})"
-        ) from None
+            f"{source} has no processor: expected preprocessor_config.json; save the image processor or feature "
+            f"extractor beside the model"
+        )
 
 
-def _line(error: Exception) -> str:
-    """The first sentence or two of a library's many-lined message."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:199] + "…"
+def _has(source: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a directory holds a file of one of these names; a hub is not asked."""
+    return any(next(Path(source).glob(pattern), None) for pattern in patterns)
 
 
 def _more(names: list[str]) -> str:

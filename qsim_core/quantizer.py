@@ -109,6 +109,23 @@ class Function(Quantizer):
         return f"function({getattr(self.call, '__name__', type(self.call).__name__)})"
 
 
+class Stacked(Quantizer):
+    """A stack of matrices [E, rows, K], as a layer of E experts holds them: each is quantized by itself."""
+
+    name = "stacked"
+    each: Quantizer
+
+    def quantize(self, x: Tensor) -> Tensor:
+        return torch.stack([self.each.quantize(matrix) for matrix in x])
+
+    def passes(self, x: Tensor) -> Tensor | None:
+        parts = [self.each.passes(matrix) for matrix in x]
+        return None if parts[0] is None else torch.stack(parts)  # type: ignore[arg-type]
+
+    def bits_per_element(self, shape: torch.Size) -> float | None:
+        return self.each.bits_per_element(shape[1:])
+
+
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, quantizer: Quantizer, value: Tensor | None) -> Tensor:

@@ -79,7 +79,8 @@ class Frame:
     module: nn.Module
     products: int = 0
     before_softmax: list[tuple[Site, torch.Size]] = field(default_factory=list)
-    softmax: torch.Size | None = None
+    softmax: tuple[torch.Size, ...] = ()
+    """The shapes that P may have: the softmax's, and that of the scores where sinks stood beside them."""
 
     def own(self, tensor: Tensor) -> str | None:
         """The full name of the parameter that a tensor is, if it is this module's own (functional_call's too)."""

@@ -24,8 +24,8 @@ from torch.utils.hooks import RemovableHandle
 
 from qsim_core.attention import EXPLICIT, SOFTMAX
 from qsim_core.errors import RecipeError
-from qsim_core.ops import LAST, OPS, Call, Layout, read_call
-from qsim_core.quantizer import Quantizer
+from qsim_core.ops import LAST, OPS, SECOND_LAST, Call, Layout, read_call
+from qsim_core.quantizer import Quantizer, Stacked
 from qsim_core.randomness import at
 from qsim_core.recipe import Recipe
 from qsim_core.running import Frame, Last, Site, Thread
@@ -148,6 +148,8 @@ class Sites:
 
     def _weight(self, site: Site, weight: Weight, operand: Tensor, layout: Layout, training: bool) -> Tensor:
         quantizer, before, value = self._quantizer(site, "weight"), operand, operand
+        if quantizer is not None and operand.dim() == 3 and layout in (LAST, SECOND_LAST) and not quantizer.by_rows:
+            quantizer = Stacked(each=quantizer)  # experts: what scales are shared over ends with each of them
         self.weights.met(weight, layout, self.thread.stack[-1].module)
         if quantizer is not None:
             if self.observer is not None and not self.weights.overwritten(weight):
@@ -227,20 +229,22 @@ class Sites:
         if name not in self.table:
             self.table[name] = Site(name, call.operation, weight.name if weight else None, self.recipe.plan([name]))
         site = self.table[name]
-        left = call.operands[0]
-        if weight is None and frame.softmax is not None and left.shape[-2:] == frame.softmax[-2:]:
+        if weight is None and call.operands[0].shape[-2:] in frame.softmax:
             self._alias(site, f"{frame.path}:pv", met=False)
-            frame.softmax = None
+            frame.softmax = ()
         return site
 
     def _connect(self, scores: Tensor) -> None:
-        """A softmax: the one product before it, if it has that shape, is QK; the next one may be PV."""
+        """A softmax: the one product of its shape before it is QK (sinks add columns); the next one may be PV."""
         frame = next((frame for frame in reversed(self.thread.stack) if frame.before_softmax), None)
         if frame is None:
             return
-        if len(frame.before_softmax) == 1 and frame.before_softmax[0][1][-2:] == scores.shape[-2:]:
-            self._alias(frame.before_softmax[0][0], f"{frame.path}:qk", met=self.quantizing)
-        frame.before_softmax, frame.softmax = [], scores.shape
+        before, frame.before_softmax, frame.softmax = frame.before_softmax, [], (scores.shape[-2:],)
+        fitting = [product for product in before if product[1][-2:] == scores.shape[-2:]]
+        if not fitting and len(before) == 1 and _widened(before[0][1], scores.shape):
+            fitting, frame.softmax = before, (scores.shape[-2:], before[0][1][-2:])
+        if len(fitting) == 1:
+            self._alias(fitting[0][0], f"{frame.path}:qk", met=self.quantizing)
 
     def _alias(self, site: Site, alias: str, met: bool) -> None:
         """Another name for a site, and the quantizers that the recipe has under it."""
@@ -253,6 +257,11 @@ class Sites:
                 f"the recipe names {alias!r}, which is only known after a forward pass; give simulate an example"
             )
         site.plan = plan
+
+
+def _widened(product: torch.Size, scores: torch.Size) -> bool:
+    """Whether scores are a product with columns beside it: attention sinks, which take a share of the softmax."""
+    return len(product) == len(scores) > 1 and product[:-1] == scores[:-1] and product[-1] < scores[-1]
 
 
 def _last(function: Any, x: Tensor, value: Tensor, layout: Layout) -> Last | None:

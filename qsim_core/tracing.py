@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from qsim_core.addresses import Parameters
 from qsim_core.channels import (
@@ -41,13 +40,14 @@ from qsim_core.channels import (
     same_view,
     tensors_in,
 )
+from qsim_core.dispatch import Watcher, operator_name
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(Watcher):
     """Watches one run: `Tracer(model).run(lambda: model(**example))`; then look at `sources` and `products`."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.model = model
         self.sources: dict[tuple[str, str], Source] = {}
         self.products: list[Product] = []
@@ -114,7 +114,7 @@ class Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if not self._quiet:
-            name = func.overloadpacket.__name__
+            name = operator_name(func)
             in_place = name.endswith("_") and not name.endswith("__")
             inputs = list(tensors_in((args, kwargs)))
             self._alive.append((out, inputs))

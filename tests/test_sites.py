@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import qsim_core as qsim
 from qsim_core.attention import explicit_attention
+from qsim_core.structure import trace
 
 Make = Callable[..., Any]
 ALL_FAMILIES = ["opt", "opt-350m", "llama", "gpt2", "codegen"]
@@ -401,6 +402,34 @@ def test_experts_held_in_one_parameter_are_met(ids: Tensor) -> None:
     assert torch.allclose(logits(model, ids), expected, atol=0.05)
 
 
+@pytest.mark.parametrize("quantizer", ["tensor(int4)", "channel(int4)", "nvfp4", "block(int4, [128, 128])"])
+@pytest.mark.parametrize("keep", [True, False])
+def test_experts_held_in_one_parameter_are_quantized_one_by_one(quantizer: str, keep: bool) -> None:
+    """The first expert's weights are a thousand times the others': no scale is shared between them."""
+    weight, x = noise(3, 8, 16), noise(6, 8)
+    weight[0] *= 1000
+    rounded = torch.stack([qsim.parse(quantizer)(expert.T).T for expert in weight])
+    ends = torch.tensor([2, 4, 6], dtype=torch.int32)
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(weight.clone())
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return torch._grouped_mm(x, self.weight, ends), torch.bmm(x.view(3, 2, 8), self.weight)
+
+    model = Experts()
+    simulation = qsim.simulate(model, weights=quantizer, example=x, keep=keep)
+
+    with torch.no_grad():
+        grouped, batched = model(x)
+    assert torch.allclose(grouped, torch._grouped_mm(x, rounded, ends))
+    assert torch.allclose(batched, torch.bmm(x.view(3, 2, 8), rounded))
+    bits = qsim.parse(quantizer).bits_per_element(torch.Size([16, 8]))
+    assert simulation.audit().bits_per_weight == pytest.approx(bits)
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_weight_multiplied_along_both_its_axes_is_quantized_along_each(keep: bool) -> None:
     class Both(nn.Module):
@@ -748,6 +777,38 @@ def test_integer_products_are_none_of_our_business() -> None:
     assert simulation.sites.table == {}
 
 
+class Sinks(nn.Module):
+    """Attention with a learned share of the softmax that goes to no token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sink = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = x @ x.transpose(-1, -2)
+        return torch.cat([scores, self.sink.expand(*scores.shape[:-1], 1)], -1).softmax(-1)[..., :-1] @ x
+
+
+class Disentangled(nn.Module):
+    """Attention whose scores are a sum of products, of which one has their shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.ones(9, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        relative = x @ (self.positions + 0).T
+        return (x @ x.transpose(-1, -2) + relative[..., : x.shape[-2]]).softmax(-1) @ x
+
+
+@pytest.mark.parametrize(("model", "scores"), [(Sinks(), 0), (Disentangled(), 1)])
+def test_attention_is_known_with_sinks_and_with_positions_of_their_own(model: nn.Module, scores: int) -> None:
+    simulation = qsim.simulate(model, example=noise(2, 5, 8))
+
+    aliases = {name: site.aliases for name, site in simulation.sites.table.items() if site.aliases}
+    assert aliases == {f":matmul.{scores}": [":qk"], f":matmul.{scores + 1}": [":pv"]}
+
+
 def test_what_no_site_meets_is_listed() -> None:
     class Hidden(nn.Module):
         def __init__(self) -> None:
@@ -766,6 +827,27 @@ def test_what_no_site_meets_is_listed() -> None:
     assert audit.found == 1 + len(audit.uncovered)
     assert any(entry.startswith("lstm:") for entry in audit.uncovered)
     assert any(entry.startswith(":") for entry in audit.uncovered)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_is_listed_and_stops_neither_audit_nor_trace() -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    class Flex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.qkv = nn.LayerNorm(16), nn.Linear(16, 48)
+
+        def forward(self, x: Tensor) -> Tensor:
+            heads = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+            return flex_attention(*heads)  # type: ignore[return-value]
+
+    model, x = Flex().eval(), noise(1, 5, 16)
+
+    audit = qsim.simulate(model, activations="int8", example=x).audit()
+
+    assert (audit.covered, audit.found, audit.uncovered) == (1, 2, [":higher_order::flex_attention"])
+    assert [group.weights for group in trace(Flex().eval(), x).groups] == [["qkv.weight"]]
 
 
 def test_in_inference_mode_too(make: Make, ids: Tensor) -> None:

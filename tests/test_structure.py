@@ -173,6 +173,13 @@ def test_a_declaration_stands_in_place_of_the_trace_and_agrees_with_it(make: Mak
     assert {g.norm for g in by_word.groups} == set(declared)
 
 
+def test_of_the_adapters_only_opts_declares_anything(host: qsim.Host) -> None:
+    """Whichever comes next gets a test like the one above."""
+    adapters = {name: offered for name, found in host.components(qsim.Adapter).items() for _, offered in found}
+
+    assert {name for name, a in adapters.items() if a.structure is not qsim.Adapter.structure} == {"opt"}  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("declared", "message"),
     [

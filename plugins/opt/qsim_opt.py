@@ -4,26 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
-from qsim_core import Adapter, LoadedModel, hookimpl
+from qsim_core import Adapter, hookimpl
+from qsim_core.pretrained import Pretrained
 
 
-class OPT(Adapter):
+class OPT(Pretrained):
     """OPT models from a directory or the hub; `lm_head` is left alone, as the papers on OPT leave it."""
 
     name = "opt"
-    evaluator = "perplexity"
+    heads = ("ForCausalLM",)
     skip = ("lm_head",)
-
-    def load(self, model: str, dtype: torch.dtype) -> LoadedModel:
-        """The model and its tokenizer, in eval mode. Raises `ModelError`."""
-        from transformers import OPTForCausalLM
-
-        from qsim_core.pretrained import load_pretrained
-
-        return load_pretrained(OPTForCausalLM, model, dtype)
 
     def structure(self, model: nn.Module) -> dict[str, list[str]] | None:
         """The norms before attention and before fc1; after the residual (OPT-350m) none can be folded."""

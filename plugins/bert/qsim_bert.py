@@ -1,0 +1,19 @@
+"""BERT (`model_type` "bert", arXiv 1810.04805), RoBERTa, DistilBERT; MiniLM's models are BERTs."""
+
+from __future__ import annotations
+
+from qsim_core import Adapter, hookimpl
+from qsim_core.pretrained import Pretrained
+
+
+class BERT(Pretrained):
+    """Encoders of text: the checkpoint's head says what for, a plain encoder is held to its own embeddings."""
+
+    name = "bert"
+    families = ("distilbert", "roberta", "xlm-roberta")
+    heads = ("ForMaskedLM", "ForQuestionAnswering", "ForSequenceClassification", "ForTokenClassification", "Model")
+
+
+@hookimpl
+def qsim_adapters() -> list[type[Adapter]]:
+    return [BERT]

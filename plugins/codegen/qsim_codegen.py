@@ -1,0 +1,19 @@
+"""CodeGen (`model_type` "codegen"): language models for programs, arXiv 2203.13474."""
+
+from __future__ import annotations
+
+from qsim_core import Adapter, hookimpl
+from qsim_core.pretrained import Pretrained
+
+
+class CodeGen(Pretrained):
+    """CodeGen models from a directory or the hub; `lm_head` is left alone, as for OPT."""
+
+    name = "codegen"
+    heads = ("ForCausalLM",)
+    skip = ("lm_head",)
+
+
+@hookimpl
+def qsim_adapters() -> list[type[Adapter]]:
+    return [CodeGen]

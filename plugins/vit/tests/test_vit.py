@@ -1,0 +1,62 @@
+"""The ViT adapter on directories that the test writes: each family, each head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import IMAGE, IMAGES, pretrained, write
+from PIL import Image
+
+import qsim_core as qsim
+from qsim_core.forward import as_in_evaluation, call
+from qsim_core.models import locate
+
+CHECKPOINTS = {
+    "ViTForImageClassification": ("accuracy", 18),
+    "ViTModel": ("fidelity", 18),
+    "DeiTForImageClassification": ("accuracy", 18),
+    "DeiTForImageClassificationWithTeacher": ("accuracy", 19),
+    "CLIPVisionModel": ("fidelity", 17),
+    "CLIPVisionModelWithProjection": ("fidelity", 18),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_the_class_that_a_checkpoint_names_is_loaded_and_says_how_it_is_evaluated(name: str, tmp_path: Path) -> None:
+    evaluator, matmuls = CHECKPOINTS[name]
+    model = pretrained(name, **IMAGES)().eval()
+
+    located = locate(str(write(model, tmp_path)), qsim.Host())
+
+    assert (located.adapter.name, located.adapter.evaluator_of(located.source)) == ("vit", evaluator)
+    loaded = located.adapter.load(located.source, torch.float32)
+    assert type(loaded.model).__name__ == name
+    with as_in_evaluation(model):
+        assert torch.equal(call(loaded.model, IMAGE)[0], call(model, IMAGE)[0])
+    audit = qsim.simulate(loaded.model, weights="int8", activations="int8", example=IMAGE).audit()
+    assert (audit.covered, audit.found, audit.uncovered) == (matmuls, matmuls, [])
+
+
+def test_the_image_processor_makes_the_models_input(tmp_path: Path) -> None:
+    folder = write(pretrained("ViTForImageClassification", **IMAGES)(), tmp_path)
+
+    loaded = qsim.parse("vit").load(str(folder), torch.float32)
+
+    pixels = loaded.processor(Image.new("RGB", (50, 40), "white"), return_tensors="pt").pixel_values
+    assert torch.equal(pixels, torch.ones(1, 3, 32, 32))
+    assert loaded.tokenizer is None
+
+
+def test_without_its_image_processor_a_model_is_refused(tmp_path: Path) -> None:
+    folder = write(pretrained("ViTForImageClassification", **IMAGES)(), tmp_path)
+    (folder / "preprocessor_config.json").unlink()
+
+    with pytest.raises(qsim.ModelError) as error:
+        qsim.parse("vit").load(str(folder), torch.float32)
+
+    assert str(error.value) == (
+        f"{folder} has no processor: expected preprocessor_config.json; save the image processor or feature extractor "
+        f"beside the model"
+    )

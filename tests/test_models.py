@@ -1,0 +1,103 @@
+"""From a model's directory to its adapter: by the family that its configuration names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import qsim_core as qsim
+from qsim_core.evaluation import Job
+from qsim_core.models import locate
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """`write(model_type="x")`: a directory with that in its config.json."""
+
+    def directory(**config: object) -> Path:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    return directory
+
+
+class Kin(qsim.Adapter):
+    name = "kin"
+    families = ("cousin", "in-law")
+    evaluator = "horoscope"
+
+    def load(self, model: str, dtype: torch.dtype) -> qsim.LoadedModel:
+        return qsim.LoadedModel(torch.nn.Linear(2, 2))
+
+
+def host_with(*adapters: type[qsim.Adapter]) -> qsim.Host:
+    host = qsim.Host()
+    for number, adapter in enumerate(adapters):
+        host.register(adapter, name=f"inline{number}")
+    return host
+
+
+@pytest.mark.parametrize("model_type", ["kin", "cousin", "in-law"])
+def test_an_adapter_serves_its_own_family_and_those_that_it_names(model_type: str, write: Write) -> None:
+    located = locate(str(write(model_type=model_type)), host_with(Kin))
+
+    assert str(located.adapter) == "kin"
+
+
+def test_two_adapters_for_one_family_are_an_error_that_names_both(write: Write) -> None:
+    class Cousin(Kin):
+        name = "cousin"
+        families = ()
+
+    folder = write(model_type="cousin")
+
+    with pytest.raises(qsim.ModelError) as error:
+        locate(str(folder), host_with(Kin, Cousin))
+
+    assert str(error.value) == (
+        f"{folder} is a 'cousin' model, which plugin 'inline1' (inline 0) and plugin 'inline0' (inline 0) load; "
+        f"uninstall all but one of them"
+    )
+
+
+def test_an_evaluator_that_is_not_installed_is_named_with_what_there_is(write: Write) -> None:
+    folder, host = write(model_type="kin"), host_with(Kin)
+
+    with pytest.raises(qsim.RecipeError) as error:
+        Job.of(qsim.Recipe.of({"model": str(folder)}, host), host)
+
+    assert str(error.value).startswith(
+        f"{folder} is evaluated by 'horoscope', and no evaluator of that name is installed (there are: "
+    )
+    assert str(error.value).endswith("); install one, or say another with `evaluate:`")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [({"hidden_size": 8}, "{}/config.json names no model_type"), ([], "{}/config.json is not the JSON of a model's configuration")],
+)  # fmt: skip
+def test_a_configuration_that_names_no_family(config: object, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(qsim.ModelError) as error:
+        locate(str(tmp_path), qsim.Host())
+
+    assert str(error.value) == message.format(tmp_path)
+
+
+def test_a_name_that_no_hub_knows_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    with pytest.raises(qsim.ModelError) as error:
+        locate("acme/none", qsim.Host())
+
+    assert str(error.value).startswith(
+        "no model 'acme/none': it is neither a directory nor a model of the zoo, and the hub did not give it ("
+    )
+    assert "\n" not in str(error.value)
