@@ -128,6 +128,8 @@ def numbered(tensor: Tensor, axis: int) -> Tensor:
 def channels_along(channels: Tensor, axis: int) -> Tensor | None:
     """The channels along an axis, if they are the same at every place of the other axes."""
     rows = channels.movedim(axis, -1).reshape(-1, channels.shape[axis])
+    if not len(rows):  # an expert without tokens
+        return None
     highest = rows.amax(0)
     return highest if bool(((rows == highest) | (rows == FREE)).all()) else None
 

@@ -22,7 +22,7 @@ from qsim_core.errors import ModelError
 from qsim_core.forward import Example, as_in_evaluation, call
 
 TOLERANCE = 2e-4
-"""Of the largest value of each product, in float32."""
+"""Of the largest value of each product; in half precision eight steps of it (a wrong fold changes 14% and more)."""
 ACTIVATIONS = ""
 """The name of the products of two activations, which have no weight's."""
 
@@ -84,7 +84,10 @@ def _same(before: Iterable[Tensor], after: Sequence[Tensor]) -> bool:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * a.abs().max().clamp(min=1e-30))
+    if a.shape != b.shape or not a.numel():
+        return a.shape == b.shape
+    tolerance = max(TOLERANCE, 8 * torch.finfo(a.dtype).eps)
+    return bool((a.double() - b.double()).abs().max() <= tolerance * a.double().abs().max().clamp(min=1e-30))
 
 
 class _Recorder(Watcher):
@@ -101,9 +104,9 @@ class _Recorder(Watcher):
         places = WITH_WEIGHT.get(name) or ((0, 1) if "convolution" in name else None)
         if places is not None:
             found = self.parameters.of(args[places[1]]) or self.parameters.of(args[places[0]])
-            self.results[found[0] if found else ACTIVATIONS].append(out.detach().double())
+            self.results[found[0] if found else ACTIVATIONS].append(out.detach())
         elif "scaled_dot_product" in name:
-            query, key = args[0].double(), args[1].double()
+            query, key = args[0].detach(), args[1].detach()
             key = key.repeat_interleave(query.shape[1] // key.shape[1], 1) if query.dim() > 3 else key
             self.results[ACTIVATIONS].append(query @ key.transpose(-1, -2))
         return out

@@ -10,13 +10,12 @@ import hashlib
 import io
 import itertools
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from qsim_core import __version__
 from qsim_core.atomic import writing
@@ -34,9 +33,7 @@ class Checkpoint:
     def of(cls, work_dir: Path, model: nn.Module, batches: Sequence[Any], *texts: str) -> Checkpoint:
         """The checkpoint of what these texts, the model as it is now and the data say. Raises `QsimError`."""
         tensors = (tensor for _, tensor in state(model))
-        made_from = sha256(
-            itertools.chain((__version__, torch.__version__, *texts), tensors, tree_leaves(list(batches)))
-        )
+        made_from = sha256(itertools.chain((__version__, torch.__version__, *texts), tensors, _leaves(list(batches))))
         directory = work_dir / made_from[:16]
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -67,6 +64,19 @@ class Checkpoint:
 
     def _file(self, index: int) -> Path:
         return self.directory / f"block-{index:03}.pt"
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    """What mappings (transformers' too), lists and tuples hold, with the keys."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield key
+            yield from _leaves(value)
+    elif isinstance(tree, list | tuple):
+        for item in tree:
+            yield from _leaves(item)
+    else:
+        yield tree
 
 
 def sha256(leaves: Iterable[Any]) -> str:

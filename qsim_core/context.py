@@ -154,20 +154,24 @@ class Context:
         if said is not None:
             self.sites.weights.pinned.update(said["pinned"])
             self.reports = [LayerReport.model_validate(report) for report in said["reports"]]
+            self.warnings = said["warnings"]
         return said is not None
 
     def remember(self, index: int, block: nn.Module) -> None:
         """Keep a finished block for a later run, where there is a work directory."""
         if self._checkpoint is not None:
             reports = [report.model_dump() for report in self.reports]
-            self._checkpoint.save(index, block, {"pinned": sorted(self.sites.weights.pinned), "reports": reports})
+            said = {"pinned": sorted(self.sites.weights.pinned), "reports": reports, "warnings": self.warnings}
+            self._checkpoint.save(index, block, said)
 
     @functools.cached_property
     def _checkpoint(self) -> Checkpoint | None:
         """Made before the first block is changed: it is found again by the model as it was."""
         if self.run.work_dir is None:
             return None
-        return Checkpoint.of(self.run.work_dir, self.model, self.batches, self.sites.recipe.to_yaml(), self.name)
+        seen = [*self.batches, self._example]
+        texts = self.sites.recipe.to_yaml(), self.name, repr(self._declared)
+        return Checkpoint.of(self.run.work_dir, self.model, seen, *texts)
 
     def pin(self, weight: MatmulWeight) -> None:
         """Declare that a weight lies on its quantizer's grid: it is final and is not rounded again."""

@@ -133,7 +133,8 @@ def _permute_uses(model: nn.Module, uses: Iterable[Use], order: Tensor) -> None:
 
 def _scale_uses(model: nn.Module, uses: Iterable[Use], factors: Tensor) -> None:
     for use in uses:
-        read = torch.where(use.channels >= 0, factors[use.channels.clamp(min=0)], 1.0)
+        channels = use.channels.to(factors.device)
+        read = torch.where(channels >= 0, factors[channels.clamp(min=0)], 1.0)
         with editing(model, use.weight) as parameters:
             parameter = parameters[use.weight]
             parameter.copy_(parameter.double() * _facing(read, parameter, use.axis))

@@ -15,13 +15,19 @@ Example = Any
 
 @contextlib.contextmanager
 def as_in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; every module's own mode again afterwards."""
+    """Eval mode, no gradients and no cache of keys and values inside; everything as it was again afterwards."""
     training = [module for module in model.modules() if module.training]
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if getattr(config, "use_cache", None)}
     try:
+        for config in configs.values():
+            config.use_cache = False
         with torch.no_grad():
             model.eval()
             yield
     finally:
+        for config in configs.values():
+            config.use_cache = True
         for module in training:
             module.training = True
 

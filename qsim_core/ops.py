@@ -75,6 +75,19 @@ class Call:
         return self.function(*args, **kwargs)
 
 
+def layout_of(parameter: Tensor, operand: Tensor, layout: Layout) -> Layout | None:
+    """How the whole of a parameter is laid out of which an operand is a view: its columns are the operand's columns.
+
+    None where the operand has a part of the columns only, or none of these axes.
+    """
+    rows = layout.rows(operand)
+    for candidate in (layout, LAST, SECOND_LAST):
+        whole = candidate.rows(parameter)
+        if whole.shape[-1] == rows.shape[-1] and whole.stride(-1) == rows.stride(-1):
+            return candidate
+    return None
+
+
 @dataclass(frozen=True)
 class Op:
     """How to read the arguments of one function: their names in order, the operands, and the operands' layouts."""

@@ -54,8 +54,8 @@ class Site:
             return self.fixed[role]
         if getattr(planned, "static", False) and role != "weight":
             raise RecipeError(
-                f"{self.name}: {planned} needs calibration data; give simulate(…, calibration=batches), or "
-                f"--calibration-data"
+                f"{self.name}: {planned} has no scale, as no calibration data reached it; give simulate(…, "
+                f"calibration=batches), or --calibration-data"
             )
         return planned
 

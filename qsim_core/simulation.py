@@ -21,6 +21,8 @@ from qsim_core.recipe import Plan, Recipe
 from qsim_core.sites import Sites, functional
 from qsim_core.static import Fitter
 
+LATE = ", which an earlier transform has put on its grid or whose inputs it has found scales for"
+
 
 class Simulation:
     """A model whose matmuls run in another precision, until `restore`."""
@@ -66,11 +68,12 @@ class Simulation:
         for module in self.model.modules():
             if isinstance(vars(module).get("extra_repr"), SiteText):
                 del vars(module)["extra_repr"]
+        before, self._before_transforms = self._before_transforms, {}
         with torch.no_grad():
-            for path, module in self.model.named_modules() if self._before_transforms else ():
+            for path, module in self.model.named_modules() if before else ():
                 with at_hand(module, inside=False):
                     for name, tensor in [*module.named_parameters(path, False), *module.named_buffers(path, False)]:
-                        tensor.copy_(self._before_transforms[name])
+                        tensor.copy_(before[name])
         return self.model
 
     def __enter__(self) -> Simulation:
@@ -105,11 +108,17 @@ class Simulation:
                 context = Context(
                     self.model, self.sites, batches, run, str(transform), self.example, declared, self._handles
                 )
-                before = _fingerprint(self.model, self.sites)
+                before, weights = _fingerprint(self.model, self.sites), _settled(self.model, self.sites)
+                pinned = set(self.sites.weights.pinned)
                 with torch.no_grad():
                     transform.apply(self.model, context)
                 if _fingerprint(self.model, self.sites) == before:
                     raise RecipeError(f"{transform} changed nothing in this model: {_why(context)}")
+                settled = weights.keys() - (self.sites.weights.pinned - pinned)
+                now = _settled(self.model, self.sites, settled)
+                for name in sorted(settled):
+                    if now[name] != weights[name]:
+                        raise RecipeError(f"{transform} would change {name}{LATE}; put {transform} before that one")
                 self.reports += context.reports
                 self.warnings += context.warnings
         finally:
@@ -122,7 +131,7 @@ class Simulation:
         fitter = Fitter()
         self.sites.quantizing, self.sites.observer = False, fitter
         try:
-            for batch in run.track(batches, len(batches), "static scales"):
+            for fitter.batch, batch in enumerate(run.track(batches, len(batches), "static scales")):
                 with as_in_evaluation(self.model):
                     call(self.model, batch)
         finally:
@@ -162,7 +171,8 @@ def simulate(
     known at once, else after the first forward; a pattern that matches none is then an error. `keep=False`
     overwrites the weights instead of holding a second copy, and gives up `restore`.
 
-    Raises `RecipeError` or `SpecError` for what cannot be done, and leaves the model as it was.
+    Raises `RecipeError` or `SpecError` for what cannot be done, and leaves the model as it was; with `keep=False` what
+    the transforms before the one that failed have changed stays changed.
     """
     parts = {"weights": weights, "activations": activations, "outputs": outputs, "overrides": overrides}
     given = {key: value for key, value in parts.items() if value is not None}
@@ -204,6 +214,18 @@ def _why(context: Context) -> str:
     if "structure" in vars(context):
         why += "; `qsim structure` shows what tracing found, simulate(…, structure={norm: [weights]}) declares the rest"
     return why
+
+
+def _settled(model: nn.Module, sites: Sites, names: Iterable[str] | None = None) -> dict[str, str]:
+    """The SHA-256 of what later transforms must leave alone: weights on their grids, and where sites have scales that
+    were found for the inputs as they are, all parameters but biases and pinned weights to be."""
+    if names is None:
+        scaled = any(site.fixed for site in sites.table.values())
+        names = {
+            name for name, _ in state(model) if name in sites.weights.pinned or (scaled and not name.endswith("bias"))
+        }
+    kept = set(names)
+    return {name: sha256([tensor]) for name, tensor in state(model) if name in kept}
 
 
 def _fingerprint(model: nn.Module, sites: Sites) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from qsim_core.errors import DataError
 from qsim_core.observers import Observer
 from qsim_core.quantizer import Granularity, Quantizer, straight_through
 from qsim_core.scaling import Scheme
@@ -64,15 +65,18 @@ class Fitter:
 
     def __init__(self) -> None:
         self.seen: dict[tuple[str, str], tuple[Site, Scheme, Observer]] = {}
+        self.batch = 0
 
     def __call__(self, site: Site, role: str, before: Tensor, after: Tensor, quantizer: Quantizer | None) -> None:
-        """Called with every tensor before it is quantized; nothing is, meanwhile."""
+        """Called with every tensor before it is quantized; nothing is, meanwhile. Raises `DataError` on NaN and Inf."""
         scheme = site.planned(role)
         key = site.name, role
         if not isinstance(scheme, Scheme) or not scheme.static or role == "weight":
             return
         if role in site.fixed and key not in self.seen:  # a transform has chosen
             return
+        if not before.isfinite().all():
+            raise DataError(f"calibration batch {self.batch} brings NaN or Inf to {site.name}; leave it out")
         if key not in self.seen:
             self.seen[key] = site, scheme, scheme.range.observer()
         self.seen[key][2].update(*scheme.static_blocks(before))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from families import make, tokens
+from torch import nn
 
 import qsim_core as qsim
 from qsim_core.cli import main
@@ -83,3 +85,69 @@ def test_every_method_runs_on_every_family(transform: str, family: str) -> None:
         assert model(**batches[0]).logits.isfinite().all()
     assert any(report.after is not None for report in simulation.reports)
     assert all(report.note for report in simulation.reports if report.after is None)
+
+
+@pytest.mark.parametrize(
+    ("transforms", "late"),
+    [
+        (["gptq", "smoothquant"], "smoothquant(0.5)"),
+        (["gptq", "hadamard"], "hadamard(0)"),
+        (["rptq", "awq"], "awq(20)"),
+    ],
+)
+def test_a_method_that_comes_too_late_is_refused(transforms: list[str], late: str) -> None:
+    model, batches = make("opt"), [{"input_ids": tokens(seed)} for seed in range(6)]
+    exact = model(**batches[0]).logits
+
+    message = rf"^{re.escape(late)} would change .*; put {re.escape(late)} before that one$"
+    with pytest.raises(qsim.RecipeError, match=message):
+        qsim.simulate(model, weights="int4", activations="int8", transforms=transforms, calibration=batches)
+
+    assert torch.equal(model(**batches[0]).logits, exact)
+
+
+@pytest.mark.parametrize("transform", ["smoothquant", "gptq", "rptq", "awq", "hadamard"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_method_runs_in_half_precision(transform: str, dtype: torch.dtype) -> None:
+    batches = [{"input_ids": tokens(seed)} for seed in range(6)]
+    layers = {}
+    for precision in (torch.float32, dtype):
+        model = make("llama").to(precision)
+        recipe: Any = {"weights": "int4", "activations": "int8", "transforms": [transform]}
+        simulation = qsim.simulate(model, recipe, calibration=batches)
+        layers[precision] = {report.layer for report in simulation.reports if report.after is not None}
+        with torch.no_grad():
+            assert model(**batches[0]).logits.isfinite().all()
+
+    assert layers[dtype] == layers[torch.float32]
+
+
+def test_hadamard_rotates_a_weight_that_is_used_transposed() -> None:
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight.T
+
+    model, x = Transposed(), torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
+    exact = model(x)
+
+    qsim.simulate(model, weights="int16", activations="int16", transforms=["hadamard"], example=x)
+
+    assert (model(x) - exact).norm() < 1e-3 * exact.norm()
+
+
+def test_hadamard_twice_is_refused() -> None:
+    message = r"^hadamard\(1\) changed nothing in this model: left alone: its input is rotated already"
+    with pytest.raises(qsim.RecipeError, match=message):
+        transforms = ["hadamard(0)", "hadamard(1)"]
+        qsim.simulate(nn.Linear(16, 8), weights="int8", transforms=transforms, example=torch.ones(1, 16))
+
+
+def test_static_scales_of_nan_name_site_and_sample() -> None:
+    batches = [torch.ones(2, 4), torch.tensor([[1.0, float("nan"), 0.0, 0.0]])]
+
+    with pytest.raises(qsim.DataError, match="^calibration batch 1 brings NaN or Inf to weight; leave it out$"):
+        qsim.simulate(nn.Linear(4, 4), activations="tensor(int8, static=true)", calibration=batches)

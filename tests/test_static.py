@@ -175,7 +175,7 @@ def test_without_calibration_data_it_says_what_is_missing() -> None:
     qsim.simulate(model, activations="tensor(int8, static=true)", example=noise(1, 4))
 
     with pytest.raises(
-        qsim.RecipeError, match=r"needs calibration data; give simulate\(…, calibration=batches\), or --cal"
+        qsim.RecipeError, match=r"has no scale, as no calibration data reached it; give simulate\(…, calibration=b"
     ):
         model(noise(1, 4))
 

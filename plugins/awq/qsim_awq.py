@@ -15,7 +15,7 @@ from qsim_core.blocks import Block
 from qsim_core.channels import Use
 from qsim_core.context import Context, MatmulWeight
 from qsim_core.folding import scale_group, scale_pair
-from qsim_core.ops import Call, Layout
+from qsim_core.ops import Call, Layout, layout_of
 from qsim_core.running import Site
 from qsim_core.structure import NormGroup, Structure, WeightPair
 
@@ -70,7 +70,9 @@ class AWQ(Transform):
 
     def apply(self, model: nn.Module, context: Context) -> None:
         """Scale and clip block by block. Raises `DataError` without calibration data."""
-        weights = {weight.name: weight for weight in context.weights()}
+        state = context.sites.weights
+        fixed = {*state.tied, *state.pinned, *(name for name, uses in state.uses.items() if len(uses) > 1)}
+        weights = {weight.name: weight for weight in context.weights() if weight.name not in fixed}
         structure = context.structure
         found: list[NormGroup | WeightPair] = [*structure.groups, *(pair for pair in structure.pairs if pair.scales)]
         foldable = [item for item in found if not weights.keys().isdisjoint(item.weights)]
@@ -87,7 +89,7 @@ class AWQ(Transform):
             for layer in layers.values() if self.clip else ():
                 if layer.weight.name not in _makers_of_scores(structure):
                     self._clip(context, layer)
-        for name in sorted(left):
+        for name in sorted(left - {report.layer for report in context.reports if report.after is not None}):
             context.report(name, note="left alone: what reads it is no linear, or lies outside of every block")
 
     def _scale(
@@ -157,7 +159,10 @@ def _observe(block: Block, weights: dict[str, MatmulWeight]) -> dict[str, Layer]
         weight = weights.get(site.weight or "")
         if weight is None or site.op.startswith("conv") or site.op == "einsum":
             return
-        x, layout = call.input, call.layouts[call.weight or 0]
+        place = call.weight or 0
+        x, layout = call.input, layout_of(weight.parameter, call.operands[place], call.layouts[place])
+        if layout is None or not len(x):
+            return
         if weight.name not in layers:
             zeros = x.new_zeros(x.shape[-1], dtype=torch.float32)
             layers[weight.name] = Layer(weight, layout, zeros.new_zeros(len(zeros), len(zeros)), zeros)

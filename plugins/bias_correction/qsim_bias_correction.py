@@ -66,8 +66,11 @@ class BiasCorrection(Transform):
                 sums[site.name].add(exact.flatten(0, -2), quantized.flatten(0, -2))
 
         context.observe(watch, "bias correction")
-        for site, found in sums.items():
-            bias = biases[site]
+        for site, bias in biases.items():
+            if site not in sums or not sums[site].count:
+                context.report(bias, note="left alone: no calibration sample reached it")
+                continue
+            found = sums[site]
             with editing(model, bias) as parameters:
                 parameter, mean = parameters[bias], found.error / found.count
                 assert isinstance(mean, Tensor)

@@ -15,7 +15,7 @@ from qsim_core import Transform, hookimpl
 from qsim_core.context import Context
 from qsim_core.folding import scale_group
 from qsim_core.offload import editing
-from qsim_core.ops import Call, Layout
+from qsim_core.ops import Call, Layout, layout_of
 from qsim_core.running import Site
 
 LARGEST = 64
@@ -136,13 +136,13 @@ class Hadamard(Transform):
         """Rotate every weight that is quantized or whose input is, and say which were left alone, and why."""
         if self.fold_norms:
             _fold_norms(model, context)
-        seen: dict[str, list[tuple[int, Layout]]] = defaultdict(list)
+        seen: dict[str, list[Layout | None]] = defaultdict(list)
         heads: dict[str, int] = {}
 
         def watch(site: Site, call: Call) -> None:
-            if call.weight is not None:
-                layout = call.layouts[call.weight]
-                seen[site.name].append((layout.rows(call.operands[call.weight]).shape[-1], layout))
+            if call.weight is not None and site.weight is not None and not site.op.startswith("conv"):
+                operand, layout = call.operands[call.weight], call.layouts[call.weight]
+                seen[site.name].append(layout_of(model.get_parameter(site.weight), operand, layout))
             heads[site.name] = call.layouts[0].rows(call.operands[0]).shape[-1]
 
         context.look(watch)
@@ -150,9 +150,12 @@ class Hadamard(Transform):
             if site.weight is not None and (site.plan.weight or site.plan.input):
                 self._rotate(site, seen[site.name], model, context)
             elif self.attention and site.plan.input and any(alias.endswith(":qk") for alias in site.aliases):
-                site.rotations = dict.fromkeys(("input", "input2"), rotation(heads[site.name], self.seed))
+                if reason := _unknown(heads[site.name]):
+                    context.report(site.name, note=f"left alone: {reason}")
+                elif not site.rotations:
+                    site.rotations = dict.fromkeys(("input", "input2"), rotation(heads[site.name], self.seed))
 
-    def _rotate(self, site: Site, seen: list[tuple[int, Layout]], model: nn.Module, context: Context) -> None:
+    def _rotate(self, site: Site, seen: list[Layout | None], model: nn.Module, context: Context) -> None:
         assert site.weight is not None
         parameter = model.get_parameter(site.weight)
         reason = _reason(site, seen, parameter, context)
@@ -160,7 +163,8 @@ class Hadamard(Transform):
             context.report(site.weight, note=f"left alone: {reason}")
             return
         with context.timed() as seconds, editing(model, site.weight) as parameters:
-            parameter, (_, layout) = parameters[site.weight], seen[0]
+            parameter, layout = parameters[site.weight], seen[0]
+            assert layout is not None
             rows = layout.rows(parameter)
             site.rotations["input"] = turn = rotation(rows.shape[-1], self.seed)
             before = _peak(rows)
@@ -183,7 +187,7 @@ def _fold_norms(model: nn.Module, context: Context) -> None:
             context.report(group.norm, note="its weight stays: it switches channels off")
 
 
-def _reason(site: Site, seen: list[tuple[int, Layout]], parameter: Tensor, context: Context) -> str | None:
+def _reason(site: Site, seen: list[Layout | None], parameter: Tensor, context: Context) -> str | None:
     """Why a weight cannot be rotated along its reduction axis."""
     weights = context.sites.weights
     if site.op.startswith("conv"):
@@ -192,9 +196,15 @@ def _reason(site: Site, seen: list[tuple[int, Layout]], parameter: Tensor, conte
         return "it lies on its grid already"
     if site.weight in weights.tied or len(weights.uses[site.weight or ""]) > 1:
         return "it is tied, or used in two ways"
-    size = seen[0][1].rows(parameter).shape[-1] if seen else 0
-    if not seen or any(part != size for part, _ in seen):
+    if site.rotations:
+        return "its input is rotated already"
+    if not seen or seen[0] is None or any(layout is None or layout.name != seen[0].name for layout in seen):
         return "it is used in parts"
+    return _unknown(seen[0].rows(parameter).shape[-1])
+
+
+def _unknown(size: int) -> str | None:
+    """Why there is no rotation of a size; None: there is."""
     try:
         factors(size)
     except ValueError as error:

@@ -80,7 +80,7 @@ def _ranges(model: nn.Module, context: Context, groups: list[NormGroup]) -> dict
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             axis = 1 if isinstance(module, nn.GroupNorm) else output.dim() - 1
             rows = output.detach().movedim(axis, -1).reshape(-1, group.size).double()
-            low, high = rows.amin(0), rows.amax(0)
+            low, high = rows.amin(0).cpu(), rows.amax(0).cpu()
             if group.norm in found:
                 low, high = torch.minimum(found[group.norm][0], low), torch.maximum(found[group.norm][1], high)
             found[group.norm] = low, high
