@@ -52,6 +52,19 @@ class Pretrained(Adapter):
         return found
 
 
+class Generic(Pretrained):
+    """For a family of transformers that no adapter is installed for: the class that the checkpoint names, as it is."""
+
+    name = "generic"
+
+    def note(self, model: str) -> str:
+        """What a reader must know about a model that was loaded so."""
+        return (
+            f"no adapter for {family(model)!r} models is installed: loaded as {architecture(model)}, and no site is "
+            f"left alone unless --skip says so"
+        )
+
+
 def load_pretrained(model_class: Any, source: str, dtype: torch.dtype) -> LoadedModel:
     """A model and its tokenizer or image processor, in eval mode on the CPU. Raises `ModelError` as `load_model` does,
     and for a tokenizer or processor that is missing."""

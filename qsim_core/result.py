@@ -82,7 +82,7 @@ class Result(_Record):
     data: DataRecord
     calibration: CalibrationRecord | None = Field(None, description="what the transforms looked at")
     transforms: list[LayerReport] = Field(default=[], description="what each transform did, layer by layer")
-    warnings: list[str] = Field(default=[], description="static scales that can hardly be right, with their sites")
+    warnings: list[str] = Field(default=[], description="no adapter for the family; static scales hardly right")
     batch_size: int
     limit: int | None
     seed: int
