@@ -6,6 +6,7 @@ and are the adapter's dependency, not the core's.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -87,8 +88,11 @@ def load_model(model_class: Any, source: str, dtype: torch.dtype, subfolder: str
     how: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
     if not _of_diffusers(model_class):
         how["trust_remote_code"] = False  # diffusers has no remote code for single models
+    read = functools.partial(model_class.from_pretrained, source, subfolder=subfolder, output_loading_info=True, **how)
     try:
-        model, report = model_class.from_pretrained(source, subfolder=subfolder, output_loading_info=True, **how)
+        model, report = read()
+        if report["missing_keys"] and all(name.startswith("pooler.") for name in report["missing_keys"]):
+            model, report = read(add_pooling_layer=False)  # saved without, as the pooler was not trained
     except SafetensorError as error:
         raise ModelError(f"the weights of {where} are corrupt: {line(error)}; fetch or save them again") from None
     except Exception as error:  # a configuration can be wrong in as many ways as a library has layers

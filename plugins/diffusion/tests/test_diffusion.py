@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,25 @@ def test_a_copy_of_a_pipeline_runs_its_own_networks(stable_diffusion: Path) -> N
 
     assert other.pipeline.unet is other.unet
     assert not torch.equal(images(other), images(model))
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument is deprecated")
+def test_a_pipeline_of_the_hub(stable_diffusion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub's cache on disk stands in for the network, as in the test of OPT's adapter."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    entry = tmp_path / "hub" / "models--acme--tiny"
+    (entry / "refs").mkdir(parents=True)
+    (entry / "refs" / "main").write_text(commit)
+    shutil.copytree(stable_diffusion, entry / "snapshots" / commit, ignore=shutil.ignore_patterns("hub"))
+    for module in ("huggingface_hub.constants", "huggingface_hub.file_download", "transformers.utils.hub"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    located = locate("acme/tiny", qsim.Host())
+
+    assert located.adapter.name == "diffusion"
+    model = located.adapter.load(located.source, torch.float32).model
+    assert [name for name, _ in model.named_children()] == ["vae", "text_encoder", "unet"]
 
 
 def test_a_pipeline_without_text(tmp_path: Path) -> None:
