@@ -17,6 +17,7 @@ from qsim_core.component import Component
 from qsim_core.configuration import family
 from qsim_core.errors import ModelError, did_you_mean
 from qsim_core.host import Host
+from qsim_core.pretrained import Generic
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Located:
     """The adapters that had a part in finding it."""
     data: Callable[[], Data] | None = None
     calibration: Callable[[], Data] | None = None
+
+    @property
+    def note(self) -> str:
+        """What a reader must know about how it was found, if anything."""
+        return self.adapter.note(self.source) if isinstance(self.adapter, Generic) else ""
 
 
 def named_models(host: Host) -> dict[str, tuple[Adapter, NamedModel]]:
@@ -45,7 +51,7 @@ def locate(name: str, host: Host) -> Located:
     if name in named:
         library, model = named[name]
         directory = str(model.directory())
-        adapter = _adapter(family(directory), name, host)
+        adapter = _adapter(directory, name, host)
         return Located(name, directory, adapter, (adapter, library), model.data, model.calibration)
     if not name.strip():
         raise ModelError(f"an empty name is no model{did_you_mean(name, named)}")
@@ -57,7 +63,7 @@ def locate(name: str, host: Host) -> Located:
     if not path.is_dir():
         _check_it_may_be_on_the_hub(name, named, host)
     source = str(path.resolve()) if path.is_dir() else name  # a record must mean the same from any directory
-    adapter = _adapter(family(source), name, host)
+    adapter = _adapter(source, name, host)
     return Located(source, source, adapter, (adapter,))
 
 
@@ -67,8 +73,9 @@ def _check_it_may_be_on_the_hub(name: str, named: dict[str, Any], host: Host) ->
         raise ModelError(f"no model {name!r}{did_you_mean(name, named)}{host.not_looked_at()}")
 
 
-def _adapter(of: str, name: str, host: Host) -> Adapter:
-    """The one adapter that bears a family's name, or names it among its `families`."""
+def _adapter(source: str, name: str, host: Host) -> Adapter:
+    """The one adapter that bears the family's name, or names it among its `families`; else the generic one."""
+    of = family(source)
     offers = [(plugin, offered) for found in host.components(Adapter).values() for plugin, offered in found]
     fitting = [(p, o) for p, o in offers if of.replace("-", "_") == o.name or of in getattr(o, "families", ())]
     if len(fitting) > 1:
@@ -79,8 +86,12 @@ def _adapter(of: str, name: str, host: Host) -> Adapter:
         return host.parse(f"{plugin}.{offered.name}", Adapter)  # type: ignore[no-any-return]
     if (failure := host.check().get(of.replace("-", "_"))) is not None:
         raise failure
-    known = ", ".join(host.components(Adapter)) or "none"
-    raise ModelError(
-        f"{name} is a {of!r} model, and no adapter of that name is installed (there are: {known}); "
-        f"from Python, qsim_core.simulate takes any model"
-    )
+    try:
+        Generic().model_class(source)
+    except (ModelError, ImportError) as error:
+        known = ", ".join(host.components(Adapter)) or "none"
+        raise ModelError(
+            f"{name} is a {of!r} model, no adapter of that name is installed (there are: {known}), and it cannot be "
+            f"loaded without one: {error}; from Python, qsim_core.simulate takes any model"
+        ) from None
+    return Generic()

@@ -1,23 +1,23 @@
-"""Models on disk or on the hub, through transformers' own `from_pretrained`: safetensors only, no remote code.
+"""Models on disk or on the hub, through their library's own `from_pretrained`: safetensors only, no remote code.
 
-What every adapter of a transformers family shares. transformers is imported when a model is loaded, and is the
-adapter's dependency, not the core's.
+What every adapter of transformers' and diffusers' families shares. The libraries are imported when a model is loaded,
+and are the adapter's dependency, not the core's.
 """
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from qsim_core.bases import Adapter, LoadedModel
-from qsim_core.configuration import architecture, evaluator_of, family, line
+from qsim_core.configuration import DIFFUSERS, architecture, evaluator_of, family, line
 from qsim_core.errors import ModelError
 
 TOKENIZERS = ("tokenizer.json", "*vocab*", "*.model", "merges.txt", "tekken.json")
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 class Pretrained(Adapter):
@@ -53,31 +53,60 @@ class Pretrained(Adapter):
         return found
 
 
+class Generic(Pretrained):
+    """For a family of transformers that no adapter is installed for: the class that the checkpoint names, as it is."""
+
+    name = "generic"
+
+    def note(self, model: str) -> str:
+        """What a reader must know about a model that was loaded so."""
+        return (
+            f"no adapter for {family(model)!r} models is installed: loaded as {architecture(model)}, and no site is "
+            f"left alone unless --skip says so"
+        )
+
+
 def load_pretrained(model_class: Any, source: str, dtype: torch.dtype) -> LoadedModel:
-    """A model and its tokenizer or image processor, in eval mode on the CPU. Raises `ModelError` for weights that are
-    missing, pickled, corrupt, of other shapes than the configuration's, or not finite."""
+    """A model and its tokenizer or image processor, in eval mode on the CPU. Raises `ModelError` as `load_model` does,
+    and for a tokenizer or processor that is missing."""
+    _check_weights_exist(model_class, source)
+    _check_preparation_exists(model_class, source)
+    model = load_model(model_class, source, dtype)
+    try:
+        return LoadedModel(model, *_preparation(model_class, source))
+    except Exception as error:  # they are read from as many files as there are kinds of tokenizers
+        raise ModelError(f"what prepares the inputs of {source} cannot be loaded: {line(error)}") from None
+
+
+def load_model(model_class: Any, source: str, dtype: torch.dtype, subfolder: str = "") -> Any:
+    """A model of transformers or diffusers, in eval mode on the CPU. Raises `ModelError` for weights that are missing,
+    pickled, corrupt, of other shapes than the configuration's, or not finite."""
     from safetensors import SafetensorError
 
-    _check_weights_exist(source)
-    _check_preparation_exists(model_class, source)
-    how = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
+    where = f"{source}/{subfolder}" if subfolder else source
+    _check_weights_exist(model_class, where)
+    how: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
+    if not _of_diffusers(model_class):
+        how["trust_remote_code"] = False  # diffusers has no remote code for single models
+    read = functools.partial(model_class.from_pretrained, source, subfolder=subfolder, output_loading_info=True, **how)
     try:
-        model, report = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **how)
-        tokenizer, processor = _preparation(model_class, source)
+        model, report = read()
+        if report["missing_keys"] and all(name.startswith("pooler.") for name in report["missing_keys"]):
+            model, report = read(add_pooling_layer=False)  # saved without, as the pooler was not trained
     except SafetensorError as error:
-        raise ModelError(f"the weights of {source} are corrupt: {line(error)}; fetch or save them again") from None
-    except Exception as error:  # a configuration can be wrong in as many ways as transformers has layers
-        raise ModelError(f"{source} cannot be loaded: {line(error)}") from None
+        raise ModelError(f"the weights of {where} are corrupt: {line(error)}; fetch or save them again") from None
+    except Exception as error:  # a configuration can be wrong in as many ways as a library has layers
+        raise ModelError(f"{where} cannot be loaded: {line(error)}") from None
     if report["mismatched_keys"]:
         name, stored, expected = sorted(report["mismatched_keys"])[0]
         raise ModelError(
-            f"weight {name} of {source} has shape {tuple(stored)}, its configuration says {tuple(expected)}"
+            f"weight {name} of {where} has shape {tuple(stored)}, its configuration says {tuple(expected)}"
         )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
-        raise ModelError(f"the weights of {source} lack {missing[0]}{_more(missing)}")
+        raise ModelError(f"the weights of {where} lack {missing[0]}{_more(missing)}")
     check_finite(model)
-    return LoadedModel(model.eval(), tokenizer, processor)
+    return model.eval()
 
 
 def _preparation(model_class: Any, source: str) -> tuple[Any, Any]:
@@ -103,9 +132,14 @@ def check_finite(model: torch.nn.Module) -> None:
         )
 
 
-def _check_weights_exist(source: str) -> None:
+def _of_diffusers(model_class: Any) -> bool:
+    return str(model_class.__module__).partition(".")[0] == DIFFUSERS
+
+
+def _check_weights_exist(model_class: Any, source: str) -> None:
     directory = Path(source)
-    if not directory.is_dir() or any((directory / name).exists() for name in WEIGHTS):
+    weights = "diffusion_pytorch_model.safetensors" if _of_diffusers(model_class) else "model.safetensors"
+    if not directory.is_dir() or any((directory / name).exists() for name in (weights, f"{weights}.index.json")):
         return
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
     if pickles:
@@ -113,7 +147,7 @@ def _check_weights_exist(source: str) -> None:
             f"{source} holds {pickles[0]}, a pickle, which could run code; load it where you trust it and "
             f"save_pretrained() it as safetensors"
         )
-    raise ModelError(f"{source} has no weights: expected model.safetensors")
+    raise ModelError(f"{source} has no weights: expected {weights}")
 
 
 def _check_preparation_exists(model_class: Any, source: str) -> None:

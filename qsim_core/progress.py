@@ -36,8 +36,9 @@ SHOWN: dict[str, Any] = {"track": track, "stage": stage}
 
 
 def hush_libraries() -> None:
-    """transformers draws bars and logs hints of its own; a command shows qsim's."""
+    """transformers and diffusers draw bars and log hints of their own; a command shows qsim's."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         from transformers.utils import logging
     except ImportError:

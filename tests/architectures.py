@@ -213,13 +213,15 @@ def build(name: str) -> nn.Module:
 
 
 def write(model: Any, folder: Path) -> Path:
-    """A directory as `save_pretrained` writes it, with a tokenizer or an image processor."""
+    """A directory as `save_pretrained` writes it, with what prepares its inputs."""
     from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, ViTImageProcessor
+    from transformers import PreTrainedTokenizerFast, ViTImageProcessor, WhisperFeatureExtractor
 
     model.save_pretrained(folder)
     if model.main_input_name == "pixel_values":
         ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    elif model.main_input_name == "input_features":
+        WhisperFeatureExtractor(feature_size=8).save_pretrained(folder)
     else:
         vocabulary = {chr(32 + n): n for n in range(64)}
         tokenizer = Tokenizer(models.BPE(vocabulary, []))

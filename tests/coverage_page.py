@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 
 from architectures import FAMILIES, build
+from torch import nn
 
 import qsim_core as qsim
+from qsim_core.host import installed
 
 INTRODUCTION = """# Coverage
 
@@ -16,7 +18,8 @@ module that computes it, that quantizers which change nothing change no output b
 and that what cannot be met is listed. This page is written by `python tests/coverage_page.py`.
 
 `matmuls` are sites; `weights` of them multiply by a parameter, the others two computed tensors; `attention` counts the pairs
-of QKᵀ and PV that are known by these names. A weight of experts is one site, and each expert is quantized by itself.
+of QKᵀ and PV that are known by these names. A family whose adapter is `generic` has none of its own and is loaded as the class that its
+checkpoint names; what is written by hand is simulated from Python. A weight of experts is one site, and each expert is quantized by itself.
 """
 END = """
 What no site can meet is listed by the audit, under `uncovered`: torch's recurrent layers and `bilinear`, fused kernels, and operators of
@@ -31,16 +34,31 @@ def audit_of(name: str) -> qsim.Audit:
     return qsim.simulate(build(name), weights="int8", activations="int8", example=FAMILIES[name].example).audit()
 
 
+def adapter_of(model: nn.Module) -> str:
+    """The adapter that would load a checkpoint of this model from the command line."""
+    found = installed().components(qsim.Adapter).items()
+    offers = {name: [name, *getattr(offered, "families", ())] for name, several in found for _, offered in several}
+    config = getattr(model, "config", None)
+    if config is None:
+        return ""
+    family = getattr(config, "model_type", "diffusers")
+    return next((name for name, families in offers.items() if family in families), "generic")
+
+
 def page() -> str:
     """The whole page."""
-    rows = ["| family | class | matmuls | weights | attention | not reached |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| family | class | adapter | matmuls | weights | attention | not reached |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name in FAMILIES:
-        audit = audit_of(name)
+        audit, model = audit_of(name), build(name)
         weights = sum(site.weight is not None for site in audit.sites)
         pairs = sum(alias.endswith(":pv") for site in audit.sites for alias in site.aliases)
         cells = [
             name,
-            f"`{type(build(name)).__name__}`",
+            f"`{type(model).__name__}`",
+            adapter_of(model),
             len(audit.sites),
             weights,
             pairs or "",

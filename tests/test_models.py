@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import FAMILIES, build
+from architectures import write as write_checkpoint
+from click.testing import CliRunner
 
 import qsim_core as qsim
+from qsim_core.cli import main
 from qsim_core.evaluation import Job
+from qsim_core.forward import as_in_evaluation, call
 from qsim_core.models import locate
 
 Write = Callable[..., Path]
@@ -89,6 +94,56 @@ def test_a_configuration_that_names_no_family(config: object, message: str, tmp_
         locate(str(tmp_path), qsim.Host())
 
     assert str(error.value) == message.format(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "evaluator"),
+    [("GPT-2", "perplexity"), ("Mamba", "perplexity"), ("ALBERT", "masked_lm"), ("Swin", "accuracy"), ("T5", "fidelity"),
+     ("Whisper", "fidelity"), ("CLIP", "fidelity")],
+)  # fmt: skip
+def test_a_family_without_an_adapter_is_loaded_as_the_class_that_it_names(
+    name: str, evaluator: str, tmp_path: Path
+) -> None:
+    model, example = build(name), FAMILIES[name].example
+
+    located = locate(str(write_checkpoint(model, tmp_path)), qsim.Host())
+
+    adapter, loaded = located.adapter, located.adapter.load(located.source, torch.float32)
+    assert (adapter.name, adapter.evaluator_of(located.source)) == ("generic", evaluator)
+    assert located.note == (
+        f"no adapter for {model.config.model_type!r} models is installed: loaded as {type(model).__name__}, and no site is "
+        f"left alone unless --skip says so"
+    )
+    with as_in_evaluation(model):
+        assert torch.equal(call(loaded.model, example)[0], call(model, example)[0])
+
+
+def test_the_command_line_says_that_there_is_no_adapter(tmp_path: Path) -> None:
+    folder, text = write_checkpoint(build("GPT-2"), tmp_path / "model"), tmp_path / "text.txt"
+    text.write_text("ABCDEFGHIJKLMNOPQRSTUVWXYZ" * 10)
+    command = ["evaluate", str(folder), "--precision", "w8a8", "--data", str(text), "--json", str(tmp_path / "r.json")]
+
+    run = CliRunner().invoke(main, [*command, "-q"])
+
+    assert run.exit_code == 0, run.output
+    line = "no adapter for 'gpt2' models is installed: loaded as GPT2LMHeadModel, and no site is left alone unless --skip says so"
+    assert f"Warning: {line}\n" in run.stderr
+    result = qsim.Result.read(tmp_path / "r.json")
+    assert (result.adapter, result.warnings, result.audit.covered) == ("generic", [line], 13)
+    again = CliRunner().invoke(main, ["evaluate", "--from", str(tmp_path / "r.json"), "-q"])
+    assert again.exit_code == 0, again.output
+
+
+def test_a_family_that_transformers_does_not_have_either(write: Write) -> None:
+    folder = write(model_type="tealeaves", architectures=["TeaLeavesForCausalLM"])
+
+    with pytest.raises(qsim.ModelError) as error:
+        locate(str(folder), qsim.Host())
+
+    assert str(error.value).startswith(
+        f"{folder} is a 'tealeaves' model, no adapter of that name is installed (there are: "
+    )
+    assert "it cannot be loaded without one: " in str(error.value)
 
 
 def test_a_name_that_no_hub_knows_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

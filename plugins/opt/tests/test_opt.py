@@ -171,7 +171,7 @@ def test_a_damaged_directory_is_one_clear_line(write: Write, damage: Callable[[P
     ("damage", "message"),
     [
         (break_config, "{0}/config.json is not the JSON of a model's configuration"),
-        (break_family, "{0} is a 'mamba' model, and no adapter of that name is installed (there are: "),
+        (break_family, "{0} is a 'mamba' model, no adapter of that name is installed (there are: "),
         (lambda folder: (folder / "config.json").unlink(), "{0} has no config.json; a model is a directory that "
          "save_pretrained wrote"),
     ],

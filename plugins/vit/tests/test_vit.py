@@ -8,6 +8,7 @@ import pytest
 import torch
 from architectures import IMAGE, IMAGES, pretrained, write
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import qsim_core as qsim
 from qsim_core.forward import as_in_evaluation, call
@@ -47,6 +48,17 @@ def test_the_image_processor_makes_the_models_input(tmp_path: Path) -> None:
     pixels = loaded.processor(Image.new("RGB", (50, 40), "white"), return_tensors="pt").pixel_values
     assert torch.equal(pixels, torch.ones(1, 3, 32, 32))
     assert loaded.tokenizer is None
+
+
+def test_an_encoder_that_was_saved_without_its_pooler_is_loaded_without(tmp_path: Path) -> None:
+    folder = write(pretrained("ViTModel", **IMAGES)(), tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith("pooler.")}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+    model = qsim.parse("vit").load(str(folder), torch.float32).model
+
+    assert (len(weights) - len(kept), model.pooler) == (2, None)
 
 
 def test_without_its_image_processor_a_model_is_refused(tmp_path: Path) -> None:

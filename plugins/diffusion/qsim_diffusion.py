@@ -1,0 +1,103 @@
+"""Diffusion models as diffusers saves them: a denoiser, an autoencoder, or a pipeline with all its networks."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from qsim_core import Adapter, LoadedModel, ModelError, hookimpl
+from qsim_core.configuration import architecture, configuration, line
+from qsim_core.pretrained import load_model
+
+AUTOENCODERS = ("Autoencoder", "AsymmetricAutoencoder", "VQ")
+
+
+class Pipeline(nn.Module):
+    """The networks of a pipeline under its own names for them, so that sites are `unet.…`, `text_encoder.…`, `vae.…`.
+
+    Calling it runs the pipeline: `model(prompt="a cat", num_inference_steps=2, output_type="pt").images`.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__()
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module):
+                self.add_module(name, part)
+        self.pipeline = pipeline
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.pipeline(*args, **kwargs)
+
+
+class Diffusion(Adapter):
+    """A model or a whole pipeline of diffusers: UNets, diffusion transformers, autoencoders, text encoders."""
+
+    name = "diffusion"
+    families = ("diffusers",)
+    evaluator: ClassVar[str] = "denoising"
+
+    def load(self, model: str, dtype: torch.dtype) -> LoadedModel:
+        """A model, or a `Pipeline` with its tokenizer and its scheduler inside, in eval mode. Raises `ModelError`."""
+        import diffusers
+
+        name = architecture(model)
+        if _is(getattr(diffusers, name, None), diffusers.DiffusionPipeline):
+            return _load_pipeline(getattr(diffusers, name), model, dtype)
+        if _is(getattr(diffusers, name, None), diffusers.ModelMixin):
+            return LoadedModel(load_model(getattr(diffusers, name), model, dtype))
+        raise ModelError(
+            f"{model} is of class {name}, which is no model and no pipeline of diffusers {diffusers.__version__}"
+        )
+
+    def evaluator_of(self, model: str) -> str:
+        """An autoencoder has nothing to denoise: it is held to its outputs in full precision."""
+        return "fidelity" if architecture(model).startswith(AUTOENCODERS) else self.evaluator
+
+
+def _load_pipeline(pipeline_class: Any, source: str, dtype: torch.dtype) -> LoadedModel:
+    """The networks one by one, each held to its weights, then the pipeline around them."""
+    import diffusers
+
+    said = {part: of for part, of in configuration(source).items() if isinstance(of, list) and len(of) == 2}
+    classes = {part: _class_of(part, of[0], of[1], source) for part, of in said.items() if isinstance(of[1], str)}
+    networks = {
+        name: load_model(found, source, dtype, name) for name, found in classes.items() if _is(found, nn.Module)
+    }
+    log = diffusers.utils.logging
+    bars = log.is_progress_bar_enabled()
+    log.disable_progress_bar()
+    try:
+        pipeline = pipeline_class.from_pretrained(source, **networks)
+    except Exception as error:  # schedulers and tokenizers can be wrong in as many ways as there are
+        raise ModelError(f"{source} cannot be loaded: {line(error)}") from None
+    finally:
+        if bars:
+            log.enable_progress_bar()
+    pipeline.set_progress_bar_config(disable=True)
+    processor = pipeline.components.get("feature_extractor")
+    return LoadedModel(Pipeline(pipeline).eval(), pipeline.components.get("tokenizer"), processor)
+
+
+def _class_of(part: str, library: Any, name: str, source: str) -> Any:
+    """The class of a pipeline's part, which is diffusers' own (also a single pipeline's) or transformers'."""
+    import diffusers
+    import transformers
+
+    homes = {"diffusers": diffusers, "transformers": transformers}
+    found = getattr(homes.get(library) or getattr(diffusers.pipelines, str(library), None), name, None)
+    if not isinstance(found, type):
+        raise ModelError(
+            f"{part} of {source} is of class {library}.{name}, which is neither diffusers' nor transformers'"
+        )
+    return found
+
+
+def _is(found: Any, kind: type) -> bool:
+    return isinstance(found, type) and issubclass(found, kind)
+
+
+@hookimpl
+def qsim_adapters() -> list[type[Adapter]]:
+    return [Diffusion]
