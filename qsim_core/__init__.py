@@ -41,6 +41,7 @@ _HOME = {
     "simulate": "simulation",
     "Audit": "audit",
     "Result": "result",
+    "Metrics": "metrics",
     "evaluate": "evaluation",
     "QsimError": "errors",
     "SpecError": "errors",
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from qsim_core.format import Format as Format
     from qsim_core.hookspecs import hookimpl as hookimpl
     from qsim_core.host import Host as Host
+    from qsim_core.metrics import Metrics as Metrics
     from qsim_core.quantizer import Quantizer as Quantizer
     from qsim_core.ranges import Calibrator as Calibrator
     from qsim_core.recipe import Override as Override

@@ -32,7 +32,7 @@ class LoadedModel:
     model: nn.Module
     tokenizer: Any = None
     processor: Any = None
-    """What prepares images or sound."""
+    """What prepares images or sound; of a diffusion model its scheduler."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ class Run:
     """Surrounds work without a count to show that it goes on: `with run.stage("loading opt-tiny"):`."""
     work_dir: Path | None = None
     """Where finished blocks are kept, so that a run that died goes on from there."""
+    reference: Any = None
+    """The `outputs` of the baseline's `Metrics`, for the simulated run; none in the baseline's own."""
 
 
 class Transform(Component):
@@ -138,11 +140,15 @@ class Evaluator(Component):
 
     @abstractmethod
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> dict[str, float]:
-        """The metrics by name; deterministic for the same model, data and run."""
+        """The metrics by name; deterministic for the same model, data and run. `Metrics` have confidence intervals."""
 
     def read(self, source: str) -> Data:
         """The data that a path or name stands for. Raises `DataError`."""
         raise DataError(f"{self.name} cannot read data; leave --data out")
+
+    def default_data(self) -> Data | None:
+        """What is measured on when nothing is named and the model comes without data: noise needs no file."""
+        return None
 
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
         """Batches of one sample each for transforms to look at, drawn by `seed`. Raises `DataError`."""
@@ -155,6 +161,10 @@ class Evaluator(Component):
     def protocol(self, loaded: LoadedModel) -> str:
         """What exactly is measured, in one sentence that a paper could print."""
         return str(self)
+
+    def save_samples(self, baseline: Any, simulated: Any, directory: Path) -> None:
+        """Write what a person would look at, from the `outputs` of both runs' `Metrics`. Raises `DataError`."""
+        raise DataError(f"{self.name} makes no samples that could be saved")
 
 
 HOOK_BASES: dict[str, type[Component]] = {

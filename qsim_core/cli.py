@@ -83,6 +83,9 @@ def main() -> None:
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Seed of drawn samples; stochastic rounding has `seed=`."
 )
+@click.option(
+    "--save-samples", "samples", type=click.Path(path_type=Path), metavar="DIR", help="Write what there is to look at."
+)
 @click.option("--dry-run", is_flag=True, help="Print the recipe that would run, and stop.")
 @click.option("--json", "output", metavar="FILE", help="Write the result as JSON; - for standard output.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress, no table.")

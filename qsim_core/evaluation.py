@@ -14,6 +14,7 @@ from qsim_core.bases import Calibration, Data, Evaluator, LoadedModel, Run
 from qsim_core.component import components_in
 from qsim_core.errors import DataError, QsimError, RecipeError, SpecError
 from qsim_core.host import Host, installed
+from qsim_core.metrics import intervals
 from qsim_core.models import Located, locate
 from qsim_core.recipe import Recipe
 from qsim_core.result import CalibrationRecord, DataRecord, Environment, PluginRecord, Result
@@ -45,9 +46,10 @@ class Job:
         """The data named by `source`, else what goes with the model. Raises `DataError`."""
         if source is not None:
             return self.evaluator.read(source)
-        if self.located.data is None:
+        found = self.evaluator.default_data() if self.located.data is None else self.located.data()
+        if found is None:
             raise DataError(f"{self.located.name} comes without data; name some with --data")
-        return self.located.data()
+        return found
 
     def calibration(self, given: Calibration) -> Data | None:
         """The data that the recipe's transforms look at, if it has any. Raises `DataError` if nothing is named."""
@@ -55,13 +57,16 @@ class Job:
             return None
         if given.source is not None:
             return self.evaluator.read(given.source)
-        if self.located.calibration is None:
+        if self.located.calibration is not None:
+            return self.located.calibration()
+        found = self.evaluator.default_data()
+        if found is None:
             who = self.recipe.transforms[0] if self.recipe.transforms else "a static scale"
             raise DataError(
                 f"{who} needs calibration data, and {self.located.name} comes without; name some with "
                 f"--calibration-data"
             )
-        return self.located.calibration()
+        return found
 
 
 def _evaluator(located: Located, host: Host) -> Evaluator:
@@ -87,14 +92,19 @@ def evaluate(
     device: str = "cpu",
     dtype: str = "float32",
     calibration: Calibration | None = None,
+    samples: Path | None = None,
     run: Run | None = None,
 ) -> Result:
-    """Measure a model as it is and under a recipe. Raises a `QsimError` that says what to do."""
+    """Measure a model as it is and under a recipe; `samples` is a directory for what a person would look at.
+
+    Raises a `QsimError` that says what to do.
+    """
     host, run, start = host or installed(), run or Run(), time.perf_counter()
     with run.stage(f"looking for {recipe.model or DEFAULT_MODEL}"):
         job = Job.of(recipe, host)
     if not job.recipe.quantizes and not job.recipe.transforms:
         raise RecipeError("the recipe quantizes nothing; name weights, activations or outputs")
+    _check_samples(job.evaluator, samples)
     with run.stage(f"loading {job.located.name}"):
         dataset = job.data(data)
         given = calibration or Calibration()
@@ -119,12 +129,16 @@ def evaluate(
             run=run,
         )
         audit = simulation.audit()
-    simulated, simulated_seconds = _timed(job.evaluator, loaded, dataset, run, "simulated")
+    compared = replace(run, reference=getattr(baseline, "outputs", None))
+    simulated, simulated_seconds = _timed(job.evaluator, loaded, dataset, compared, "simulated")
+    if samples is not None:
+        _save_samples(job.evaluator, baseline, simulated, samples)
     seconds = {"baseline": baseline_seconds, "simulated": simulated_seconds, "total": time.perf_counter() - start}
     return Result(
         **_description(job, loaded, host),
         baseline=baseline,
         simulated=simulated,
+        intervals=intervals(baseline, simulated, run.seed),
         audit=audit,
         environment=Environment.here(device, dtype),
         data=DataRecord(name=dataset.name, sha256=dataset.sha256, source=_from_anywhere(data)),
@@ -164,6 +178,24 @@ def _from_anywhere(source: str | None) -> str | None:
     if source is None or not Path(source).expanduser().exists():
         return source
     return str(Path(source).expanduser().resolve())
+
+
+def _check_samples(evaluator: Evaluator, directory: Path | None) -> None:
+    """Tell before hours have gone by that there will be nothing to save, or nowhere to save it."""
+    if directory is None:
+        return
+    if type(evaluator).save_samples is Evaluator.save_samples:
+        raise DataError(f"{evaluator.name} makes no samples that could be saved")
+    if directory.exists() and not directory.is_dir():
+        raise DataError(f"cannot save samples in {directory}: it is no directory")
+
+
+def _save_samples(evaluator: Evaluator, baseline: Any, simulated: Any, directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        evaluator.save_samples(baseline.outputs, simulated.outputs, directory)
+    except OSError as error:
+        raise DataError(f"cannot save samples in {directory}: {error.strerror or error}") from None
 
 
 def _load(located: Located, device: str, dtype: str) -> LoadedModel:

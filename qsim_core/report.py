@@ -7,6 +7,7 @@ import statistics
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
+from math import isfinite, isnan
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from qsim_core.result import Result
 from qsim_core.tensorfile import quantize_file
 
 SHOWN_WARNINGS = 4
-FREE_BESIDE_A_RECORD = frozenset({"record", "device", "dry_run", "work_dir"})
+FREE_BESIDE_A_RECORD = frozenset({"record", "device", "dry_run", "work_dir", "samples"})
 """The options that say nothing that a record says."""
 
 
@@ -66,6 +67,7 @@ def run(options: dict[str, Any], given: set[str], quiet: bool) -> Result | None:
         calibration=Calibration(
             options["calibration_data"], options["calibration_samples"], options["calibration_seqlen"]
         ),
+        samples=options["samples"],
         run=Run(
             options["batch_size"],
             options["limit"],
@@ -142,9 +144,12 @@ def show(result: Result) -> None:
     for transform in recipe["transforms"]:
         table.add_row("after", transform)
     table.add_section()
-    table.add_row(f"{result.environment.dtype} {result.metric}", f"{result.baseline[result.metric]:.4g}")
-    table.add_row(f"simulated {result.metric}", Text(f"{result.simulated[result.metric]:.4g}", "bold"))
-    table.add_row("ratio", f"{result.ratio:.4g}")
+    spread = result.intervals.get(result.metric)
+    before, after = result.baseline[result.metric], result.simulated[result.metric]
+    table.add_row(f"{result.environment.dtype} {result.metric}", _value(before, spread.baseline if spread else None))
+    table.add_row(f"simulated {result.metric}", Text(_value(after, spread.simulated if spread else None), "bold"))
+    if not isnan(result.ratio):
+        table.add_row("ratio", _value(result.ratio, spread.ratio if spread else None))
     table.add_section()
     table.add_row("matmuls quantized", f"{audit.covered} of {audit.found}")
     table.add_row("bits per weight", _bits(audit.bits_per_weight))
@@ -163,6 +168,11 @@ def _lines(result: Result) -> Iterator[str]:
     """What a careful reader must know beside the numbers."""
     audit = result.audit
     yield f"{result.protocol}; {result.data.name} (sha256 {result.data.sha256[:12]})"
+    if result.metric in result.intervals:
+        yield "in brackets: 95% confidence intervals over the samples; the ratio's is of the same ones before and after"
+    others = [key for key in result.simulated if key != result.metric]
+    if others:
+        yield "; ".join(f"{key} {result.baseline[key]:.4g} -> {result.simulated[key]:.4g}" for key in others)
     if result.recipe["skip"]:
         yield f"left alone: {', '.join(result.recipe['skip'])} (--skip none quantizes everything)"
     for transform in dict.fromkeys(report.transform for report in result.transforms):
@@ -186,6 +196,13 @@ def _done(transform: str, reports: list[LayerReport]) -> str:
         line += f", {changed[0].measure} {before:.3g} before and {after:.3g} after (median)"
     left = len(reports) - len(changed)
     return line + (f"; {left} left alone (--json says why)" if left else "")
+
+
+def _value(value: float, spread: tuple[float, float] | None) -> str:
+    """A number, and its confidence interval if that has two ends."""
+    if spread is None or not (isfinite(spread[0]) and isfinite(spread[1])) or spread[0] == spread[1]:
+        return f"{value:.4g}"
+    return f"{value:.4g} [{spread[0]:.4g}, {spread[1]:.4g}]"
 
 
 def _bits(bits: float | None) -> str:

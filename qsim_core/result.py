@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,15 @@ class CalibrationRecord(DataRecord):
     length: int | None = Field(description="tokens of a sample; none: what the evaluator takes")
 
 
+class Intervals(_Record):
+    """How sure one metric is: the lowest and highest value of its 95% confidence intervals."""
+
+    baseline: tuple[float, float]
+    simulated: tuple[float, float]
+    ratio: tuple[float, float] = Field(description="simulated over baseline, of the same samples")
+    difference: tuple[float, float] = Field(description="simulated less baseline, of the same samples")
+
+
 class Environment(_Record):
     """What the numbers were computed on."""
 
@@ -76,6 +86,7 @@ class Result(_Record):
     metric: str = Field(description="the metric to look at first")
     baseline: dict[str, float] = Field(description="the model as it is, metric by metric")
     simulated: dict[str, float] = Field(description="the model under the recipe")
+    intervals: dict[str, Intervals] = Field(default={}, description="95% confidence intervals, metric by metric")
     audit: Audit
     plugins: dict[str, PluginRecord] = Field(description="every plugin that had a part in it")
     environment: Environment
@@ -90,8 +101,9 @@ class Result(_Record):
 
     @property
     def ratio(self) -> float:
-        """Simulated over baseline, of the first metric."""
-        return self.simulated[self.metric] / self.baseline[self.metric]
+        """Simulated over baseline, of the first metric; NaN where the baseline is zero or infinite."""
+        before = self.baseline[self.metric]
+        return self.simulated[self.metric] / before if before and isfinite(before) else nan
 
     def write(self, path: Path) -> None:
         """Write JSON to a file, whole or not at all. Raises `QsimError`."""

@@ -67,7 +67,7 @@ def test_a_result_has_everything_that_its_schema_promises(record: Path) -> None:
 
     assert set(result) == {
         "schema_version", "model", "adapter", "recipe", "evaluator", "protocol", "metric", "baseline", "simulated",
-        "audit", "plugins", "environment", "data", "calibration", "transforms", "warnings", "batch_size", "limit", "seed", "seconds",
+        "intervals", "audit", "plugins", "environment", "data", "calibration", "transforms", "warnings", "batch_size", "limit", "seed", "seconds",
     }  # fmt: skip
     assert result["recipe"] == {
         "weights": "abfp(int4)",
@@ -88,6 +88,8 @@ def test_a_result_has_everything_that_its_schema_promises(record: Path) -> None:
     assert 8.25 <= result["audit"]["bits_per_activation"] < 8.3
     assert set(result["environment"]) == {"python", "platform", "versions", "device", "dtype", "threads"}
     assert len(result["data"]["sha256"]) == 64
+    low, high = result["intervals"]["perplexity"]["ratio"]
+    assert low < result["simulated"]["perplexity"] / result["baseline"]["perplexity"] < high
 
 
 def test_a_record_runs_again_to_the_same_numbers(qsim_: Qsim, record: Path) -> None:
@@ -369,7 +371,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "missing data": (["--weights", "int8", "--data", "nowhere.txt"], "there is no file nowhere.txt"),
     "output is a directory": (["--weights", "int8", "--json", "empty"], "cannot write empty: it is a directory; give a file's name"),
     "output is a device": (["--weights", "int8", "--json", "/dev/null"], "cannot write /dev/null: it is no regular file; `--json -` writes"),
-    "empty model": (["", "--weights", "int8"], "an empty name is no model. There are: opt-tiny, opt-tiny-outliers"),
+    "empty model": (["", "--weights", "int8"], "an empty name is no model. There are: bert-tiny, codegen-tiny, ddpm-tiny, minilm, opt-tiny, opt-tiny-outliers"),
     "no quantizer": (["--weights", "perplexity"], "'perplexity' is an evaluator, not a quantizer"),
     "output has no directory": (["--weights", "int8", "--json", "no/where.json"], "cannot write no/where.json: there is no directory no"),
     "pattern without site": (["--weights", "int8", "--skip", "*.fc3"], "pattern '*.fc3' matches no site"),

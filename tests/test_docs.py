@@ -18,7 +18,7 @@ from qsim_core.audit import Measured, SiteAudit
 from qsim_core.bases import HOOK_BASES
 from qsim_core.cli import main
 from qsim_core.context import LayerReport
-from qsim_core.result import CalibrationRecord
+from qsim_core.result import CalibrationRecord, Intervals
 
 ROOT = Path(__file__).parent.parent
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
@@ -73,7 +73,9 @@ def test_every_key_of_a_recipe_is_explained() -> None:
     assert set(re.findall(r"^\| `(\w+)` \|", PAGES["docs/recipes.md"], re.MULTILINE)) >= set(qsim.Recipe.model_fields)
 
 
-@pytest.mark.parametrize("record", [qsim.Result, qsim.Audit, SiteAudit, Measured, LayerReport, CalibrationRecord])
+@pytest.mark.parametrize(
+    "record", [qsim.Result, qsim.Audit, SiteAudit, Measured, LayerReport, CalibrationRecord, Intervals]
+)
 def test_every_key_of_a_result_is_explained(record: type) -> None:
     explained = set(re.findall(r"`(\w+)`", PAGES["docs/result.md"]))
 

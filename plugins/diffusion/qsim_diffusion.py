@@ -39,7 +39,8 @@ class Diffusion(Adapter):
     evaluator: ClassVar[str] = "denoising"
 
     def load(self, model: str, dtype: torch.dtype) -> LoadedModel:
-        """A model, or a `Pipeline` with its tokenizer and its scheduler inside, in eval mode. Raises `ModelError`."""
+        """A model, or a `Pipeline` with its tokenizer and its scheduler inside, in eval mode; of a pipeline with one
+        network that network, with the scheduler as processor. Raises `ModelError`."""
         import diffusers
 
         name = architecture(model)
@@ -76,6 +77,8 @@ def _load_pipeline(pipeline_class: Any, source: str, dtype: torch.dtype) -> Load
         if bars:
             log.enable_progress_bar()
     pipeline.set_progress_bar_config(disable=True)
+    if len(networks) == 1:  # nothing but a denoiser: it is the model, and its scheduler goes with it
+        return LoadedModel(next(iter(networks.values())).eval(), processor=pipeline.scheduler)
     processor = pipeline.components.get("feature_extractor")
     return LoadedModel(Pipeline(pipeline).eval(), pipeline.components.get("tokenizer"), processor)
 

@@ -138,8 +138,8 @@ def test_a_pipeline_without_text(tmp_path: Path) -> None:
 
     loaded = load(tmp_path)
 
-    assert [name for name, _ in loaded.model.named_children()] == ["unet"]
-    assert (type(loaded.model.pipeline.scheduler).__name__, loaded.tokenizer) == ("DDPMScheduler", None)
+    assert type(loaded.model).__name__ == "UNet2DModel"
+    assert (type(loaded.processor).__name__, loaded.tokenizer) == ("DDPMScheduler", None)
 
 
 def test_the_dtype_is_the_callers(stable_diffusion: Path) -> None:

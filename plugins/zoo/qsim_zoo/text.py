@@ -1,9 +1,9 @@
-"""English that every Python carries: the reference topics and the standard library's docstrings.
+"""Text that every Python carries: the reference topics, the standard library's docstrings, and its source.
 
 The text is read at run time from the running interpreter, so it varies a little between Python releases;
 whoever reports a number reports the text's SHA-256 with it. A document is one reference topic or all
-docstrings of one module. It belongs to a split by a hash of its *name*, so it stays there when a release
-rewords it.
+docstrings of one module, or the source of one. It belongs to a split by a hash of its *name*, so it stays there when a
+release rewords it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,38 @@ def split_of(document: str) -> str:
 @functools.cache
 def text(split: str) -> str:
     """All documents of one split, in the order of their names, a blank line between paragraphs."""
+    _check(split)
+    return "\n\n".join(part for _, part in sorted(_documents(split)))
+
+
+@functools.cache
+def source(split: str) -> str:
+    """The source of the standard library's top-level modules of one split, in the order of their names."""
+    _check(split)
+    modules = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    parts = [path.read_text(encoding="utf-8") for path in modules if split_of(f"source {path.name}") == split]
+    return "\n\n".join(part.strip() for part in parts)
+
+
+@functools.cache
+def pairs(split: str, most: int = 200) -> tuple[tuple[str, str], ...]:
+    """First lines of docstrings, and what follows them there, of the first `most` docstrings of a split that have both.
+
+    A first line has 20 to 100 letters and stands once, what follows has 100 at least.
+    """
+    _check(split)
+    found: dict[str, str] = {}
+    for _, docstrings in sorted(_modules(split)):
+        for docstring in docstrings:
+            head, _, rest = docstring.partition("\n")
+            if 20 <= len(head) <= 100 <= len(rest.strip()):
+                found.setdefault(head, rest.strip())
+    return tuple(found.items())[:most]
+
+
+def _check(split: str) -> None:
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
-    return "\n\n".join(part for _, part in sorted(_documents(split)))
 
 
 def _documents(split: str) -> Iterator[tuple[str, str]]:
@@ -39,6 +68,12 @@ def _documents(split: str) -> Iterator[tuple[str, str]]:
     for topic, body in topics.items():
         if split_of(f"topic {topic}") == split:
             yield f"topic {topic}", body.strip()
+    for module, docstrings in _modules(split):
+        yield module, "\n\n".join(docstrings)
+
+
+def _modules(split: str) -> Iterator[tuple[str, list[str]]]:
+    """The documented modules of a split, each with its docstrings."""
     library = Path(sysconfig.get_paths()["stdlib"])
     for path in library.rglob("*.py"):
         relative = path.relative_to(library)
@@ -48,11 +83,11 @@ def _documents(split: str) -> Iterator[tuple[str, str]]:
             yield document, docstrings
 
 
-def _docstrings(path: Path) -> str:
+def _docstrings(path: Path) -> list[str]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):  # a few library files are templates, not modules
-        return ""
+        return []
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
-    return "\n\n".join(docstring for node in nodes if (docstring := ast.get_docstring(node)))
+    return [docstring for node in nodes if (docstring := ast.get_docstring(node))]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from qsim_zoo import train
+from qsim_zoo.causal import OptTiny
 from qsim_zoo.outliers import CONSUMERS, add_outliers
 from qsim_zoo.text import SPLITS, split_of, text
 
@@ -128,23 +129,23 @@ def test_the_papers_order_comes_out(model: str, cache: Path) -> None:
 def test_training_goes_on_where_it_was_stopped_and_ends_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "BATCH", 1)
-    monkeypatch.setattr(train, "CONTEXT", 32)
-    monkeypatch.setattr(train, "text", lambda split: text("test")[:20_000])
-    whole_step = train.train_step
+    monkeypatch.setattr(OptTiny, "batch", 1)
+    monkeypatch.setattr(OptTiny, "context", 32)
+    monkeypatch.setattr(OptTiny, "text", staticmethod(lambda split: text("test")[:20_000]))
+    advance = train.Training.advance
 
     def run(folder: str, steps: int = 4) -> Any:
         places = ["--output", str(tmp_path / folder), "--work", str(tmp_path / f"{folder}-work")]
         return CliRunner().invoke(train.main, ["opt-tiny", *places, "--steps", str(steps), "--every", "2"])
 
-    def interrupted(model: Any, optimizer: Any, tokens: Any, step: int, seed: int) -> float:
-        if step == 3:
+    def interrupted(training: train.Training) -> float:
+        if training.step == 3:
             raise KeyboardInterrupt
-        return whole_step(model, optimizer, tokens, step, seed)
+        return advance(training)
 
-    monkeypatch.setattr(train, "train_step", interrupted)
+    monkeypatch.setattr(train.Training, "advance", interrupted)
     assert run("halves").exit_code == 1
-    monkeypatch.setattr(train, "train_step", whole_step)
+    monkeypatch.setattr(train.Training, "advance", advance)
     assert "is of a run with {'steps': 4, 'seed': 0}; give another --work" in run("halves", steps=6).output
 
     ends = [json.loads(run(folder).stdout.splitlines()[-1]) for folder in ("halves", "whole")]

@@ -1,0 +1,17 @@
+"""Evaluators: what turns a model and data into metrics, each with its protocol in words."""
+
+from __future__ import annotations
+
+from qsim_core import Evaluator, hookimpl
+
+
+@hookimpl
+def qsim_evaluators() -> list[type[Evaluator]]:
+    from qsim_evaluators.accuracy import Accuracy
+    from qsim_evaluators.denoising import Denoising
+    from qsim_evaluators.fidelity import Fidelity
+    from qsim_evaluators.masked_lm import MaskedLM
+    from qsim_evaluators.perplexity import Perplexity
+    from qsim_evaluators.retrieval import Retrieval
+
+    return [Accuracy, Denoising, Fidelity, MaskedLM, Perplexity, Retrieval]

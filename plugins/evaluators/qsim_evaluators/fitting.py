@@ -1,0 +1,58 @@
+"""Which evaluator fits which model, by what the model's class is called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qsim_core import DataError, LoadedModel
+
+FITS = {
+    "perplexity": ("ForCausalLM", "LMHeadModel"),
+    "masked_lm": ("ForMaskedLM",),
+    "accuracy": ("ForImageClassification",),
+    "denoising": ("UNet2DModel",),
+    "retrieval": ("Model",),
+}
+"""Ends of class names, the narrowest first; a class of another name is taken at its word."""
+NEEDS = {
+    "perplexity": ("tokenizer", "a tokenizer"),
+    "masked_lm": ("tokenizer", "a tokenizer"),
+    "accuracy": ("processor", "an image processor"),
+    "denoising": ("processor", "a scheduler"),
+    "retrieval": ("tokenizer", "a tokenizer"),
+}
+"""What an evaluator cannot do without: the field of a loaded model, and what it is called."""
+
+
+def check(evaluator: str, loaded: LoadedModel) -> None:
+    """Raise `DataError`, saying what fits, unless an evaluator can be used on a model."""
+    name, fitting = type(loaded.model).__name__, best(loaded)
+    if fitting is not None and fitting != evaluator:
+        raise DataError(f"{evaluator} does not fit a {name}; {fitting} and fidelity do")
+    field, needed = NEEDS[evaluator]
+    if getattr(loaded, field) is None:
+        raise DataError(f"{evaluator} needs {needed}, and this {name} was loaded without one")
+
+
+def best(loaded: LoadedModel) -> str | None:
+    """The evaluator that is made for a model like this, if its class tells."""
+    name = type(loaded.model).__name__
+    return next((evaluator for evaluator, ends in FITS.items() if name.endswith(ends)), None)
+
+
+def device(loaded: LoadedModel) -> torch.device:
+    """Where the model computes."""
+    return next(loaded.model.parameters()).device
+
+
+def dtype(loaded: LoadedModel) -> torch.dtype:
+    """In what it computes."""
+    return next(loaded.model.parameters()).dtype
+
+
+def longest(loaded: LoadedModel, otherwise: int) -> int:
+    """How many tokens the model takes."""
+    config: Any = loaded.model.config
+    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or otherwise)

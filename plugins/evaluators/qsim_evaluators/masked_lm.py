@@ -1,0 +1,107 @@
+"""`masked_lm(seqlen, share, seed)`: how well a model guesses tokens that it does not see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
+from qsim_core.metrics import Means
+from qsim_evaluators.fitting import check, device, longest
+from qsim_evaluators.text import draw, read_text
+
+LONGEST = 512
+
+
+class MaskedLM(Evaluator):
+    """exp of the mean negative log-likelihood of masked tokens, over windows of the whole text, and their accuracy.
+
+    The text is tokenized in one piece, cut into windows of `seqlen` tokens with the tokenizer's first and last token
+    around each; a rest that fills no window is dropped. In each window the same number of tokens, `share` of them,
+    are masked, at places drawn by `seed` alone: BERT's 15% (arXiv 1810.04805), every one of them by the mask token.
+    """
+
+    name = "masked_lm"
+    metric = "masked_perplexity"
+    seqlen: int | None = Field(None, ge=3, description="tokens of a window; none: what the model takes, 512 at most")
+    share: float = Field(0.15, gt=0, lt=1, description="of the tokens that are masked")
+    seed: int = Field(0, description="draws the places, the same in every run")
+
+    def read(self, source: str) -> Data:
+        """Text from a file, or from `datasets`: `NAME[:CONFIG[:SPLIT]]` or a directory of data files."""
+        return read_text(source, "a masked language model")
+
+    def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
+        """Windows at random places of the text, masked like those that are measured, one in a batch."""
+        length = self._length(loaded, length)
+        windows = torch.cat(draw(self._tokens(loaded, data), samples, length - 2, seed, data.name))
+        seen, _ = self._masked(loaded, windows, seed)
+        return [self._batch(loaded, window) for window in seen.split(1)]
+
+    def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
+        """The first window, masked."""
+        return self._batch(loaded, self._windows(loaded, data)[0][:1])
+
+    def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
+        """`masked_perplexity`, `nll` (nats per masked token), `accuracy` (of the likeliest), and `tokens` masked."""
+        seen, labels = (part[: run.limit] for part in self._windows(loaded, data))
+        batches = list(zip(seen.split(run.batch_size), labels.split(run.batch_size), strict=True))
+        found = []
+        with torch.no_grad():
+            for batch, answers in run.track(batches, len(batches), "masked tokens"):
+                logits = loaded.model(**self._batch(loaded, batch)).logits.float().cpu()
+                wanted = logits[answers >= 0].view(len(batch), -1, logits.shape[-1])
+                truth = answers[answers >= 0].view(len(batch), -1)
+                nll = F.cross_entropy(wanted.transpose(1, 2), truth, reduction="none").double()
+                found.append(torch.stack([nll.mean(1), (wanted.argmax(-1) == truth).double().mean(1)]))
+        nll, right = torch.cat(found, 1)
+
+        def metrics(means: Means) -> Means:
+            return {"masked_perplexity": means["nll"].exp(), **means}
+
+        return Metrics({"nll": nll, "accuracy": right}, metrics, counts={"tokens": float((labels >= 0).sum())})
+
+    def protocol(self, loaded: LoadedModel) -> str:
+        """The windows and the mask in words."""
+        return (
+            f"perplexity of masked tokens, {self.share:.0%} of each non-overlapping window of {self._length(loaded)} "
+            f"tokens of the concatenated text, places drawn by seed {self.seed}"
+        )
+
+    def _length(self, loaded: LoadedModel, wanted: int | None = None) -> int:
+        check(self.name, loaded)
+        if loaded.tokenizer.mask_token_id is None:
+            raise DataError(f"{self.name} needs a tokenizer with a mask token; perplexity may fit this model")
+        most = longest(loaded, LONGEST)
+        length = wanted or self.seqlen or min(most, LONGEST)
+        if not 3 <= length <= most:
+            raise DataError(f"windows of {length} tokens: the model takes 3 to {most}")
+        return length
+
+    @staticmethod
+    def _tokens(loaded: LoadedModel, data: Data) -> Tensor:
+        return torch.tensor(loaded.tokenizer(data.content, add_special_tokens=False, verbose=False).input_ids)
+
+    def _windows(self, loaded: LoadedModel, data: Data) -> tuple[Tensor, Tensor]:
+        """`[windows, seqlen]` tokens with masks among them, and the answers, -1 where there is none."""
+        inner, tokens = self._length(loaded) - 2, self._tokens(loaded, data)
+        if len(tokens) < inner:
+            raise DataError(f"{data.name} has {len(tokens)} tokens, fewer than one window of {inner}; lower seqlen")
+        return self._masked(loaded, tokens[: len(tokens) // inner * inner].view(-1, inner), self.seed)
+
+    def _masked(self, loaded: LoadedModel, windows: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        tokenizer, inner = loaded.tokenizer, windows.shape[1]
+        many = max(1, round(self.share * inner))
+        lots = torch.rand(windows.shape, generator=torch.Generator().manual_seed(seed))
+        masked = torch.zeros(windows.shape, dtype=torch.bool).scatter_(1, lots.topk(many).indices, True)
+        seen = torch.where(masked, tokenizer.mask_token_id, windows)
+        seen = F.pad(F.pad(seen, (1, 0), value=tokenizer.cls_token_id), (0, 1), value=tokenizer.sep_token_id)
+        return seen, F.pad(torch.where(masked, windows, -1), (1, 1), value=-1)
+
+    @staticmethod
+    def _batch(loaded: LoadedModel, seen: Tensor) -> dict[str, Any]:
+        return {"input_ids": seen.to(device(loaded))}

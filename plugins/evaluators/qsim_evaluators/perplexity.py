@@ -1,0 +1,129 @@
+"""`perplexity(seqlen, stride)`: how well a language model predicts the next token, word and byte."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor
+
+from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
+from qsim_core.metrics import Means
+from qsim_evaluators.fitting import check, device, longest
+from qsim_evaluators.text import draw, read_text, tokens_of
+
+LONGEST = 2048
+
+
+class Perplexity(Evaluator):
+    """exp of the mean negative log-likelihood per predicted token, over windows of the whole text.
+
+    The text is tokenized in one piece and cut into windows of `seqlen` tokens, one every `stride`; a rest that
+    fills no window is dropped, and a window's first token is context only. With `stride` equal to `seqlen`, the
+    default, this is the protocol of GPTQ's evaluation (arXiv 2210.17323); a smaller stride counts each later
+    window's last `stride` tokens. Logits are turned into log-probabilities in float32 and summed in float64.
+
+    Perplexity per word and per byte are lm-eval's: words are what white space separates, bytes are UTF-8's. They do not
+    depend on the tokenizer. Here they are what the text's tokens would cost at the mean of those that were predicted.
+    """
+
+    name = "perplexity"
+    metric = "perplexity"
+    seqlen: PositiveInt | None = Field(None, description="tokens of a window; none: what the model takes, 2048 at most")
+    stride: PositiveInt | None = Field(None, description="tokens from one window to the next; none: seqlen")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Perplexity:
+        if self.seqlen is not None and self.seqlen < 2:
+            raise ValueError(f"a window of {self.seqlen} token predicts nothing; seqlen is at least 2")
+        if self.seqlen is not None and self.stride is not None and self.stride > self.seqlen:
+            raise ValueError(f"a stride of {self.stride} would leave tokens out between windows of {self.seqlen}")
+        return self
+
+    def read(self, source: str) -> Data:
+        """Text from a file, or from `datasets`: `NAME[:CONFIG[:SPLIT]]` or a directory of data files."""
+        return read_text(source, "perplexity")
+
+    def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
+        """Windows at random places of the text, as GPTQ draws them, one in a batch: `samples` of `length` tokens."""
+        check(self.name, loaded)
+        length, most = length or self._sizes(loaded)[0], longest(loaded, LONGEST)
+        if not 2 <= length <= most:
+            raise DataError(f"calibration windows of {length} tokens: the model takes 2 to {most}")
+        windows = draw(tokens_of(loaded, data.content), samples, length, seed, data.name)
+        return [{"input_ids": window.to(device(loaded)), "use_cache": False} for window in windows]
+
+    def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
+        """The first window alone, without a cache."""
+        check(self.name, loaded)
+        windows, _ = self._windows(loaded, tokens_of(loaded, data.content), data.name)
+        return {"input_ids": windows[:1].to(device(loaded)), "use_cache": False}
+
+    def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
+        """`perplexity`, `nll` (nats per token), `word_perplexity`, `byte_perplexity`, `bits_per_byte`, and `tokens`."""
+        check(self.name, loaded)
+        text_tokens = tokens_of(loaded, data.content)
+        windows, stride = self._windows(loaded, text_tokens, data.name)
+        batches = list(windows[: run.limit].split(run.batch_size))
+        sums: list[Tensor] = []
+        tokens: list[Tensor] = []
+        with torch.no_grad():
+            for batch in run.track(batches, len(batches), "perplexity"):
+                losses = _losses(loaded, batch)
+                fresh = losses[:, -min(stride, losses.shape[1]) :]
+                total, count = fresh.sum(1), torch.full((len(batch),), fresh.shape[1])
+                if not sums:  # the first window's beginning is in no other
+                    total[0], count[0] = losses[0].sum(), losses.shape[1]
+                sums.append(total)
+                tokens.append(count)
+        words, letters = len(re.split(r"\s+", data.content)), len(data.content.encode())
+
+        def metrics(means: Means) -> Means:
+            nll = means["nll"] / means["tokens"]
+            per_byte = nll * (len(text_tokens) / letters)
+            return {
+                "perplexity": nll.exp(),
+                "nll": nll,
+                "word_perplexity": (nll * (len(text_tokens) / words)).exp(),
+                "byte_perplexity": per_byte.exp(),
+                "bits_per_byte": per_byte / math.log(2),
+            }
+
+        samples = {"nll": torch.cat(sums), "tokens": torch.cat(tokens)}
+        return Metrics(samples, metrics, counts={"tokens": float(samples["tokens"].sum())})
+
+    def protocol(self, loaded: LoadedModel) -> str:
+        """The windows, the stride and the weighting in words."""
+        seqlen, stride = self._sizes(loaded)
+        cut = "non-overlapping" if stride == seqlen else f"stride {stride}"
+        return f"perplexity per token over {cut} windows of {seqlen} tokens of the concatenated text"
+
+    def _sizes(self, loaded: LoadedModel) -> tuple[int, int]:
+        most = longest(loaded, LONGEST)
+        seqlen = self.seqlen or min(most, LONGEST)
+        if seqlen > most:
+            raise DataError(f"the model takes {most} tokens at most, not seqlen={seqlen}")
+        stride = self.stride or seqlen
+        if stride > seqlen:
+            raise DataError(f"a stride of {stride} would leave tokens out between windows of {seqlen}")
+        return seqlen, stride
+
+    def _windows(self, loaded: LoadedModel, tokens: Tensor, name: str) -> tuple[Tensor, int]:
+        """`[windows, seqlen]` token ids, and the stride."""
+        check(self.name, loaded)
+        seqlen, stride = self._sizes(loaded)
+        if len(tokens) < seqlen:
+            raise DataError(f"{name} has {len(tokens)} tokens, fewer than one window of {seqlen}; lower seqlen")
+        return tokens.unfold(0, seqlen, stride), stride
+
+
+def _losses(loaded: LoadedModel, batch: Tensor) -> Tensor:
+    """Negative log-likelihood of each token but the first, `[windows, seqlen - 1]`, in float64."""
+    batch = batch.to(device(loaded))
+    logits = loaded.model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+    losses = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+    return losses.double().view(len(batch), -1).cpu()

@@ -1,0 +1,38 @@
+"""Two sets of images side by side in one PNG."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SMALLEST = 48
+"""Pixels of an image's side; a smaller one is shown by whole multiples."""
+MOST = 64
+GAP = 4
+
+
+def beside(left: Tensor, right: Tensor, file: Path) -> None:
+    """Write a PNG of the first images of both, `[images, channels, height, width]` from -1 to 1, in the same order."""
+    from PIL import Image
+
+    panels = torch.cat([_grid(left[:MOST]), _grid(right[:MOST])], 2)
+    array = panels.permute(1, 2, 0).squeeze(2).numpy()
+    Image.fromarray(array).save(file)
+
+
+def _grid(images: Tensor) -> Tensor:
+    """`[channels, height, width]` in uint8: the images row by row in a square, white around each and right of all."""
+    images = images[:, :1] if images.shape[1] not in (1, 3) else images
+    pixels = ((images.float().nan_to_num().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    times = -(-SMALLEST // min(pixels.shape[2:]))
+    pixels = pixels.repeat_interleave(times, 2).repeat_interleave(times, 3)
+    pixels = F.pad(pixels, (GAP, GAP, GAP, GAP), value=255)
+    columns = math.ceil(math.sqrt(len(pixels)))
+    missing = -len(pixels) % columns
+    pixels = torch.cat([pixels, torch.full((missing, *pixels.shape[1:]), 255, dtype=torch.uint8)])
+    rows = [torch.cat(list(row), 2) for row in pixels.split(columns)]
+    return F.pad(torch.cat(rows, 1), (GAP, GAP), value=255)

@@ -1,0 +1,63 @@
+"""Text and rows from files and from `datasets`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsim_core import Data, DataError, LoadedModel
+
+
+def read_text(source: str, measure: str) -> Data:
+    """Text from a file, or from `datasets`: `NAME[:CONFIG[:SPLIT]]` or a directory of data files.
+
+    A data set's rows are joined by blank lines, as GPTQ's evaluation joins them.
+    """
+    path = Path(source).expanduser()
+    text = _read_file(path) if path.is_file() else "\n\n".join(read_rows(source, ["text"])["text"])
+    if not text.strip():
+        raise DataError(f"{source} is empty: there is no text to measure {measure} on")
+    return Data.of_text(source, text)
+
+
+def read_rows(source: str, columns: list[str]) -> Any:
+    """A data set with these columns, from `NAME[:CONFIG[:SPLIT]]` or a directory of data files."""
+    path = Path(source).expanduser()
+    directory = Path(source.partition(":")[0]).expanduser()
+    if not directory.is_dir() and (source.startswith((".", "/", "~")) or path.suffix):
+        raise DataError(f"there is no file {source}")
+    from datasets import load_dataset
+
+    name, config, split, *_ = (*source.split(":"), None, None, None)
+    try:
+        rows = load_dataset(name, config or None, split=split or "test")
+    except Exception as error:  # datasets raises whatever its many loaders raise
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{source!r} is no file, and datasets cannot load it: {reason}") from None
+    for column in columns:
+        if column not in rows.column_names:
+            raise DataError(f"{source!r} has no column {column!r}; it has {', '.join(rows.column_names)}")
+    return rows
+
+
+def tokens_of(loaded: LoadedModel, text: str) -> Tensor:
+    """The whole text's tokens, as the tokenizer gives them for one text."""
+    return torch.tensor(loaded.tokenizer(text, verbose=False).input_ids, dtype=torch.long)
+
+
+def draw(tokens: Tensor, samples: int, length: int, seed: int, name: str) -> list[Tensor]:
+    """Windows `[1, length]` at random places, as GPTQ draws them. Raises `DataError` if there is not one."""
+    if len(tokens) < length:
+        raise DataError(f"{name} has {len(tokens)} tokens, fewer than one calibration window of {length}")
+    starts = torch.randint(len(tokens) - length + 1, (samples,), generator=torch.Generator().manual_seed(seed))
+    return [tokens[start : start + length].unsqueeze(0) for start in starts.tolist()]
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None

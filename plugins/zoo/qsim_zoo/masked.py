@@ -1,0 +1,90 @@
+"""bert-tiny: a masked language model on documentation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import BertWordPieceTokenizer
+from torch import Tensor, nn
+from transformers import BertConfig, BertForMaskedLM, BertTokenizer
+
+from qsim_zoo.lesson import Lesson
+from qsim_zoo.text import text
+
+VOCABULARY = 2048
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+PAD, _, CLS, SEP, MASK = range(5)
+SHARE = 0.15
+"""Of the tokens that are to be guessed, as BERT has it (arXiv 1810.04805)."""
+
+
+class BertTiny(Lesson):
+    """BERT with 4 layers of width 128 (1.1 million parameters) and its masked language model's head."""
+
+    name = "bert-tiny"
+    steps = 3000
+    measure = "validation_perplexity_of_masked_tokens"
+    peak_rate = 2e-3
+    warmup = 200
+    context: int = 64
+    batch: int = 16
+    left_out = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
+
+    def prepare(self, directory: Path) -> None:
+        """Fit a lower-case WordPiece tokenizer, and turn both splits into tokens."""
+        pieces = BertWordPieceTokenizer()
+        pieces.train_from_iterator(
+            [text("train")], vocab_size=VOCABULARY, special_tokens=SPECIAL, show_progress=False, min_frequency=2
+        )
+        tokenizer = BertTokenizer(vocab=pieces.get_vocab(), model_max_length=self.context)
+        directory.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(directory)
+        self.train_tokens, self.valid_tokens = (
+            torch.tensor(tokenizer(text(split), add_special_tokens=False, verbose=False).input_ids)
+            for split in ("train", "valid")
+        )
+
+    def make(self) -> nn.Module:
+        model: nn.Module = BertForMaskedLM(
+            BertConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=128,
+                intermediate_size=512,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                max_position_embeddings=self.context,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+                initializer_range=0.08,  # near 1 over the root of the width; 0.02 is for 768
+                pad_token_id=PAD,
+            )
+        )
+        return model
+
+    def loss(self, model: Any) -> Tensor:
+        """Mean negative log-likelihood of the masked tokens of some windows."""
+        length = self.context - 2
+        starts = torch.randint(len(self.train_tokens) - length, (self.batch,)).tolist()
+        return self._loss(model, torch.stack([self.train_tokens[start : start + length] for start in starts]))
+
+    def validate(self, model: Any) -> float:
+        """The same over non-overlapping windows, with masks that are the same each time."""
+        length = self.context - 2
+        windows = self.valid_tokens[: len(self.valid_tokens) // length * length].view(-1, length)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            losses = [self._loss(model, w).item() * len(w) for w in windows.split(self.batch)]
+        return float(sum(losses) / len(windows))
+
+    def _loss(self, model: Any, windows: Tensor) -> Tensor:
+        """Of ten tokens to guess eight are masked, one is another token and one stays, as BERT has it."""
+        to_guess = torch.rand(windows.shape) < SHARE
+        how = torch.rand(windows.shape)
+        seen = torch.where(to_guess & (how < 0.8), MASK, windows)
+        seen = torch.where(to_guess & (how >= 0.9), torch.randint(len(SPECIAL), VOCABULARY, windows.shape), seen)
+        ends = torch.full((len(windows), 1), CLS), torch.full((len(windows), 1), SEP)
+        labels = nn.functional.pad(torch.where(to_guess, windows, -100), (1, 1), value=-100)
+        loss: Tensor = model(input_ids=torch.cat([ends[0], seen, ends[1]], 1), labels=labels).loss
+        return loss

@@ -1,0 +1,181 @@
+"""Confidence intervals against a written-out bootstrap, and what they are worth on samples whose truth is known."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qsim_core as qsim
+from qsim_core.metrics import RESAMPLES, interval, intervals
+
+WIDTH = 8
+
+
+def perplexity(means: Any) -> Any:
+    return {"perplexity": (means["nll"] / means["tokens"]).exp()}
+
+
+def test_a_metric_is_a_function_of_the_samples_means() -> None:
+    metrics = qsim.Metrics(
+        {"nll": torch.tensor([2.0, 6.0]), "tokens": torch.tensor([1, 3])}, perplexity, counts={"tokens": 4}
+    )
+
+    assert metrics == {"perplexity": math.exp(2), "tokens": 4}
+    assert metrics.size == 2
+
+
+def test_without_a_function_the_means_are_the_metrics() -> None:
+    assert qsim.Metrics({"accuracy": torch.tensor([True, False, True, True])}) == {"accuracy": 0.75}
+
+
+def test_resampling_is_what_a_plain_loop_gives() -> None:
+    nll, tokens = torch.rand(7, dtype=torch.float64) * 9, torch.arange(7.0, dtype=torch.float64) + 1
+    generator = torch.Generator().manual_seed(5)
+    drawn = torch.randint(7, (RESAMPLES, 7), generator=generator)
+    by_hand = [math.exp(sum(nll[i] for i in row) / sum(tokens[i] for i in row)) for row in drawn.tolist()]
+
+    found = qsim.Metrics({"nll": nll, "tokens": tokens}, perplexity).resampled(seed=5)["perplexity"]
+
+    assert found.tolist() == pytest.approx(by_hand, rel=1e-12)
+
+
+def test_an_interval_is_the_middle_95_percent() -> None:
+    assert interval(torch.arange(1001.0, dtype=torch.float64)) == (25, 975)
+    assert interval(torch.full((1000,), math.inf, dtype=torch.float64)) == (math.inf, math.inf)
+
+
+def test_it_covers_the_truth_about_as_often_as_it_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(200):
+        metrics = qsim.Metrics({"mean": torch.randn(100, generator=generator)})
+        low, high = interval(metrics.resampled(seed=0)["mean"])
+        covered += low <= 0 <= high
+
+    assert 180 <= covered <= 198  # 95% of 200 are 190, give or take
+
+
+def test_pairs_are_surer_than_their_parts() -> None:
+    """What both find hard is no part of the uncertainty of the ratio."""
+    hard = torch.rand(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    before, after = qsim.Metrics({"loss": hard}), qsim.Metrics({"loss": 1.5 * hard})
+
+    found = intervals(before, after, seed=0)["loss"]
+
+    assert found["ratio"] == pytest.approx((1.5, 1.5))
+    assert found["baseline"][1] - found["baseline"][0] > 0.1
+    assert found["difference"][0] == pytest.approx(0.5 * found["baseline"][0])
+    assert found == intervals(before, after, seed=0)["loss"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"loss": 1.0}, {"loss": 2.0}),
+        (qsim.Metrics({"loss": torch.ones(1)}), qsim.Metrics({"loss": torch.ones(1)})),
+        (qsim.Metrics({"loss": torch.ones(3)}), qsim.Metrics({"loss": torch.ones(4)})),
+    ],
+)
+def test_plain_numbers_one_sample_and_other_samples_have_none(before: Any, after: Any) -> None:
+    assert intervals(before, after, seed=0) == {}
+
+
+class Squares(qsim.Evaluator):
+    """An evaluator that compares with the model as it is."""
+
+    name = "squares"
+    metric = "error"
+
+    def default_data(self) -> qsim.Data:
+        return qsim.Data("random vectors", None, "0" * 64)
+
+    def example(self, loaded: qsim.LoadedModel, data: qsim.Data) -> Any:
+        return {"input": torch.ones(1, WIDTH)}
+
+    def evaluate(self, loaded: qsim.LoadedModel, data: qsim.Data, run: qsim.Run) -> qsim.Metrics:
+        x = torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(run.seed))
+        with torch.no_grad():
+            outputs = loaded.model(x)
+        exact = outputs if run.reference is None else run.reference
+        return qsim.Metrics({"error": (outputs - exact).square().sum(1)}, outputs=outputs)
+
+
+class Plain(Squares):
+    """A third party's, which knows nothing of samples."""
+
+    name = "plain"
+
+    def evaluate(self, loaded: qsim.LoadedModel, data: qsim.Data, run: qsim.Run) -> Any:
+        return {"error": 1.0}
+
+
+class Seen(Squares):
+    """One whose outputs a person can look at."""
+
+    name = "seen"
+
+    def save_samples(self, baseline: Tensor, simulated: Tensor, directory: Any) -> None:
+        (directory / "shapes.txt").write_text(f"{len(baseline)} {len(simulated)}")
+
+
+class Vectors(qsim.Adapter):
+    """One linear layer."""
+
+    name = "vectors"
+    evaluator = "squares"
+
+    def load(self, model: str, dtype: torch.dtype) -> qsim.LoadedModel:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return qsim.LoadedModel(nn.Linear(WIDTH, 4).to(dtype).eval())
+
+
+@pytest.fixture
+def evaluate(tmp_path: Any) -> Any:
+    """`evaluate(evaluate="plain", …)`: a linear layer in a directory of its own, in INT4."""
+    (tmp_path / "vectors").mkdir()
+    (tmp_path / "vectors" / "config.json").write_text('{"model_type": "vectors", "architectures": ["Linear"]}')
+    host = qsim.Host()
+    host.register(Squares, Plain, Seen, Vectors)
+
+    def run(samples: Any = None, **recipe: Any) -> qsim.Result:
+        values = {"model": str(tmp_path / "vectors"), "weights": "int4", **recipe}
+        return qsim.evaluate(qsim.Recipe.of(values, host), host=host, samples=samples)
+
+    return run
+
+
+def test_the_simulated_run_is_given_the_baselines_outputs(evaluate: Any) -> None:
+    result = evaluate()
+
+    assert result.baseline["error"] == 0
+    assert result.simulated["error"] > 0
+    low, high = result.intervals["error"].simulated
+    assert low < result.simulated["error"] < high
+    assert math.isnan(result.ratio)
+    assert qsim.Result.model_validate_json(result.model_dump_json()).intervals.keys() == {"error"}
+
+
+def test_an_evaluator_that_returns_plain_numbers_still_works(evaluate: Any) -> None:
+    result = evaluate(evaluate="plain")
+
+    assert (result.simulated, result.intervals, result.ratio) == ({"error": 1.0}, {}, 1.0)
+
+
+def test_what_there_is_to_look_at_is_written_where_it_was_wanted(evaluate: Any, tmp_path: Any) -> None:
+    evaluate(evaluate="seen", samples=tmp_path / "a" / "b")
+
+    assert (tmp_path / "a" / "b" / "shapes.txt").read_text() == "20 20"
+
+
+def test_samples_that_cannot_be_saved_are_told_at_once(evaluate: Any, tmp_path: Any) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(qsim.DataError, match="^squares makes no samples that could be saved$"):
+        evaluate(samples=tmp_path)
+    with pytest.raises(qsim.DataError, match="file: it is no directory$"):
+        evaluate(evaluate="seen", samples=tmp_path / "file")
