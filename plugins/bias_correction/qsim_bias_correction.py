@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from qsim_core import Transform, hookimpl
+from qsim_core import RecipeError, Transform, hookimpl
 from qsim_core.context import Context
 from qsim_core.offload import editing
 from qsim_core.ops import Call
@@ -83,8 +84,16 @@ class BiasCorrection(Transform):
                 measure="relative error of the outputs",
             )
 
+    def _of_inputs(self, site: Site) -> Any:
+        """What rounds a site's input, another transform's scales included."""
+        if not self.activations or "input" in site.fixed:
+            return site.fixed.get("input") if self.activations else None
+        if getattr(site.plan.input, "static", False):
+            raise RecipeError(f"{self} comes before the static scale of {site.name} is known; leave activations out")
+        return site.plan.input
+
     def _quantized(self, site: Site, call: Call) -> list[Tensor]:
-        quantizers = [site.plan.input if self.activations else None for _ in call.operands]
+        quantizers: list[Any] = [self._of_inputs(site) for _ in call.operands]
         if call.weight is not None:
             quantizers[call.weight] = site.plan.weight
         return [

@@ -53,6 +53,17 @@ def test_the_report_tells_the_error_without_and_with_it() -> None:
     assert errors[1] < errors[0]
 
 
+def test_static_scales_are_not_known_yet() -> None:
+    with pytest.raises(qsim.RecipeError, match=r"^bias_correction\(true\) comes before the static scale of weight is"):
+        qsim.simulate(
+            nn.Linear(4, 4),
+            weights="int3",
+            activations="tensor(int8, static=true)",
+            transforms=["bias_correction(true)"],
+            calibration=[noise(9, 4)],
+        )
+
+
 def test_a_layer_without_a_bias_is_reported() -> None:
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4))
 
