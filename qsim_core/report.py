@@ -169,10 +169,10 @@ def _lines(result: Result) -> Iterator[str]:
     audit = result.audit
     yield f"{result.protocol}; {result.data.name} (sha256 {result.data.sha256[:12]})"
     if result.metric in result.intervals:
-        yield "in brackets: 95% confidence intervals over the samples; the ratio's is of the same ones before and after"
+        yield "in brackets: 95% confidence intervals over the samples, the ratio's over the same ones before and after"
     others = [key for key in result.simulated if key != result.metric]
     if others:
-        yield "; ".join(f"{key} {result.baseline[key]:.4g} -> {result.simulated[key]:.4g}" for key in others)
+        yield "; ".join(_change(key, result.baseline.get(key), result.simulated[key]) for key in others)
     if result.recipe["skip"]:
         yield f"left alone: {', '.join(result.recipe['skip'])} (--skip none quantizes everything)"
     for transform in dict.fromkeys(report.transform for report in result.transforms):
@@ -196,6 +196,13 @@ def _done(transform: str, reports: list[LayerReport]) -> str:
         line += f", {changed[0].measure} {before:.3g} before and {after:.3g} after (median)"
     left = len(reports) - len(changed)
     return line + (f"; {left} left alone (--json says why)" if left else "")
+
+
+def _change(key: str, before: float | None, after: float) -> str:
+    """A metric before and after; a count, and whatever did not change, once."""
+    if before is None or before == after:
+        return f"{key} {after:.0f}" if after.is_integer() else f"{key} {after:.4g}"
+    return f"{key} {before:.4g} -> {after:.4g}"
 
 
 def _value(value: float, spread: tuple[float, float] | None) -> str:

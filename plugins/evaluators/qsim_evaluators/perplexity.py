@@ -50,23 +50,20 @@ class Perplexity(Evaluator):
 
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
         """Windows at random places of the text, as GPTQ draws them, one in a batch: `samples` of `length` tokens."""
-        check(self.name, loaded)
         length, most = length or self._sizes(loaded)[0], longest(loaded, LONGEST)
         if not 2 <= length <= most:
             raise DataError(f"calibration windows of {length} tokens: the model takes 2 to {most}")
-        windows = draw(tokens_of(loaded, data.content), samples, length, seed, data.name)
+        windows = draw(self._tokens(loaded, data), samples, length, seed, data.name)
         return [{"input_ids": window.to(device(loaded)), "use_cache": False} for window in windows]
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
         """The first window alone, without a cache."""
-        check(self.name, loaded)
-        windows, _ = self._windows(loaded, tokens_of(loaded, data.content), data.name)
+        windows, _ = self._windows(loaded, self._tokens(loaded, data), data.name)
         return {"input_ids": windows[:1].to(device(loaded)), "use_cache": False}
 
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
         """`perplexity`, `nll` (nats per token), `word_perplexity`, `byte_perplexity`, `bits_per_byte`, and `tokens`."""
-        check(self.name, loaded)
-        text_tokens = tokens_of(loaded, data.content)
+        text_tokens = self._tokens(loaded, data)
         windows, stride = self._windows(loaded, text_tokens, data.name)
         batches = list(windows[: run.limit].split(run.batch_size))
         sums: list[Tensor] = []
@@ -112,9 +109,12 @@ class Perplexity(Evaluator):
             raise DataError(f"a stride of {stride} would leave tokens out between windows of {seqlen}")
         return seqlen, stride
 
+    def _tokens(self, loaded: LoadedModel, data: Data) -> Tensor:
+        check(self.name, loaded)
+        return tokens_of(loaded, data.content)
+
     def _windows(self, loaded: LoadedModel, tokens: Tensor, name: str) -> tuple[Tensor, int]:
         """`[windows, seqlen]` token ids, and the stride."""
-        check(self.name, loaded)
         seqlen, stride = self._sizes(loaded)
         if len(tokens) < seqlen:
             raise DataError(f"{name} has {len(tokens)} tokens, fewer than one window of {seqlen}; lower seqlen")

@@ -39,6 +39,7 @@ class Retrieval(Evaluator):
 
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
         """Passages drawn at random, one in a batch."""
+        check(self.name, loaded)
         passages = data.content["passage"]
         chosen = torch.randint(len(passages), (samples,), generator=torch.Generator().manual_seed(seed)).tolist()
         return [self._batch(loaded, [passages[place]], length or self.seqlen) for place in chosen]
@@ -50,6 +51,7 @@ class Retrieval(Evaluator):
 
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
         """`accuracy_at_1`, `mrr` (the mean of 1 over the rank), `cosine`, and the number of `pairs`."""
+        check(self.name, loaded)
         queries, passages = (data.content[column][: run.limit] for column in COLUMNS)
         embedded = self._embed(loaded, [*queries, *passages], run)
         exact = embedded if run.reference is None else run.reference
@@ -79,7 +81,6 @@ class Retrieval(Evaluator):
         return torch.cat(found)
 
     def _batch(self, loaded: LoadedModel, texts: list[str], length: int) -> dict[str, Any]:
-        check(self.name, loaded)
         if length > longest(loaded, LONGEST):
             raise DataError(f"the model takes {longest(loaded, LONGEST)} tokens at most, not {length}")
         inputs = loaded.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")

@@ -62,6 +62,27 @@ def test_it_is_what_a_plain_loop_gives(loaded: qsim.LoadedModel, seqlen: int, st
     assert metrics["nll"] == pytest.approx(math.log(perplexity), rel=1e-6)
 
 
+def test_words_and_bytes_are_counted_as_lm_eval_counts_them(loaded: qsim.LoadedModel) -> None:
+    """exp(-log-likelihood / words), where every token but the first is predicted and that one counts as the mean."""
+    text = "un garçon\n\nmange" + " une pomme" * 3
+    loaded.tokenizer = lambda text, verbose: SimpleNamespace(input_ids=[ord(letter) % 128 for letter in text])
+    whole = qsim.parse(f"perplexity({len(text)})")
+
+    found = whole.evaluate(loaded, qsim.Data.of_text("pomme", text), qsim.Run())
+
+    nll = found["nll"] * len(text)
+    assert found["word_perplexity"] == pytest.approx(math.exp(nll / 9), rel=1e-9)
+    assert found["byte_perplexity"] == pytest.approx(math.exp(nll / (len(text) + 1)), rel=1e-9)
+    assert found["bits_per_byte"] == pytest.approx(nll / (len(text) + 1) / math.log(2), rel=1e-9)
+
+
+def test_the_windows_are_the_samples(loaded: qsim.LoadedModel) -> None:
+    metrics = qsim.parse("perplexity(16, stride=4)").evaluate(loaded, qsim.Data.of_text("fox", TEXT), qsim.Run())
+
+    assert metrics.samples["tokens"].tolist() == [15, *[4] * 40]
+    assert metrics.resampled(0)["perplexity"].std() > 0
+
+
 def test_the_window_is_what_the_model_takes(loaded: qsim.LoadedModel) -> None:
     assert qsim.parse("perplexity").protocol(loaded) == (
         "perplexity per token over non-overlapping windows of 64 tokens of the concatenated text"

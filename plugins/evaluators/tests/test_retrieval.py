@@ -1,0 +1,124 @@
+"""Retrieval against a plain loop, on an encoder small enough to write down."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qsim_core as qsim
+
+WIDTH = 6
+QUERIES = ["the sum of two", "a list of names", "open a file", "the sum of three"]
+PASSAGES = [
+    "add one to another, the sum",
+    "names in a list, one after another",
+    "a path is opened for reading",
+    "three, the sum",
+]
+
+
+class Encoder(nn.Module):
+    """States are rows of a table: of letters."""
+
+    def __init__(self, noise: float = 0.0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        table = torch.randn(128, WIDTH, generator=generator)
+        self.table = nn.Parameter(table + noise * torch.randn(table.shape, generator=generator))
+        self.config = SimpleNamespace(max_position_embeddings=64)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        return SimpleNamespace(last_hidden_state=self.table[input_ids])
+
+
+def letters(
+    texts: list[str], padding: bool, truncation: bool, max_length: int, return_tensors: str
+) -> dict[str, Tensor]:
+    cut = [[ord(letter) for letter in text[:max_length]] for text in texts]
+    longest = max(map(len, cut))
+    return {
+        "input_ids": torch.tensor([row + [0] * (longest - len(row)) for row in cut]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in cut]),
+    }
+
+
+def pairs() -> qsim.Data:
+    return qsim.Data("pairs", {"query": QUERIES, "passage": PASSAGES}, "0" * 64)
+
+
+def embedding(model: Any, text: str, length: int) -> list[float]:
+    rows = [model.table[ord(letter)].tolist() for letter in text[:length]]
+    mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+    norm = math.sqrt(sum(value * value for value in mean))
+    return [value / norm for value in mean]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+@pytest.mark.parametrize("length", [5, 64])
+def test_it_is_what_a_plain_loop_gives(length: int, batch_size: int) -> None:
+    before, after = Encoder(), Encoder(0.3)
+    evaluator, run = qsim.parse(f"retrieval({length})"), {"batch_size": batch_size}
+    exact = evaluator.evaluate(qsim.LoadedModel(before, letters), pairs(), qsim.Run(**run))
+
+    found = evaluator.evaluate(qsim.LoadedModel(after, letters), pairs(), qsim.Run(**run, reference=exact.outputs))
+
+    right, reciprocal, cosine = 0, 0.0, 0.0
+    passages = [embedding(after, text, length) for text in PASSAGES]
+    for place, text in enumerate(QUERIES):
+        query = embedding(after, text, length)
+        scores = [sum(a * b for a, b in zip(query, passage, strict=True)) for passage in passages]
+        rank = 1 + sum(score > scores[place] for score in scores)
+        right += rank == 1
+        reciprocal += 1 / rank
+    for text in (*QUERIES, *PASSAGES):
+        both = zip(embedding(before, text, length), embedding(after, text, length), strict=True)
+        cosine += sum(a * b for a, b in both)
+    assert found["accuracy_at_1"] == right / 4
+    assert found["mrr"] == pytest.approx(reciprocal / 4, rel=1e-9)
+    assert found["cosine"] == pytest.approx(cosine / 8, rel=1e-6)
+    assert exact["cosine"] == pytest.approx(1, abs=1e-12)
+
+
+def test_limit_takes_the_first_pairs() -> None:
+    loaded = qsim.LoadedModel(Encoder(), letters)
+
+    assert qsim.parse("retrieval(64)").evaluate(loaded, pairs(), qsim.Run(limit=2))["pairs"] == 2
+
+
+def test_a_text_longer_than_the_model_takes() -> None:
+    with pytest.raises(qsim.DataError, match="^the model takes 64 tokens at most, not 128$"):
+        qsim.parse("retrieval").example(qsim.LoadedModel(Encoder(), letters), pairs())
+
+
+def test_calibration_draws_single_passages() -> None:
+    batches = qsim.parse("retrieval(64)").calibration(qsim.LoadedModel(Encoder(), letters), pairs(), 3, 7, seed=0)
+
+    assert [batch["input_ids"].shape for batch in batches] == [(1, 7)] * 3
+
+
+def test_pairs_from_a_data_set(tmp_path: Path) -> None:
+    rows = [{"query": q, "passage": p} for q, p in zip(QUERIES, PASSAGES, strict=True)]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    assert qsim.parse("retrieval").read(str(tmp_path)).content == pairs().content
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"query": "a", "text": "b"}] * 2, r"has no column 'passage'; it has query, text$"),
+        ([{"query": "a", "passage": "b"}], r"has 1 pairs; retrieval needs two at least$"),
+    ],
+)
+def test_data_that_are_no_pairs(tmp_path: Path, rows: list[Any], message: str) -> None:
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    with pytest.raises(qsim.DataError, match=message):
+        qsim.parse("retrieval").read(str(tmp_path))
