@@ -58,6 +58,8 @@ class NamedModel:
     doc: str = ""
     calibration: Callable[[], Data] | None = None
     """What transforms may look at: none of what the model is evaluated on."""
+    evaluator: str | None = None
+    """Text of the evaluator that goes with the data; none: the adapter's."""
 
 
 @dataclass(frozen=True)

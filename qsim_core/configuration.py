@@ -16,7 +16,7 @@ FIELDS = {
     "ForCausalLM": "perplexity",
     "LMHeadModel": "perplexity",
     "ForMaskedLM": "masked_lm",
-    "ForSequenceClassification": "accuracy",
+    "ForQuestionAnswering": "question_answering",
     "ForImageClassification": "accuracy",
     "ForImageClassificationWithTeacher": "accuracy",
 }

@@ -70,8 +70,8 @@ class Job:
 
 
 def _evaluator(located: Located, host: Host) -> Evaluator:
-    """The evaluator that a model's adapter chooses. Raises `RecipeError` if there is none."""
-    text = located.adapter.evaluator_of(located.source)
+    """The evaluator that goes with a named model, or its adapter's choice. Raises `RecipeError` if there is none."""
+    text = located.evaluator or located.adapter.evaluator_of(located.source)
     if text is None:
         raise RecipeError(f"adapter {located.adapter} names no evaluator; say which with `evaluate:`")
     try:

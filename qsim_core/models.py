@@ -31,6 +31,8 @@ class Located:
     """The adapters that had a part in finding it."""
     data: Callable[[], Data] | None = None
     calibration: Callable[[], Data] | None = None
+    evaluator: str | None = None
+    """Text of the evaluator that goes with these data."""
 
     @property
     def note(self) -> str:
@@ -52,7 +54,7 @@ def locate(name: str, host: Host) -> Located:
         library, model = named[name]
         directory = str(model.directory())
         adapter = _adapter(directory, name, host)
-        return Located(name, directory, adapter, (adapter, library), model.data, model.calibration)
+        return Located(name, directory, adapter, (adapter, library), model.data, model.calibration, model.evaluator)
     if not name.strip():
         raise ModelError(f"an empty name is no model{did_you_mean(name, named)}")
     path = Path(name).expanduser()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,6 +165,27 @@ def test_an_evaluator_that_returns_plain_numbers_still_works(evaluate: Any) -> N
     result = evaluate(evaluate="plain")
 
     assert (result.simulated, result.intervals, result.ratio) == ({"error": 1.0}, {}, 1.0)
+
+
+def test_a_named_model_may_say_which_evaluator_goes_with_its_data(tmp_path: Path) -> None:
+    class Library(qsim.Adapter):
+        """Knows one model, and measures it in a way of its own."""
+
+        name = "library"
+
+        def models(self) -> dict[str, qsim.NamedModel]:
+            return {"mine": qsim.NamedModel(lambda: tmp_path, Plain().default_data, evaluator="plain")}
+
+        def load(self, model: str, dtype: torch.dtype) -> Any:
+            raise NotImplementedError
+
+    (tmp_path / "config.json").write_text('{"model_type": "vectors", "architectures": ["Linear"]}')
+    host = qsim.Host()
+    host.register(Squares, Plain, Vectors, Library)
+
+    result = qsim.evaluate(qsim.Recipe.of({"model": "mine", "weights": "int4"}, host), host=host)
+
+    assert (result.evaluator, result.adapter) == ("plain", "vectors")
 
 
 def test_what_there_is_to_look_at_is_written_where_it_was_wanted(evaluate: Any, tmp_path: Any) -> None:

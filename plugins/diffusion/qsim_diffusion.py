@@ -11,8 +11,6 @@ from qsim_core import Adapter, LoadedModel, ModelError, hookimpl
 from qsim_core.configuration import architecture, configuration, line
 from qsim_core.pretrained import load_model
 
-AUTOENCODERS = ("Autoencoder", "AsymmetricAutoencoder", "VQ")
-
 
 class Pipeline(nn.Module):
     """The networks of a pipeline under its own names for them, so that sites are `unet.…`, `text_encoder.…`, `vae.…`.
@@ -53,8 +51,9 @@ class Diffusion(Adapter):
         )
 
     def evaluator_of(self, model: str) -> str:
-        """An autoencoder has nothing to denoise: it is held to its outputs in full precision."""
-        return "fidelity" if architecture(model).startswith(AUTOENCODERS) else self.evaluator
+        """A U-Net with its scheduler makes images of noise; anything else is held to its outputs in full precision."""
+        parts = {part for part in configuration(model) if not part.startswith("_")}
+        return self.evaluator if parts == {"scheduler", "unet"} else "fidelity"
 
 
 def _load_pipeline(pipeline_class: Any, source: str, dtype: torch.dtype) -> LoadedModel:

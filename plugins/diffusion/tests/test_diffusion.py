@@ -70,8 +70,7 @@ def test_a_model_of_diffusers_is_loaded_bit_for_bit(name: str, tmp_path: Path) -
     assert type(loaded.model) is type(model)
     with as_in_evaluation(model):
         assert torch.equal(call(loaded.model, example)[0], call(model, example)[0])
-    evaluator = qsim.parse("diffusion").evaluator_of(str(tmp_path))
-    assert evaluator == ("fidelity" if name == "AutoencoderKL" else "denoising")
+    assert qsim.parse("diffusion").evaluator_of(str(tmp_path)) == "fidelity"
 
 
 def test_every_network_of_a_pipeline_is_quantized_under_its_name(stable_diffusion: Path) -> None:
@@ -131,7 +130,7 @@ def test_a_pipeline_of_the_hub(stable_diffusion: Path, tmp_path: Path, monkeypat
     assert [name for name, _ in model.named_children()] == ["vae", "text_encoder", "unet"]
 
 
-def test_a_pipeline_without_text(tmp_path: Path) -> None:
+def test_a_pipeline_of_one_network_is_that_network_and_its_scheduler(tmp_path: Path) -> None:
     from diffusers import DDPMPipeline, DDPMScheduler
 
     DDPMPipeline(build("UNet2D"), DDPMScheduler()).save_pretrained(tmp_path)
@@ -140,6 +139,7 @@ def test_a_pipeline_without_text(tmp_path: Path) -> None:
 
     assert type(loaded.model).__name__ == "UNet2DModel"
     assert (type(loaded.processor).__name__, loaded.tokenizer) == ("DDPMScheduler", None)
+    assert qsim.parse("diffusion").evaluator_of(str(tmp_path)) == "denoising"
 
 
 def test_the_dtype_is_the_callers(stable_diffusion: Path) -> None:

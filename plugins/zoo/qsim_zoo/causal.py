@@ -98,9 +98,9 @@ class CodegenTiny(Causal):
     """CodeGen with 4 layers of width 128 (1.3 million parameters): attention beside the MLP, rotary positions."""
 
     name = "codegen-tiny"
-    steps = 1000
+    steps = 2000
     peak_rate = 2e-3
-    batch = 4
+    batch = 8
     special_tokens = ["<|endoftext|>"]
     special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
     text = staticmethod(source)

@@ -1,0 +1,155 @@
+"""`question_answering(seqlen, stride)`: whether a model finds the words of a text that answer a question (SQuAD)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import string
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, PositiveInt
+
+from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
+from qsim_evaluators.fitting import check, device, longest
+from qsim_evaluators.text import read_rows
+
+LONGEST = 512
+LIKELIEST = 20
+"""Places where an answer may begin, and where it may end, that are looked at in each window."""
+COLUMNS = ("question", "context", "answers")
+
+
+class QuestionAnswering(Evaluator):
+    """Exact match and F1 of SQuAD v1.1 and v2 (arXiv 1606.05250, 1806.03822), from 0 to 1, as its own script has them.
+
+    A context is read in windows of `seqlen` tokens, the question in front of each, that share `stride` tokens. The
+    answer is the span of at most `longest_answer` tokens with the largest sum of start and end logits in any window.
+    Where some questions have no answer (v2), none is given if the sum at the first token is larger in every window.
+    Data are a mapping with `question`, `context` and `answers`, of each a list of texts, empty where there is none.
+    """
+
+    name = "question_answering"
+    metric = "f1"
+    higher_is_better = True
+    seqlen: PositiveInt = Field(384, description="tokens of a window")
+    stride: PositiveInt = Field(128, description="tokens that neighbouring windows share")
+    longest_answer: PositiveInt = Field(30, description="tokens of an answer at most")
+
+    def read(self, source: str) -> Data:
+        """SQuAD's own JSON from a file, or its columns from `datasets`."""
+        path = Path(source).expanduser()
+        if path.is_file():
+            return _data(source, _official(path))
+        rows = read_rows(source, list(COLUMNS))
+        return _data(source, [(row["question"], row["context"], list(row["answers"]["text"])) for row in rows])
+
+    def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
+        """The first windows of questions drawn at random, one in a batch."""
+        many = len(data.content["question"])
+        chosen = torch.randint(many, (samples,), generator=torch.Generator().manual_seed(seed)).tolist()
+        return [self._inputs(loaded, self._windows(loaded, data, place, length), slice(0, 1)) for place in chosen]
+
+    def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
+        """The first question's first window."""
+        return self._inputs(loaded, self._windows(loaded, data, 0), slice(0, 1))
+
+    def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
+        """`f1`, `exact_match`, and the number of `questions`."""
+        places = list(range(len(data.content["question"])))[: run.limit]
+        may_be_none = not all(data.content["answers"])
+        exact, f1 = [], []
+        with torch.no_grad():
+            for place in run.track(places, len(places), "questions"):
+                answer = self._answer(loaded, data, place, run.batch_size, may_be_none)
+                truths = data.content["answers"][place] or [""]
+                exact.append(max(float(normalized(answer) == normalized(truth)) for truth in truths))
+                f1.append(max(overlap(answer, truth) for truth in truths))
+        return Metrics({"f1": torch.tensor(f1), "exact_match": torch.tensor(exact)}, counts={"questions": len(places)})
+
+    def protocol(self, loaded: LoadedModel) -> str:
+        """The windows in words."""
+        return f"SQuAD's F1 and exact match, windows of {self.seqlen} tokens that share {self.stride}"
+
+    def _answer(self, loaded: LoadedModel, data: Data, place: int, at_once: int, may_be_none: bool) -> str:
+        windows = self._windows(loaded, data, place)
+        best, text, none = float("-inf"), "", float("inf")
+        for first in range(0, len(windows["input_ids"]), at_once):
+            part = slice(first, first + at_once)
+            output = loaded.model(**self._inputs(loaded, windows, part))
+            starts, ends = output.start_logits.double().cpu(), output.end_logits.double().cpu()
+            none = min(none, float((starts[:, 0] + ends[:, 0]).min()))
+            for index, (start, end) in enumerate(zip(starts, ends, strict=True), first):
+                spans = self._spans(start, end, windows.sequence_ids(index))
+                score, (a, b) = max(spans, default=(float("-inf"), (0, 0)))
+                if score > best:
+                    offsets = windows["offset_mapping"][index]
+                    best, text = score, data.content["context"][place][offsets[a][0] : offsets[b][1]]
+        return "" if may_be_none and none > best else text
+
+    def _spans(self, start: Any, end: Any, parts: list[int | None]) -> list[tuple[float, tuple[int, int]]]:
+        """The sums of logits of the likeliest spans of the context, and where each begins and ends."""
+        many = min(LIKELIEST, len(parts))
+        return [
+            (float(start[a] + end[b]), (a, b))
+            for a in start[: len(parts)].topk(many).indices.tolist()
+            for b in end[: len(parts)].topk(many).indices.tolist()
+            if parts[a] == parts[b] == 1 and a <= b < a + self.longest_answer
+        ]
+
+    def _windows(self, loaded: LoadedModel, data: Data, place: int, length: int | None = None) -> Any:
+        check(self.name, loaded)
+        length = length or self.seqlen
+        if length > longest(loaded, LONGEST):
+            raise DataError(f"the model takes {longest(loaded, LONGEST)} tokens at most, not {length}; lower seqlen")
+        question, context = (data.content[column][place] for column in ("question", "context"))
+        try:
+            return loaded.tokenizer(
+                question.lstrip(), context, truncation="only_second", max_length=length, stride=self.stride,
+                return_overflowing_tokens=True, return_offsets_mapping=True, padding="max_length",
+            )  # fmt: skip
+        except Exception as error:  # what tokenizers raise has no class of its own
+            fit = f"windows of {length} tokens that share {self.stride}"
+            raise DataError(f"question {place} does not fit {fit}: {str(error).rstrip(',')}") from None
+
+    @staticmethod
+    def _inputs(loaded: LoadedModel, windows: Any, part: slice) -> dict[str, Any]:
+        names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in windows]
+        return {name: torch.tensor(windows[name][part], device=device(loaded)) for name in names}
+
+
+def normalized(text: str) -> str:
+    """Lower case, without punctuation, articles and further white space: SQuAD's `normalize_answer`."""
+    kept = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
+
+
+def overlap(answer: str, truth: str) -> float:
+    """F1 of words; where one of the two has none, whether the other has none either: SQuAD's `compute_f1`."""
+    found, wanted = normalized(answer).split(), normalized(truth).split()
+    if not (found and wanted):
+        return float(found == wanted)
+    shared = sum((Counter(found) & Counter(wanted)).values())
+    return 2 * shared / (len(found) + len(wanted))
+
+
+def _data(name: str, rows: list[tuple[str, str, list[str]]]) -> Data:
+    if not rows:
+        raise DataError(f"{name} has no questions")
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return Data(name, dict(zip(COLUMNS, map(list, zip(*rows, strict=True)), strict=True)), digest)
+
+
+def _official(path: Path) -> list[tuple[str, str, list[str]]]:
+    try:
+        return [
+            (question["question"], paragraph["context"], [answer["text"] for answer in question["answers"]])
+            for article in json.loads(path.read_text(encoding="utf-8"))["data"]
+            for paragraph in article["paragraphs"]
+            for question in paragraph["qas"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not SQuAD's JSON: {type(error).__name__} {error}") from None
