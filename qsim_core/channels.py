@@ -45,6 +45,7 @@ class Use:
     weight: str
     axis: int
     channels: Tensor
+    """On the CPU, wherever the model is."""
     scales: bool
     """Whether a factor on the channel reaches the weight as that factor."""
     event: int = 0
@@ -109,6 +110,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors in dictionaries, lists and tuples."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, dict):

@@ -49,7 +49,7 @@ def with_article(noun: str) -> str:
     >>> with_article("format"), with_article("evaluator")
     ('a format', 'an evaluator')
     """
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

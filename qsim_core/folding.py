@@ -133,8 +133,7 @@ def _permute_uses(model: nn.Module, uses: Iterable[Use], order: Tensor) -> None:
 
 def _scale_uses(model: nn.Module, uses: Iterable[Use], factors: Tensor) -> None:
     for use in uses:
-        channels = use.channels.to(factors.device)
-        read = torch.where(channels >= 0, factors[channels.clamp(min=0)], 1.0)
+        read = torch.where(use.channels >= 0, factors.cpu()[use.channels.clamp(min=0)], 1.0)
         with editing(model, use.weight) as parameters:
             parameter = parameters[use.weight]
             parameter.copy_(parameter.double() * _facing(read, parameter, use.axis))

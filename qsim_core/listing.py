@@ -7,7 +7,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import click
@@ -24,7 +24,7 @@ from qsim_core.format import Format
 from qsim_core.heads import Attention, Projection
 from qsim_core.host import Host
 from qsim_core.progress import hush_libraries
-from qsim_core.structure import Structure
+from qsim_core.structure import Refused, Structure
 
 WIDEST = 8
 
@@ -164,32 +164,40 @@ def structure(host: Host, model: str | None, data: str | None, as_json: bool) ->
     console = Console(highlight=False, markup=False, soft_wrap=True)
     ends = f"{blocks[0] or 'the model'} to {blocks[-1] or 'the model'}"
     console.print(Text(job.located.name, "bold") + Text(f": {len(blocks)} blocks, {ends}"))
-    console.print("\nnorms, and the weights that read them: ranges can be moved from one to the others", style="bold")
-    for group in found.groups:
-        mark = " (declared)" if declared and group.norm in declared else ""
-        console.print(f"  {group.norm} -> {_relative(group.norm, group.weights)}{mark}")
-    console.print(
-        "\nweights in pairs: channels can be permuted (of v within heads), and scaled where it says so", style="bold"
-    )
+    for title, lines, style in _sections(found, declared):
+        console.print(f"\n{title}", style="bold")
+        for line in lines:
+            console.print(f"  {line}", style=style)
+
+
+def _sections(found: Structure, declared: Any) -> Iterator[tuple[str, list[str], str]]:
+    """Title, lines and style of each part of what was found."""
+    marks = {group.norm: " (declared)" if declared and group.norm in declared else "" for group in found.groups}
+    groups = [f"{g.norm} -> {_relative(g.norm, g.weights)}{marks[g.norm]}" for g in found.groups]
+    yield "norms, and the weights that read them: ranges can be moved from one to the others", groups, ""
+    pairs = []
     for pair in found.pairs:
         mark = " (scaled too)" if pair.scales else ""
-        console.print(f"  {pair.producer.removesuffix('.weight')} -> {_relative(pair.producer, pair.weights)}{mark}")
-    console.print("\nattention", style="bold")
-    for attention in found.attention:
-        own = f"{attention.path}."
-        made = {role: rows.text.removeprefix(own) for role, rows in _projections(attention).items() if rows is not None}
-        parts = [f"{role} {text}" for role, text in made.items()]
-        shared = f" ({attention.key_heads} of k and v)" if attention.key_heads < attention.heads else ""
-        shape = f"{attention.heads} heads of {attention.head_size}{shared}"
-        reads = _relative(attention.value.producer, [use.weight for use in attention.value.uses])
-        console.print(f"  {attention.path}: {shape}; {', '.join(parts)} -> {reads or 'no weight'}")
+        pairs.append(f"{pair.producer.removesuffix('.weight')} -> {_relative(pair.producer, pair.weights)}{mark}")
+    yield "weights in pairs: channels can be permuted (of v within heads), and scaled where it says so", pairs, ""
+    yield "attention", [_attention(attention) for attention in found.attention], ""
     if found.ordered:
-        console.print("\nchannels that have to stay in their order", style="bold")
-    for refused in found.ordered:
-        console.print(f"  {refused.name}: {'; '.join(refused.reasons)}", style="dim")
-    console.print("\nrefused", style="bold")
-    for refused in found.refused:
-        console.print(f"  {refused.name}: {'; '.join(refused.reasons)}", style="dim")
+        yield "channels that have to stay in their order", [_why(refused) for refused in found.ordered], "dim"
+    yield "refused", [_why(refused) for refused in found.refused], "dim"
+
+
+def _attention(attention: Attention) -> str:
+    own = f"{attention.path}."
+    made = {role: rows.text.removeprefix(own) for role, rows in _projections(attention).items() if rows is not None}
+    parts = ", ".join(f"{role} {text}" for role, text in made.items())
+    shared = f" ({attention.key_heads} of k and v)" if attention.key_heads < attention.heads else ""
+    reads = _relative(attention.value.producer, [use.weight for use in attention.value.uses])
+    shape = f"{attention.heads} heads of {attention.head_size}{shared}"
+    return f"{attention.path}: {shape}; {parts} -> {reads or 'no weight'}"
+
+
+def _why(refused: Refused) -> str:
+    return f"{refused.name}: {'; '.join(refused.reasons)}"
 
 
 def _projections(attention: Attention) -> dict[str, Projection | None]:

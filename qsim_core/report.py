@@ -40,17 +40,7 @@ def run(options: dict[str, Any], given: set[str], quiet: bool) -> Result | None:
             raise RecipeError(f"--from runs a record as it is; leave {', '.join(sorted(clash))} out")
         before = Result.read(options["record"])
         recipe = evaluation.recipe_of(before, host)
-        options = options | {
-            "data": before.data.source,
-            "limit": before.limit,
-            "batch_size": before.batch_size,
-            "seed": before.seed,
-            "dtype": before.environment.dtype,
-            "device": options["device"] if "device" in given else before.environment.device,
-        }
-        if (looked_at := before.calibration) is not None:
-            options["calibration_data"] = looked_at.source
-            options["calibration_samples"], options["calibration_seqlen"] = looked_at.samples, looked_at.length
+        options = options | _recorded(before) | ({"device": options["device"]} if "device" in given else {})
     else:
         recipe = _recipe(options, host)
     if options["dry_run"]:
@@ -85,6 +75,22 @@ def run(options: dict[str, Any], given: set[str], quiet: bool) -> Result | None:
     if len(result.warnings) > SHOWN_WARNINGS:
         click.echo(f"Warning: {len(result.warnings) - SHOWN_WARNINGS} more like these (--json has them)", err=True)
     return result
+
+
+def _recorded(before: Result) -> dict[str, Any]:
+    """The options that a record was made with."""
+    options = {
+        "data": before.data.source,
+        "limit": before.limit,
+        "batch_size": before.batch_size,
+        "seed": before.seed,
+        "dtype": before.environment.dtype,
+        "device": before.environment.device,
+    }
+    if (looked_at := before.calibration) is not None:
+        options["calibration_data"] = looked_at.source
+        options["calibration_samples"], options["calibration_seqlen"] = looked_at.samples, looked_at.length
+    return options
 
 
 def _recipe(options: dict[str, Any], host: Host) -> Recipe:

@@ -12,7 +12,6 @@ from torch.utils.hooks import RemovableHandle
 
 from qsim_core import audit as auditing
 from qsim_core.bases import Run
-from qsim_core.checkpoint import sha256
 from qsim_core.context import Context, LayerReport
 from qsim_core.errors import CalibrationWarning, QsimError, RecipeError
 from qsim_core.forward import Example, as_in_evaluation, call
@@ -20,8 +19,7 @@ from qsim_core.offload import at_hand, state
 from qsim_core.recipe import Plan, Recipe
 from qsim_core.sites import Sites, functional
 from qsim_core.static import Fitter
-
-LATE = ", which an earlier transform has put on its grid or whose inputs it has found scales for"
+from qsim_core.transforming import apply_transforms
 
 
 class Simulation:
@@ -101,28 +99,18 @@ class Simulation:
             site.calls = 0
 
     def _transform(self, batches: list[Example] | None, run: Run, declared: Mapping[str, Sequence[str]] | None) -> None:
-        """Apply the recipe's transforms in their order, each on what the one before left."""
+        """Apply the recipe's transforms, and keep what they say."""
+        contexts = [
+            Context(self.model, self.sites, batches, run, str(transform), self.example, declared, self._handles)
+            for transform in self.recipe.transforms
+        ]
         self.sites.quantizing = False
         try:
-            for transform in self.recipe.transforms:
-                context = Context(
-                    self.model, self.sites, batches, run, str(transform), self.example, declared, self._handles
-                )
-                before, weights = _fingerprint(self.model, self.sites), _settled(self.model, self.sites)
-                pinned = set(self.sites.weights.pinned)
-                with torch.no_grad():
-                    transform.apply(self.model, context)
-                if _fingerprint(self.model, self.sites) == before:
-                    raise RecipeError(f"{transform} changed nothing in this model: {_why(context)}")
-                settled = weights.keys() - (self.sites.weights.pinned - pinned)
-                now = _settled(self.model, self.sites, settled)
-                for name in sorted(settled):
-                    if now[name] != weights[name]:
-                        raise RecipeError(f"{transform} would change {name}{LATE}; put {transform} before that one")
-                self.reports += context.reports
-                self.warnings += context.warnings
+            apply_transforms(zip(self.recipe.transforms, contexts, strict=True), self.model, self.sites)
         finally:
             self.sites.quantizing = True
+        self.reports += [report for context in contexts for report in context.reports]
+        self.warnings += [warning for context in contexts for warning in context.warnings]
 
     def _fix(self, batches: list[Example] | None, run: Run) -> None:
         """Choose static scales, if any are wanted, in one pass of the unquantized model over the calibration data."""
@@ -205,37 +193,6 @@ def simulate(
         simulation.restore()
         raise
     return simulation
-
-
-def _why(context: Context) -> str:
-    """Why a transform did nothing, and what may help."""
-    reasons = dict.fromkeys(report.note for report in context.reports if report.note)
-    why = "; ".join(reasons) or "it found nothing to do"
-    if "structure" in vars(context):
-        why += "; `qsim structure` shows what tracing found, simulate(…, structure={norm: [weights]}) declares the rest"
-    return why
-
-
-def _settled(model: nn.Module, sites: Sites, names: Iterable[str] | None = None) -> dict[str, str]:
-    """The SHA-256 of what later transforms must leave alone: weights on their grids, and where sites have scales that
-    were found for the inputs as they are, all parameters but biases and pinned weights to be."""
-    if names is None:
-        scaled = any(site.fixed for site in sites.table.values())
-        names = {
-            name for name, _ in state(model) if name in sites.weights.pinned or (scaled and not name.endswith("bias"))
-        }
-    kept = set(names)
-    return {name: sha256([tensor]) for name, tensor in state(model) if name in kept}
-
-
-def _fingerprint(model: nn.Module, sites: Sites) -> Any:
-    """What tells whether any tensor of the model has changed, or what stands at a site beside the recipe's."""
-    stands = []
-    for site in sites.table.values():
-        plan = None if site.plan == sites.recipe.plan(site.names) else site.plan
-        if plan or site.fixed or site.rotations:
-            stands.append((site.name, plan, dict(site.fixed), dict(site.rotations)))
-    return sha256(tensor for _, tensor in state(model)), stands
 
 
 class SiteText:

@@ -224,7 +224,7 @@ class Tracer(Watcher):
             if channels is None or place is None:
                 source.refuse(f"reaches {name} in another order at every position")
             else:
-                source.uses.append(Use(name, place, channels, tag.scales, self._event))
+                source.uses.append(Use(name, place, channels.cpu(), tag.scales, self._event))
 
     def _make(
         self, weight: tuple[str, Tensor], view: Tensor, view_axis: int, out: Tensor, axis: int, bias: Tensor | None

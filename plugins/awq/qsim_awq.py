@@ -44,6 +44,7 @@ class Layer:
 
     def divide(self, columns: Tensor) -> None:
         """The inputs are divided by `columns` [K] from now on."""
+        columns = columns.to(self.gram)
         self.gram /= columns[:, None] * columns
         self.magnitude /= columns
 
@@ -178,7 +179,7 @@ def _mean_magnitude(size: int, uses: Sequence[Use], layers: dict[str, Layer]) ->
     for use in uses:
         layer, read = layers[use.weight], use.channels >= 0
         seen = torch.stack([layer.magnitude / layer.tokens, torch.ones_like(layer.magnitude)]).cpu()
-        total.index_add_(1, use.channels[read].cpu(), seen[:, read.cpu()])
+        total.index_add_(1, use.channels[read], seen[:, read])
     return total[0] / total[1].clamp(min=1)
 
 
@@ -194,7 +195,7 @@ def _read(factors: Tensor, use: Use) -> Tensor:
 
 
 def _error(layer: Layer, columns: Tensor) -> float:
-    rows = layer.rows
+    rows, columns = layer.rows, columns.to(layer.gram)
     return layer.error(layer.weight.quantizer.quantize(rows * columns) / columns - rows)
 
 

@@ -73,7 +73,7 @@ def _divergence(histogram: Tensor, bins: int, levels: int) -> Tensor:
     members = torch.zeros_like(merged).scatter_add_(0, level, filled)
     spread = (merged / members.clamp(min=1))[level] * filled
     if spread.sum() == 0:
-        return torch.tensor(torch.inf, dtype=torch.float64)
+        return torch.tensor(torch.inf, dtype=torch.float64, device=histogram.device)
     p, q = truth / truth.sum(), spread / spread.sum()
     return torch.where(p > 0, p * (p / q.clamp(min=1e-12)).log(), 0.0).sum()
 

@@ -103,7 +103,7 @@ def _column_maxima(model: nn.Module, group: NormGroup) -> Tensor:
         with editing(model, use.weight) as parameters:
             columns = parameters[use.weight].abs().double().movedim(use.axis, -1).flatten(0, -2).amax(0).cpu()
         read = use.channels >= 0
-        largest.scatter_reduce_(0, use.channels[read].cpu(), columns[read], "amax")
+        largest.scatter_reduce_(0, use.channels[read], columns[read], "amax")
     return largest
 
 

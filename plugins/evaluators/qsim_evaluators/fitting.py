@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from qsim_core import DataError, LoadedModel
+from qsim_core.errors import with_article
 
 FITS = {
     "perplexity": ("ForCausalLM", "LMHeadModel"),
@@ -32,7 +33,7 @@ def check(evaluator: str, loaded: LoadedModel) -> None:
     """Raise `DataError`, saying what fits, unless an evaluator can be used on a model."""
     name, fitting = type(loaded.model).__name__, best(loaded)
     if fitting is not None and fitting != evaluator:
-        raise DataError(f"{evaluator} does not fit a {name}; {fitting} and fidelity do")
+        raise DataError(f"{evaluator} does not fit {with_article(name)}; {fitting} and fidelity do")
     field, needed = NEEDS[evaluator]
     if getattr(loaded, field) is None:
         raise DataError(f"{evaluator} needs {needed}, and this {name} was loaded without one")
