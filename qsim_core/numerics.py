@@ -47,7 +47,7 @@ def round_to_integer(
 ) -> Tensor:
     """Whole numbers, saturating at `low` and `high` (numbers, or tensors to broadcast); there is no -0. ±Inf
     saturates."""
-    return whole(x, rounding, seed).clamp(low, high) + 0.0  # type: ignore[arg-type]
+    return whole(x, rounding, seed).clamp_(low, high).add_(0.0)  # type: ignore[arg-type]
 
 
 def round_to_float(

@@ -158,7 +158,7 @@ class Scheme(Quantizer):
 
     def round_at(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """`x` rounded under scales and zero points that were found before, given for each element or to broadcast."""
-        return self._units(x, scale, zero) * scale
+        return self._units(x, scale, zero).mul_(scale)
 
     def static_blocks(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """`x` as [B, values], all that shares a static scale over all rows, and how many each stands for."""

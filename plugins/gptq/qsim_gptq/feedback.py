@@ -13,6 +13,7 @@ which takes one factorization instead of three, and reads what was changed inste
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,8 @@ from qsim_gptq.grids import Grid
 
 RETRIES = 6
 """How often the damping is raised, ten times each, before a Hessian is given up."""
+RUN = 32
+"""Columns that are made up for one by one: more would be read again and again."""
 LEAST = 1e-6
 """Where raising begins for a damping of 0."""
 
@@ -72,25 +75,29 @@ def factorize(hessian: Tensor, percdamp: float, act_order: bool) -> Factor:
 def feed_back(weight: Tensor, factor: Factor, grid: Grid, block: int) -> Tensor:
     """The matrix [N, K] (float32 or float64) rounded to its grid, so that its products with the inputs change little.
 
-    What all columns before a block of `block` columns do to it is one matrix product; within it there is one
-    matrix-vector product for each column. Where the grid fits scales as it goes, blocks are whole groups of columns, or
-    groups whole blocks, and the scale of a group is that of its weights with everything before them made up for.
+    What all columns before a block of `block` columns do to it is one matrix product; so it goes on with the groups of
+    columns in it, whose scales are fitted as they are reached, and with runs of a few columns in these, down to one
+    matrix-vector product for each column of a run.
     """
     start = weight.masked_fill(factor.dead, 0.0) if factor.dead.any() else weight
     start = (start if factor.order is None else start[:, factor.order]).T.contiguous()  # a column is a row here
     grid, unit, n = grid.in_order(factor.order), factor.unit, grid.refits
     moved, change, quantized = start.clone(), torch.empty_like(start), torch.empty_like(start)
-    block, step = (-(-block // n) * n, min(block, n)) if n else (block, block)
-    for outer in range(0, len(start), block):
-        end = min(outer + block, len(start))
-        moved[outer:end].addmm_(unit[:outer, outer:end].T, change[:outer])
-        for first in range(outer, end, step):
-            here = slice(first, min(first + step, end))
-            moved[here].addmm_(unit[outer:first, here].T, change[outer:first])
-            if n and first % n == 0:
-                group = slice(first, min(first + n, end))
-                grid.fit(first, _made_up_for(start[group], moved[group], unit[group, group]))
+
+    def go(first: int, end: int, sizes: Sequence[int]) -> None:
+        """Round the columns from `first` to `end`, for which everything before `first` is made up for."""
+        if not sizes:
+            here = slice(first, end)
             _round_columns(grid, first, start[here], moved[here], change[here], quantized[here], unit[here, here])
+            return
+        for place in range(first, end, sizes[0]):
+            here = slice(place, min(place + sizes[0], end))
+            moved[here].addmm_(unit[first:place, here].T, change[first:place])
+            if sizes[0] == n:
+                grid.fit(place, _made_up_for(start[here], moved[here], unit[here, here]))
+            go(here.start, here.stop, sizes[1:])
+
+    go(0, len(start), (-(-block // n) * n, n, min(RUN, n)) if n else (block, RUN))
     result: Tensor = quantized.T
     return result if factor.order is None else result[:, factor.order.argsort()]
 
