@@ -113,7 +113,7 @@ class Scheme(Quantizer):
         if x.numel() == 0:
             return torch.ones_like(x, dtype=torch.bool)
         blocks, exact, zero = self._measured(x)
-        units = blocks / _divisor(self._rounded(exact).unsqueeze(-1))
+        units = blocks / divisor_of(self._rounded(exact).unsqueeze(-1))
         return self.join(self.coded.passes(units if zero is None else units + zero), x)
 
     def encode(self, x: Tensor) -> Encoded:
@@ -156,9 +156,12 @@ class Scheme(Quantizer):
         scale = self._rounded(exact).unsqueeze(-1)
         return self.join(scale.expand_as(blocks), x), None if zero is None else self.join(zero.expand_as(blocks), x)
 
-    def round_at(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        """`x` rounded under scales and zero points that were found before, given for each element or to broadcast."""
-        return self._units(x, scale, zero).mul_(scale)
+    def round_at(self, x: Tensor, scale: Tensor, zero: Tensor | None, divisor: Tensor | None = None) -> Tensor:
+        """`x` rounded under scales and zero points that were found before, given for each element or to broadcast.
+
+        Who rounds many times under one scale gives the `divisor_of` it too.
+        """
+        return self._units(x, scale, zero, divisor).mul_(scale)
 
     def static_blocks(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """`x` as [B, values], all that shares a static scale over all rows, and how many each stands for."""
@@ -181,7 +184,7 @@ class Scheme(Quantizer):
 
     def passes_at(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """`passes` with static scales."""
-        units = self.split(working(x)) / _divisor(scale)
+        units = self.split(working(x)) / divisor_of(scale)
         return self.join(self.coded.passes(units if zero is None else units + zero), x)
 
     def _measured(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -216,7 +219,7 @@ class Scheme(Quantizer):
             exact = (high - low) / steps
             exact = torch.where(exact.isinf(), high / steps - low / steps, exact)  # the difference may overflow
             exact = _finite(exact)
-            offset = (low / _divisor(self._rounded(exact))).round()
+            offset = (low / divisor_of(self._rounded(exact))).round()
             return exact, (element.min - offset).clamp(element.min, element.max).unsqueeze(-1)
         if self.rule == "divide":
             return _finite(high / element.reach), None
@@ -229,9 +232,9 @@ class Scheme(Quantizer):
     def _rounded(self, exact: Tensor) -> Tensor:
         return exact if self.scale is None else _finite(self.scale.quantize(self._limited(exact)))
 
-    def _units(self, blocks: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    def _units(self, blocks: Tensor, scale: Tensor, zero: Tensor | None, divisor: Tensor | None = None) -> Tensor:
         """The blocks in units of their scale, rounded; less the zero point, where there is one."""
-        units, element = blocks / _divisor(scale), self.coded
+        units, element = blocks / (divisor_of(scale) if divisor is None else divisor), self.coded
         if zero is None:
             return element.round(units if element.overflow is None else units.clamp(element.min, element.max))
         return round_to_integer(units, element.min - zero, element.max - zero, element.rounding, element.seed)
@@ -296,5 +299,6 @@ def _finite(scale: Tensor) -> Tensor:
     return torch.where(scale.isfinite(), scale, torch.nan)
 
 
-def _divisor(scale: Tensor) -> Tensor:
+def divisor_of(scale: Tensor) -> Tensor:
+    """The scale, or 1 where it is 0: what values are divided by."""
     return torch.where(scale == 0, 1.0, scale)

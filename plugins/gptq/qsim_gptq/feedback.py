@@ -34,8 +34,8 @@ LEAST = 1e-6
 class Factor:
     """What a Hessian says about the columns of a weight."""
 
-    unit: Tensor
-    """R with its columns divided by their diagonal elements, [K, K], columns in the order of `order`."""
+    shares: Tensor
+    """[K, K], in the order of `order`: what has changed in column i moves column j by [j, i], R[i, j] / R[j, j]."""
     order: Tensor | None
     """The columns in the order in which they are rounded; None: as they stand."""
     dead: Tensor
@@ -62,12 +62,12 @@ def factorize(hessian: Tensor, percdamp: float, act_order: bool) -> Factor:
     mean, damping = float(diagonal.mean()), percdamp
     for attempt in range(RETRIES + 1):
         turned.diagonal().copy_(turned_diagonal + damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(turned)
+        upper, failed = torch.linalg.cholesky_ex(turned, upper=True)
         if not failed:
-            unit = lower.div_(lower.diagonal().clone()).to(hessian.dtype).flip(0, 1)
+            shares = upper.div_(upper.diagonal().clone().unsqueeze(1)).to(hessian.dtype).flip(0, 1)
             notes = [f"no Cholesky factor with percdamp={percdamp:g}: damped by {damping:g}"] if attempt else []
             notes += [f"columns whose input was always 0, set to 0: {int(dead.sum())}"] if dead.any() else []
-            return Factor(unit, order, dead, tuple(notes))
+            return Factor(shares, order, dead, tuple(notes))
         tried, damping = damping, max(10 * damping, LEAST)
     raise DataError(f"its Hessian has no Cholesky factor, not even damped by {tried:g} times its mean diagonal")
 
@@ -81,20 +81,20 @@ def feed_back(weight: Tensor, factor: Factor, grid: Grid, block: int) -> Tensor:
     """
     start = weight.masked_fill(factor.dead, 0.0) if factor.dead.any() else weight
     start = (start if factor.order is None else start[:, factor.order]).T.contiguous()  # a column is a row here
-    grid, unit, n = grid.in_order(factor.order), factor.unit, grid.refits
+    grid, shares, n = grid.in_order(factor.order), factor.shares, grid.refits
     moved, change, quantized = start.clone(), torch.empty_like(start), torch.empty_like(start)
 
     def go(first: int, end: int, sizes: Sequence[int]) -> None:
         """Round the columns from `first` to `end`, for which everything before `first` is made up for."""
         if not sizes:
             here = slice(first, end)
-            _round_columns(grid, first, start[here], moved[here], change[here], quantized[here], unit[here, here])
+            _round_columns(grid, first, start[here], moved[here], change[here], quantized[here], shares[here, here])
             return
         for place in range(first, end, sizes[0]):
             here = slice(place, min(place + sizes[0], end))
-            moved[here].addmm_(unit[first:place, here].T, change[first:place])
+            moved[here].addmm_(shares[here, first:place], change[first:place])
             if sizes[0] == n:
-                grid.fit(place, _made_up_for(start[here], moved[here], unit[here, here]))
+                grid.fit(place, _made_up_for(start[here], moved[here], shares[here, here]))
             go(here.start, here.stop, sizes[1:])
 
     go(0, len(start), (-(-block // n) * n, n, min(RUN, n)) if n else (block, RUN))
@@ -103,19 +103,19 @@ def feed_back(weight: Tensor, factor: Factor, grid: Grid, block: int) -> Tensor:
 
 
 def _round_columns(
-    grid: Grid, first: int, start: Tensor, moved: Tensor, change: Tensor, quantized: Tensor, unit: Tensor
+    grid: Grid, first: int, start: Tensor, moved: Tensor, change: Tensor, quantized: Tensor, shares: Tensor
 ) -> None:
     """Round columns from `first` on, [n, N] each: `moved` has all that came before them, `change` is written."""
-    rounded, so_far, weights = [], change.T, unit.T.contiguous()
+    rounded, so_far = [], change.T
     for place, (now, before, changed) in enumerate(zip(moved, start, change, strict=True)):
         if place:
-            now.addmv_(so_far[:, :place], weights[place, :place])
+            now.addmv_(so_far[:, :place], shares[place, :place])
         rounded.append(grid.round(first + place, now))
         torch.sub(before, rounded[-1], out=changed)
     torch.stack(rounded, out=quantized)
 
 
-def _made_up_for(start: Tensor, moved: Tensor, unit: Tensor) -> Tensor:
+def _made_up_for(start: Tensor, moved: Tensor, shares: Tensor) -> Tensor:
     """The columns [n, N] of a group when its turn comes: where the product changes least, were they not rounded."""
-    solved: Tensor = torch.linalg.solve_triangular(unit.T, moved - start, upper=False, unitriangular=True)
+    solved: Tensor = torch.linalg.solve_triangular(shares, moved - start, upper=False, unitriangular=True)
     return solved.add_(start)

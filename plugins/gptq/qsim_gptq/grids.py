@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from qsim_core.numerics import working
 from qsim_core.quantizer import Quantizer
 from qsim_core.randomness import at
-from qsim_core.scaling import Scheme
+from qsim_core.scaling import Scheme, divisor_of
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,17 @@ class Grid:
     scale: Tensor | None = None
     """The scales of each group of columns that share them: [groups, N]. None: the quantizer has no scales."""
     zero: Tensor | None = None
+    divisor: Tensor | None = field(init=False)
+    """Of the scales, found once for all columns of a group."""
     groups: Sequence[int] = ()
     """The group of each column."""
     refits: int = 0
     """Scales are fitted as columns are reached, for so many at a time; 0: they stand."""
     second: tuple[Tensor, Tensor | None] | None = None
     """Of scales that are themselves scaled: their scales and zero points, [N, groups], which stand."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "divisor", None if self.scale is None else divisor_of(self.scale))
 
     def in_order(self, order: Tensor | None) -> Grid:
         """The same, for columns in another order."""
@@ -44,12 +49,13 @@ class Grid:
     def round(self, column: int, values: Tensor) -> Tensor:
         """One column [N] (float32 or float64) on its grid."""
         with self._drawing(column):
-            if self.scale is None:
+            if self.scale is None or self.divisor is None:
                 rounded = self.quantizer.quantize(values)
             else:
                 group = self.groups[column]
                 zero = None if self.zero is None else self.zero[group]
-                rounded = cast(Scheme, self.quantizer).round_at(values, self.scale[group], zero)
+                scheme = cast(Scheme, self.quantizer)
+                rounded = scheme.round_at(values, self.scale[group], zero, self.divisor[group])
         return rounded if rounded.dtype == self.dtype else rounded.to(self.dtype).to(values.dtype)
 
     def fit(self, first: int, current: Tensor) -> None:
@@ -61,9 +67,10 @@ class Grid:
             scheme = scheme.replace(scale=lambda exact: held.round_at(exact, scale, zero))
         with self._drawing(first):
             scales, zeros = scheme.scale_map(current.T.contiguous())
-        for stored, found in ((self.scale, scales), (self.zero, zeros)):
-            if stored is not None and found is not None:
-                stored[group] = found[:, 0]
+        found = scales, zeros, divisor_of(scales)
+        for stored, new in zip((self.scale, self.zero, self.divisor), found, strict=True):
+            if stored is not None and new is not None:
+                stored[group] = new[:, 0]
 
     def _drawing(self, column: int) -> AbstractContextManager[Any]:
         return nullcontext() if self.place is None else at(self.place, column)
