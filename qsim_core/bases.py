@@ -144,8 +144,9 @@ class Evaluator(Component):
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> dict[str, float]:
         """The metrics by name; deterministic for the same model, data and run. `Metrics` have confidence intervals."""
 
-    def read(self, source: str) -> Data:
-        """The data that a path or name stands for. Raises `DataError`."""
+    def read(self, source: str, split: str = "test") -> Data:
+        """The data that a path or name stands for; of a data set's parts `split`, if the name says no other. Raises
+        `DataError`."""
         raise DataError(f"{self.name} cannot read data; leave --data out")
 
     def default_data(self) -> Data | None:

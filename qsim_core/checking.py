@@ -23,6 +23,8 @@ from qsim_core.forward import Example, as_in_evaluation, call
 
 TOLERANCE = 2e-4
 """Of the largest value of each product; in half precision eight steps of it (a wrong fold changes 14% and more)."""
+ROWS = 256
+"""So many rows of each product are kept, from all over it: an edit changes a channel in every row."""
 ACTIVATIONS = ""
 """The name of the products of two activations, which have no weight's."""
 
@@ -104,12 +106,20 @@ class _Recorder(Watcher):
         places = WITH_WEIGHT.get(name) or ((0, 1) if "convolution" in name else None)
         if places is not None:
             found = self.parameters.of(args[places[1]]) or self.parameters.of(args[places[0]])
-            self.results[found[0] if found else ACTIVATIONS].append(out.detach())
+            self.results[found[0] if found else ACTIVATIONS].append(_rows(out, 1 if "convolution" in name else -1))
         elif "scaled_dot_product" in name:
             query, key = args[0].detach(), args[1].detach()
             key = key.repeat_interleave(query.shape[1] // key.shape[1], 1) if query.dim() > 3 else key
-            self.results[ACTIVATIONS].append(query @ key.transpose(-1, -2))
+            self.results[ACTIVATIONS].append(_rows(query @ key.transpose(-1, -2), -1))
         return out
+
+
+def _rows(product: Tensor, channels: int) -> Tensor:
+    """At most `ROWS` rows of a product, evenly spread, each with all its channels."""
+    rows = product.detach().movedim(channels, -1).flatten(0, -2)
+    if len(rows) <= ROWS:
+        return rows.clone()
+    return rows[torch.linspace(0, len(rows) - 1, ROWS, device=rows.device).long()]
 
 
 def _products(model: nn.Module, example: Example) -> dict[str, list[Tensor]]:

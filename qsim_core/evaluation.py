@@ -56,7 +56,7 @@ class Job:
         if not self.recipe.transforms and not self.recipe.has_static:
             return None
         if given.source is not None:
-            return self.evaluator.read(given.source)
+            return self.evaluator.read(given.source, split="train")
         if self.located.calibration is not None:
             return self.located.calibration()
         found = self.evaluator.default_data()

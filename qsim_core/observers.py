@@ -19,6 +19,12 @@ BINS = 4096
 """From -max|x| to max|x|; a value is known to 1/1024 of the largest at worst."""
 
 
+def bin_exponent(largest: Tensor) -> Tensor:
+    """log2 of the narrowest bins of which `BINS` cover magnitudes up to `largest`; at least -140."""
+    needed = torch.frexp(largest).exponent - (BINS // 2).bit_length() + 1  # largest < BINS/2 * 2^needed
+    return torch.where(largest > 0, needed, -140).clamp(min=-140)
+
+
 class Observer(ABC):
     """Gathers values; two methods to write."""
 
@@ -67,8 +73,7 @@ class Histogram(Observer):
     def update(self, values: Tensor, counts: Tensor | None = None) -> None:
         self.extremes.update(values)
         largest = values.abs().amax(-1)
-        needed = torch.frexp(largest).exponent - (BINS // 2).bit_length() + 1  # largest < BINS/2 * 2^needed
-        needed = torch.where(largest > 0, needed, -140).clamp(min=-140)
+        needed = bin_exponent(largest)
         if self.exponent is None:
             self.exponent, self.counts = (
                 needed,

@@ -264,6 +264,10 @@ class Scheme(Quantizer):
             return joined[..., : like.shape[-2], : like.shape[-1]]
         return blocks.flatten(-2)[..., : like.shape[-1] if like.dim() else 1].reshape(like.shape)
 
+    def blocks_of(self, shape: torch.Size) -> int:
+        """How many blocks lie along a row of a tensor of this shape; 1 where all of it shares a scale."""
+        return 1 if self.granularity == "tensor" else math.ceil((shape or (1,))[-1] / self._block(shape)[1])
+
     def _block(self, shape: torch.Size) -> tuple[int, int]:
         """Rows and columns of a block, never more than there are."""
         length = shape[-1] if shape else 1

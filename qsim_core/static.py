@@ -30,6 +30,8 @@ class Fixed:
     scheme: Scheme
     scale: Tensor
     zero: Tensor | None
+    where: str
+    """The site and the role, for errors."""
 
     def quantize(self, x: Tensor) -> Tensor:
         return self.scheme.quantize_at(x, *self._on(x))
@@ -57,14 +59,24 @@ class Fixed:
         return str(self.scheme)
 
     def _on(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point on the device of `x`. Raises `DataError` if its rows have more or fewer blocks."""
+        _check_blocks(self.where, self.scheme, len(self.scale), self.scheme.blocks_of(x.shape))
         return self.scale.to(x.device), None if self.zero is None else self.zero.to(x.device)
+
+
+def _check_blocks(where: str, scheme: Scheme, known: int, here: int) -> None:
+    if here != known:
+        raise DataError(
+            f"{where}: {scheme} has static scales for {known} blocks along a row, and here are {here}; where "
+            f"lengths differ, blocks along tokens cannot have static scales"
+        )
 
 
 class Fitter:
     """The observer of a calibration run: gathers what passes every site that wants static scales."""
 
     def __init__(self) -> None:
-        self.seen: dict[tuple[str, str], tuple[Site, Scheme, Observer]] = {}
+        self.seen: dict[tuple[str, str], tuple[Site, Scheme, Observer, int]] = {}
         self.batch = 0
 
     def __call__(self, site: Site, role: str, before: Tensor, after: Tensor, quantizer: Quantizer | None) -> None:
@@ -78,15 +90,16 @@ class Fitter:
         if not before.isfinite().all():
             raise DataError(f"calibration batch {self.batch} brings NaN or Inf to {site.name}; leave it out")
         if key not in self.seen:
-            self.seen[key] = site, scheme, scheme.range.observer()
+            self.seen[key] = site, scheme, scheme.range.observer(), scheme.blocks_of(before.shape)
+        _check_blocks(f"{site.name} ({role})", scheme, self.seen[key][3], scheme.blocks_of(before.shape))
         self.seen[key][2].update(*scheme.static_blocks(before))
 
     def fix(self) -> list[str]:
         """Choose the scales and leave them at the sites; gives a line for each that can hardly be right."""
         suspicions = []
-        for (name, role), (site, scheme, observer) in self.seen.items():
+        for (name, role), (site, scheme, observer, _) in self.seen.items():
             values, counts = observer.values()
-            fixed = site.fixed[role] = Fixed(scheme, *scheme.fit(values, counts))
+            fixed = site.fixed[role] = Fixed(scheme, *scheme.fit(values, counts), f"{name} ({role})")
             suspicions += [f"{name} ({role}) {what}" for what in _suspicions(fixed, values, counts)]
         return suspicions
 

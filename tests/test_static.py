@@ -206,3 +206,32 @@ def test_a_calibration_that_collapsed_is_pointed_out(data: Tensor, quantizer: st
 
     with pytest.warns(qsim.CalibrationWarning, match=message):
         qsim.simulate(model, activations=quantizer, calibration=[data])
+
+
+class _Values(nn.Module):
+    """P·v alone: the rows of both operands are tokens."""
+
+    def forward(self, p: Tensor, v: Tensor) -> Tensor:
+        return p @ v
+
+
+@pytest.mark.parametrize("lengths", [(4, 8), (8, 4)])
+def test_blocks_along_tokens_have_no_static_scales_for_other_lengths(lengths: tuple[int, int]) -> None:
+    first, other = (noise(2, length, length) for length in lengths)
+    model = _Values()
+    qsim.simulate(model, activations="block(int8, 4, static=true)", calibration=[(first, first)])
+
+    with pytest.raises(qsim.DataError) as error:
+        model(other, other)
+
+    assert str(error.value) == (
+        f":matmul.0 (input): block(int8, n=4, static=true) has static scales for {lengths[0] // 4} blocks along a row, "
+        f"and here are {lengths[1] // 4}; where lengths differ, blocks along tokens cannot have static scales"
+    )
+
+
+def test_calibration_data_of_two_lengths_gives_blocks_along_tokens_no_static_scales() -> None:
+    batches = [(noise(2, length, length),) * 2 for length in (4, 8)]
+
+    with pytest.raises(qsim.DataError, match="has static scales for 1 blocks along a row, and here are 2; where le"):
+        qsim.simulate(_Values(), activations="block(int8, 4, static=true)", calibration=batches)

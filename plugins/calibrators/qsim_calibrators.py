@@ -7,9 +7,8 @@ from pydantic import Field
 from torch import Tensor
 
 from qsim_core import Calibrator, Preset, hookimpl
-from qsim_core.observers import MovingExtremes, Observer
-
-BINS = 2048
+from qsim_core.numerics import power_of_two
+from qsim_core.observers import MovingExtremes, Observer, bin_exponent
 
 
 class MovingAverage(Calibrator):
@@ -32,10 +31,11 @@ class MovingAverage(Calibrator):
 class Entropy(Calibrator):
     """The range under which quantized magnitudes are distributed most like the true ones (Kullback-Leibler).
 
-    Magnitudes fall into 2,048 bins. For each number of bins to keep, from that of the levels on, those beyond are
-    counted into the last one kept; the kept ones are merged to 2^(bits - 1) levels and spread evenly over their
-    non-empty bins again. The range ends where the divergence is least. A zero point is not considered: the range
-    reaches as far to either side. Source: NVIDIA's "8-bit inference with TensorRT" (GTC 2017).
+    Magnitudes fall into 1,024 to 2,048 bins, those of a static scale's histogram. For each number of bins to keep, from
+    that of the levels on, those beyond are counted into the last one kept; the kept ones are merged to 2^(bits - 1)
+    levels and spread evenly over their non-empty bins again. The range ends where the divergence is least. A zero point
+    is not considered: the range reaches as far to either side. Source: NVIDIA's "8-bit inference with TensorRT" (GTC
+    2017), whose bins divide the largest magnitude by 2,048.
     """
 
     name = "entropy"
@@ -54,13 +54,15 @@ class Entropy(Calibrator):
         largest = values.max()
         if not largest.isfinite() or largest == 0:
             return largest
-        index = (values.double() / largest.double() * BINS).long().clamp(max=BINS - 1)
-        histogram = torch.zeros(BINS, dtype=torch.float64, device=values.device).scatter_add_(0, index, counts)
+        width = power_of_two(bin_exponent(largest))
+        index = (values.double() / width).long()
+        bins = int(index.max()) + 1
+        histogram = torch.zeros(bins, dtype=torch.float64, device=values.device).scatter_add_(0, index, counts)
         levels = 2 ** (self.bits - 1)
-        kept = torch.arange(levels, BINS + 1, self.stride)
+        kept = torch.arange(bins, levels - 1, -self.stride).flip(0)
         divergences = torch.stack([_divergence(histogram, int(bins), levels) for bins in kept])
         best = len(kept) - 1 - int(divergences.flip(0).argmin())  # of equals the widest
-        return ((kept[best].double() + 0.5) / BINS).clamp(max=1).to(largest) * largest
+        return torch.minimum(((kept[best].double() + 0.5) * width.cpu()).to(largest), largest)
 
 
 def _divergence(histogram: Tensor, bins: int, levels: int) -> Tensor:

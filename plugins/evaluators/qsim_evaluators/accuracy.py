@@ -29,14 +29,14 @@ class Accuracy(Evaluator):
     image: str = Field("image", description="the column with images")
     label: str = Field("label", description="the column with labels")
 
-    def read(self, source: str) -> Data:
+    def read(self, source: str, split: str = "test") -> Data:
         """Images and labels from `datasets`: `NAME[:CONFIG[:SPLIT]]`, or a directory with one of images for each label.
 
         The fingerprint is of the encoded images and the labels.
         """
         import datasets
 
-        rows = read_rows(source, [self.image, self.label])
+        rows = read_rows(source, [self.image, self.label], split)
         if not isinstance(rows.features[self.image], datasets.Image):
             raise DataError(f"column {self.image!r} of {source!r} holds {rows.features[self.image]}, no images")
         digest = hashlib.sha256(repr(list(rows[self.label])).encode())

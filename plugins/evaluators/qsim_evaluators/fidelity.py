@@ -40,7 +40,7 @@ class Fidelity(Evaluator):
     samples: PositiveInt = Field(64, description="inputs that are drawn")
     positions: PositiveInt = Field(16, description="of a sequence that are compared, evenly spread, the last one too")
 
-    def read(self, source: str) -> Data:
+    def read(self, source: str, split: str = "test") -> Data:
         """Tensors from a `.safetensors` file, else what `inputs` reads."""
         if Path(source).suffix == ".safetensors":
             return _read_tensors(Path(source).expanduser())
@@ -49,7 +49,7 @@ class Fidelity(Evaluator):
                 f"fidelity reads tensors from a .safetensors file; for {source} say whose data it is, "
                 f"like fidelity(perplexity)"
             )
-        return self.inputs.read(source)
+        return self.inputs.read(source, split)
 
     def default_data(self) -> Data | None:
         """What `inputs` needs no file for."""

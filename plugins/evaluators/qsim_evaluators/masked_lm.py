@@ -31,9 +31,9 @@ class MaskedLM(Evaluator):
     share: float = Field(0.15, gt=0, lt=1, description="of the tokens that are masked")
     seed: int = Field(0, description="draws the places, the same in every run")
 
-    def read(self, source: str) -> Data:
+    def read(self, source: str, split: str = "test") -> Data:
         """Text from a file, or from `datasets`: `NAME[:CONFIG[:SPLIT]]` or a directory of data files."""
-        return read_text(source, "a masked language model")
+        return read_text(source, "a masked language model", split)
 
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
         """Windows at random places of the text, masked like those that are measured, one in a batch."""

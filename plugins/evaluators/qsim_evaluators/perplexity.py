@@ -44,9 +44,9 @@ class Perplexity(Evaluator):
             raise ValueError(f"a stride of {self.stride} would leave tokens out between windows of {self.seqlen}")
         return self
 
-    def read(self, source: str) -> Data:
+    def read(self, source: str, split: str = "test") -> Data:
         """Text from a file, or from `datasets`: `NAME[:CONFIG[:SPLIT]]` or a directory of data files."""
-        return read_text(source, "perplexity")
+        return read_text(source, "perplexity", split)
 
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
         """Windows at random places of the text, as GPTQ draws them, one in a batch: `samples` of `length` tokens."""

@@ -39,12 +39,12 @@ class QuestionAnswering(Evaluator):
     stride: PositiveInt = Field(128, description="tokens that neighbouring windows share")
     longest_answer: PositiveInt = Field(30, description="tokens of an answer at most")
 
-    def read(self, source: str) -> Data:
+    def read(self, source: str, split: str = "test") -> Data:
         """SQuAD's own JSON from a file, or its columns from `datasets`."""
         path = Path(source).expanduser()
         if path.is_file():
             return _data(source, _official(path))
-        rows = read_rows(source, list(COLUMNS))
+        rows = read_rows(source, list(COLUMNS), split)
         return _data(source, [(row["question"], row["context"], list(row["answers"]["text"])) for row in rows])
 
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:

@@ -32,9 +32,9 @@ class Retrieval(Evaluator):
     higher_is_better = True
     seqlen: PositiveInt = Field(128, description="tokens of a text that are read; the rest is cut off")
 
-    def read(self, source: str) -> Data:
+    def read(self, source: str, split: str = "test") -> Data:
         """Pairs from `datasets`, columns `query` and `passage`: `NAME[:CONFIG[:SPLIT]]` or a directory of files."""
-        rows = read_rows(source, list(COLUMNS))
+        rows = read_rows(source, list(COLUMNS), split)
         return pairs(source, list(rows["query"]), list(rows["passage"]))
 
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:

@@ -11,29 +11,30 @@ from torch import Tensor
 from qsim_core import Data, DataError, LoadedModel
 
 
-def read_text(source: str, measure: str) -> Data:
+def read_text(source: str, measure: str, split: str) -> Data:
     """Text from a file, or from `datasets`: `NAME[:CONFIG[:SPLIT]]` or a directory of data files.
 
     A data set's rows are joined by blank lines, as GPTQ's evaluation joins them.
     """
     path = Path(source).expanduser()
-    text = _read_file(path) if path.is_file() else "\n\n".join(read_rows(source, ["text"])["text"])
+    text = _read_file(path) if path.is_file() else "\n\n".join(read_rows(source, ["text"], split)["text"])
     if not text.strip():
         raise DataError(f"{source} is empty: there is no text to measure {measure} on")
     return Data.of_text(source, text)
 
 
-def read_rows(source: str, columns: list[str]) -> Any:
-    """A data set with these columns, from `NAME[:CONFIG[:SPLIT]]` or a directory of data files."""
+def read_rows(source: str, columns: list[str], split: str) -> Any:
+    """A data set with these columns, from `NAME[:CONFIG[:SPLIT]]` or a directory of data files; `split` unless another
+    is named."""
     path = Path(source).expanduser()
     directory = Path(source.partition(":")[0]).expanduser()
     if not directory.is_dir() and (source.startswith((".", "/", "~")) or path.suffix):
         raise DataError(f"there is no file {source}")
     from datasets import load_dataset
 
-    name, config, split, *_ = (*source.split(":"), None, None, None)
+    name, config, named, *_ = (*source.split(":"), None, None, None)
     try:
-        rows = load_dataset(name, config or None, split=split or "test")
+        rows = load_dataset(name, config or None, split=named or split)
     except Exception as error:  # datasets raises whatever its many loaders raise
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{source!r} is no file, and datasets cannot load it: {reason}") from None

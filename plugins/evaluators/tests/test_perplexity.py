@@ -172,6 +172,7 @@ class TestRead:
             (tmp_path / "set" / f"{split}.jsonl").write_text(json.dumps({"text": f"in {split}"}))
 
         assert self.read(f"{tmp_path / 'set'}::train").content == "in train"
+        assert qsim.parse("perplexity").read(str(tmp_path / "set"), split="train").content == "in train"
 
     @pytest.mark.parametrize("text", ["", " \n\n "])
     def test_an_empty_file(self, tmp_path: Path, text: str) -> None:
