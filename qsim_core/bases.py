@@ -92,6 +92,8 @@ class Run:
     """Where finished blocks are kept, so that a run that died goes on from there."""
     reference: Any = None
     """The `outputs` of the baseline's `Metrics`, for the simulated run; none in the baseline's own."""
+    allow_code_execution: bool = False
+    """Whether an evaluator may run programs that the model wrote."""
 
 
 class Transform(Component):

@@ -86,6 +86,7 @@ def main() -> None:
 @click.option(
     "--save-samples", "samples", type=click.Path(path_type=Path), metavar="DIR", help="Write what there is to look at."
 )
+@click.option("--allow-code-execution", is_flag=True, help="Let an evaluator run programs that the model writes.")
 @click.option("--dry-run", is_flag=True, help="Print the recipe that would run, and stop.")
 @click.option("--json", "output", metavar="FILE", help="Write the result as JSON; - for standard output.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress, no table.")

@@ -27,8 +27,8 @@ from qsim_core.result import Result
 from qsim_core.tensorfile import quantize_file
 
 SHOWN_WARNINGS = 4
-FREE_BESIDE_A_RECORD = frozenset({"record", "device", "dry_run", "work_dir", "samples"})
-"""The options that say nothing that a record says."""
+FREE_BESIDE_A_RECORD = frozenset({"record", "device", "dry_run", "work_dir", "samples", "allow_code_execution"})
+"""The options that say nothing that a record says; a record allows nothing."""
 
 
 def run(options: dict[str, Any], given: set[str], quiet: bool) -> Result | None:
@@ -63,6 +63,7 @@ def run(options: dict[str, Any], given: set[str], quiet: bool) -> Result | None:
             options["limit"],
             options["seed"],
             work_dir=options["work_dir"],
+            allow_code_execution=options["allow_code_execution"],
             **({} if quiet else progress.SHOWN),
         ),
     )

@@ -11,8 +11,9 @@ def qsim_evaluators() -> list[type[Evaluator]]:
     from qsim_evaluators.denoising import Denoising
     from qsim_evaluators.fidelity import Fidelity
     from qsim_evaluators.masked_lm import MaskedLM
+    from qsim_evaluators.pass_at_k import PassAtK
     from qsim_evaluators.perplexity import Perplexity
     from qsim_evaluators.question_answering import QuestionAnswering
     from qsim_evaluators.retrieval import Retrieval
 
-    return [Accuracy, Denoising, Fidelity, MaskedLM, Perplexity, QuestionAnswering, Retrieval]
+    return [Accuracy, Denoising, Fidelity, MaskedLM, PassAtK, Perplexity, QuestionAnswering, Retrieval]

@@ -11,6 +11,7 @@ from qsim_core.errors import with_article
 
 FITS = {
     "perplexity": ("ForCausalLM", "LMHeadModel"),
+    "pass_at_k": ("ForCausalLM", "LMHeadModel"),
     "masked_lm": ("ForMaskedLM",),
     "accuracy": ("ForImageClassification",),
     "question_answering": ("ForQuestionAnswering",),
@@ -20,6 +21,7 @@ FITS = {
 """Ends of class names, the narrowest first; a class of another name is taken at its word."""
 NEEDS = {
     "perplexity": ("tokenizer", "a tokenizer"),
+    "pass_at_k": ("tokenizer", "a tokenizer"),
     "masked_lm": ("tokenizer", "a tokenizer"),
     "accuracy": ("processor", "an image processor"),
     "question_answering": ("tokenizer", "a tokenizer"),
@@ -31,9 +33,9 @@ NEEDS = {
 
 def check(evaluator: str, loaded: LoadedModel) -> None:
     """Raise `DataError`, saying what fits, unless an evaluator can be used on a model."""
-    name, fitting = type(loaded.model).__name__, best(loaded)
-    if fitting is not None and fitting != evaluator:
-        raise DataError(f"{evaluator} does not fit {with_article(name)}; {fitting} and fidelity do")
+    name, fit = type(loaded.model).__name__, fitting(loaded)
+    if fit and evaluator not in fit:
+        raise DataError(f"{evaluator} does not fit {with_article(name)}; {', '.join(fit)} and fidelity do")
     field, needed = NEEDS[evaluator]
     if getattr(loaded, field) is None:
         raise DataError(f"{evaluator} needs {needed}, and this {name} was loaded without one")
@@ -41,8 +43,12 @@ def check(evaluator: str, loaded: LoadedModel) -> None:
 
 def best(loaded: LoadedModel) -> str | None:
     """The evaluator that is made for a model like this, if its class tells."""
-    name = type(loaded.model).__name__
-    return next((evaluator for evaluator, ends in FITS.items() if name.endswith(ends)), None)
+    return next(iter(fitting(loaded)), None)
+
+
+def fitting(loaded: LoadedModel) -> list[str]:
+    """Every evaluator that is made for a model like this, the one of its field first."""
+    return [evaluator for evaluator, ends in FITS.items() if type(loaded.model).__name__.endswith(ends)]
 
 
 def device(loaded: LoadedModel) -> torch.device:

@@ -1,0 +1,120 @@
+"""How a causal model goes on from a prompt: sampling that draws from a counter, and texts that stop it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsim_core import LoadedModel
+from qsim_core.randomness import at, uniform
+from qsim_evaluators.fitting import device
+
+STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+"""What begins after a function's end (Chen et al., arXiv 2107.03374, section 3.2)."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; a temperature of 0 takes the likeliest."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    seed: int
+
+
+def complete(
+    loaded: LoadedModel, prompt: Tensor, many: int, sampling: Sampling, site: str, batch_size: int
+) -> list[str]:
+    """`many` completions of one prompt `[tokens]`, each up to the first stop.
+
+    A batch has one prompt, so none is padded; what is done waits on pad tokens for the others. A completion depends on
+    seed, `site` and its number, not on the batch, nor on torch's global random state.
+    """
+    written = []
+    for first in range(0, many, batch_size):
+        rows = range(first, min(first + batch_size, many))
+        written += _batch(loaded, prompt.to(device(loaded)), rows, sampling, site)
+    return written
+
+
+def cut(text: str, stop: tuple[str, ...]) -> str:
+    """The text before the first stop."""
+    return text[: min((place for end in stop if (place := text.find(end)) >= 0), default=len(text))]
+
+
+def _batch(loaded: LoadedModel, prompt: Tensor, rows: range, sampling: Sampling, site: str) -> list[str]:
+    from transformers import (
+        GenerationConfig,
+        LogitsProcessorList,
+        StoppingCriteriaList,
+        TemperatureLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    ends = _ends(loaded)
+    pad = next((token for token in (loaded.tokenizer.pad_token_id, *ends) if token is not None), 0)
+
+    def decode(tokens: list[int]) -> str:
+        return loaded.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)  # type: ignore[no-any-return]
+
+    before = decode(prompt.tolist())
+
+    def texts(tokens: Tensor) -> list[str]:
+        """What each row adds to the prompt's text: a tokenizer may read the first token differently on its own."""
+        return [decode(row)[len(before) :] for row in _ended(tokens.tolist(), len(prompt), ends)]
+
+    def stopped(tokens: Tensor, scores: Any, **options: Any) -> Tensor:
+        found = [cut(text, sampling.stop) != text for text in texts(tokens)]
+        return torch.tensor(found, device=tokens.device)
+
+    def drawn(tokens: Tensor, scores: Tensor) -> Tensor:
+        return scores + torch.stack(
+            [gumbel(scores[0], f"{site} {row}", tokens.shape[1] - len(prompt), sampling.seed) for row in rows]
+        )
+
+    processors = LogitsProcessorList()
+    if sampling.temperature > 0:
+        processors = LogitsProcessorList(
+            [TemperatureLogitsWarper(sampling.temperature), TopPLogitsWarper(sampling.top_p), drawn]
+        )
+    batch = prompt.expand(len(rows), -1)
+    # named one by one, or the checkpoint's own settings would fill them in
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens, do_sample=False, num_beams=1, temperature=1.0, top_k=50, top_p=1.0,
+        repetition_penalty=1.0, eos_token_id=ends or None, pad_token_id=pad,
+    )  # fmt: skip
+    tokens = loaded.model.generate(  # type: ignore[operator]
+        input_ids=batch,
+        attention_mask=torch.ones_like(batch),
+        generation_config=config,
+        logits_processor=processors,
+        stopping_criteria=StoppingCriteriaList([stopped]),
+    )
+    return [cut(text, sampling.stop) for text in texts(tokens)]
+
+
+def gumbel(like: Tensor, site: str, step: int, seed: int) -> Tensor:
+    """Gumbel noise in float64: the argmax of logits plus it is a draw from their softmax.
+
+    See Maddison, Tarlow and Minka, "A* sampling", NeurIPS 2014, section 2.
+    """
+    with at(site, step):
+        return -(uniform(like, seed).double() + 2.0**-25).log().neg().log()
+
+
+def _ends(loaded: LoadedModel) -> list[int]:
+    """The tokens that end a text: the checkpoint's, else the tokenizer's."""
+    model: Any = loaded.model
+    ends = model.generation_config.eos_token_id
+    ends = loaded.tokenizer.eos_token_id if ends is None else ends
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _ended(rows: list[list[int]], start: int, ends: list[int]) -> list[list[int]]:
+    """Rows up to their first end from `start` on."""
+    return [row[: next((i for i in range(start, len(row)) if row[i] in ends), len(row))] for row in rows]

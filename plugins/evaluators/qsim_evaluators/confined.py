@@ -1,0 +1,165 @@
+"""What runs in the sandbox's own process: it gives up what it could do harm with, then runs one program.
+
+A script of the standard library alone; `sandbox` starts it. Two mechanisms of the Linux kernel confine the process,
+neither of which it can take back, root or not. Resource limits bound its memory and processor time. A seccomp filter
+(man 2 seccomp) lets only those system calls through that Python needs to compute, import and read files: all others,
+and these with arguments that write, fail with EPERM. What is not in `CALLS` is refused: new calls of later kernels too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import random
+import resource
+import signal
+import struct
+import sys
+import types
+
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
+SECCOMP_MODE_FILTER = 2
+KILL_PROCESS, ERRNO, ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
+EPERM = 1
+LOAD, EQUAL, ANY_BIT, RETURN = 0x20, 0x15, 0x45, 0x06
+"""BPF: load a word of the call's data; jump if it equals, if it has a bit of, a constant; answer."""
+NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16
+"""Where they stand in the kernel's `struct seccomp_data`, an argument in 8 bytes, its low half first."""
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | 0o20000000
+"""Flags of open that write; the last is O_TMPFILE's own bit."""
+HARMLESS_FCNTL = (0, 1, 2, 3, 1030)
+"""F_DUPFD, F_GETFD, F_SETFD, F_GETFL and F_DUPFD_CLOEXEC; others send signals, change locks, leases and pipes."""
+HARMLESS_ADVICE = (0, 1, 2, 3, 4, 8, 14, 15)
+"""From MADV_NORMAL to MADV_DONTNEED, MADV_FREE and huge pages; root's MADV_HWPOISON takes memory from others."""
+LONGEST_REASON = 200
+
+ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+"""The column of `CALLS`, and the kernel's AUDIT_ARCH."""
+CALLS: dict[str, tuple[int | None, int | None]] = {
+    "read": (0, 63), "readv": (19, 65), "pread64": (17, 67), "write": (1, 64), "writev": (20, 66), "close": (3, 57),
+    "lseek": (8, 62), "dup": (32, 23), "stat": (4, None), "fstat": (5, 80), "lstat": (6, None),
+    "newfstatat": (262, 79), "statx": (332, 291), "access": (21, None), "faccessat": (269, 48),
+    "faccessat2": (439, 439), "readlink": (89, None), "readlinkat": (267, 78), "getdents64": (217, 61),
+    "getcwd": (79, 17), "poll": (7, None), "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72),
+    "brk": (12, 214), "mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "mremap": (25, 216),
+    "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139),
+    "sigaltstack": (131, 132), "restart_syscall": (219, 128), "futex": (202, 98), "sched_yield": (24, 124),
+    "sched_getaffinity": (204, 123), "nanosleep": (35, 101), "clock_nanosleep": (230, 115), "time": (201, None),
+    "gettimeofday": (96, 169), "clock_gettime": (228, 113), "clock_getres": (229, 114), "times": (100, 153),
+    "getpid": (39, 172), "getppid": (110, 173), "gettid": (186, 178), "getuid": (102, 174), "geteuid": (107, 175),
+    "getgid": (104, 176), "getegid": (108, 177), "uname": (63, 160), "sysinfo": (99, 179), "getrlimit": (97, 163),
+    "getrusage": (98, 165), "getrandom": (318, 278), "exit": (60, 93), "exit_group": (231, 94),
+}  # fmt: skip
+"""Calls with any arguments, and their numbers."""
+GUARDED: dict[str, tuple[int | None, int | None]] = {
+    "open": (2, None), "openat": (257, 56), "fcntl": (72, 25), "madvise": (28, 233), "prlimit64": (302, 261),
+}  # fmt: skip
+"""Calls with harmless arguments only; openat2's are in memory, where no filter can look."""
+
+
+def main() -> None:
+    """Read a request from standard input, run its program, and write on standard output how it ended."""
+    request = json.load(sys.stdin)
+    answer, nowhere = os.dup(1), os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(nowhere, standard)
+    random.seed(0)
+    try:
+        confine(request["seconds"], request["memory"])
+        report = {"reason": run(request["program"])}
+    except Unconfined as error:
+        report = {"unconfined": str(error)}
+    os.write(answer, (request["token"] + json.dumps(report)).encode())
+    os._exit(0)  # what the program has left behind, to run at the end, does not run
+
+
+def run(text: str) -> str | None:
+    """Run a program as a module of its own: the error that ended it, none if it came to its end."""
+    module = types.ModuleType("program")
+    sys.modules["program"] = module
+    try:
+        exec(compile(text, "program", "exec"), module.__dict__)
+    except BaseException as error:  # SystemExit too: a program that stops early has not passed
+        return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")[:LONGEST_REASON]
+    return None
+
+
+class Unconfined(Exception):
+    """The kernel does not do what was asked of it."""
+
+
+def confine(seconds: int, memory: int) -> None:
+    """Give up, for good, all but `memory` bytes, `seconds` of processor time and the calls above."""
+    machine = platform.machine()
+    if machine not in ARCHITECTURES:
+        raise Unconfined(f"seccomp filters are written for {' and '.join(ARCHITECTURES)}, and this is {machine}")
+    for what, soft, hard in (
+        (resource.RLIMIT_CPU, seconds, seconds + 1),  # SIGXCPU, and SIGKILL for who does not heed it
+        (resource.RLIMIT_AS, memory, memory),
+        (resource.RLIMIT_FSIZE, 0, 0),
+        (resource.RLIMIT_CORE, 0, 0),
+        (resource.RLIMIT_NOFILE, 64, 64),
+    ):
+        most = resource.getrlimit(what)[1]
+        limits = [limit if most == resource.RLIM_INFINITY else min(limit, most) for limit in (soft, hard)]
+        resource.setrlimit(what, (limits[0], limits[1]))
+    _control(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _control(PR_SET_NO_NEW_PRIVS, 1)
+    code = filtering(machine)
+    instructions = ctypes.create_string_buffer(code, len(code))
+    filter_program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(instructions))
+    _control(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, filter_program)
+
+
+def filtering(machine: str) -> bytes:
+    """The filter as BPF, 8 bytes an instruction."""
+    column, architecture = ARCHITECTURES[machine]
+    allow, refuse = _instruction(RETURN, ALLOW), _instruction(RETURN, ERRNO | EPERM)
+
+    def when(number: int, *then: bytes) -> list[bytes]:
+        return [_instruction(EQUAL, number, 0, len(then)), *then]
+
+    def low(argument: int) -> bytes:
+        return _instruction(LOAD, ARGUMENTS + 8 * argument)
+
+    def high(argument: int) -> bytes:
+        return _instruction(LOAD, ARGUMENTS + 8 * argument + 4)
+
+    def one_of(argument: int, harmless: tuple[int, ...]) -> tuple[bytes, ...]:
+        return (low(argument), *(part for value in harmless for part in when(value, allow)), refuse)
+
+    unless_writing = (_instruction(ANY_BIT, WRITES, 0, 1), refuse, allow)
+    zero = (_instruction(EQUAL, 0, 1, 0), refuse)
+    guards = {
+        "open": (low(1), *unless_writing),
+        "openat": (low(2), *unless_writing),
+        "fcntl": one_of(1, HARMLESS_FCNTL),
+        "madvise": one_of(2, HARMLESS_ADVICE),
+        "prlimit64": (low(0), *zero, low(2), *zero, high(2), *zero, allow),  # reads a limit of its own, sets none
+    }
+    parts = [
+        _instruction(LOAD, ARCHITECTURE),
+        _instruction(EQUAL, architecture, 1, 0),
+        _instruction(RETURN, KILL_PROCESS),
+        _instruction(LOAD, NUMBER),
+    ]
+    for name, numbers in (CALLS | GUARDED).items():
+        if (number := numbers[column]) is not None:
+            parts += when(number, *guards.get(name, (allow,)))
+    return b"".join([*parts, refuse])
+
+
+def _instruction(code: int, constant: int, if_so: int = 0, if_not: int = 0) -> bytes:
+    return struct.pack("HBBI", code, if_so, if_not, constant)
+
+
+def _control(option: int, value: int, pointed: bytes | None = None) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, ctypes.c_ulong(value), pointed, ctypes.c_ulong(0), ctypes.c_ulong(0)) != 0:
+        raise Unconfined(f"the kernel refuses prctl {option}: {os.strerror(ctypes.get_errno())}")
+
+
+if __name__ == "__main__":
+    main()
