@@ -152,7 +152,7 @@ class Evaluator(Component):
         raise DataError(f"{self.name} cannot read data; leave --data out")
 
     def default_data(self) -> Data | None:
-        """What is measured on when nothing is named and the model comes without data: noise needs no file."""
+        """What is measured on when nothing is named: noise needs no file; none: the data that the model comes with."""
         return None
 
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:

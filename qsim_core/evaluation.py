@@ -43,10 +43,12 @@ class Job:
         return cls(Recipe.of({**filled, "evaluate": evaluator}, host), located, evaluator)
 
     def data(self, source: str | None) -> Data:
-        """The data named by `source`, else what goes with the model. Raises `DataError`."""
+        """The data named by `source`, else the evaluator's own, else what goes with the model. Raises `DataError`."""
         if source is not None:
             return self.evaluator.read(source)
-        found = self.evaluator.default_data() if self.located.data is None else self.located.data()
+        found = self.evaluator.default_data()
+        if found is None and self.located.data is not None:
+            found = self.located.data()
         if found is None:
             raise DataError(f"{self.located.name} comes without data; name some with --data")
         return found

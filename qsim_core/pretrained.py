@@ -117,7 +117,8 @@ def _preparation(model_class: Any, source: str) -> tuple[Any, Any]:
     tokenizer = processor = None
     if main == "input_ids" or _has(source, TOKENIZERS):
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=False)
-    if main != "input_ids" or _has(source, PROCESSORS):
+    images_too = hasattr(model_class, "get_image_features") and not Path(source).is_dir()  # CLIP, on a hub
+    if main != "input_ids" or images_too or _has(source, PROCESSORS):
         kind = AutoFeatureExtractor if main in ("input_features", "input_values") else AutoImageProcessor
         processor = kind.from_pretrained(source, trust_remote_code=False)
     return tokenizer, processor

@@ -12,8 +12,8 @@ from pydantic import Field
 from torch import Tensor
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
-from qsim_evaluators.fitting import check, device, dtype
-from qsim_evaluators.text import read_rows
+from qsim_evaluators.fitting import check
+from qsim_evaluators.pixels import by, encoded, image_rows, pixels, sides
 
 
 class Accuracy(Evaluator):
@@ -34,14 +34,10 @@ class Accuracy(Evaluator):
 
         The fingerprint is of the encoded images and the labels.
         """
-        import datasets
-
-        rows = read_rows(source, [self.image, self.label], split)
-        if not isinstance(rows.features[self.image], datasets.Image):
-            raise DataError(f"column {self.image!r} of {source!r} holds {rows.features[self.image]}, no images")
+        rows = image_rows(source, [self.image, self.label], split)
         digest = hashlib.sha256(repr(list(rows[self.label])).encode())
-        for row in rows.select_columns(self.image).cast_column(self.image, datasets.Image(decode=False)):
-            digest.update(row[self.image]["bytes"] or _content(row[self.image]["path"]))
+        for image in encoded(rows, self.image):
+            digest.update(image)
         return Data(source, {"image": rows[self.image], "label": rows[self.label]}, digest.hexdigest())
 
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
@@ -75,40 +71,12 @@ class Accuracy(Evaluator):
     def protocol(self, loaded: LoadedModel) -> str:
         """What the processor makes of an image, in words."""
         config: Any = loaded.model.config
-        made = f"{_by(_sides(config.image_size))} pixels by the model's own processor"
+        made = f"{by(sides(config.image_size))} pixels by the model's own processor"
         return f"top-1 accuracy over {config.num_labels} classes, images made {made}"
 
     def _pixels(self, loaded: LoadedModel, data: Data, places: list[int]) -> Tensor:
-        """What the model takes, `[images, channels, height, width]`. Raises `DataError` for images that it cannot."""
         check(self.name, loaded)
-        config: Any = loaded.model.config
-        channels = config.num_channels
-        images = [_image(data.content["image"][place], place, channels) for place in places]
-        pixels: Tensor = loaded.processor(images, return_tensors="pt")["pixel_values"]
-        expected = (channels, *_sides(config.image_size))
-        if tuple(pixels.shape[1:]) != expected:
-            raise DataError(
-                f"image {places[0]} becomes {_by(pixels.shape[1:])}, the model takes {_by(expected)} "
-                f"(channels, height, width): its processor does not fit it"
-            )
-        return pixels.to(device(loaded), dtype(loaded))
-
-
-def _image(image: Any, place: int, channels: int) -> Any:
-    """A PIL image of as many channels as the model takes: grey becomes RGB, RGB is never made grey unasked."""
-    from PIL import Image
-
-    if not isinstance(image, Image.Image):
-        array = image.numpy() if isinstance(image, Tensor) else image
-        if str(array.dtype) != "uint8" or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
-            raise DataError(
-                f"image {place} is {array.dtype} of shape {tuple(array.shape)}; "
-                f"expected uint8, [height, width] or [height, width, 3]"
-            )
-        image = Image.fromarray(array)
-    if channels == 1 and image.mode not in ("1", "L"):
-        raise DataError(f"image {place} has mode {image.mode}, the model takes one channel; convert the images to 'L'")
-    return image.convert("L" if channels == 1 else "RGB")
+        return pixels(loaded, [data.content["image"][place] for place in places], places[0])
 
 
 def _labels(loaded: LoadedModel, labels: Sequence[Any], many: int) -> Tensor:
@@ -124,18 +92,3 @@ def _labels(loaded: LoadedModel, labels: Sequence[Any], many: int) -> Tensor:
             )
         found.append(label)
     return torch.tensor(found)
-
-
-def _content(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def _sides(size: Any) -> tuple[int, int]:
-    """Height and width, of which a configuration may name one for both."""
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return height, width
-
-
-def _by(shape: Any) -> str:
-    return " by ".join(map(str, shape))

@@ -6,13 +6,13 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.metrics import Means
-from qsim_evaluators.fitting import check, device, dtype
+from qsim_evaluators import ddim
+from qsim_evaluators.fitting import check
 from qsim_evaluators.pictures import beside
 
 MARKS = (25, 50, 75)
@@ -37,21 +37,21 @@ class Denoising(Evaluator):
         return Data("Gaussian noise", None, hashlib.sha256(b"Gaussian noise").hexdigest())
 
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
-        """Places on the model's own paths, each at a step of its own, as Q-Diffusion draws them (arXiv 2302.04304)."""
+        """Places on the model's own paths, each at a step of its own."""
         if length is not None:
             raise DataError("images have no length; leave --calibration-seqlen out")
-        path, times = self._path(loaded, self._noise(loaded, samples, seed), Run())
-        drawn = torch.randint(len(times), (samples,), generator=torch.Generator().manual_seed(seed)).tolist()
-        return [self._batch(loaded, path[step, i : i + 1], times[step]) for i, step in enumerate(drawn)]
+        return ddim.drawn(loaded, self._scheduler(loaded), samples, seed)
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
         """One image's noise at the first step."""
-        return self._batch(loaded, self._noise(loaded, 1, 0), self._scheduler(loaded).timesteps.tolist()[0])
+        scheduler = self._scheduler(loaded)
+        return ddim.arguments(loaded, ddim.noise(loaded, 1, 0), scheduler.timesteps.tolist()[0])
 
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
         """`error` at the end, at a quarter, half and three quarters of the way, and the number of `images`."""
-        noise = self._noise(loaded, min(self.samples, run.limit or self.samples), run.seed)
-        path, _ = self._path(loaded, noise, run)
+        scheduler = self._scheduler(loaded)
+        noise = ddim.noise(loaded, min(self.samples, run.limit or self.samples), run.seed)
+        path = ddim.paths(loaded, noise, scheduler, run)
         exact = path if run.reference is None else run.reference
         places = {f"error_at_{mark}": self.steps * mark // 100 for mark in MARKS} | {"error": self.steps}
         samples = {}
@@ -72,44 +72,6 @@ class Denoising(Evaluator):
         """`samples.png`: the baseline's images on the left, the simulated model's on the right, in the same order."""
         beside(baseline[-1], simulated[-1], directory / "samples.png")
 
-    def _noise(self, loaded: LoadedModel, many: int, seed: int) -> Tensor:
-        """`[many, channels, height, width]`; an image's noise does not depend on how many there are."""
-        check(self.name, loaded)
-        config: Any = loaded.model.config
-        sides = config.sample_size if isinstance(config.sample_size, list | tuple) else [config.sample_size] * 2
-        generator = torch.Generator().manual_seed(seed)
-        return torch.stack([torch.randn(config.in_channels, *sides, generator=generator) for _ in range(many)])
-
-    def _path(self, loaded: LoadedModel, noise: Tensor, run: Run) -> tuple[Tensor, list[int]]:
-        """`[steps + 1, images, …]`: the images from noise to end, and the time of each step."""
-        scheduler = self._scheduler(loaded)
-        times: list[int] = scheduler.timesteps.tolist()
-        batches, paths = noise.split(run.batch_size), []
-        with torch.no_grad():
-            for images in run.track(batches, len(batches), "images"):
-                path = [images]
-                for time in times:
-                    predicted = loaded.model(**self._batch(loaded, path[-1], time)).sample.float().cpu()
-                    path.append(scheduler.step(predicted, time, path[-1]).prev_sample)
-                paths.append(torch.stack(path))
-        return torch.cat(paths, 1), times
-
     def _scheduler(self, loaded: LoadedModel) -> Any:
-        """DDIM under the noise that the model was trained with."""
-        import diffusers
-
         check(self.name, loaded)
-        ddim: Any = diffusers.DDIMScheduler
-        scheduler = ddim.from_config(loaded.processor.config)
-        trained = scheduler.config.num_train_timesteps
-        if self.steps > trained:
-            raise DataError(f"the model knows {trained} steps of noise, fewer than steps={self.steps}")
-        scheduler.set_timesteps(self.steps)
-        return scheduler
-
-    @staticmethod
-    def _batch(loaded: LoadedModel, images: Tensor, time: int) -> dict[str, Any]:
-        return {
-            "sample": images.to(device(loaded), dtype(loaded)),
-            "timestep": torch.full((len(images),), time, device=device(loaded)),
-        }
+        return ddim.schedule(loaded, self.steps)

@@ -16,9 +16,11 @@ FITS = {
     "accuracy": ("ForImageClassification",),
     "question_answering": ("ForQuestionAnswering",),
     "denoising": ("UNet2DModel",),
+    "frechet": ("UNet2DModel",),
     "retrieval": ("BertModel", "AlbertModel", "RobertaModel", "MPNetModel", "ElectraModel"),
 }
-"""Ends of class names, the narrowest first; a class of another name is taken at its word."""
+"""Ends of class names, the narrowest first; of two evaluators for one class the first is the one that is made for it.
+A class of another name is taken at its word."""
 NEEDS = {
     "perplexity": ("tokenizer", "a tokenizer"),
     "pass_at_k": ("tokenizer", "a tokenizer"),
@@ -26,6 +28,7 @@ NEEDS = {
     "accuracy": ("processor", "an image processor"),
     "question_answering": ("tokenizer", "a tokenizer"),
     "denoising": ("processor", "a scheduler"),
+    "frechet": ("processor", "a scheduler"),
     "retrieval": ("tokenizer", "a tokenizer"),
 }
 """What an evaluator cannot do without: the field of a loaded model, and what it is called."""
@@ -36,7 +39,7 @@ def check(evaluator: str, loaded: LoadedModel) -> None:
     name, fit = type(loaded.model).__name__, fitting(loaded)
     if fit and evaluator not in fit:
         raise DataError(f"{evaluator} does not fit {with_article(name)}; {', '.join(fit)} and fidelity do")
-    field, needed = NEEDS[evaluator]
+    field, needed = NEEDS.get(evaluator, ("model", ""))
     if getattr(loaded, field) is None:
         raise DataError(f"{evaluator} needs {needed}, and this {name} was loaded without one")
 

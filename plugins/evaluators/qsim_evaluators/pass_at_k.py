@@ -56,12 +56,12 @@ class PassAtK(Evaluator):
             raise ValueError("an empty text stops every completion at once")
         return self
 
-    def read(self, source: str) -> Data:
+    def read(self, source: str, split: str = "test") -> Data:
         """Problems from a file of JSON lines, `.gz` too, or from `datasets`."""
         path = Path(source).expanduser()
         if path.is_file():
             return problems(source, _lines(path))
-        rows = read_rows(source, list(NEEDED))
+        rows = read_rows(source, list(NEEDED), split)
         return problems(source, [dict(row) for row in rows])
 
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:

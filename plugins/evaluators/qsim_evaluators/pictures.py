@@ -1,4 +1,4 @@
-"""Two sets of images side by side in one PNG."""
+"""Images as bytes, and two sets of them side by side in one PNG."""
 
 from __future__ import annotations
 
@@ -15,8 +15,18 @@ MOST = 64
 GAP = 4
 
 
+def as_bytes(images: Tensor) -> Tensor:
+    """Pixels from -1 to 1 as uint8 from 0 to 255; what lies outside is clipped, NaN is grey; uint8 stays."""
+    if images.dtype == torch.uint8:
+        return images
+    return ((images.float().nan_to_num().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
 def beside(left: Tensor, right: Tensor, file: Path) -> None:
-    """Write a PNG of the first images of both, `[images, channels, height, width]` from -1 to 1, in the same order."""
+    """Write a PNG of the first images of both, `[images, channels, height, width]`, in the same order.
+
+    Pixels are from -1 to 1, or uint8.
+    """
     from PIL import Image
 
     panels = torch.cat([_grid(left[:MOST]), _grid(right[:MOST])], 2)
@@ -27,7 +37,7 @@ def beside(left: Tensor, right: Tensor, file: Path) -> None:
 def _grid(images: Tensor) -> Tensor:
     """`[channels, height, width]` in uint8: the images row by row in a square, white around each and right of all."""
     images = images[:, :1] if images.shape[1] not in (1, 3) else images
-    pixels = ((images.float().nan_to_num().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    pixels = as_bytes(images)
     times = -(-SMALLEST // min(pixels.shape[2:]))
     pixels = pixels.repeat_interleave(times, 2).repeat_interleave(times, 3)
     pixels = F.pad(pixels, (GAP, GAP, GAP, GAP), value=255)

@@ -17,7 +17,7 @@ def read_text(source: str, measure: str, split: str) -> Data:
     A data set's rows are joined by blank lines, as GPTQ's evaluation joins them.
     """
     path = Path(source).expanduser()
-    text = _read_file(path) if path.is_file() else "\n\n".join(read_rows(source, ["text"], split)["text"])
+    text = read_file(path) if path.is_file() else "\n\n".join(read_rows(source, ["text"], split)["text"])
     if not text.strip():
         raise DataError(f"{source} is empty: there is no text to measure {measure} on")
     return Data.of_text(source, text)
@@ -57,7 +57,8 @@ def draw(tokens: Tensor, samples: int, length: int, seed: int, name: str) -> lis
     return [tokens[start : start + length].unsqueeze(0) for start in starts.tolist()]
 
 
-def _read_file(path: Path) -> str:
+def read_file(path: Path) -> str:
+    """A file's text. Raises `DataError`."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

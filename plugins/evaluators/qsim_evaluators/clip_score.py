@@ -1,0 +1,121 @@
+"""`clip_score(clip, steps, guidance)`: how well a pipeline's images fit the texts that they were made of."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
+from qsim_core.errors import with_article
+from qsim_evaluators.features import given
+from qsim_evaluators.fitting import check, device
+from qsim_evaluators.pictures import as_bytes, beside
+from qsim_evaluators.pixels import pixels
+from qsim_evaluators.text import read_file, read_rows
+
+WEIGHT = 100
+"""What the cosine is multiplied by: 100, as torchmetrics has it; the paper says 2.5."""
+
+
+class ClipScore(Evaluator):
+    """CLIPScore of text-to-image pipelines (arXiv 2104.08718): 100 max(cos(image, text), 0), the mean over prompts.
+
+    A given CLIP embeds both; it is never quantized, and another one than the pipeline's own says more. Each prompt has
+    noise of its own, which the run's seed draws: the same for the pipeline as it is and for the simulated one. Data are
+    a list of prompts.
+    """
+
+    name = "clip_score"
+    metric = "clip_score"
+    higher_is_better = True
+    clip: str = Field(description="the CLIP that judges: a directory, or a name on the hub")
+    steps: PositiveInt = Field(25, description="of the path from noise to image")
+    guidance: float | None = Field(None, description="scale of classifier-free guidance; none: the pipeline's own")
+    column: str = Field("text", description="the column with prompts")
+
+    def read(self, source: str, split: str = "test") -> Data:
+        """Prompts: the lines of a text file, or a column of `datasets`, `NAME[:CONFIG[:SPLIT]]`."""
+        path = Path(source).expanduser()
+        found = read_file(path).splitlines() if path.is_file() else read_rows(source, [self.column], split)[self.column]
+        prompts = [text.strip() for text in found if text.strip()]
+        if not prompts:
+            raise DataError(f"{source} is empty: there is no prompt to make an image of")
+        return Data(source, prompts, Data.of_text(source, "\n".join(prompts)).sha256)
+
+    def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
+        """The first prompt, with few steps."""
+        return self._arguments(loaded, data.content[:1], [0]) | {"num_inference_steps": min(self.steps, 2)}
+
+    def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
+        """`clip_score`, NaN if an image is not finite, and the number of `prompts`."""
+        prompts = data.content[: run.limit]
+        seeds = torch.randint(2**31, (len(prompts),), generator=torch.Generator().manual_seed(run.seed)).tolist()
+        judge = _Judge(self.clip, device(loaded))
+        places = [slice(start, start + run.batch_size) for start in range(0, len(prompts), run.batch_size)]
+        images, scores = [], []
+        with torch.no_grad():
+            for batch in run.track(places, len(places), "prompts"):
+                made = loaded.model(**self._arguments(loaded, prompts[batch], seeds[batch])).images.float().cpu()
+                images.append(as_bytes(2 * made - 1))
+                cosine = judge.cosine(images[-1], prompts[batch])
+                scores.append(cosine.where(made.flatten(1).isfinite().all(1), torch.nan))
+        samples = {self.metric: WEIGHT * torch.cat(scores).clamp(min=0)}
+        return Metrics(samples, counts={"prompts": float(len(prompts))}, outputs=torch.cat(images))
+
+    def protocol(self, loaded: LoadedModel) -> str:
+        """The judge and the path in words."""
+        guidance = "the pipeline's own guidance" if self.guidance is None else f"guidance {self.guidance:g}"
+        return (
+            f"CLIPScore, {WEIGHT} max(cos, 0) by {self.clip}, one image for each prompt, {self.steps} steps, {guidance}"
+        )
+
+    def save_samples(self, baseline: Tensor, simulated: Tensor, directory: Path) -> None:
+        """`samples.png`: the baseline's images on the left, the simulated model's on the right, in the same order."""
+        beside(baseline, simulated, directory / "samples.png")
+
+    def _arguments(self, loaded: LoadedModel, prompts: list[str], seeds: list[int]) -> dict[str, Any]:
+        """What the pipeline takes. Raises `DataError` if the model makes no images of texts."""
+        check(self.name, loaded)
+        model: Any = loaded.model
+        pipeline = getattr(model, "pipeline", None)
+        known = set() if pipeline is None else set(inspect.signature(type(pipeline).__call__).parameters)
+        if not {"prompt", "generator", "num_inference_steps", "output_type"} <= known:
+            raise DataError(
+                f"clip_score needs a pipeline that makes images of texts, not {with_article(type(model).__name__)}"
+            )
+        if self.guidance is not None and "guidance_scale" not in known:
+            raise DataError(f"{type(pipeline).__name__} takes no scale of guidance; leave guidance out")
+        return {
+            "prompt": list(prompts),
+            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+            "num_inference_steps": self.steps,
+            "output_type": "pt",
+        } | ({} if self.guidance is None else {"guidance_scale": self.guidance})
+
+
+class _Judge:
+    """A CLIP and what prepares its inputs."""
+
+    def __init__(self, name: str, where: torch.device) -> None:
+        self.loaded = given(name, where)
+        self.model: Any = self.loaded.model
+        both = hasattr(self.model, "get_image_features") and hasattr(self.model, "get_text_features")
+        if not both or self.loaded.processor is None or self.loaded.tokenizer is None:
+            raise DataError(f"{name}, {with_article(type(self.model).__name__)}, does not embed both images and texts")
+
+    def cosine(self, images: Tensor, texts: list[str]) -> Tensor:
+        """`[images]` in float64, of uint8 images `[images, 3, height, width]` and as many texts; long ones are cut."""
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.loaded.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+        arrays = list(images.permute(0, 2, 3, 1).numpy())
+        image = self.model.get_image_features(pixel_values=pixels(self.loaded, arrays)).pooler_output
+        text = self.model.get_text_features(**tokens.to(device(self.loaded))).pooler_output
+        return F.cosine_similarity(image.double(), text.double(), dim=1).cpu()

@@ -1,0 +1,65 @@
+"""Images out of noise by DDIM's deterministic path (arXiv 2010.02502, η = 0), for models with a scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsim_core import DataError, LoadedModel, Run
+from qsim_evaluators.fitting import device, dtype
+
+
+def noise(loaded: LoadedModel, many: int, seed: int) -> Tensor:
+    """`[many, channels, height, width]`; an image's noise does not depend on how many there are."""
+    config: Any = loaded.model.config
+    sides = config.sample_size if isinstance(config.sample_size, list | tuple) else [config.sample_size] * 2
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randn(config.in_channels, *sides, generator=generator) for _ in range(many)])
+
+
+def schedule(loaded: LoadedModel, steps: int) -> Any:
+    """DDIM's scheduler under the noise that the model was trained with. Raises `DataError` for too many steps."""
+    import diffusers
+
+    ddim: Any = diffusers.DDIMScheduler
+    scheduler = ddim.from_config(loaded.processor.config)
+    trained = scheduler.config.num_train_timesteps
+    if steps > trained:
+        raise DataError(f"the model knows {trained} steps of noise, fewer than steps={steps}")
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def walk(loaded: LoadedModel, images: Tensor, scheduler: Any) -> Iterator[Tensor]:
+    """The images after each step of the path that starts from the given ones, in float32 on the CPU."""
+    for time in scheduler.timesteps.tolist():
+        predicted = loaded.model(**arguments(loaded, images, time)).sample.float().cpu()
+        images = scheduler.step(predicted, time, images).prev_sample
+        yield images
+
+
+def paths(loaded: LoadedModel, start: Tensor, scheduler: Any, run: Run) -> Tensor:
+    """`[steps + 1, images, …]`: the images from noise to end."""
+    batches, found = start.split(run.batch_size), []
+    with torch.no_grad():
+        for images in run.track(batches, len(batches), "images"):
+            found.append(torch.stack([images, *walk(loaded, images, scheduler)]))
+    return torch.cat(found, 1)
+
+
+def drawn(loaded: LoadedModel, scheduler: Any, samples: int, seed: int) -> list[Any]:
+    """Places on the model's own paths, each at a step of its own, as Q-Diffusion draws them (arXiv 2302.04304)."""
+    path, times = paths(loaded, noise(loaded, samples, seed), scheduler, Run()), scheduler.timesteps.tolist()
+    steps = torch.randint(len(times), (samples,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [arguments(loaded, path[step, i : i + 1], times[step]) for i, step in enumerate(steps)]
+
+
+def arguments(loaded: LoadedModel, images: Tensor, time: int) -> dict[str, Any]:
+    """What the model takes for images that are at one time of the path."""
+    return {
+        "sample": images.to(device(loaded), dtype(loaded)),
+        "timestep": torch.full((len(images),), time, device=device(loaded)),
+    }

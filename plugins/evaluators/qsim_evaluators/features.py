@@ -1,0 +1,82 @@
+"""Features of images, by a model that is given: it is never quantized, and measures what another one makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qsim_core import DataError, LoadedModel
+from qsim_core.configuration import line
+from qsim_core.host import installed
+from qsim_core.models import locate
+from qsim_evaluators.pixels import picture, pixels
+
+Features = Callable[[Sequence[Any]], Tensor]
+"""From images, as `pixels` takes them, to `[images, width]` in float32 on the CPU."""
+EXPORTED = ".pt2"
+
+
+def given(name: str, device: torch.device) -> LoadedModel:
+    """A model of the zoo, of a directory or of the hub, in float32. Raises `ModelError`."""
+    located = locate(name, installed())
+    loaded = located.adapter.load(located.source, torch.float32)
+    loaded.model.to(device)
+    return loaded
+
+
+def features(name: str, device: torch.device) -> Features:
+    """The features of a vision model of transformers: the mean of its last hidden states over all positions.
+
+    Of a network of convolutions that is what FID takes of Inception. A program that `torch.export` saved, a file that
+    ends in `.pt2`, takes RGB images of one size, uint8 `[images, 3, height, width]`, and gives the features itself.
+    Raises `ModelError` and `DataError`.
+    """
+    if Path(name).suffix == EXPORTED:
+        return _of_program(name, device)
+    loaded = given(name, device)
+    model: Any = loaded.model
+    base = getattr(model, "base_model", model)
+    encoder = getattr(base, "vision_model", base)
+    if getattr(encoder, "main_input_name", None) != "pixel_values" or loaded.processor is None:
+        raise DataError(f"features of images cannot come from {name}, a {type(model).__name__}: it encodes no images")
+
+    def found(images: Sequence[Any]) -> Tensor:
+        with torch.no_grad():
+            states: Tensor = encoder(pixel_values=pixels(loaded, images)).last_hidden_state
+        return states.mean(tuple(range(2, states.dim())) if states.dim() > 3 else 1).cpu()
+
+    return found
+
+
+def described(name: str) -> str:
+    """Which features they are, in words."""
+    if Path(name).suffix == EXPORTED:
+        return f"the outputs of {name}"
+    return f"the last hidden states of {name}, averaged over positions"
+
+
+def _of_program(name: str, device: torch.device) -> Features:
+    try:
+        program = torch.export.load(Path(name).expanduser()).module().to(device)
+    except Exception as error:  # a file can be wrong in as many ways as there are parts of a program
+        raise DataError(f"{name} cannot be loaded as a program that torch.export saved: {line(error)}") from None
+
+    def found(images: Sequence[Any]) -> Tensor:
+        arrays = [np.array(picture(image, place, 3)) for place, image in enumerate(images)]
+        try:
+            batch = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+            with torch.no_grad():
+                outputs = program(batch.to(device))
+        except Exception as error:  # it says in words of its own that it takes other shapes
+            shape = " by ".join(map(str, arrays[0].shape))
+            raise DataError(f"{name} takes no {len(arrays)} images of {shape}: {line(error)}") from None
+        if not isinstance(outputs, Tensor) or outputs.dim() != 2 or len(outputs) != len(arrays):
+            raise DataError(f"{name} should give one row of features for each image, [images, width]")
+        return outputs.float().cpu()
+
+    return found

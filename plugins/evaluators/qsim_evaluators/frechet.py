@@ -1,0 +1,159 @@
+"""`frechet(features, steps, samples)`: how far a diffusion model's images, as a whole, are from given ones."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
+from qsim_core.host import installed
+from qsim_core.models import named_models
+from qsim_evaluators import ddim
+from qsim_evaluators.features import Features, described, features
+from qsim_evaluators.fitting import check, device
+from qsim_evaluators.pictures import as_bytes, beside
+from qsim_evaluators.pixels import encoded, image_files, image_rows
+
+
+@dataclass(frozen=True)
+class Made:
+    """What one run leaves: its images, and the features of the reference images, which are the next run's too."""
+
+    images: Tensor
+    """uint8 `[images, channels, height, width]`."""
+    reference_features: Tensor
+    """`[reference images, width]`."""
+
+
+class Frechet(Evaluator):
+    """The Fréchet distance between images that the model makes of noise and reference images (arXiv 1706.08500).
+
+    Both sets become features of a given model, and of each set the Gaussian of the same mean and covariance is taken;
+    with Inception's features it is FID. The images come down DDIM's path, as `denoising`'s do, from noise that the
+    run's seed draws: the same for the model as it is and for the simulated one. Data are a mapping with `image`, PIL
+    images or uint8 arrays `[height, width]` or `[height, width, 3]`; a classifier's will do, without their labels.
+    """
+
+    name = "frechet"
+    metric = "frechet_distance"
+    features: str = Field(
+        description="the model whose features are compared: the zoo's, a directory, the hub's; a .pt2"
+    )
+    steps: PositiveInt = Field(25, description="of the path from noise to image")
+    samples: PositiveInt = Field(256, description="images that are made")
+    image: str = Field("image", description="the column with reference images")
+
+    def read(self, source: str, split: str = "test") -> Data:
+        """Reference images: the files in a directory, or a column of `datasets`, `NAME[:CONFIG[:SPLIT]]`."""
+        path = Path(source).expanduser()
+        rows, column = image_files(path) if path.is_dir() else None, "image"
+        if rows is None:
+            rows, column = image_rows(source, [self.image], split), self.image
+        digest = hashlib.sha256()
+        for image in encoded(rows, column):
+            digest.update(image)
+        return Data(source, {"image": rows[column]}, digest.hexdigest())
+
+    def default_data(self) -> Data | None:
+        """The images that the model of features is evaluated on itself, if it comes with any."""
+        named = named_models(installed())
+        return named[self.features][1].data() if self.features in named else None
+
+    def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
+        """Places on the model's own paths, each at a step of its own; the reference images have no part in them."""
+        if length is not None:
+            raise DataError("images have no length; leave --calibration-seqlen out")
+        return ddim.drawn(loaded, self._scheduler(loaded), samples, seed)
+
+    def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
+        """One image's noise at the first step."""
+        scheduler = self._scheduler(loaded)
+        return ddim.arguments(loaded, ddim.noise(loaded, 1, 0), scheduler.timesteps.tolist()[0])
+
+    def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
+        """`frechet_distance`, NaN if an image is not finite; the number of `images` and of `reference_images`."""
+        scheduler, of_images = self._scheduler(loaded), features(self.features, device(loaded))
+        many = min(self.samples, run.limit or self.samples)
+        reference = _reference(of_images, data, run) if run.reference is None else run.reference.reference_features
+        for what, count in (("made", many), ("reference", len(reference))):
+            if count <= reference.shape[1]:
+                raise DataError(
+                    f"{count} {what} images are too few for the covariance of {reference.shape[1]} features: it takes "
+                    f"more images than features"
+                )
+        batches = ddim.noise(loaded, many, run.seed).split(run.batch_size)
+        images, found, finite = [], [], True
+        with torch.no_grad():
+            for batch in run.track(batches, len(batches), "images"):
+                *_, end = ddim.walk(loaded, batch, scheduler)
+                finite = finite and bool(end.isfinite().all())
+                images.append(as_bytes(end))
+                found.append(of_images(_pictures(images[-1])))
+        distance = frechet_distance(reference, torch.cat(found)) if finite else math.nan
+        counts = {self.metric: distance, "images": float(many), "reference_images": float(len(reference))}
+        return Metrics({}, counts=counts, outputs=Made(torch.cat(images), reference))
+
+    def protocol(self, loaded: LoadedModel) -> str:
+        """Which images, which features, and why there is no interval."""
+        return (
+            f"Fréchet distance of {self.samples} images at most, after {self.steps} steps of DDIM from one noise, to "
+            f"the reference images; features: {described(self.features)}; it shrinks with more images, and has no "
+            f"confidence interval, as images drawn again repeat themselves, which alone makes it larger"
+        )
+
+    def save_samples(self, baseline: Made, simulated: Made, directory: Path) -> None:
+        """`samples.png`: the baseline's images on the left, the simulated model's on the right, in the same order."""
+        beside(baseline.images, simulated.images, directory / "samples.png")
+
+    def _scheduler(self, loaded: LoadedModel) -> Any:
+        check(self.name, loaded)
+        return ddim.schedule(loaded, self.steps)
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½), equation 6 of arXiv 1706.08500, in float64.
+
+    The means and the covariances (of n - 1) are those of the rows of `a` and of `b`, `[images, width]`; NaN if one of
+    them is not finite.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return math.nan
+    as_they_are: Any = nn.Identity()  # where torchmetrics has Inception: the features are made already
+    as_they_are.num_features = a.shape[1]
+    distance = FrechetInceptionDistance(feature=as_they_are)
+    distance.update(a.double(), real=True)
+    distance.update(b.double(), real=False)
+    return float(distance.compute())
+
+
+def _reference(of_images: Features, data: Data, run: Run) -> Tensor:
+    """The features of the reference images. Raises `DataError` if there are none, or one cannot be read."""
+    if not isinstance(data.content, Mapping) or "image" not in data.content:
+        raise DataError(f"frechet needs reference images, and {data.name} is none; name some with --data")
+    images = data.content["image"]
+    batches = torch.arange(len(images)).split(run.batch_size)
+    try:
+        found = [
+            of_images([images[place] for place in batch.tolist()])
+            for batch in run.track(batches, len(batches), "reference")
+        ]
+    except OSError as error:
+        raise DataError(f"a reference image of {data.name} cannot be read: {error}") from None
+    return torch.cat(found)
+
+
+def _pictures(images: Tensor) -> list[Any]:
+    """uint8 `[images, channels, height, width]` as arrays `[height, width]` or `[height, width, 3]`."""
+    if images.shape[1] not in (1, 3):
+        raise DataError(f"the model makes images of {images.shape[1]} channels, which are neither grey nor RGB")
+    return list(images.permute(0, 2, 3, 1).squeeze(3).numpy())
