@@ -138,8 +138,8 @@ class Evaluator(Component):
     """Turns a model and data into metrics. One method to write: `evaluate`."""
 
     kind: ClassVar[str] = "evaluator"
-    metric: ClassVar[str]
-    """The metric that a table shows first."""
+    metric: ClassVar[str] = ""
+    """The metric that a table shows first; empty: the first one that there is."""
     higher_is_better: ClassVar[bool] = False
 
     @abstractmethod

@@ -138,6 +138,7 @@ def evaluate(
     seconds = {"baseline": baseline_seconds, "simulated": simulated_seconds, "total": time.perf_counter() - start}
     return Result(
         **_description(job, loaded, host),
+        metric=job.evaluator.metric or next(iter(baseline)),
         baseline=baseline,
         simulated=simulated,
         intervals=intervals(baseline, simulated, run.seed),
@@ -227,7 +228,6 @@ def _description(job: Job, loaded: LoadedModel, host: Host) -> dict[str, Any]:
         "recipe": _recipe_record(job.recipe),
         "evaluator": str(job.evaluator),
         "protocol": job.evaluator.protocol(loaded),
-        "metric": job.evaluator.metric,
         "plugins": _plugins(job, host),
     }
 

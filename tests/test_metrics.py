@@ -167,6 +167,36 @@ def test_an_evaluator_that_returns_plain_numbers_still_works(evaluate: Any) -> N
     assert (result.simulated, result.intervals, result.ratio) == ({"error": 1.0}, {}, 1.0)
 
 
+def test_an_evaluators_own_data_go_before_the_models_and_its_first_metric_is_the_one(tmp_path: Path) -> None:
+    class Scored(Squares):
+        """One that finds out what it measures."""
+
+        name = "scored"
+        metric = ""
+
+        def evaluate(self, loaded: qsim.LoadedModel, data: qsim.Data, run: qsim.Run) -> Any:
+            return {f"{data.name}/score": 1.0, "samples": 2.0}
+
+    class Library(qsim.Adapter):
+        """Knows one model and its data."""
+
+        name = "library"
+
+        def models(self) -> dict[str, qsim.NamedModel]:
+            return {"mine": qsim.NamedModel(lambda: tmp_path, lambda: qsim.Data.of_text("text", "text"))}
+
+        def load(self, model: str, dtype: torch.dtype) -> Any:
+            raise NotImplementedError
+
+    (tmp_path / "config.json").write_text('{"model_type": "vectors", "architectures": ["Linear"]}')
+    host = qsim.Host()
+    host.register(Scored, Vectors, Library)
+
+    result = qsim.evaluate(qsim.Recipe.of({"model": "mine", "weights": "int4", "evaluate": "scored"}, host), host=host)
+
+    assert (result.data.name, result.metric) == ("random vectors", "random vectors/score")
+
+
 def test_a_named_model_may_say_which_evaluator_goes_with_its_data(tmp_path: Path) -> None:
     class Library(qsim.Adapter):
         """Knows one model, and measures it in a way of its own."""

@@ -1,0 +1,125 @@
+"""`lm_eval(tasks, num_fewshot, …)`: tasks of EleutherAI's harness, run on the model in memory."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+
+from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
+from qsim_core.errors import with_article
+from qsim_lm_eval.quiet import quiet
+
+if TYPE_CHECKING:
+    from qsim_lm_eval.tasks import Tasks
+
+FITTING = ("ForCausalLM", "LMHeadModel")
+"""Ends of the class names of models that the harness is run on."""
+
+
+class LMEval(Evaluator):
+    """Tasks of the Language Model Evaluation Harness (Gao et al., zenodo 10256836), scored as the harness scores them.
+
+    A metric is called as in the harness with its task before it, `piqa/acc_norm`, and a filter behind it where the task
+    has several. Metrics that are means over documents, or the harness's perplexities of such means, have confidence
+    intervals; those of a whole corpus (F1, BLEU) have none. Log-probabilities are taken in float32. `limit` takes the
+    first documents of every task, `batch_size` is that of requests, and `seed` draws the examples that are shown.
+    """
+
+    name = "lm_eval"
+    tasks: tuple[str, ...] = Field(description="tasks, groups or tags of the harness, patterns like mmlu_* too")
+    num_fewshot: NonNegativeInt | None = Field(None, description="examples that are shown; none: as each task has it")
+    include_path: Path | None = Field(None, description="a directory with more tasks, in the harness's YAML")
+    max_length: PositiveInt | None = Field(None, description="tokens of an input; none: what the model takes")
+    inputs: Evaluator = Field("perplexity", description="whose batches transforms look at")  # type: ignore[assignment]
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _separate(cls, value: Any) -> Any:
+        """`"piqa,arc_easy"`, as the harness's own command takes them, is two."""
+        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+    @field_validator("tasks")
+    @classmethod
+    def _any(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(value) or not value:
+            raise ValueError("name a task, as in lm_eval([piqa, arc_easy])")
+        return value
+
+    @field_validator("include_path")
+    @classmethod
+    def _from_anywhere(cls, value: Path | None) -> Path | None:
+        """A record of a run does not depend on the directory it was made in."""
+        return None if value is None else value.expanduser().resolve()
+
+    def read(self, source: str) -> Data:
+        """What `inputs` reads, for calibration: the tasks bring their own."""
+        return self.inputs.read(source)
+
+    def default_data(self) -> Data:
+        """The tasks with their documents; the name has versions and shots. Raises `DataError`."""
+        from qsim_lm_eval.tasks import load
+
+        with quiet():
+            return load(self.tasks, self.num_fewshot, self.include_path)
+
+    def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
+        """Batches of `inputs`, from text: nothing that is measured on is calibrated on."""
+        from qsim_lm_eval.tasks import Tasks
+
+        if isinstance(data.content, Tasks):
+            raise DataError("nothing is calibrated on lm_eval's tasks; name some text with --calibration-data")
+        return self.inputs.calibration(loaded, data, samples, length, seed)
+
+    def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
+        """The first request's tokens."""
+        self._check(loaded)
+        tokens = loaded.tokenizer(_tasks(data).first_text, verbose=False).input_ids or [loaded.tokenizer.eos_token_id]
+        device = next(loaded.model.parameters()).device
+        return {"input_ids": torch.tensor([tokens[: self.max_length or 64]], device=device), "use_cache": False}
+
+    def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
+        """The harness's metrics, `task/metric`, those of groups first, and the number of `documents`."""
+        self._check(loaded)
+        tasks = _tasks(data)
+        with quiet():
+            import lm_eval
+
+            from qsim_lm_eval.language_model import InMemory
+            from qsim_lm_eval.scores import score
+
+            tasks.seed(run.seed)
+            try:
+                results = lm_eval.evaluate(
+                    InMemory(loaded, run, self.max_length),
+                    {"tasks": tasks.tasks, "groups": tasks.groups},
+                    limit=run.limit,
+                    bootstrap_iters=0,
+                )
+            except (AssertionError, ValueError) as error:  # how the harness refuses what it is asked for
+                raise DataError(f"lm-evaluation-harness: {' '.join(str(error).split())[:300]}") from None
+            return score(results, tasks)
+
+    def protocol(self, loaded: LoadedModel) -> str:
+        """The harness's version and what the model is given."""
+        length = "" if self.max_length is None else f", inputs of {self.max_length} tokens at most"
+        return f"lm-evaluation-harness {version('lm-eval')}{length}"
+
+    def _check(self, loaded: LoadedModel) -> None:
+        """Raise `DataError` for what the harness cannot be run on."""
+        model = type(loaded.model).__name__
+        if not model.endswith(FITTING):
+            raise DataError(f"lm_eval needs a causal language model of transformers, not {with_article(model)}")
+        if getattr(loaded.tokenizer, "eos_token_id", None) is None:
+            raise DataError(f"lm_eval needs a tokenizer with an end-of-text token, and this {model} has none")
+
+
+def _tasks(data: Data) -> Tasks:
+    from qsim_lm_eval.tasks import Tasks
+
+    if not isinstance(data.content, Tasks):
+        raise DataError("lm_eval's tasks bring their own documents; leave --data out")
+    return data.content

@@ -1,0 +1,93 @@
+"""Tasks of the harness by name: found, loaded with their documents, and known by a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable
+
+from qsim_core import Data, DataError
+from qsim_core.errors import did_you_mean
+
+
+@dataclass
+class Tasks:
+    """Tasks with their documents, by name, and the groups that they are averaged in."""
+
+    tasks: dict[str, Any]
+    groups: dict[str, Any]
+    first_text: str
+    """The first request of the first task."""
+
+    def seed(self, seed: int) -> None:
+        """Let the examples shown and whatever else is drawn begin anew, the same for every model."""
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        for task in self.tasks.values():
+            task.set_fewshot_seed(seed)
+
+
+def load(names: tuple[str, ...], num_fewshot: int | None, include_path: Path | None) -> Data:
+    """The tasks under these names as `Data`; its hash is of their documents and first requests. Raises `DataError`."""
+    manager, found = _find(names, include_path)
+    try:
+        loaded = manager.load(found)
+    except Exception as error:  # whatever data sets, their loaders and the code of tasks raise
+        raise DataError(f"lm_eval cannot load {', '.join(names)}: {_in_one_line(error)}") from None
+    digest, parts, first = hashlib.sha256(), [], ""
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise DataError(f"{name} runs code that the model has written; lm_eval leaves such tasks out")
+        shots = _show(task, num_fewshot)
+        try:
+            requests, documents = _first_requests(task), list(task.eval_docs)
+        except Exception as error:  # a template or a function of the task that does not fit the documents
+            raise DataError(f"lm_eval cannot ask {name}: {_in_one_line(error)}") from None
+        first = first or "".join(part for part in requests[0] if isinstance(part, str))
+        known = [name, task.VERSION, shots, requests, documents]
+        digest.update(json.dumps(known, default=handle_non_serializable).encode())
+        parts.append(f"{name} (version {task.VERSION}, {shots}-shot)")
+    content = Tasks(loaded["tasks"], loaded.get("groups", {}), first)
+    return Data(", ".join(parts), content, digest.hexdigest())
+
+
+def _find(names: tuple[str, ...], include_path: Path | None) -> tuple[TaskManager, list[str]]:
+    """The index that knows the names, and what patterns among them stand for."""
+    if include_path is not None and not include_path.is_dir():
+        raise DataError(f"lm_eval finds no directory {include_path}")
+    # the harness's own thousands of tasks take seconds to read: only where they are needed
+    for with_its_own in [True] if include_path is None else [False, True]:
+        manager = TaskManager(include_path=include_path, include_defaults=with_its_own)
+        matches = {name: manager.match_tasks([name]) for name in names}
+        if all(matches.values()):
+            return manager, list(dict.fromkeys(match for found in matches.values() for match in found))
+    missing = next(name for name in names if not matches[name])
+    raise DataError(f"lm_eval has no task {missing!r}{did_you_mean(missing, manager.all_tasks)}")
+
+
+def _show(task: Any, num_fewshot: int | None) -> int:
+    """How many examples a task shows from now on: as asked for, unless its own definition says none."""
+    own = task.get_config("num_fewshot")
+    shots = (own or 0) if num_fewshot is None or own == 0 else num_fewshot
+    task.set_config(key="num_fewshot", value=shots)
+    return int(shots)
+
+
+def _first_requests(task: Any) -> list[Any]:
+    """What the first document asks of the model."""
+    task.set_fewshot_seed(0)
+    task.build_all_requests(limit=1)
+    return [request.args for request in task.instances]
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
