@@ -55,9 +55,9 @@ class LMEval(Evaluator):
         """A record of a run does not depend on the directory it was made in."""
         return None if value is None else value.expanduser().resolve()
 
-    def read(self, source: str) -> Data:
+    def read(self, source: str, split: str = "test") -> Data:
         """What `inputs` reads, for calibration: the tasks bring their own."""
-        return self.inputs.read(source)
+        return self.inputs.read(source, split)
 
     def default_data(self) -> Data:
         """The tasks with their documents; the name has versions and shots. Raises `DataError`."""
