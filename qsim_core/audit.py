@@ -114,6 +114,10 @@ class Audit(BaseModel):
         return [f"{site.site}: {note}" for site in self.sites for note in site.notes]
 
 
+PART = 2**18
+"""Elements that are looked at in float64 at a time."""
+
+
 @dataclass
 class _Sums:
     """Running sums over the tensors of one role at one site."""
@@ -133,10 +137,11 @@ class _Sums:
         if before is after:  # quantized before this audit, and the original is gone
             self.clipped = self.flushed = None
             return
-        x, y = before.double(), after.double()
-        self.signal += float(x.square().sum())
-        self.error += float((x - y).square().sum())
-        self.flushed = None if self.flushed is None else self.flushed + int(((x != 0) & (y == 0)).sum())
+        for x, y in zip(before.reshape(-1).split(PART), after.reshape(-1).split(PART), strict=True):
+            wide = x.double()
+            self.signal += float(wide.square().sum())
+            self.error += float((wide - y).square().sum())
+            self.flushed = None if self.flushed is None else self.flushed + int(((x != 0) & (y == 0)).sum())
         passes = quantizer.passes(before)
         self.clipped = None if passes is None or self.clipped is None else self.clipped + int((~passes).sum())
 

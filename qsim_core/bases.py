@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from qsim_core.component import Component, Preset
-from qsim_core.errors import DataError, QsimError
+from qsim_core.errors import DataError, ModelError, QsimError
 from qsim_core.quantizer import Quantizer
 from qsim_core.ranges import Calibrator
 
@@ -120,6 +120,13 @@ class Adapter(Component):
     @abstractmethod
     def load(self, model: str, dtype: torch.dtype) -> LoadedModel:
         """The model in a local directory or of a hub's name, in eval mode. Raises `ModelError`."""
+
+    def load_dispatched(self, model: str, dtype: torch.dtype, to: str) -> LoadedModel:
+        """The same with weights where accelerate puts them: "auto", on whatever has room, or "disk".
+
+        Outside of a forward what is not at hand is on the meta device (`qsim_core.offload`). Raises `ModelError`.
+        """
+        raise ModelError(f"adapter {self} cannot put weights elsewhere; name a --device")
 
     def evaluator_of(self, model: str) -> str | None:
         """Text of the evaluator for one checkpoint, where its head decides; none: a recipe has to say it."""

@@ -76,7 +76,12 @@ def main() -> None:
 @click.option(
     "--work-dir", type=click.Path(path_type=Path), metavar="DIR", help="Keep finished blocks, to go on after a failure."
 )
-@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, …")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="Where to compute: cpu, cuda, cuda:1, …; auto: weights on GPUs, in memory, on disk as they fit; disk.",
+)
 @click.option("--dtype", default="float32", show_default=True, help="Arithmetic of the model and the simulation.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Samples computed at a time.")
 @click.option("--limit", type=click.IntRange(1), help="Evaluate so many samples only.")

@@ -22,6 +22,8 @@ from qsim_core.simulation import simulate
 
 DEFAULT_MODEL = "opt-tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DISPATCHED = ("auto", "disk")
+"""Devices that stand for a distribution of the weights by accelerate."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,8 @@ def _save_samples(evaluator: Evaluator, baseline: Any, simulated: Any, directory
 def _load(located: Located, device: str, dtype: str) -> LoadedModel:
     if dtype not in DTYPES:
         raise QsimError(f"no dtype {dtype!r}; there are {', '.join(DTYPES)}")
+    if device in DISPATCHED:
+        return located.adapter.load_dispatched(located.source, DTYPES[dtype], device)
     loaded = located.adapter.load(located.source, DTYPES[dtype])
     try:
         loaded.model.to(device)

@@ -7,7 +7,7 @@ through here.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,12 +53,26 @@ def state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{path}.{name}" if path else name, kept
 
 
+def computes_on(model: nn.Module) -> torch.device:
+    """Where a model wants its inputs: where accelerate computes its first module, else where its parameters are."""
+    for module in model.modules():
+        for part in _hooks(module):
+            if getattr(part, "execution_device", None) is not None:
+                return torch.device(part.execution_device)
+    return next(model.parameters()).device
+
+
+def _hooks(module: nn.Module) -> Sequence[Any]:
+    """accelerate's hooks on one module."""
+    hook = getattr(module, "_hf_hook", None)
+    return list(getattr(hook, "hooks", [hook]))
+
+
 def _offloading(modules: Any, inside: bool) -> Iterator[tuple[nn.Module, Any]]:
     """The modules that are offloaded at the moment, with accelerate's hook on each."""
     for root in modules:
         for module in root.modules() if inside else [root]:
-            hook = getattr(module, "_hf_hook", None)
-            for part in getattr(hook, "hooks", [hook]):
+            for part in _hooks(module):
                 if getattr(part, "offload", False) and getattr(part, "weights_map", None) is not None:
                     yield module, part
 

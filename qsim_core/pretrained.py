@@ -7,6 +7,9 @@ and are the adapter's dependency, not the core's.
 from __future__ import annotations
 
 import functools
+import importlib.util
+import tempfile
+import weakref
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +18,7 @@ import torch
 from qsim_core.bases import Adapter, LoadedModel
 from qsim_core.configuration import DIFFUSERS, architecture, evaluator_of, family, line
 from qsim_core.errors import ModelError
+from qsim_core.offload import state
 
 TOKENIZERS = ("tokenizer.json", "*vocab*", "*.model", "merges.txt", "tekken.json")
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -29,6 +33,12 @@ class Pretrained(Adapter):
     def load(self, model: str, dtype: torch.dtype) -> LoadedModel:
         """The model and what prepares its inputs, in eval mode. Raises `ModelError`."""
         return load_pretrained(self.model_class(model), model, dtype)
+
+    def load_dispatched(self, model: str, dtype: torch.dtype, to: str) -> LoadedModel:
+        """With accelerate: "auto" fills GPUs, then memory, then disk; "disk" leaves every weight in its file."""
+        if importlib.util.find_spec("accelerate") is None:
+            raise ModelError(f"--device {to} needs accelerate; pip install accelerate")
+        return load_pretrained(self.model_class(model), model, dtype, to)
 
     def evaluator_of(self, model: str) -> str:
         """The evaluator of the field that the checkpoint's head is made for."""
@@ -66,21 +76,21 @@ class Generic(Pretrained):
         )
 
 
-def load_pretrained(model_class: Any, source: str, dtype: torch.dtype) -> LoadedModel:
-    """A model and its tokenizer or image processor, in eval mode on the CPU. Raises `ModelError` as `load_model` does,
+def load_pretrained(model_class: Any, source: str, dtype: torch.dtype, to: str = "cpu") -> LoadedModel:
+    """A model and its tokenizer or image processor, in eval mode. Raises `ModelError` as `load_model` does,
     and for a tokenizer or processor that is missing."""
     _check_weights_exist(model_class, source)
     _check_preparation_exists(model_class, source)
-    model = load_model(model_class, source, dtype)
+    model = load_model(model_class, source, dtype, to=to)
     try:
         return LoadedModel(model, *_preparation(model_class, source))
     except Exception as error:  # they are read from as many files as there are kinds of tokenizers
         raise ModelError(f"what prepares the inputs of {source} cannot be loaded: {line(error)}") from None
 
 
-def load_model(model_class: Any, source: str, dtype: torch.dtype, subfolder: str = "") -> Any:
-    """A model of transformers or diffusers, in eval mode on the CPU. Raises `ModelError` for weights that are missing,
-    pickled, corrupt, of other shapes than the configuration's, or not finite."""
+def load_model(model_class: Any, source: str, dtype: torch.dtype, subfolder: str = "", to: str = "cpu") -> Any:
+    """A model of transformers or diffusers in eval mode, on the CPU or dispatched ("auto", "disk"). Raises `ModelError`
+    for weights that are missing, pickled, corrupt, of other shapes than the configuration's, or not finite."""
     from safetensors import SafetensorError
 
     where = f"{source}/{subfolder}" if subfolder else source
@@ -88,6 +98,11 @@ def load_model(model_class: Any, source: str, dtype: torch.dtype, subfolder: str
     how: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
     if not _of_diffusers(model_class):
         how["trust_remote_code"] = False  # diffusers has no remote code for single models
+    folder = None
+    if to != "cpu":
+        folder = tempfile.TemporaryDirectory(prefix="qsim-")  # what no safetensors file holds in this dtype goes there
+        how |= {"device_map": "auto" if to == "auto" else {"": to}, "offload_folder": folder.name}
+        how |= {"offload_buffers": True}
     read = functools.partial(model_class.from_pretrained, source, subfolder=subfolder, output_loading_info=True, **how)
     try:
         model, report = read()
@@ -106,6 +121,8 @@ def load_model(model_class: Any, source: str, dtype: torch.dtype, subfolder: str
         missing = sorted(report["missing_keys"])
         raise ModelError(f"the weights of {where} lack {missing[0]}{_more(missing)}")
     check_finite(model)
+    if folder is not None:
+        weakref.finalize(model, folder.cleanup)
     return model.eval()
 
 
@@ -126,7 +143,8 @@ def _preparation(model_class: Any, source: str) -> tuple[Any, Any]:
 
 def check_finite(model: torch.nn.Module) -> None:
     """Raise `ModelError`, naming the parameter, if a weight is NaN or Inf."""
-    bad = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    names = {name for name, _ in model.named_parameters()}
+    bad = [name for name, tensor in state(model) if name in names and not tensor.isfinite().all()]
     if bad:
         raise ModelError(
             f"weight {bad[0]}{_more(bad)} holds NaN or Inf; nothing measured on this model would mean much"

@@ -8,6 +8,7 @@ import torch
 
 from qsim_core import DataError, LoadedModel
 from qsim_core.errors import with_article
+from qsim_core.offload import computes_on
 
 FITS = {
     "perplexity": ("ForCausalLM", "LMHeadModel"),
@@ -56,7 +57,7 @@ def fitting(loaded: LoadedModel) -> list[str]:
 
 def device(loaded: LoadedModel) -> torch.device:
     """Where the model computes."""
-    return next(loaded.model.parameters()).device
+    return computes_on(loaded.model)
 
 
 def dtype(loaded: LoadedModel) -> torch.dtype:

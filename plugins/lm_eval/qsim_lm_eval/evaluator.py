@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.errors import with_article
+from qsim_core.offload import computes_on
 from qsim_lm_eval.quiet import quiet
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class LMEval(Evaluator):
         """The first request's tokens."""
         self._check(loaded)
         tokens = loaded.tokenizer(_tasks(data).first_text, verbose=False).input_ids or [loaded.tokenizer.eos_token_id]
-        device = next(loaded.model.parameters()).device
+        device = computes_on(loaded.model)
         return {"input_ids": torch.tensor([tokens[: self.max_length or 64]], device=device), "use_cache": False}
 
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
