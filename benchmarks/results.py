@@ -3,8 +3,8 @@
     python benchmarks/results.py [--limit WINDOWS] [NAME …]
 
 Fills in the tables of docs/results.md, or those that are named, between their markers. Each number is one
-`qsim.evaluate`, on all of the test split, with 32 windows of the train split as calibration data; about fifteen minutes
-in all on two cores.
+`qsim.evaluate`, on all of the test split, with 32 windows of the train split as calibration data; about half an
+hour in all on two cores.
 """
 
 from __future__ import annotations
@@ -57,6 +57,14 @@ WEIGHT_METHODS = {
     "GPTQ": ["gptq"],
     "GPTQ, act-order": ["gptq(act_order=true)"],
 }
+FAMILIES = ["opt-tiny", "codegen-tiny", "bert-tiny", "vit-tiny", "ddpm-tiny", "minilm"]
+FORMATS: dict[str, dict[str, object]] = {
+    "W8A8": {"precision": "w8a8"},
+    "W4A8": {"precision": "w4a8"},
+    "W4A4": {"precision": "w4a4"},
+    "ABFP W4A8": {"precision": "w4a8", "plugins": ["abfp"]},
+    "ABFP W4A4": {"precision": "w4a4", "plugins": ["abfp"]},
+}
 
 
 def perplexity(model: str, limit: int | None, **options: object) -> str:
@@ -105,7 +113,24 @@ def weights(limit: int | None) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"methods": methods, "weights": weights}
+def families(limit: int | None) -> str:
+    """Rows of models with the metric of their field, columns of formats."""
+    lines = ["| | float32 | " + " | ".join(FORMATS) + " |", "|---|---:|" + "---:|" * len(FORMATS)]
+    for model in FAMILIES:
+        cells: list[str] = []
+        for options in FORMATS.values():
+            host = qsim.Host()
+            recipe = compose(host, {"model": model}, **options)  # type: ignore[arg-type]
+            result = qsim.evaluate(recipe, host=host, run=qsim.Run(limit=limit))
+            print(f"{model} {options}: {result.simulated[result.metric]:.4g}", file=sys.stderr)
+            if not cells:
+                cells = [f"{model}: {result.metric.replace('_', ' ')}", f"{result.baseline[result.metric]:.4g}"]
+            cells.append(f"{result.simulated[result.metric]:.4g}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES = {"families": families, "methods": methods, "weights": weights}
 
 
 def main() -> None:

@@ -387,6 +387,14 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "static scales by no calibrator": (["--precision", "w4a8", "--static", "mes"], "no calibrator 'mes'; did you mean 'mse'? There are: absmax"),
     "a record that is none": (["--from", "text.txt"], "text.txt is no qsim result: "),
     "a record and options": (["--from", "text.txt", "--weights", "int8"], "--from runs a record as it is; leave weights out"),
+    "an evaluator of another field": (["vit-tiny", "--weights", "int8", "--evaluator", "perplexity"],
+                                      "perplexity does not fit a ViTForImageClassification; accuracy and fidelity do"),
+    "an evaluator of images": (["--weights", "int8", "--evaluator", "accuracy"],
+                               "accuracy does not fit an OPTForCausalLM; perplexity, pass_at_k and fidelity do"),
+    "weights of diffusion on disk": (["ddpm-tiny", "--weights", "int8", "--device", "disk"],
+                                     "adapter diffusion cannot put weights elsewhere; name a --device"),
+    "what a model wrote": (["--weights", "int8", "--evaluator", "pass_at_k", "--data", "problems.jsonl"], "--allow-code-execution"),
+    "samples of a perplexity": (["--weights", "int8", "--save-samples", "pictures"], "perplexity makes no samples that could be saved"),
     "precision": (["--precision", "4bit"], "--precision is written w4a8"),
 }  # fmt: skip
 
@@ -421,6 +429,7 @@ def test_bad_input_gets_one_clear_line_and_writes_nothing(name: str, qsim_: Qsim
     Path("text.txt").write_text("too short")
     Path("unknown.yaml").write_text("weigths: int4\n")
     Path("broken.yaml").write_text("weights: [int4\n")
+    Path("problems.jsonl").write_text('{"prompt": "def f(): ", "test": "def check(f): pass", "entry_point": "f"}\n')
     before = sorted(Path().rglob("*"))
     output = [] if "--json" in arguments else ["--json", "out.json"]
 

@@ -166,7 +166,7 @@ def problems(name: str, rows: list[dict[str, Any]]) -> Data:
         raise DataError(f"{name} has no problems")
     for number, row in enumerate(rows, 1):
         for column in NEEDED:
-            if not isinstance(row, dict) or not isinstance(row.get(column), str):
+            if not isinstance(row, dict) or not isinstance(row.get(column), str) or not row[column].strip():
                 raise DataError(f"{name}, problem {number}: a problem needs the text {column!r}")
     content = {column: [row[column] for row in rows] for column in NEEDED}
     content |= {column: [str(row.get(column) or "") for row in rows] for column in OPTIONAL}

@@ -288,6 +288,7 @@ class TestRead:
             ("", "a.jsonl has no problems"),
             ("no json", "a.jsonl as JSON lines: Expecting value: line 1 column 1 "),
             ("[1]", "a.jsonl, problem 1: a problem needs the text 'prompt'"),
+            (json.dumps(RIGHT | {"prompt": " "}), "a.jsonl, problem 1: a problem needs the text 'prompt'"),
             (json.dumps(RIGHT) + "\n\n" + json.dumps(PROBLEM), "a.jsonl, problem 2: a problem needs the text 'test'"),
         ],
     )
