@@ -117,5 +117,7 @@ def _round_columns(
 
 def _made_up_for(start: Tensor, moved: Tensor, shares: Tensor) -> Tensor:
     """The columns [n, N] of a group when its turn comes: where the product changes least, were they not rounded."""
-    solved: Tensor = torch.linalg.solve_triangular(shares, moved - start, upper=False, unitriangular=True)
-    return solved.add_(start)
+    inverse = torch.linalg.solve_triangular(  # of n x n elements only
+        shares, torch.eye(len(shares), dtype=shares.dtype, device=shares.device), upper=False, unitriangular=True
+    )
+    return torch.addmm(start, inverse, moved - start)
