@@ -49,7 +49,6 @@ def cut(text: str, stop: tuple[str, ...]) -> str:
 
 def _batch(loaded: LoadedModel, prompt: Tensor, rows: range, sampling: Sampling, site: str) -> list[str]:
     from transformers import (
-        GenerationConfig,
         LogitsProcessorList,
         StoppingCriteriaList,
         TemperatureLogitsWarper,
@@ -83,19 +82,24 @@ def _batch(loaded: LoadedModel, prompt: Tensor, rows: range, sampling: Sampling,
             [TemperatureLogitsWarper(sampling.temperature), TopPLogitsWarper(sampling.top_p), drawn]
         )
     batch = prompt.expand(len(rows), -1)
-    # named one by one, or the checkpoint's own settings would fill them in
-    config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens, do_sample=False, num_beams=1, temperature=1.0, top_k=50, top_p=1.0,
-        repetition_penalty=1.0, eos_token_id=ends or None, pad_token_id=pad,
-    )  # fmt: skip
     tokens = loaded.model.generate(  # type: ignore[operator]
         input_ids=batch,
         attention_mask=torch.ones_like(batch),
-        generation_config=config,
+        generation_config=_configuration(sampling, ends, pad),
         logits_processor=processors,
         stopping_criteria=StoppingCriteriaList([stopped]),
     )
     return [cut(text, sampling.stop) for text in texts(tokens)]
+
+
+def _configuration(sampling: Sampling, ends: list[int], pad: int) -> Any:
+    """Every setting by name, or the checkpoint's own would fill it in; it is a processor that draws."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens, do_sample=False, num_beams=1, temperature=1.0, top_k=50, top_p=1.0,
+        repetition_penalty=1.0, eos_token_id=ends or None, pad_token_id=pad,
+    )  # fmt: skip
 
 
 def gumbel(like: Tensor, site: str, step: int, seed: int) -> Tensor:

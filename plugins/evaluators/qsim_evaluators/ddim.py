@@ -6,10 +6,33 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
-from qsim_core import DataError, LoadedModel, Run
-from qsim_evaluators.fitting import device, dtype
+from qsim_core import Data, DataError, Evaluator, LoadedModel, Run
+from qsim_evaluators.fitting import check, device, dtype
+
+
+class FromNoise(Evaluator):
+    """An evaluator that makes images of noise: what the path there has to offer for calibration and audit."""
+
+    steps: PositiveInt
+
+    def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
+        """Places on the model's own paths, each at a step of its own; data have no part in them."""
+        if length is not None:
+            raise DataError("images have no length; leave --calibration-seqlen out")
+        return drawn(loaded, self.scheduler(loaded), samples, seed)
+
+    def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
+        """One image's noise at the first step."""
+        first, *_ = self.scheduler(loaded).timesteps.tolist()
+        return arguments(loaded, noise(loaded, 1, 0), first)
+
+    def scheduler(self, loaded: LoadedModel) -> Any:
+        """DDIM's, for these steps. Raises `DataError` for a model that makes no images of noise."""
+        check(self.name, loaded)
+        return schedule(loaded, self.steps)
 
 
 def noise(loaded: LoadedModel, many: int, seed: int) -> Tensor:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
+from qsim_core import Data, LoadedModel, Metrics, Run
 from qsim_core.metrics import Means
 from qsim_evaluators import ddim
-from qsim_evaluators.fitting import check
 from qsim_evaluators.pictures import beside
 
 MARKS = (25, 50, 75)
 """Percent of the way, where the error is measured besides the end."""
 
 
-class Denoising(Evaluator):
+class Denoising(ddim.FromNoise):
     """The distance between what the simulated model makes of noise and what the model as it is makes of the same noise.
 
     Both walk down DDIM's deterministic path (arXiv 2010.02502, η = 0) of `steps` steps under the model's own schedule
@@ -36,20 +34,9 @@ class Denoising(Evaluator):
         """Noise, which needs no file."""
         return Data("Gaussian noise", None, hashlib.sha256(b"Gaussian noise").hexdigest())
 
-    def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
-        """Places on the model's own paths, each at a step of its own."""
-        if length is not None:
-            raise DataError("images have no length; leave --calibration-seqlen out")
-        return ddim.drawn(loaded, self._scheduler(loaded), samples, seed)
-
-    def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
-        """One image's noise at the first step."""
-        scheduler = self._scheduler(loaded)
-        return ddim.arguments(loaded, ddim.noise(loaded, 1, 0), scheduler.timesteps.tolist()[0])
-
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
         """`error` at the end, at a quarter, half and three quarters of the way, and the number of `images`."""
-        scheduler = self._scheduler(loaded)
+        scheduler = self.scheduler(loaded)
         noise = ddim.noise(loaded, min(self.samples, run.limit or self.samples), run.seed)
         path = ddim.paths(loaded, noise, scheduler, run)
         exact = path if run.reference is None else run.reference
@@ -71,7 +58,3 @@ class Denoising(Evaluator):
     def save_samples(self, baseline: Tensor, simulated: Tensor, directory: Path) -> None:
         """`samples.png`: the baseline's images on the left, the simulated model's on the right, in the same order."""
         beside(baseline[-1], simulated[-1], directory / "samples.png")
-
-    def _scheduler(self, loaded: LoadedModel) -> Any:
-        check(self.name, loaded)
-        return ddim.schedule(loaded, self.steps)

@@ -13,12 +13,12 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
+from qsim_core import Data, DataError, LoadedModel, Metrics, Run
 from qsim_core.host import installed
 from qsim_core.models import named_models
 from qsim_evaluators import ddim
 from qsim_evaluators.features import Features, described, features
-from qsim_evaluators.fitting import check, device
+from qsim_evaluators.fitting import device
 from qsim_evaluators.pictures import as_bytes, beside
 from qsim_evaluators.pixels import encoded, image_files, image_rows
 
@@ -33,7 +33,7 @@ class Made:
     """`[reference images, width]`."""
 
 
-class Frechet(Evaluator):
+class Frechet(ddim.FromNoise):
     """The Fréchet distance between images that the model makes of noise and reference images (arXiv 1706.08500).
 
     Both sets become features of a given model, and of each set the Gaussian of the same mean and covariance is taken;
@@ -67,20 +67,9 @@ class Frechet(Evaluator):
         named = named_models(installed())
         return named[self.features][1].data() if self.features in named else None
 
-    def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
-        """Places on the model's own paths, each at a step of its own; the reference images have no part in them."""
-        if length is not None:
-            raise DataError("images have no length; leave --calibration-seqlen out")
-        return ddim.drawn(loaded, self._scheduler(loaded), samples, seed)
-
-    def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
-        """One image's noise at the first step."""
-        scheduler = self._scheduler(loaded)
-        return ddim.arguments(loaded, ddim.noise(loaded, 1, 0), scheduler.timesteps.tolist()[0])
-
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
         """`frechet_distance`, NaN if an image is not finite; the number of `images` and of `reference_images`."""
-        scheduler, of_images = self._scheduler(loaded), features(self.features, device(loaded))
+        scheduler, of_images = self.scheduler(loaded), features(self.features, device(loaded))
         many = min(self.samples, run.limit or self.samples)
         reference = _reference(of_images, data, run) if run.reference is None else run.reference.reference_features
         for what, count in (("made", many), ("reference", len(reference))):
@@ -112,10 +101,6 @@ class Frechet(Evaluator):
     def save_samples(self, baseline: Made, simulated: Made, directory: Path) -> None:
         """`samples.png`: the baseline's images on the left, the simulated model's on the right, in the same order."""
         beside(baseline.images, simulated.images, directory / "samples.png")
-
-    def _scheduler(self, loaded: LoadedModel) -> Any:
-        check(self.name, loaded)
-        return ddim.schedule(loaded, self.steps)
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
