@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -36,12 +37,13 @@ SHOWN: dict[str, Any] = {"track": track, "stage": stage}
 
 
 def hush_libraries() -> None:
-    """transformers and diffusers draw bars and log hints of their own; a command shows qsim's."""
+    """transformers, diffusers and accelerate draw bars and log hints of their own; a command shows qsim's."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
     try:
-        from transformers.utils import logging
+        from transformers.utils import logging as of_transformers
     except ImportError:
         return
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    of_transformers.disable_progress_bar()
+    of_transformers.set_verbosity_error()

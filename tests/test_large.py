@@ -79,3 +79,11 @@ def test_where_weights_are_kept_changes_no_number(device: str) -> None:
 def test_a_family_whose_adapter_cannot_do_it_says_so() -> None:
     with pytest.raises(qsim.ModelError, match="^adapter diffusion cannot put weights elsewhere; name a --device$"):
         qsim.evaluate(qsim.Recipe.of({"model": "ddpm-tiny", "weights": "int4"}), device="disk")
+
+
+def test_the_command_line_says_nothing_but_qsims_own() -> None:
+    run = [sys.executable, "-m", "qsim_core", "evaluate", "--weights", "int4", "--limit", "1", "--device", "disk"]
+
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+
+    assert "meta device" not in done.stderr
