@@ -52,3 +52,10 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def cache() -> Path:
+    """Where qsim keeps what it can make again: $QSIM_CACHE, else the user's cache directory."""
+    if own := os.environ.get("QSIM_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qsim"

@@ -16,9 +16,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from qsim_core import fused
 from qsim_core.encoding import Encoded, as_codes
 from qsim_core.errors import QsimError
-from qsim_core.numerics import Rounding, working
+from qsim_core.numerics import Rounding, Steps, working
 from qsim_core.quantizer import Granularity, Quantizer, floating, laid_out_as
 from qsim_core.randomness import uniform
 
@@ -56,6 +57,21 @@ class Format(Quantizer):
     @property
     def is_integer(self) -> bool:
         """Whether the values are whole numbers, all that lie between the smallest and the largest."""
+        return False
+
+    @property
+    def steps(self) -> Steps | None:
+        """The values as a rule, for ways of rounding to nearest even that have no use for a table; None: no such."""
+        return None
+
+    @property
+    def native(self) -> torch.dtype | None:
+        """torch's dtype that has the same values and is rounded to likewise, ±Inf for what is too large; None: none."""
+        return None
+
+    @property
+    def powers_of_two(self) -> bool:
+        """Whether the values are powers of two, every one from the smallest to the largest."""
         return False
 
     def full(self) -> Format:
@@ -114,7 +130,8 @@ class Format(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         """`x` rounded without a scale, and back in its own dtype."""
-        return laid_out_as(x, self.round(working(floating(x))))
+        fast = fused.cast(self, floating(x))
+        return laid_out_as(x, self.round(working(x))) if fast is None else fast
 
     def passes(self, x: Tensor) -> Tensor:
         """True up to half the last step (from `max` to `beyond`) outside of `min` and `max`; NaN does not pass."""

@@ -8,6 +8,7 @@ bits or from `frexp`, never from `log2`, which is wrong near powers of two.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -22,6 +23,33 @@ ScaleRule = Literal["divide", "floor", "ceil", "even", "rceil"]
 FLOAT32_EXPONENT_BITS = 0x7F800000
 FLOAT32_MANTISSA = 23
 FLOAT64_BIAS, FLOAT64_MANTISSA = 1023, 52
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The values of a format as a rule that float32 can follow: multiples of a step, from `low` to `high`.
+
+    The step is 2^(e - mantissa) for values from 2^e to 2^(e + 1), from e = `min_exponent` on, and that of
+    `min_exponent` below it. With `fixed` it is so for all values. `overflow` is what comes beyond; None: they saturate.
+    """
+
+    mantissa: int
+    min_exponent: int
+    low: float
+    high: float
+    fixed: bool = False
+    overflow: float | None = None
+    signed_zero: bool = False
+
+    @property
+    def bound(self) -> float:
+        """The largest magnitude that rounding has to tell apart."""
+        return min(self.high * 2, torch.finfo(torch.float32).max)
+
+    @property
+    def fits(self) -> bool:
+        """Whether float32 holds every intermediate of rounding by a magic number as a normal, finite value."""
+        return _magic_fits(self.mantissa, self.min_exponent, self.bound)
 
 
 def working(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from qsim_core import fused
 from qsim_core.encoding import Encoded, as_codes
 from qsim_core.errors import QsimError
 from qsim_core.format import Format
@@ -104,6 +105,8 @@ class Scheme(Quantizer):
         """`x` rounded, in its own dtype; the arithmetic is float32's (float64's for float64)."""
         if floating(x).numel() == 0:
             return x.clone()
+        if (fast := fused.quantize(self, x)) is not None:
+            return fast
         blocks, exact, zero = self._measured(x)
         scale = self._rounded(exact).unsqueeze(-1)
         return laid_out_as(x, self.join(self._units(blocks, scale, zero) * scale, x))
@@ -178,6 +181,9 @@ class Scheme(Quantizer):
         """`x` quantized with static scales, in its own dtype."""
         if floating(x).numel() == 0:
             return x.clone()
+        known = fused.Scales(scale.reshape(1, -1), None if zero is None else zero.reshape(1, -1))
+        if (fast := fused.quantize(self, x, known)) is not None:
+            return fast
         blocks = self.split(working(x))
         scale, zero = scale.to(blocks.dtype), None if zero is None else zero.to(blocks.dtype)
         return laid_out_as(x, self.join(self._units(blocks, scale, zero) * scale, x))
@@ -222,7 +228,7 @@ class Scheme(Quantizer):
             offset = (low / divisor_of(self._rounded(exact))).round()
             return exact, (element.min - offset).clamp(element.min, element.max).unsqueeze(-1)
         if self.rule == "divide":
-            return _finite(high / element.reach), None
+            return _finite((high + 0.0) / element.reach), None  # the highest of -0 and 0 may be either
         return power_of_two_scale(high, self.rule, element.max, element.beyond), None
 
     def _limited(self, exact: Tensor) -> Tensor:

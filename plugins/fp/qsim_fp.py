@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from qsim_core import Format, Preset, hookimpl
-from qsim_core.numerics import power_of_two, round_to_float
+from qsim_core.numerics import Steps, power_of_two, round_to_float
 
 NATIVE = {(8, 7): torch.bfloat16, (5, 10): torch.float16}
 """IEEE formats that torch converts float32 to exactly as `round_to_float` does, and faster."""
@@ -88,6 +88,28 @@ class Float(Format):
         largest = float(values[-1])
         return largest + 2.0 ** (max(math.frexp(largest)[1] - 1, 1 - self.offset) - self.mantissa)
 
+    @property
+    def steps(self) -> Steps | None:
+        if self.mantissa == 0 or not self.subnormals:
+            return None
+        return Steps(
+            self.mantissa,
+            1 - self.offset,
+            self.min,
+            self.max,
+            overflow=self.overflow,
+            signed_zero=self._has_negative_zero,
+        )
+
+    @property
+    def native(self) -> torch.dtype | None:
+        plain = self.specials == "ieee" and self.signed and self.bias is None and self.rounding == "even"
+        return NATIVE.get((self.exponent, self.mantissa)) if plain and self.subnormals and self.overflow else None
+
+    @property
+    def _has_negative_zero(self) -> bool:
+        return self.signed and self.specials not in ("fnuz", "p3109")
+
     def table(self) -> Tensor:
         code = torch.arange(2 ** (self.exponent + self.mantissa), dtype=torch.float64)
         ones, smallest = 2.0**self.mantissa, 2.0 ** (1 - self.offset - self.mantissa)
@@ -107,7 +129,7 @@ class Float(Format):
             if self.specials == "p3109":
                 value[last] = torch.nan
             return value
-        if self.specials not in ("fnuz", "p3109"):
+        if self._has_negative_zero:
             return torch.cat([value, -value])
         both = torch.cat([value, 0.0 - value])  # no -0
         both[last + 1] = torch.nan
@@ -116,15 +138,12 @@ class Float(Format):
     def round(self, x: Tensor) -> Tensor:
         if self.mantissa == 0 or not self.subnormals:
             return super().round(x)
-        native = NATIVE.get((self.exponent, self.mantissa))
-        plain = self.specials == "ieee" and self.signed and self.bias is None and self.rounding == "even"
-        if native and plain and self.overflow is not None and x.dtype == torch.float32:
-            return x.to(native).to(x.dtype)
+        if self.native is not None and x.dtype == torch.float32:
+            return x.to(self.native).to(x.dtype)
         inside = x if self.signed else x.clamp(min=0.0)
         rounded = round_to_float(inside, self.mantissa, 1 - self.offset, self.max, self.rounding, self.seed)
         rounded = self.limit(rounded, inside)
-        keeps_sign = self.signed and self.specials not in ("fnuz", "p3109")
-        return rounded if keeps_sign else rounded + 0.0  # -0 + 0 is +0
+        return rounded if self._has_negative_zero else rounded + 0.0  # -0 + 0 is +0
 
 
 class E8M0(Format):
@@ -137,6 +156,10 @@ class E8M0(Format):
 
     name = "e8m0"
     has_nan: ClassVar[bool] = True
+
+    @property
+    def powers_of_two(self) -> bool:
+        return True
 
     def table(self) -> Tensor:
         values = power_of_two(torch.arange(256) - 127)

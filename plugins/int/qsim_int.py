@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from qsim_core import Format, Preset, hookimpl
-from qsim_core.numerics import round_to_integer
+from qsim_core.numerics import Steps, round_to_integer
 
 
 class Int(Format):
@@ -42,6 +42,10 @@ class Int(Format):
     @property
     def is_integer(self) -> bool:
         return self.fraction == 0
+
+    @property
+    def steps(self) -> Steps:
+        return Steps(self.fraction, 0, self.min, self.max, fixed=True)
 
     def full(self) -> Int:
         return self.replace(narrow=False, convention="max") if self.signed else self

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qsim_core import ModelError
+from qsim_core.atomic import cache
 
 CHANNELS = 4
 LOWEST, HIGHEST = 20.0, 60.0
@@ -74,10 +74,3 @@ def _make(source: Path, target: Path) -> None:
         (part / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2), encoding="utf-8")
         if not target.is_dir():  # another process may have been faster
             part.rename(target)
-
-
-def cache() -> Path:
-    """Where qsim keeps what it can make again: $QSIM_CACHE, else the user's cache directory."""
-    if own := os.environ.get("QSIM_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qsim"

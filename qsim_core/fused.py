@@ -1,0 +1,197 @@
+"""Quantizers in one pass over memory: the same bits as the reference in `qsim_core.scaling`, by the native kernels.
+
+Where the kernels know how a scheme's scales come about, each block is measured and rounded while it is in the
+processor's registers. Where not (one scale for the tensor, scales of scales) they measure all blocks, the scheme makes
+scales of that, and they round.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from qsim_core.native import GIVEN, Grid, Library, Scaling, library
+from qsim_core.numerics import Steps
+from qsim_core.ranges import AbsMax, MinMax
+
+if TYPE_CHECKING:
+    from qsim_core.format import Format
+    from qsim_core.scaling import Scheme
+
+DTYPES = (torch.float32, torch.bfloat16)
+RULES = [None, "divide", "floor", "ceil", "even", "rceil"]
+BY_GRID = 3
+
+
+class Scales(NamedTuple):
+    """Scales [A or 1, B or 1], and zero points like them."""
+
+    scale: Tensor
+    zero: Tensor | None
+
+
+def cast(format: Format, x: Tensor) -> Tensor | None:
+    """`format.quantize(x)`, or None where the reference has to do it."""
+    if (steps := _steps(format, x)) is None or (order := _memory_order(x)) is None:
+        return None
+    if (kernels := library(x.numel())) is None:
+        return None
+    y = torch.empty_like(x)
+    kernels.round(_matrix(x, order), _matrix(y, order), steps, x.shape[-1])
+    return y
+
+
+def quantize(
+    scheme: Scheme, x: Tensor, static: Scales | None = None, dtype: torch.dtype | None = None
+) -> Tensor | None:
+    """`scheme.quantize(x)`, or `quantize_at` with static scales; None where the reference has to do it.
+
+    `dtype`, where it holds every value, saves another pass: the result is then in it.
+    """
+    if (steps := _steps(scheme.coded, x)) is None or not plain(scheme) or (kernels := library(x.numel())) is None:
+        return None
+    order = _memory_order(x)
+    source = x.contiguous() if order is None else x
+    y = torch.empty_like(source, dtype=dtype)
+    into(scheme, _matrix(source, order), _matrix(y, order), steps, kernels, static)
+    return y if order is not None else torch.empty_like(x, dtype=dtype).copy_(y)
+
+
+def into(
+    scheme: Scheme, x: Tensor, out: Tensor, steps: Steps, kernels: Library, static: Scales | None, shift: float = 0.0
+) -> Scales:
+    """x [A, K] rounded into `out`, as values or as codes less `shift`; gives the scales."""
+    block = scheme.granularity if isinstance(scheme.granularity, int) else x.shape[-1]
+    known = static or _given(scheme, x, block, kernels)
+    if known is None:
+        shape = len(x), -(-x.shape[1] // block)
+        known = Scales(torch.empty(shape), None if scheme.symmetric else torch.empty(shape))
+        kernels.round(x, out, steps, block, *known, shift, _for_all(scheme, x, kernels))
+    else:
+        kernels.round(x, out, steps, block, *known, shift)
+    return known
+
+
+def plain(scheme: Scheme) -> bool:
+    """Whether the kernels know what shares a scale, and how its range is found."""
+    return not isinstance(scheme.granularity, tuple) and type(scheme.range) in (MinMax, AbsMax)
+
+
+def _given(scheme: Scheme, x: Tensor, block: int, kernels: Library) -> Scales | None:
+    """Scales and zero points of x [A, K], [A, B] each or [1, 1] for all of it; None: the kernels find them."""
+    if scheme.granularity != "tensor" and _scaling(scheme).rule:
+        return None
+    low, high = kernels.extremes(x, block, magnitude=scheme.symmetric and scheme.element.min < 0)
+    low = -high if low is None else low
+    if scheme.symmetric:
+        high = high.clamp(min=0)
+    elif isinstance(scheme.range, AbsMax):
+        high = torch.maximum(high.abs(), low.abs())
+        low = -high
+    if scheme.granularity == "tensor":
+        low, high = low.amin().reshape(1, 1), high.amax().reshape(1, 1)
+    exact, zero = scheme._covering(low, high)
+    return Scales(scheme._rounded(exact).contiguous(), None if zero is None else zero.squeeze(-1).contiguous())
+
+
+def _for_all(scheme: Scheme, x: Tensor, kernels: Library) -> Scaling:
+    """How the kernels find the scales; where these have a scale of their own, with that of this tensor."""
+    scaling, above = _scaling(scheme), _above(scheme)
+    if above is None:
+        return scaling
+    (_, high), found = kernels.extremes(x, x.shape[1], magnitude=scaling.magnitude), Scaling.from_buffer_copy(scaling)
+    exact, _ = scheme._covering(-high.amax(), high.amax())
+    found.second = float(above._covering(-exact, exact)[0])
+    return found
+
+
+def _above(scheme: Scheme) -> Scheme | None:
+    """The scheme of its scales, if that is one scale for all of them, of the kind that the kernels know."""
+    from qsim_core.scaling import Scheme
+
+    above = scheme.scale
+    if not isinstance(above, Scheme) or above.granularity != "tensor" or above.scale is not None or above.static:
+        return None
+    usual = above.symmetric and above.rule == "divide" and plain(above) and above.element.rounding == "even"
+    return above if usual and scheme.symmetric and scheme.element.min < 0 <= -above.element.min else None
+
+
+@functools.lru_cache(maxsize=256)
+def _scaling(scheme: Scheme) -> Scaling:
+    """How the kernels find the scales of a scheme; rule 0 if they cannot."""
+    above = _above(scheme)
+    bare = above.element if above else None if scheme.scale is None else scheme.scale.unscaled
+    rounding = _rounding(scheme, bare)
+    if rounding is None:
+        return GIVEN
+    element, steps = scheme.coded, bare.steps if bare is not None and rounding == BY_GRID else None
+    return Scaling(
+        rule=RULES.index(scheme.rule),
+        rounding=rounding,
+        zero_points=not scheme.symmetric,
+        magnitude=scheme.symmetric and scheme.element.min < 0,
+        absmax=isinstance(scheme.range, AbsMax),
+        reach=element.reach if scheme.symmetric else element.max - element.min,
+        largest=element.max,
+        top=math.frexp(element.max)[1] - 1,
+        tie=1 - 0.25 * (element.beyond - element.max) / 2.0 ** (math.frexp(element.max)[1] - 1),
+        limit=math.inf if above or bare is None else bare.max,
+        second=1.0,
+        grid=Grid() if steps is None else Grid.of(steps),
+    )
+
+
+def _rounding(scheme: Scheme, bare: Format | None) -> int | None:
+    """How the kernels round a scheme's scales: not at all, to bfloat16, to a power of two it is already, by a grid."""
+    if scheme.scale is None:
+        return 0
+    if bare is None or bare.rounding != "even":
+        return None
+    if bare.native is torch.bfloat16 and scheme.scale.unscaled:
+        return 1
+    if bare.powers_of_two:
+        return None if scheme.rule == "divide" else 2
+    return BY_GRID if bare.steps is not None and bare.steps.fits else None
+
+
+def _steps(format: Format, x: Tensor) -> Steps | None:
+    """The rule of a format, where the kernels can follow it on such a tensor."""
+    if x.dtype not in DTYPES or x.device.type != "cpu" or x.dim() == 0 or x.numel() == 0:
+        return None
+    if format.rounding != "even" or not _by_steps(type(format)) or _traced(x):
+        return None
+    steps = format.steps
+    return steps if steps is not None and steps.fits else None
+
+
+@functools.cache
+def _by_steps(format: type[Format]) -> bool:
+    """Whether `steps` speaks for the class: no class below the one that has it rounds in a way of its own."""
+
+    def depth(name: str) -> int:
+        return next(i for i, base in enumerate(format.__mro__) if name in vars(base))
+
+    return all(depth("steps") <= depth(name) for name in ("round", "table", "limit", "min", "max", "overflow"))
+
+
+def _traced(x: Tensor) -> bool:
+    """Whether somebody follows what is done with the tensor, or it is one without memory of its own."""
+    followed = x.requires_grad and torch.is_grad_enabled()
+    wrapped = type(x) not in (Tensor, Parameter) or torch._C._functorch.peek_interpreter_stack() is not None
+    return followed or wrapped or torch.compiler.is_compiling()
+
+
+def _memory_order(x: Tensor) -> list[int] | None:
+    """The axes of `x` in the order in which memory holds them, rows one after another; None if it holds no rows."""
+    order = sorted(range(x.dim() - 1), key=lambda axis: (x.stride(axis), x.shape[axis]), reverse=True)
+    return [*order, x.dim() - 1] if x.permute(*order, -1).is_contiguous() else None
+
+
+def _matrix(x: Tensor, order: list[int] | None) -> Tensor:
+    """`x` as rows x columns, a view."""
+    return (x if order is None else x.permute(order)).view(-1, x.shape[-1])

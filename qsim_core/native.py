@@ -1,0 +1,244 @@
+"""The kernels of `kernels.cpp`, compiled on the user's machine by its own C++ compiler, and called on torch's memory.
+
+The library is kept in the user's cache under the digest of its source and of the processor, so that it is built once.
+It is built when the work that it would have saved has taken as long as building it takes: at worst one pays twice.
+Without a compiler, or with QSIM_NATIVE=0, the reference in Python computes the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qsim_core.atomic import cache
+from qsim_core.numerics import FLOAT32_MANTISSA, Steps
+
+SOURCE = Path(__file__).parent / "kernels.cpp"
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared"]
+EXACT = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"]
+WORTH = 2**27
+"""Elements that Python quantizes, at some 100 million a second and more, in about the time that the compiler takes."""
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+log = logging.getLogger(__name__)
+
+
+class Grid(ctypes.Structure):
+    """`Grid` in kernels.cpp."""
+
+    _fields_ = [
+        ("low", c_float),
+        ("high", c_float),
+        ("overflow", c_float),
+        ("bound", c_float),
+        ("smallest", c_float),
+        ("magic", c_float),
+        ("fixed", c_int32),
+        ("signed_zero", c_int32),
+    ]
+
+    @classmethod
+    @functools.lru_cache(maxsize=256)
+    def of(cls, steps: Steps) -> Grid:
+        overflow = steps.high if steps.overflow is None else steps.overflow
+        magic, smallest = 1.5 * 2.0 ** (FLOAT32_MANTISSA - steps.mantissa), 2.0**steps.min_exponent
+        return cls(steps.low, steps.high, overflow, steps.bound, smallest, magic, steps.fixed, steps.signed_zero)
+
+
+class Scaling(ctypes.Structure):
+    """`Scaling` in kernels.cpp."""
+
+    _fields_ = [
+        ("rule", c_int32),
+        ("rounding", c_int32),
+        ("zero_points", c_int32),
+        ("magnitude", c_int32),
+        ("absmax", c_int32),
+        ("reach", c_float),
+        ("largest", c_float),
+        ("top", c_int32),
+        ("tie", c_double),
+        ("limit", c_float),
+        ("second", c_float),
+        ("grid", Grid),
+    ]
+
+
+class Task(ctypes.Structure):
+    """`Task` in kernels.cpp."""
+
+    _fields_ = [
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("block", c_int64),
+        ("scale", c_void_p),
+        ("scale_row", c_int64),
+        ("scale_block", c_int64),
+        ("zero", c_void_p),
+        ("shift", c_float),
+        ("out_row", c_int64),
+        ("threads", c_int32),
+        ("saturate", c_int32),
+        ("scaling", Scaling),
+    ]
+
+
+GIVEN = Scaling(rule=0)
+"""Scales are given, or there are none."""
+
+
+class Library:
+    """The kernels, with tensors for pointers. Every tensor is contiguous and on the CPU."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.raw = ctypes.CDLL(str(path))
+        self.raw.extremes.argtypes = [c_void_p, c_int32, *[c_int64] * 3, c_void_p, c_void_p, c_int32]
+        self.raw.round_to_grid.argtypes = [c_void_p, c_int32, c_void_p, c_int32, POINTER(Task), POINTER(Grid)]
+        self.raw.scale_sums.argtypes = [c_void_p, c_int64, c_int64, *[c_void_p] * 7, c_int32]
+
+    def extremes(self, x: Tensor, block: int, magnitude: bool) -> tuple[Tensor | None, Tensor]:
+        """The lowest (None of magnitudes) and the highest value of each block of x [A, K]: [A, ceil(K / block)]."""
+        rows, columns = x.shape
+        high = torch.empty(rows, -(-columns // block))
+        low = None if magnitude else torch.empty_like(high)
+        bfloat16, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
+        self.raw.extremes(x.data_ptr(), bfloat16, rows, columns, block, _address(low), high.data_ptr(), threads)
+        return low, high
+
+    def round(
+        self,
+        x: Tensor,
+        out: Tensor,
+        steps: Steps,
+        block: int,
+        scale: Tensor | None = None,
+        zero: Tensor | None = None,
+        shift: float = 0.0,
+        scaling: Scaling = GIVEN,
+    ) -> Tensor:
+        """x [A, K] rounded into `out`, as values of its dtype or as int8 codes; scales and zeros [A or 1, B or 1].
+
+        `scaling` says how they are found, and they are written; else they are given. Without a scale the format is by
+        itself, and what is too large becomes what it says.
+        """
+        factor = torch.ones(1, 1) if scale is None else scale
+        task = Task(
+            *x.shape,
+            max(1, min(block, x.shape[1])),
+            factor.data_ptr(),
+            *(stride if size > 1 else 0 for size, stride in zip(factor.shape, factor.stride(), strict=True)),
+            _address(zero),
+            shift,
+            out.stride(0),
+            torch.get_num_threads(),
+            scale is not None or steps.overflow is None,
+            scaling,
+        )
+        bfloat16, grid = x.dtype == torch.bfloat16, Grid.of(steps)
+        self.raw.round_to_grid(x.data_ptr(), bfloat16, out.data_ptr(), KINDS[out.dtype], task, grid)
+        return out
+
+    def scale_sums(
+        self,
+        sums: Tensor,
+        rows: tuple[Tensor, Tensor | None, Tensor | None],
+        columns: tuple[Tensor, Tensor | None, Tensor | None],
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Integer sums [M, N] as float32 in the same memory; for rows and columns scale, zero points and sums of codes.
+
+        The formula is `qsim_core.lowering`'s.
+        """
+        (row_scale, row_zero, row_sum), (column_scale, column_zero, column_sum) = rows, columns
+        given = row_scale, row_zero, column_sum, row_sum, column_zero, column_scale, bias
+        self.raw.scale_sums(sums.data_ptr(), *sums.shape, *map(_address, given), torch.get_num_threads())
+        return sums.view(torch.float32)
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+class _Waiting:
+    """How much Python has done that the kernels could have, and whether they are wanted at all."""
+
+    def __init__(self) -> None:
+        self.elements = 0
+        self.wanted = os.environ.get("QSIM_NATIVE") != "0"
+        self.library: Library | None = None
+
+
+_waiting = _Waiting()
+
+
+def library(elements: int) -> Library | None:
+    """The kernels, for work on so many elements; None: Python shall do it."""
+    if not _waiting.wanted:
+        return None
+    if _waiting.library is None:
+        _waiting.elements += elements
+        _waiting.library = load(build=_waiting.elements >= WORTH)
+    return _waiting.library
+
+
+@contextlib.contextmanager
+def only(wanted: bool) -> Iterator[None]:
+    """Inside, the kernels for everything, built at once (True), or Python for everything (False)."""
+    before = _waiting.wanted, _waiting.elements
+    _waiting.wanted, _waiting.elements = wanted, WORTH
+    try:
+        yield
+    finally:
+        _waiting.wanted, _waiting.elements = before
+
+
+@functools.cache
+def load(build: bool) -> Library | None:
+    """The library out of the cache, or built if that is asked for. None where there is none, or no compiler."""
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    digest = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, EXACT, compiler, _processor())).encode()).hexdigest()
+    path = cache() / "kernels" / f"{digest[:16]}.so"
+    try:
+        if not path.exists():
+            if not build or compiler is None:
+                return None
+            _compile(compiler, path)
+        return Library(path)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.info("quantizing in Python: no kernels could be built (%s)", error)
+        return None
+
+
+def _compile(compiler: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        part = Path(scratch) / path.name
+        command = [compiler, *FLAGS, *EXACT, str(SOURCE), "-o", str(part)]
+        threaded = subprocess.run([*command, "-fopenmp"], capture_output=True, timeout=120, check=False)
+        if threaded.returncode:  # a compiler without OpenMP: one thread
+            subprocess.run(command, capture_output=True, timeout=120, check=True)
+        part.replace(path)
+
+
+def _processor() -> str:
+    """What code made for this processor may rely on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())

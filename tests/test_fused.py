@@ -1,0 +1,230 @@
+"""The kernels give the reference's bits, whatever the scheme, the layout and the values."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import qsim_core as qsim
+from qsim_core import fused, native
+from qsim_core.errors import QsimError
+
+SCHEMES = [
+    "token(int8)",
+    "token(int4, symmetric=false)",
+    "token(int8, symmetric=false, range=absmax)",
+    "token(uint8)",
+    "channel(int(4, narrow=false, convention=gptq))",
+    "tensor(int8)",
+    "tensor(int8, symmetric=false)",
+    "token(e4m3)",
+    "token(e5m2, range=absmax)",
+    "token(float(4, mantissa=3, specials=fnuz))",
+    "token(float(3, mantissa=2, signed=false))",
+    "abfp(int4, n=64)",
+    "abfp(int8, n=50, scale=fp16)",
+    "abfp(int4, scale=e4m3)",
+    "abfp(int4, scale=e8m0)",
+    "abfp(int4, scale=scaled(int8, channel))",
+    "block(int4, n=16, symmetric=false)",
+    "block(int4, n=16, symmetric=false, scale=bf16)",
+    "block(e2m1, n=16, scale=scaled(int8))",
+    "nvfp4",
+    "mxfp4",
+    "mxfp6_e2m3",
+    "mxfp8_e5m2",
+    "mxint8",
+    "mx(e2m1, rule=ceil)",
+    "mx(e4m3, rule=even)",
+    "mx(e3m2, rule=rceil)",
+    "mx(int4, rule=divide)",
+    "msfp12",
+]
+FORMATS = ["int8", "uint4", "int(6, fraction=3)", "e4m3", "e5m2", "e4m3fnuz", "binary8p3", "e2m3"]
+FORMATS += ["float(5, mantissa=2, specials=ieee, saturate=true)", "float(4, mantissa=3, specials=fn, saturate=false)"]
+WITHOUT_KERNELS = ["block(e4m3, n=[8, 8])", "token(int4, range=mse)", "token(int8(rounding=stochastic))", "token(e3m0)"]
+
+
+def values(dtype: torch.dtype = torch.float32) -> Tensor:
+    """[24, 200]: ordinary, huge and tiny rows, ties, zeros of both signs, subnormals, Inf and NaN."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 200, generator=generator)
+    x[1] *= torch.randn(200, generator=generator).mul(20).exp2()
+    x[2], x[3], x[4] = 0.0, -0.0, x[4] * 1e-42
+    x[5] = x[5] * 3e38
+    x[6] = torch.arange(200) / 4 - 25
+    x[7, 3], x[8, 5], x[9, 7] = torch.nan, torch.inf, -torch.inf
+    x[10], x[11] = x[10].abs(), -x[11].abs()
+    x[12], x[13] = 2.0**-149, torch.finfo(torch.float32).max
+    x[14, ::2] = 0.0
+    x[15] = torch.tensor([0.5, 1.0, 1.5, 1.75, 2.0]).repeat(40) * 2.0**100
+    return x.to(dtype)
+
+
+def both(call: object) -> tuple[Tensor, Tensor]:
+    """What the kernels and what Python make of it."""
+    with native.only(True):
+        fast = call()  # type: ignore[operator]
+    with native.only(False):
+        return fast, call()  # type: ignore[operator]
+
+
+def assert_same_bits(fast: Tensor, slow: Tensor) -> None:
+    assert fast.dtype == slow.dtype and fast.stride() == slow.stride()
+    number = ~slow.isnan()
+    assert torch.equal(fast.isnan(), slow.isnan())
+    kind = {2: torch.int16, 4: torch.int32}[fast.element_size()]
+    assert torch.equal(fast[number].view(kind), slow[number].view(kind))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("text", [*SCHEMES, *FORMATS])
+def test_the_kernels_give_the_references_bits(text: str, dtype: torch.dtype) -> None:
+    quantizer, x = qsim.parse(text), values(dtype)
+
+    assert_same_bits(*both(lambda: quantizer.quantize(x)))
+
+
+@pytest.mark.parametrize("text", ["token(int8)", "abfp(int4, n=64)", "mxfp4", "nvfp4"])
+def test_no_tensor_of_sixteen_bits_is_rounded_differently(text: str) -> None:
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).view(512, 128)
+
+    assert_same_bits(*both(lambda: qsim.parse(text).quantize(x)))
+
+
+@pytest.mark.parametrize("text", SCHEMES)
+def test_it_is_the_kernels_that_do_it(text: str) -> None:
+    with native.only(True):
+        assert fused.quantize(qsim.parse(text), values()) is not None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_it_is_the_kernels_that_cast(text: str) -> None:
+    with native.only(True):
+        assert fused.cast(qsim.parse(text), values()) is not None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", WITHOUT_KERNELS)
+def test_what_the_kernels_do_not_know_is_left_to_the_reference(text: str) -> None:
+    with native.only(True):
+        assert fused.quantize(qsim.parse(text), values()) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.T,
+        lambda x: x.view(4, 6, 200).transpose(0, 1),
+        lambda x: x.view(2, 3, 4, 200).permute(2, 0, 1, 3),
+        lambda x: x[:, ::2],
+        lambda x: x[::2],
+        lambda x: x[:1].expand(5, 200),
+        lambda x: x[0],
+        lambda x: x[:, :1],
+    ],
+    ids=["transposed", "heads", "permuted", "every second column", "every second row", "expanded", "a row", "a column"],
+)
+@pytest.mark.parametrize("text", ["token(int8)", "tensor(e4m3)", "mxfp4", "nvfp4", "e4m3"])
+def test_the_memory_layout_is_no_matter(text: str, view: object) -> None:
+    quantizer, x = qsim.parse(text), view(values())  # type: ignore[operator]
+
+    assert_same_bits(*both(lambda: quantizer.quantize(x)))
+
+
+@pytest.mark.parametrize("text", ["tensor(int8, static=true)", "block(int4, n=50, static=true, symmetric=false)"])
+def test_static_scales_give_the_references_bits(text: str) -> None:
+    scheme, x = qsim.parse(text), values()
+    scale, zero = scheme.fit(*scheme.static_blocks(x[16:]))  # type: ignore[attr-defined]
+
+    assert_same_bits(*both(lambda: scheme.quantize_at(x, scale, zero)))  # type: ignore[attr-defined]
+
+
+def test_a_gradient_is_the_references() -> None:
+    x = values()[16:].requires_grad_()
+    quantizer = qsim.parse("token(int4)")
+
+    def gradient() -> Tensor:
+        return torch.autograd.grad(quantizer(x).square().sum(), x)[0]
+
+    assert_same_bits(*both(gradient))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_under_vmap_the_reference_does_it() -> None:
+    quantizer, x = qsim.parse("token(int8)"), values()[16:]
+    with native.only(True):
+        assert torch.equal(torch.vmap(quantizer.quantize)(x), quantizer.quantize(x))
+
+
+def test_many_threads_and_one_give_the_same() -> None:
+    quantizer, x, threads = qsim.parse("abfp(int4)"), torch.randn(1000, 300), torch.get_num_threads()
+    with native.only(True):
+        many = quantizer.quantize(x)
+        torch.set_num_threads(1)
+        try:
+            assert torch.equal(quantizer.quantize(x), many)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def run(program: str, **environment: str) -> str:
+    completed = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, **environment}, check=True
+    )
+    return completed.stdout
+
+
+PROGRAM = """
+import torch, qsim_core as qsim
+from qsim_core import native
+x = torch.ones(64, 64)
+for _ in range({times}):
+    native._waiting.elements += native.WORTH // 2
+    qsim.parse("int8").quantize(x)
+print(native._waiting.library is not None)
+"""
+
+
+def test_the_kernels_are_built_once_enough_was_quantized_and_loaded_by_the_next_run(tmp_path: Path) -> None:
+    cold = {"QSIM_CACHE": str(tmp_path)}
+
+    assert run(PROGRAM.format(times=1), **cold) == "False\n"
+    assert run(PROGRAM.format(times=2), **cold) == "True\n"
+    assert len(list((tmp_path / "kernels").iterdir())) == 1
+    assert run(PROGRAM.format(times=1), **cold) == "True\n"
+
+
+def test_without_a_compiler_python_does_it(tmp_path: Path) -> None:
+    assert run(PROGRAM.format(times=3), QSIM_CACHE=str(tmp_path), PATH="") == "False\n"
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    assert run(PROGRAM.format(times=3), QSIM_CACHE=str(tmp_path / "file")) == "False\n"
+
+
+def test_they_can_be_switched_off() -> None:
+    assert run(PROGRAM.format(times=3), QSIM_NATIVE="0") == "False\n"
+
+
+def test_a_format_that_inherits_steps_and_rounds_in_its_own_way_is_left_alone() -> None:
+    class Odd(type(qsim.parse("int8"))):  # type: ignore[misc]
+        name = "odd"
+
+        def round(self, x: Tensor) -> Tensor:
+            return torch.full_like(x, 3.0)
+
+    with native.only(True):
+        assert Odd().quantize(torch.zeros(2, 2)).tolist() == [[3.0, 3.0], [3.0, 3.0]]
+
+
+def test_integers_are_still_refused() -> None:
+    with native.only(True), pytest.raises(QsimError, match="floating-point tensors, not torch.int64"):
+        qsim.parse("token(int8)").quantize(torch.arange(4))  # type: ignore[attr-defined]
