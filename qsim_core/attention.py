@@ -34,17 +34,29 @@ def explicit_attention(
     if enable_gqa:
         repeats = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(repeats, -3) for t in (key, value))
-    scores = torch.matmul(query, key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    product = torch.matmul(query, key.transpose(-1, -2))
+    scores = _times(product, query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
-        causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~causal, -torch.inf)
+        scores = _within(scores, torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril())
     if attn_mask is not None:
-        boolean = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, -torch.inf) if boolean else scores + attn_mask
+        scores = _within(scores, attn_mask) if attn_mask.dtype == torch.bool else scores + attn_mask
     probabilities = torch.softmax(scores, -1, dtype=torch.promote_types(torch.float32, scores.dtype)).to(query.dtype)
     if attn_mask is not None:
-        probabilities = probabilities.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
+        nothing = scores.amax(-1, keepdim=True) == -torch.inf
+        if torch.compiler.is_compiling() or bool(nothing.any()):
+            probabilities = probabilities.masked_fill(nothing, 0.0)
     return torch.matmul(F.dropout(probabilities, dropout_p, training=dropout_p > 0), value)
+
+
+def _times(scores: Tensor, scale: float) -> Tensor:
+    """Scores, scaled; in their own memory where no gradient is recorded, which saves its page faults."""
+    return scores * scale if torch.is_grad_enabled() else scores.mul_(scale)
+
+
+def _within(scores: Tensor, allowed: Tensor) -> Tensor:
+    """Scores where they are allowed, else -Inf, likewise. Of NaN nothing is hidden."""
+    bound = torch.where(allowed, torch.inf, -torch.inf).to(scores.dtype)
+    return torch.minimum(scores, bound) if torch.is_grad_enabled() else torch.minimum(scores, bound, out=scores)
 
 
 def _without_mode(function: Any) -> Callable[..., Any]:

@@ -231,7 +231,7 @@ def _record(site: Site, calls: int, watch: _Watch, value_axis: str) -> SiteAudit
         input=", ".join(dict.fromkeys(map(str, site.inputs))) or None,
         weight=str(plan.weight) if plan.weight and site.weight else None,
         output=str(plan.output) if plan.output else None,
-        path=str(watch.dtypes.get(site.name, torch.float32)).removeprefix("torch."),
+        path=site.path if site.path != "float32" else str(watch.dtypes.get(site.name, torch.float32))[6:],
         calls=calls,
         skipped=plan.skipped,
         measured=roles,

@@ -62,6 +62,11 @@ def main() -> None:
 @click.option("--outputs", metavar="TEXT", help="Quantizer of every result of a matmul.")
 @click.option("--static", metavar="CALIBRATOR", help="One static scale for each activation, like mse or entropy.")
 @click.option("--value-axis", type=click.Choice(["tokens", "head"]), help="Along which axis v's scales are shared.")
+@click.option(
+    "--path",
+    type=click.Choice(["auto", "float32", "int8", "bf16"]),
+    help="Arithmetic of products that are exact in it; auto: what is fastest here.",
+)
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Sites to leave alone; 'none' for none; repeatable.")
 @click.option(
     "--set", "settings", multiple=True, metavar="NAME.OPTION=VALUE", help="Change an option, like abfp.n=128."

@@ -47,19 +47,36 @@ def cast(format: Format, x: Tensor) -> Tensor | None:
 
 
 def quantize(
-    scheme: Scheme, x: Tensor, static: Scales | None = None, dtype: torch.dtype | None = None
+    scheme: Scheme,
+    x: Tensor,
+    static: Scales | None = None,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor | None:
     """`scheme.quantize(x)`, or `quantize_at` with static scales; None where the reference has to do it.
 
-    `dtype`, where it holds every value, saves another pass: the result is then in it.
+    `dtype`, where it holds every value, saves another pass: the result is then in it, in any memory layout, or in
+    `out`, part of the rows of another matrix.
     """
     if (steps := _steps(scheme.coded, x)) is None or not plain(scheme) or (kernels := library(x.numel())) is None:
         return None
+    if out is not None:
+        into(scheme, x.contiguous(), out, steps, kernels, static)
+        return out
     order = _memory_order(x)
     source = x.contiguous() if order is None else x
     y = torch.empty_like(source, dtype=dtype)
     into(scheme, _matrix(source, order), _matrix(y, order), steps, kernels, static)
-    return y if order is not None else torch.empty_like(x, dtype=dtype).copy_(y)
+    return y if order is not None or dtype is not None else torch.empty_like(x).copy_(y)
+
+
+def encode(scheme: Scheme, x: Tensor, static: Scales | None, shift: float) -> tuple[Tensor, Scales] | None:
+    """x [A, K] as int8 codes less `shift`, and scales and zero points; None where the reference has to do it."""
+    if (steps := _steps(scheme.coded, x)) is None or not plain(scheme) or (kernels := library(x.numel())) is None:
+        return None
+    x = x.contiguous()
+    codes = torch.empty(x.shape, dtype=torch.int8)
+    return codes, into(scheme, x, codes, steps, kernels, static, shift)
 
 
 def into(

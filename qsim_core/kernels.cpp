@@ -116,7 +116,7 @@ inline void extremes_of(int64_t length, const In *x, bool magnitude, float *low,
     }
     float a = bits_as<float>(least ^ (least >> 31 & 0x7fffffff)), b = bits_as<float>(most ^ (most >> 31 & 0x7fffffff));
     bool number = a == a && b == b;
-    *low = number ? a : NAN;
+    if (low) *low = number ? a : NAN;
     *high = number ? b : NAN;
 }
 
@@ -140,44 +140,59 @@ inline float power_of_two(float high, const Scaling &scaling) {
 
 inline float finite(float x) { return std::fabs(x) <= FLT_MAX ? x : NAN; }
 
-inline float rounded_scale(float exact, const Scaling &scaling) {
-    if (scaling.rounding == 0) return exact;
-    float x = exact > scaling.limit ? scaling.limit : exact;
+// The scales of a row's blocks from their ranges, where they stand in `high`; zero points take the place of `low`.
+// One loop for each step, over all blocks, so that a processor does several at once.
+inline void scales_of(int64_t blocks, float *__restrict low, float *__restrict high, const Scaling &scaling, const Grid &grid) {
+    if (scaling.zero_points) {
+        for (int64_t b = 0; b < blocks; b++) {
+            float from = low[b], to = high[b];
+            if (scaling.absmax) {
+                to = std::fabs(from) > std::fabs(to) ? std::fabs(from) : std::fabs(to);
+                from = -to;
+            }
+            from = from > 0 ? 0 : from;
+            to = to < 0 ? 0 : to;
+            float exact = (to - from) / scaling.reach, apart = to / scaling.reach - from / scaling.reach;
+            low[b] = from;
+            high[b] = finite(std::fabs(exact) <= FLT_MAX || exact != exact ? exact : apart); // the difference overflowed
+        }
+    } else if (scaling.rule == 1) {
+        for (int64_t b = 0; b < blocks; b++) high[b] = finite((high[b] <= 0 ? 0 : high[b]) / scaling.reach); // never -0
+    } else {
+        for (int64_t b = 0; b < blocks; b++) high[b] = power_of_two(high[b], scaling);
+    }
+    if (scaling.rounding) {
+        for (int64_t b = 0; b < blocks; b++) high[b] = high[b] > scaling.limit ? scaling.limit : high[b];
+    }
     if (scaling.rounding == 1) {
-        BFloat16 half;
-        store(&half, x);
-        return finite(load(half));
+        for (int64_t b = 0; b < blocks; b++) {
+            BFloat16 half;
+            store(&half, high[b]);
+            high[b] = finite(load(half));
+        }
+    } else if (scaling.rounding == 2) {
+        for (int64_t b = 0; b < blocks; b++) high[b] = high[b] < 0x1p-127f ? 0x1p-127f : high[b];
+    } else if (scaling.rounding == 3) {
+        float divisor = scaling.second == 0 ? 1.0f : scaling.second;
+        for (int64_t b = 0; b < blocks; b++) {
+            float x = clamp(high[b] / divisor, scaling.grid.low, scaling.grid.high);
+            float units = scaling.grid.fixed ? nearest<true>(x, scaling.grid) : nearest<false>(x, scaling.grid);
+            high[b] = finite(units * scaling.second);
+        }
     }
-    if (scaling.rounding == 2) return x < 0x1p-127f ? 0x1p-127f : x;
-    x = clamp(x / (scaling.second == 0 ? 1.0f : scaling.second), scaling.grid.low, scaling.grid.high);
-    float units = scaling.grid.fixed ? nearest<true>(x, scaling.grid) : nearest<false>(x, scaling.grid);
-    return finite(units * scaling.second);
-}
-
-template <class In> inline float scale_of(int64_t length, const In *x, const Scaling &scaling, const Grid &grid, float *zero) {
-    float low = 0, high;
-    extremes_of<In>(length, x, scaling.magnitude, &low, &high);
-    if (!scaling.zero_points) {
-        high = high <= 0 ? 0 : high; // never -0
-        return rounded_scale(scaling.rule == 1 ? finite(high / scaling.reach) : power_of_two(high, scaling), scaling);
+    if (scaling.zero_points) {
+        for (int64_t b = 0; b < blocks; b++) {
+            float divisor = high[b] == 0 ? 1.0f : high[b];
+            low[b] = clamp(grid.low - std::nearbyint(low[b] / divisor), grid.low, grid.high);
+        }
     }
-    if (scaling.absmax) {
-        high = std::fabs(low) > std::fabs(high) ? std::fabs(low) : std::fabs(high);
-        low = -high;
-    }
-    low = low > 0 ? 0 : low;
-    high = high < 0 ? 0 : high;
-    float exact = (high - low) / scaling.reach;
-    if (std::isinf(exact)) exact = high / scaling.reach - low / scaling.reach; // the difference overflowed
-    float scale = rounded_scale(finite(exact), scaling);
-    *zero = clamp(grid.low - std::nearbyint(low / (scale == 0 ? 1.0f : scale)), grid.low, grid.high);
-    return scale;
 }
 
 // A block in units of its scale, rounded; less the zero point, where there is one. `length` first, so that the
 // compiler knows the usual ones.
 template <class In, class Out, bool fixed>
-inline void round_block(int64_t length, const In *x, Out *y, float scale, float zero, const Task &task, const Grid &grid) {
+inline void round_block(int64_t length, const In *__restrict x, Out *__restrict y, float scale, float zero, const Task &task,
+                        const Grid &grid) {
     constexpr bool codes = sizeof(Out) == 1;
     float divisor = scale == 0 ? 1.0f : scale;
     if (fixed && (task.zero || codes)) {
@@ -199,25 +214,40 @@ inline void round_block(int64_t length, const In *x, Out *y, float scale, float 
     }
 }
 
-template <class In, class Out, bool fixed>
-inline void block_at(int64_t length, const In *x, Out *y, float *scale, float *zero, const Task &task, const Grid &grid) {
-    if (task.scaling.rule) *scale = scale_of<In>(length, x, task.scaling, grid, zero);
-    round_block<In, Out, fixed>(length, x, y, *scale, zero ? *zero : 0.0f, task, grid);
+template <class In>
+inline void extremes_row(int64_t columns, int64_t block, const In *x, bool magnitude, float *low, float *high) {
+    for (int64_t start = 0, b = 0; start < columns; start += block, b++) {
+        int64_t left = columns - start, length = left < block ? left : block;
+        float *lowest = low ? low + b : nullptr;
+        if (length == 16) extremes_of<In>(16, x + start, magnitude, lowest, high + b);
+        else if (length == 32) extremes_of<In>(32, x + start, magnitude, lowest, high + b);
+        else if (length == 64) extremes_of<In>(64, x + start, magnitude, lowest, high + b);
+        else extremes_of<In>(length, x + start, magnitude, lowest, high + b);
+    }
 }
 
-template <class In, class Out, bool fixed> void round_rows(const In *x, Out *y, const Task &task, const Grid &grid) {
-#pragma omp parallel for num_threads(task.threads) schedule(dynamic, grain(task.columns))
+template <class In, class Out, bool fixed>
+void round_rows(const In *__restrict x, Out *__restrict y, const Task &given, const Grid &shared) {
+    const Task task = given; // copies of each thread's own, which no result can overwrite
+    const Grid grid = shared;
+#pragma omp parallel for num_threads(task.threads) schedule(dynamic, grain(task.columns)) firstprivate(task, grid)
     for (int64_t row = 0; row < task.rows; row++) {
-        for (int64_t start = 0, block = 0; start < task.columns; start += task.block, block++) {
+        const In *from = x + row * task.columns;
+        Out *to = y + row * task.out_row;
+        float *scales = task.scale + row * task.scale_row, *zeros = task.zero ? task.zero + row * task.scale_row : nullptr;
+        if (task.scaling.rule) {
+            extremes_row<In>(task.columns, task.block, from, task.scaling.magnitude, zeros, scales);
+            scales_of((task.columns + task.block - 1) / task.block, zeros, scales, task.scaling, grid);
+        }
+        for (int64_t start = 0, b = 0; start < task.columns; start += task.block, b++) {
             int64_t left = task.columns - start, length = left < task.block ? left : task.block;
-            int64_t place = row * task.scale_row + block * task.scale_block;
-            const In *from = x + row * task.columns + start;
-            Out *to = y + row * task.out_row + start;
-            float *scale = task.scale + place, *zero = task.zero ? task.zero + place : nullptr;
-            if (length == 16) block_at<In, Out, fixed>(16, from, to, scale, zero, task, grid);
-            else if (length == 32) block_at<In, Out, fixed>(32, from, to, scale, zero, task, grid);
-            else if (length == 64) block_at<In, Out, fixed>(64, from, to, scale, zero, task, grid);
-            else block_at<In, Out, fixed>(length, from, to, scale, zero, task, grid);
+            float scale = scales[b * task.scale_block], zero = zeros ? zeros[b * task.scale_block] : 0.0f;
+            const In *in = from + start;
+            Out *out = to + start;
+            if (length == 16) round_block<In, Out, fixed>(16, in, out, scale, zero, task, grid);
+            else if (length == 32) round_block<In, Out, fixed>(32, in, out, scale, zero, task, grid);
+            else if (length == 64) round_block<In, Out, fixed>(64, in, out, scale, zero, task, grid);
+            else round_block<In, Out, fixed>(length, in, out, scale, zero, task, grid);
         }
     }
 }
@@ -231,17 +261,8 @@ template <class In>
 void extremes_rows(const In *x, int64_t rows, int64_t columns, int64_t block, float *low, float *high, int threads) {
     int64_t blocks = (columns + block - 1) / block;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, grain(columns))
-    for (int64_t row = 0; row < rows; row++) {
-        for (int64_t b = 0; b < blocks; b++) {
-            int64_t left = columns - b * block, length = left < block ? left : block;
-            const In *from = x + row * columns + b * block;
-            float *lowest = low ? low + row * blocks + b : nullptr, *highest = high + row * blocks + b;
-            if (length == 16) extremes_of<In>(16, from, !low, lowest, highest);
-            else if (length == 32) extremes_of<In>(32, from, !low, lowest, highest);
-            else if (length == 64) extremes_of<In>(64, from, !low, lowest, highest);
-            else extremes_of<In>(length, from, !low, lowest, highest);
-        }
-    }
+    for (int64_t row = 0; row < rows; row++)
+        extremes_row<In>(columns, block, x + row * columns, !low, low ? low + row * blocks : nullptr, high + row * blocks);
 }
 
 } // namespace
@@ -264,6 +285,18 @@ void round_to_grid(const void *x, int32_t bfloat16, void *y, int32_t kind, const
     };
     if (bfloat16) from((const BFloat16 *)x);
     else from((const float *)x);
+}
+
+// Whether any value is not zero and has a magnitude below `bound`, a bfloat16.
+int32_t any_below(const void *x, int64_t length, int32_t bound, int32_t threads) {
+    int32_t found = 0;
+    const uint16_t *bits = (const uint16_t *)x;
+#pragma omp parallel for num_threads(threads) reduction(| : found)
+    for (int64_t i = 0; i < length; i++) {
+        uint16_t magnitude = bits[i] & 0x7fff;
+        found |= magnitude != 0 && magnitude < bound;
+    }
+    return found;
 }
 
 // Integer sums [rows, columns] to float32, where they stand: (sum - row_zero (column_sum) - column_zero (row_sum)) times

@@ -109,6 +109,7 @@ class Library:
         self.raw = ctypes.CDLL(str(path))
         self.raw.extremes.argtypes = [c_void_p, c_int32, *[c_int64] * 3, c_void_p, c_void_p, c_int32]
         self.raw.round_to_grid.argtypes = [c_void_p, c_int32, c_void_p, c_int32, POINTER(Task), POINTER(Grid)]
+        self.raw.any_below.argtypes = [c_void_p, c_int64, c_int32, c_int32]
         self.raw.scale_sums.argtypes = [c_void_p, c_int64, c_int64, *[c_void_p] * 7, c_int32]
 
     def extremes(self, x: Tensor, block: int, magnitude: bool) -> tuple[Tensor | None, Tensor]:
@@ -152,6 +153,11 @@ class Library:
         bfloat16, grid = x.dtype == torch.bfloat16, Grid.of(steps)
         self.raw.round_to_grid(x.data_ptr(), bfloat16, out.data_ptr(), KINDS[out.dtype], task, grid)
         return out
+
+    def any_below(self, x: Tensor, bound: float) -> bool:
+        """Whether a bfloat16 tensor holds a value other than zero whose magnitude is below a power of two."""
+        bits = int(torch.tensor(bound, dtype=torch.bfloat16).view(torch.int16))
+        return bool(self.raw.any_below(x.data_ptr(), x.numel(), bits, torch.get_num_threads()))
 
     def scale_sums(
         self,

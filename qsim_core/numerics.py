@@ -47,6 +47,18 @@ class Steps:
         return min(self.high * 2, torch.finfo(torch.float32).max)
 
     @property
+    def smallest(self) -> float:
+        """The smallest positive value."""
+        return 2.0 ** (-self.mantissa if self.fixed else self.min_exponent - self.mantissa)
+
+    @property
+    def significand(self) -> int:
+        """Bits of the longest significand, the hidden one counted."""
+        if not self.fixed:
+            return self.mantissa + 1
+        return int(max(self.high, -self.low) / self.smallest).bit_length()
+
+    @property
     def fits(self) -> bool:
         """Whether float32 holds every intermediate of rounding by a magic number as a normal, finite value."""
         return _magic_fits(self.mantissa, self.min_exponent, self.bound)

@@ -38,6 +38,8 @@ def _swap(x: Tensor) -> Tensor:
 
 LAST = Layout("last", _same, _same)
 SECOND_LAST = Layout("second last", _swap, _swap)
+LINEAR = (F.linear, torch.addmm)
+"""Calls that multiply by the rows of a weight and add a bias."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,14 @@ class Call:
         """The first operand that is no parameter, with its reduction axis last."""
         place = 1 if self.weight == 0 else 0
         return self.layouts[place].rows(self.operands[place].detach())
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What a call of `LINEAR` adds to its product."""
+        if self.function is torch.addmm:
+            return self.addend
+        bias: Tensor | None = self.kwargs.get("bias", self.args[2] if len(self.args) > 2 else None)
+        return bias
 
     def run(self, operands: Sequence[Tensor]) -> Any:
         """The call with other operands in place; the very same call if they are the ones it has."""

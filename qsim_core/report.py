@@ -97,7 +97,7 @@ def _recorded(before: Result) -> dict[str, Any]:
 def _recipe(options: dict[str, Any], host: Host) -> Recipe:
     values = _recipe_file(options["recipe"]) if options["recipe"] is not None else {}
     texts = {role: options[role] for role in ("weights", "activations", "outputs")}
-    for option, key in (("model", "model"), ("evaluator", "evaluate"), ("value_axis", "value_axis")):
+    for option, key in (("model", "model"), ("evaluator", "evaluate"), ("value_axis", "value_axis"), ("path", "path")):
         if options[option] is not None:
             values[key] = options[option]
     if options["skip"]:

@@ -15,6 +15,7 @@ from torch._C import _len_torch_function_stack
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from qsim_core.errors import RecipeError
+from qsim_core.ops import LAST, Layout
 from qsim_core.quantizer import Quantizer
 from qsim_core.recipe import Plan
 
@@ -29,6 +30,8 @@ class Site:
     """Full name of the parameter that is its weight."""
     plan: Plan
     aliases: list[str] = field(default_factory=list)
+    path: str = "float32"
+    """The arithmetic of its last call: float32 stands for the model's own, see `qsim_core.lowering`."""
     calls: int = 0
     """How often it was met, recomputation in a backward pass not counted."""
     fixed: dict[str, Any] = field(default_factory=dict)
@@ -107,11 +110,13 @@ class Last:
     function: Any
     of: Tensor
     version: int
-    value: Tensor
+    value: Any
 
     @staticmethod
     def holds(last: Last | None, function: Any, x: Tensor) -> bool:
-        return last is not None and last.of is x and last.version == x._version and last.function is function
+        if last is None or last.of is not x or last.version != x._version:
+            return False
+        return last.function is function or bool(last.function == function)
 
 
 class Thread(threading.local):
@@ -123,10 +128,12 @@ class Thread(threading.local):
         self.caller: FrameType | None = None
         self.inside = False
         self.quantized: Last | None = None
+        self.lowered: Last | None = None
         self.rotated: Last | None = None
 
     def clear(self) -> None:
-        self.stack, self.caller, self.quantized, self.rotated, self.inside = [], None, None, None, False
+        self.stack, self.caller, self.inside = [], None, False
+        self.quantized = self.lowered = self.rotated = None
         mode, self.mode = self.mode, None
         if mode is not None:
             leave(mode)
@@ -149,3 +156,19 @@ def leave(mode: TorchFunctionMode) -> None:
         above.append(top)
     for other in reversed(above):
         _push_mode(other)
+
+
+def widened(product: torch.Size, scores: torch.Size) -> bool:
+    """Whether scores are a product with columns beside it: attention sinks, which take a share of the softmax."""
+    return len(product) == len(scores) > 1 and product[:-1] == scores[:-1] and product[-1] < scores[-1]
+
+
+def last_of(function: Any, x: Tensor, value: Any, layout: Layout) -> Last | None:
+    """What may be used again for the same tensor; nothing where gradients are recorded."""
+    shareable = layout is LAST and not torch.is_grad_enabled() and not x.is_inference()
+    return Last(function, x, x._version, value) if shareable else None
+
+
+def recomputing() -> bool:
+    """Whether this runs inside a backward pass: gradient checkpointing computes a forward again there."""
+    return bool(torch._C._current_graph_task_id() != -1)

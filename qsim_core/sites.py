@@ -18,17 +18,21 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from qsim_core import lowering
+from qsim_core.apart import attend
 from qsim_core.attention import EXPLICIT, SOFTMAX
 from qsim_core.errors import RecipeError
+from qsim_core.lowering import Form
 from qsim_core.ops import LAST, OPS, SECOND_LAST, Call, Layout, read_call
 from qsim_core.quantizer import Quantizer, Stacked
 from qsim_core.randomness import at
 from qsim_core.recipe import Recipe
-from qsim_core.running import Frame, Last, Site, Thread
+from qsim_core.running import Frame, Last, Site, Thread, last_of, recomputing, widened
 from qsim_core.weights import Weight, Weights
 
 MET = frozenset({*OPS, *EXPLICIT, *SOFTMAX, torch.einsum})
@@ -48,6 +52,8 @@ class _Mode(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         if function in EXPLICIT:
             with self:
+                if function is F.scaled_dot_product_attention:
+                    return attend(self.sites, *args, **(kwargs or {}))
                 return EXPLICIT[function](*args, **(kwargs or {}))
         return self.sites.meet(function, args, kwargs or {})
 
@@ -130,23 +136,65 @@ class Sites:
             call = replace(call, operands=tuple(self._rotated(site, *operand) for operand in turned))
         if self.watcher is not None:
             self.watcher(site, replace(call, weight=roles.index("weight") if site.weight else None))
-        operands = []
-        for role, operand, weight, layout in zip(roles, call.operands, weights, call.layouts, strict=True):
-            if role == "input2" and self.recipe.value_axis == "head" and site.is_value_product:
-                layout = LAST
-            if weight is not None:
-                operands.append(self._weight(site, weight, operand, layout, frame.module.training))
-            else:
-                operands.append(self._input(site, role, operand, layout))
-        result = self._output(site, call, operands)
+        if self.recipe.value_axis == "head" and site.is_value_product:
+            layouts = (LAST if role == "input2" else at for role, at in zip(roles, call.layouts, strict=True))
+            call = replace(call, layouts=tuple(layouts))
+        form = self._form(site, call, roles)
+        operands: list[Tensor] = []
+        if form is None or self.observer is not None:
+            operands = self._operands(site, call, roles, weights, form)
+        lowered = None if form is None else self._lowered(site, call, weights, form)
+        if lowered is None and not operands:
+            operands = self._operands(site, call, roles, weights, form)
+        site.path = "float32" if form is None or lowered is None else form.path
+        result = self._output(site, call, operands, lowered)
         if site.weight is None:
             frame.before_softmax.append((site, result.shape))
         return result
 
+    def _form(self, site: Site, call: Call, roles: list[str]) -> Form | None:
+        """The form that the operands take for another arithmetic than float32's, if that is exact and faster."""
+        if not self.quantizing or self.thread.stack[-1].module.training:
+            return None  # checkpointing computes a forward again, with gradients, and must find the same numbers
+        if call.addend is not None and self._weight_of(call.addend) is None:
+            return None
+        quantizers = [self._quantizer(site, role) for role in (*roles, "output")]
+        return lowering.choose(self.recipe.path, call, roles, quantizers)
+
+    def _operands(
+        self, site: Site, call: Call, roles: list[str], weights: list[Weight | None], form: Form | None
+    ) -> list[Tensor]:
+        """The operands' values, quantized."""
+        training = self.thread.stack[-1].module.training
+        return [
+            self._input(site, role, operand, layout)
+            if weight is None
+            else self._weight(site, weight, operand, layout, training, form)
+            for role, operand, weight, layout in zip(roles, call.operands, weights, call.layouts, strict=True)
+        ]
+
+    def _lowered(self, site: Site, call: Call, weights: list[Weight | None], form: Form) -> Tensor | None:
+        """The product in the other arithmetic; None where that is not exact for these operands."""
+        taken: list[Any] = []
+        for place, (operand, layout, weight) in enumerate(zip(call.operands, call.layouts, weights, strict=True)):
+            if weight is not None:
+                self.weights.met(weight, layout, self.thread.stack[-1].module)
+                taken.append(self.weights.lowered(weight, operand, layout, site.quantizer("weight"), form))
+                continue
+            key, last = form.of(place), self.thread.lowered
+            if layout is LAST and Last.holds(last, key, operand):
+                taken.append(last.value)  # type: ignore[union-attr]
+            else:
+                taken.append(form.take(place, layout.rows(operand)))
+                self.thread.lowered = last_of(key, operand, taken[-1], layout)
+        return None if any(operand is None for operand in taken) else form.product(call, *taken)
+
     def _quantizer(self, site: Site, role: str) -> Any:
         return site.quantizer(role) if self.quantizing else None
 
-    def _weight(self, site: Site, weight: Weight, operand: Tensor, layout: Layout, training: bool) -> Tensor:
+    def _weight(
+        self, site: Site, weight: Weight, operand: Tensor, layout: Layout, training: bool, form: Form | None
+    ) -> Tensor:
         quantizer, before, value = self._quantizer(site, "weight"), operand, operand
         if quantizer is not None and operand.dim() == 3 and layout in (LAST, SECOND_LAST) and not quantizer.by_rows:
             quantizer = Stacked(each=quantizer)  # experts: what scales are shared over ends with each of them
@@ -155,7 +203,7 @@ class Sites:
             if self.observer is not None and not self.weights.overwritten(weight):
                 before = operand.detach().clone()  # it may be about to be overwritten
             with at(f"{site.name}:weight", site.calls if training else 0):
-                value = self.weights.quantized(weight, operand, layout, quantizer, training)
+                value = self.weights.quantized(weight, operand, layout, quantizer, training, form)
         self._observe(site, "weight", before, value, layout, quantizer)
         return value
 
@@ -165,9 +213,9 @@ class Sites:
         if rotation is None:
             return operand
         if Last.holds(self.thread.rotated, rotation, operand):
-            return self.thread.rotated.value  # type: ignore[union-attr]
+            return self.thread.rotated.value  # type: ignore[union-attr,no-any-return]
         value = layout.back(rotation(layout.rows(operand)))
-        self.thread.rotated = _last(rotation, operand, value, layout)
+        self.thread.rotated = last_of(rotation, operand, value, layout)
         return value
 
     def _input(self, site: Site, role: str, operand: Tensor, layout: Layout) -> Tensor:
@@ -180,20 +228,26 @@ class Sites:
             else:
                 with at(f"{site.name}:{role}", site.calls) as place:
                     value = layout.back(quantizer(layout.rows(operand)))
-                    last = None if place.drawn else _last(quantizer, operand, value, layout)
+                    last = None if place.drawn else last_of(quantizer, operand, value, layout)
                 self.thread.quantized = last
         self._observe(site, role, operand, value, layout, quantizer)
         return value
 
-    def _output(self, site: Site, call: Call, operands: list[Tensor]) -> Tensor:
+    def _output(self, site: Site, call: Call, operands: list[Tensor], lowered: Tensor | None) -> Tensor:
         """The result quantized, a bias in it but not a mask: what is added to a product of activations comes after."""
         quantizer = self._quantizer(site, "output")
         if quantizer is None:
-            result: Tensor = call.run(operands)
+            result: Tensor = call.run(operands) if lowered is None else lowered
             self._observe(site, "output", result, result, call.result, None)
             return result
+        if lowered is not None and site.path == "bf16":  # it is rounded already
+            if self.observer is not None:
+                self._observe(site, "output", call.run(operands), lowered, call.result, quantizer)
+            return lowered
         masked = call.addend is not None and self._weight_of(call.addend) is None
-        product = torch.matmul(*operands) if masked else call.run(operands)
+        product = lowered
+        if product is None:
+            product = torch.matmul(*operands) if masked else call.run(operands)
         with at(f"{site.name}:output", site.calls):
             rounded = call.result.back(quantizer(call.result.rows(product)))
         self._observe(site, "output", product, rounded, call.result, quantizer)
@@ -241,7 +295,7 @@ class Sites:
             return
         before, frame.before_softmax, frame.softmax = frame.before_softmax, [], (scores.shape[-2:],)
         fitting = [product for product in before if product[1][-2:] == scores.shape[-2:]]
-        if not fitting and len(before) == 1 and _widened(before[0][1], scores.shape):
+        if not fitting and len(before) == 1 and widened(before[0][1], scores.shape):
             fitting, frame.softmax = before, (scores.shape[-2:], before[0][1][-2:])
         if len(fitting) == 1:
             self._alias(fitting[0][0], f"{frame.path}:qk", met=self.quantizing)
@@ -257,22 +311,6 @@ class Sites:
                 f"the recipe names {alias!r}, which is only known after a forward pass; give simulate an example"
             )
         site.plan = plan
-
-
-def _widened(product: torch.Size, scores: torch.Size) -> bool:
-    """Whether scores are a product with columns beside it: attention sinks, which take a share of the softmax."""
-    return len(product) == len(scores) > 1 and product[:-1] == scores[:-1] and product[-1] < scores[-1]
-
-
-def _last(function: Any, x: Tensor, value: Tensor, layout: Layout) -> Last | None:
-    """What may be used again for the same tensor; nothing where gradients are recorded."""
-    shareable = layout is LAST and not torch.is_grad_enabled() and not x.is_inference()
-    return Last(function, x, x._version, value) if shareable else None
-
-
-def recomputing() -> bool:
-    """Whether this runs inside a backward pass: gradient checkpointing computes a forward again there."""
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def functional(sites: Sites, path: str) -> Iterator[Site]:

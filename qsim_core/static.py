@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from qsim_core.errors import DataError
+from qsim_core.fused import Scales
 from qsim_core.observers import Observer
 from qsim_core.quantizer import Granularity, Quantizer, straight_through
 from qsim_core.scaling import Scheme
@@ -39,6 +40,11 @@ class Fixed:
     def passes(self, x: Tensor) -> Tensor:
         return self.scheme.passes_at(x, *self._on(x))
 
+    def scales(self, x: Tensor) -> Scales:
+        """Scales and zero points of a tensor like `x`, [1, B]."""
+        scale, zero = self._on(x)
+        return Scales(scale.reshape(1, -1), None if zero is None else zero.reshape(1, -1))
+
     def __call__(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             return straight_through(x, self)  # type: ignore[arg-type]
@@ -62,6 +68,11 @@ class Fixed:
         """Scale and zero point on the device of `x`. Raises `DataError` if its rows have more or fewer blocks."""
         _check_blocks(self.where, self.scheme, len(self.scale), self.scheme.blocks_of(x.shape))
         return self.scale.to(x.device), None if self.zero is None else self.zero.to(x.device)
+
+
+def scheme_of(quantizer: Any) -> Any:
+    """The scheme of static scales; what is none is itself."""
+    return quantizer.scheme if isinstance(quantizer, Fixed) else quantizer
 
 
 def _check_blocks(where: str, scheme: Scheme, known: int, here: int) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,34 @@ class Weight:
     owned: bool
 
 
+class Lowered(Protocol):
+    """A weight's rows in the form of another arithmetic."""
+
+    def values(self) -> Tensor:
+        """The rows again, quantized."""
+
+
+class Form(Protocol):
+    """How a weight's rows [N, K] take another form; None where that is not exact."""
+
+    def new(self, rows: Tensor) -> Lowered | None:
+        """Of rows that are to be quantized."""
+
+    def again(self, rows: Tensor, kept: Any) -> Lowered | None:
+        """Of rows that are quantized, by what `keep` has kept."""
+
+    def keep(self, made: Any) -> Any:
+        """What `again` needs to know of what `new` made."""
+
+
 @dataclass
 class _Folded:
-    """One quantized weight: the copy (None: the parameter itself), and what it was made from."""
+    """One quantized weight, and what it was made from: a copy, another form, or what the parameter itself became."""
 
+    in_place: bool
     copy: Tensor | None
+    lowered: Any
+    """The other form; of a parameter that was overwritten what its form keeps."""
     identity: int
     version: int
     address: int
@@ -64,7 +87,7 @@ class Weights:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are made anew in a copied model; that a parameter itself was overwritten has to be remembered."""
-        in_place = {key: folded for key, folded in self.folded.items() if folded.copy is None}
+        in_place = {key: folded for key, folded in self.folded.items() if folded.in_place}
         return {**self.__dict__, "folded": in_place, "moves": Counter(), "lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -80,24 +103,64 @@ class Weights:
 
     def overwritten(self, weight: Weight) -> bool:
         """Whether the parameter itself holds quantized values by now, so that the original is gone."""
-        return any(key[0] == weight.name and folded.copy is None for key, folded in self.folded.items())
+        return any(key[0] == weight.name and folded.in_place for key, folded in self.folded.items())
 
     def quantized(
-        self, weight: Weight, operand: Tensor, layout: Layout, quantizer: Quantizer, training: bool
+        self,
+        weight: Weight,
+        operand: Tensor,
+        layout: Layout,
+        quantizer: Quantizer,
+        training: bool,
+        form: Form | None = None,
     ) -> Tensor:
-        """The operand quantized: made now where it trains, else from what was made before."""
+        """The operand quantized: made now where it trains, else from what was made before, in whatever form."""
         if weight.name in self.pinned:
             return operand
         differentiable = torch.is_grad_enabled() and operand.requires_grad
         if differentiable and training:
             return layout.back(quantizer(layout.rows(operand)))
         with self.lock:
-            value = self._fold(weight, operand, layout, quantizer)
+            value = self._value(self._fold(weight, operand, layout, quantizer, form), operand, layout)
         if differentiable:
             return layout.back(straight_through(layout.rows(operand), quantizer, layout.rows(value)))
         return value
 
-    def _fold(self, weight: Weight, operand: Tensor, layout: Layout, quantizer: Quantizer) -> Tensor:
+    def lowered(
+        self, weight: Weight, operand: Tensor, layout: Layout, quantizer: Quantizer, form: Form
+    ) -> Lowered | None:
+        """The operand's rows in another form, made once; None where that is not exact, or a transform has chosen.
+
+        Of a parameter that was overwritten it is made anew each time, from its values: there is no second copy.
+        """
+        if weight.name in self.pinned:
+            return None
+        with self.lock:
+            folded = self._fold(weight, operand, layout, quantizer, form)
+            if not folded.in_place:
+                if folded.lowered is None and (made := form.new(layout.rows(operand.detach()))) is not None:
+                    folded.lowered, folded.copy = made, None
+                return folded.lowered  # type: ignore[no-any-return]
+        return None if folded.lowered is None else form.again(layout.rows(operand.detach()), folded.lowered)
+
+    @staticmethod
+    def _value(folded: _Folded, operand: Tensor, layout: Layout) -> Tensor:
+        """The operand's quantized values."""
+        if folded.in_place:
+            return operand
+        if folded.copy is not None:
+            return folded.copy
+        value: Tensor = layout.back(folded.lowered.values())
+        return value
+
+    def _fold(
+        self,
+        weight: Weight,
+        operand: Tensor,
+        layout: Layout,
+        quantizer: Quantizer,
+        form: Form | None = None,
+    ) -> _Folded:
         parameter = weight.parameter
         key = (weight.name, layout.name, operand.storage_offset(), tuple(operand.shape), operand.stride())
         folded = self.folded.get(key)
@@ -107,21 +170,25 @@ class Weights:
                 f"with keep=True, or give simulate an example, so that both uses are known beforehand"
             )
         if folded is not None and self._holds(folded, parameter):
-            return operand if folded.copy is None else folded.copy
+            return folded
         if folded is not None and folded.identity != id(parameter):
             self.moves[weight.name] += 1
         with torch.no_grad():
-            value = torch.empty_like(operand).copy_(layout.back(quantizer.quantize(layout.rows(operand.detach()))))
+            rows = layout.rows(operand.detach())
+            lowered = form.new(rows) if form is not None else None
+            quantized: Any = quantizer.quantize(rows) if lowered is None else None
             alone = weight.name not in self.tied | self.elsewhere and len(self.uses[weight.name]) == 1
             in_place = not self.keep and weight.owned and alone
             if in_place:
-                parameter.data.copy_(value)
+                parameter.data.copy_(layout.back(quantized if lowered is None else lowered.values()))
+                lowered = None if form is None or lowered is None else form.keep(lowered)
+            copy = None if in_place or quantized is None else torch.empty_like(operand).copy_(layout.back(quantized))
+        made_from = id(parameter), _version(parameter), parameter.data_ptr()
+        folded = _Folded(in_place, copy, lowered, *made_from, _sums(parameter.detach()) if in_place else None)
+        self.folded[key] = folded
         if weight.name in self.elsewhere or self.moves[weight.name] > MOVES:
-            self.folded.pop(key, None)
-        else:
-            made_from = id(parameter), _version(parameter), parameter.data_ptr()
-            self.folded[key] = _Folded(None, *made_from, _sums(value)) if in_place else _Folded(value, *made_from)
-        return operand if in_place else value
+            del self.folded[key]
+        return folded
 
     @staticmethod
     def _holds(folded: _Folded, parameter: Tensor) -> bool:
@@ -129,7 +196,7 @@ class Weights:
         made_from = id(parameter), _version(parameter), parameter.data_ptr()
         if made_from == (folded.identity, folded.version, folded.address):
             return True
-        held = folded.copy is None and folded.sums == _sums(parameter.detach())
+        held = folded.in_place and folded.sums == _sums(parameter.detach())
         if held:
             folded.identity, folded.version, folded.address = made_from
         return held

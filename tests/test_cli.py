@@ -74,6 +74,7 @@ def test_a_result_has_everything_that_its_schema_promises(record: Path) -> None:
         "activations": "abfp(int8)",
         "outputs": "cast(bf16)",
         "value_axis": "tokens",
+        "path": "auto",
         "transforms": [],
         "skip": ["lm_head"],
         "overrides": {},
@@ -219,6 +220,13 @@ def test_a_dry_run_prints_a_recipe_that_runs(qsim_: Qsim) -> None:
         "model: opt-tiny\nweights: abfp(int4)\nactivations: abfp(int4)\noutputs: cast(bf16)\nskip:\n- lm_head\n"
         "evaluate: perplexity(64)\n"
     )  # fmt: skip
+
+
+def test_the_path_is_an_option_and_in_the_audit(qsim_: Qsim) -> None:
+    arguments = ["evaluate", "--precision", "w8a8", "--limit", "2", "--json", "-"]
+    records = [json.loads(qsim_(*arguments, "--path", path).stdout) for path in ("int8", "float32")]
+
+    assert [record["audit"]["sites"][0]["path"] for record in records] == ["int8", "float32"]
 
 
 def test_the_value_axis_is_an_option(qsim_: Qsim) -> None:

@@ -339,7 +339,8 @@ class TestAudit:
 
     def test_it_measures_each_role(self) -> None:
         model = perceptron()
-        simulation = qsim.simulate(model, weights="int4", activations="tensor(int8)", outputs="bf16", example=X)
+        recipe = {"weights": "int4", "activations": "tensor(int8)", "outputs": "bf16", "path": "float32"}
+        simulation = qsim.simulate(model, recipe, example=X)
 
         site = simulation.audit().sites[0]
 

@@ -1,0 +1,177 @@
+"""How long a simulated forward takes, against the float32 model's and a bfloat16 copy's.
+
+    python benchmarks/forward.py [--shape 125m|1.3b] [--batch N] [--layers N] [--rounds N] [FORMAT …]
+
+OPT blocks with the hidden size, heads and FFN of OPT-125M or OPT-1.3B, random weights, BATCH x 512 tokens, attention
+as transformers computes it by default (`sdpa`). Each round runs all in turn, in one process; medians are printed, as
+ratios to the float32 forward. With --others other simulators run too, where they are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import OPTConfig, OPTForCausalLM
+
+import qsim_core as qsim
+from qsim_core import native
+
+SHAPES = {"125m": (768, 12, 3072), "1.3b": (2048, 32, 8192)}
+FORMATS: dict[str, dict[str, str]] = {
+    "int8": {"weights": "int8", "activations": "int8"},
+    "w4a8": {"weights": "int4", "activations": "int8"},
+    "abfp": {"weights": "abfp(int4)", "activations": "abfp(int8)"},
+    "mxfp8": {"weights": "mxfp8_e4m3", "activations": "mxfp8_e4m3", "outputs": "bf16"},
+    "mxfp4": {"weights": "mxfp4", "activations": "mxfp4", "outputs": "bf16"},
+    "nvfp4": {"weights": "nvfp4", "activations": "nvfp4"},
+}
+
+
+def model_of(shape: str, layers: int) -> OPTForCausalLM:
+    """OPT without its large vocabulary: what is measured are the blocks."""
+    hidden, heads, ffn = SHAPES[shape]
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=512,
+        hidden_size=hidden,
+        word_embed_proj_dim=hidden,
+        num_attention_heads=heads,
+        ffn_dim=ffn,
+        num_hidden_layers=layers,
+        max_position_embeddings=512,
+    )
+    return OPTForCausalLM(config).eval()
+
+
+def torchao_int8(model: nn.Module) -> nn.Module:
+    """torchao's dynamic int8 activations and int8 weights."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+def brevitas_int8(model: nn.Module) -> nn.Module:
+    """Brevitas' QuantLinear with dynamic per-row int8 activations and per-channel int8 weights."""
+    from brevitas.nn import QuantLinear
+    from brevitas.quant.experimental.float_quant_fnuz import Fp8e4m3FNUZActPerTensorFloat  # noqa: F401
+    from brevitas.quant.scaled_int import Int8ActPerTensorFloat, Int8WeightPerChannelFloat
+
+    for name, child in model.named_children():
+        if isinstance(child, nn.Linear):
+            quantized = QuantLinear(
+                child.in_features,
+                child.out_features,
+                bias=child.bias is not None,
+                weight_quant=Int8WeightPerChannelFloat,
+                input_quant=Int8ActPerTensorFloat,
+            )
+            quantized.load_state_dict(child.state_dict(), strict=False)
+            setattr(model, name, quantized.eval())
+        else:
+            brevitas_int8(child)
+    return model
+
+
+def modelopt(config: str) -> Callable[[nn.Module], nn.Module]:
+    """NVIDIA ModelOpt's simulated quantization with one of its configurations."""
+
+    def quantize(model: nn.Module) -> nn.Module:
+        import modelopt.torch.quantization as mtq
+
+        ids = torch.zeros(1, 8, dtype=torch.long)
+        return mtq.quantize(model, getattr(mtq, config), lambda m: m(ids))  # type: ignore[no-any-return]
+
+    return quantize
+
+
+def microxcaling(element: str) -> Callable[[nn.Module], nn.Module]:
+    """Microsoft's MX library, its linears in place of torch's."""
+
+    def quantize(model: nn.Module) -> nn.Module:
+        import mx
+
+        specs = mx.finalize_mx_specs(
+            {"w_elem_format": element, "a_elem_format": element, "block_size": 32, "bfloat": 16, "scale_bits": 8}
+        )
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child) is nn.Linear:
+                    other = mx.Linear(child.in_features, child.out_features, child.bias is not None, mx_specs=specs)
+                    other.load_state_dict(child.state_dict())
+                    setattr(parent, name, other.eval())
+        return model
+
+    return quantize
+
+
+OTHERS: dict[str, tuple[str, Callable[[nn.Module], nn.Module]]] = {
+    "torchao int8": ("torchao", torchao_int8),
+    "brevitas int8": ("brevitas", brevitas_int8),
+    "modelopt int8": ("modelopt", modelopt("INT8_DEFAULT_CFG")),
+    "modelopt mxfp8": ("modelopt", modelopt("MXFP8_DEFAULT_CFG")),
+    "microxcaling mxfp8": ("mx", microxcaling("fp8_e4m3")),
+}
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("formats", nargs="*", metavar="FORMAT", help=", ".join(FORMATS))
+    parser.add_argument("--shape", choices=SHAPES, default="125m")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--others", action="store_true", help="other simulators too, where they are installed")
+    parser.add_argument("--path", default="auto", help="qsim's arithmetic: auto, float32")
+    given = parser.parse_args()
+    wrong = [name for name in given.formats if name not in FORMATS]
+    if wrong:
+        parser.error(f"no format {wrong[0]!r}; there are {', '.join(FORMATS)}")
+
+    base = model_of(given.shape, given.layers)
+    ids = torch.randint(0, 512, (given.batch, 512), generator=torch.Generator().manual_seed(0))
+    models: dict[str, nn.Module] = {"float32": base, "bfloat16": copy.deepcopy(base).bfloat16()}
+    paths: dict[str, str] = {}
+    for name in given.formats or FORMATS:
+        models[name] = copy.deepcopy(base)
+        recipe = qsim.Recipe(**FORMATS[name], path=given.path, skip=("lm_head",))  # type: ignore[arg-type]
+        simulation = qsim.simulate(models[name], recipe, example={"input_ids": ids[:1, :64]}, keep=False)
+        with torch.no_grad():
+            models[name](ids[:1])
+        paths[name] = ", ".join(sorted({site.path for site in simulation.audit().sites if not site.skipped}))
+    for name, (package, make) in OTHERS.items() if given.others else ():
+        if importlib.util.find_spec(package) is not None:
+            models[name] = make(copy.deepcopy(base))
+
+    def forward(model: nn.Module) -> Tensor:
+        return model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with torch.inference_mode(False), torch.no_grad(), native.only(True):
+        for _ in range(given.rounds + 1):
+            for name, model in models.items():
+                times[name].append(seconds(lambda model=model: forward(model)))  # type: ignore[misc]
+    medians = {name: statistics.median(measured[1:]) for name, measured in times.items()}
+    threads = torch.get_num_threads()
+    print(f"{given.layers} blocks of OPT-{given.shape.upper()}, {given.batch} x 512 tokens, {threads} threads")
+    for name, median in medians.items():
+        print(f"{name:20} {median:7.3f} s  {median / medians['float32']:.2f}  {paths.get(name, '')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Attention written out, a few heads at a time: their scores stay in the processor's cache.
+
+Heads have nothing to do with each other, unless a quantizer sees more than its rows, or somebody wants to see all of
+them: then all are computed at once, as without this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qsim_core.attention import explicit_attention
+from qsim_core.running import Site
+from qsim_core.static import scheme_of
+
+if TYPE_CHECKING:
+    from qsim_core.sites import Sites
+
+TOGETHER = 2**20
+"""Scores that are computed at a time: 4 MiB of float32."""
+
+
+def attend(
+    sites: Sites,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`explicit_attention`, which meets two products; the same numbers, however many heads are taken at a time."""
+    frame = sites.thread.stack[-1]
+    first = frame.products
+    met = [site for i in range(2) if (site := sites.table.get(f"{frame.path}:matmul.{first + i}")) is not None]
+    masked = attn_mask is None or attn_mask.dim() == query.dim()
+    if len(met) < 2 or dropout_p or not masked or not _alone(query) or not _by_heads(sites, met):
+        return explicit_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    calls = [site.calls + 1 for site in met]
+    result = query.new_empty(*query.shape[:-1], value.shape[-1])
+    for place, operands in _heads(query, key, value, attn_mask, enable_gqa):
+        frame.products = first
+        result[place] = explicit_attention(*operands, 0.0, is_causal, scale)
+    for site, count in zip(met, calls, strict=True):
+        site.calls = count
+    return result
+
+
+def _alone(query: Tensor) -> bool:
+    """Whether it pays, and no gradient has to find its way back."""
+    large = query.dim() == 4 and query.shape[0] * query.shape[1] > 1 and query.device.type == "cpu"
+    return large and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _by_heads(sites: Sites, met: list[Site]) -> bool:
+    """Whether every quantizer rounds row by row, the same wherever a row stands, and nobody looks on."""
+    looked_at = sites.observer is not None or sites.watcher is not None
+    training = sites.thread.stack[-1].module.training
+    if looked_at or training or not sites.quantizing or any(site.rotations for site in met):
+        return False
+    for quantizer in (site.quantizer(role) for site in met for role in ("input", "input2", "output")):
+        scheme = scheme_of(quantizer)
+        if scheme is None:
+            continue
+        fixed = quantizer is not scheme and scheme.granularity == "tensor"
+        if not (fixed or getattr(scheme, "by_rows", False)) or "stochastic" in str(scheme):
+            return False
+    return True
+
+
+def _heads(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool
+) -> Iterator[tuple[tuple[slice, slice], tuple[Tensor, Tensor, Tensor, Tensor | None]]]:
+    """Where a few heads of [B, H, length, width] are, and these."""
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value))
+    query, key = query.contiguous(), key.contiguous()
+    value = value.transpose(-1, -2).contiguous().transpose(-1, -2)  # PV is summed over tokens: so they come last
+    heads = max(1, TOGETHER // max(1, query.shape[-2] * key.shape[-2]))
+    for sample in range(query.shape[0]):
+        for head in range(0, query.shape[1], heads):
+            place = slice(sample, sample + 1), slice(head, head + heads)
+            own = None
+            if mask is not None:
+                own = mask[tuple(at if size > 1 else slice(None) for at, size in zip(place, mask.shape, strict=False))]
+            yield place, (query[place], key[place], value[place], own)

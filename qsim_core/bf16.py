@@ -1,0 +1,159 @@
+"""The bf16 path: values that are bfloat16's, multiplied as such where the result is rounded to bfloat16 in any case.
+
+One matmul accumulates in float32 and rounds once. A bias goes through it, as three more columns that hold its upper,
+middle and lower bits: added afterwards it would meet a result that is rounded already. Only the order of summation
+differs from the float32 path's; products that would be subnormal are flushed to zero, so such operands are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qsim_core import fused
+from qsim_core.format import Format
+from qsim_core.native import library
+from qsim_core.ops import LINEAR, Call, Layout
+from qsim_core.quantizer import Quantizer
+from qsim_core.scaling import Scheme
+from qsim_core.static import Fixed, scheme_of
+
+SIGNIFICAND = 8
+"""Bits of bfloat16's, the hidden one counted."""
+SMALLEST = 2.0**-63
+"""Products of values from here on are normal."""
+PARTS = 3
+"""A float32 number is the sum of so many bfloat16 numbers."""
+ONES = torch.ones(1, PARTS, dtype=torch.bfloat16)
+
+
+def fits(quantizer: Any) -> bool:
+    """Whether a quantizer's values have bfloat16's significand; their exponents are looked at when they are there."""
+    scheme = scheme_of(quantizer)
+    if isinstance(scheme, Scheme):
+        exact = scheme.rule != "divide" and (scheme.scale is None or _significand(scheme.scale.unscaled) == 1)
+        return exact and scheme.symmetric and _significand(scheme.element) <= SIGNIFICAND
+    return isinstance(scheme, Quantizer) and _significand(scheme.unscaled) <= SIGNIFICAND
+
+
+def _significand(format: Format | None) -> float:
+    """Bits of a format's significands, the hidden one counted; infinite where that is not known, or not the same."""
+    if format is None or format.rounding == "stochastic":
+        return float("inf")
+    if format.powers_of_two:
+        return 1
+    return format.steps.significand if format.steps is not None else float("inf")
+
+
+@dataclass(frozen=True)
+class Half:
+    """An operand's values in bfloat16, rows [..., K], or [..., K + PARTS] where a bias goes with them."""
+
+    rows: Tensor
+    wider: bool = False
+
+    def values(self) -> Tensor:
+        """The same in float32, without the bias."""
+        return (self.rows[..., :-PARTS] if self.wider else self.rows).float()
+
+
+def half(quantizer: Any, rows: Tensor, beside: Tensor | None = None) -> Half | None:
+    """Rows [..., K] quantized, in bfloat16, and `beside` them columns [rows or 1, PARTS] for a bias.
+
+    Without a quantizer they are quantized already.
+
+    None where a product would meet a value that is flushed to zero.
+    """
+    rows = rows.detach()
+    if beside is None:
+        values = _rounded(quantizer, rows, None)
+        return None if _flushed(scheme_of(quantizer), values) else Half(values)
+    matrix = rows.reshape(-1, rows.shape[-1])
+    wide = torch.empty(len(matrix), matrix.shape[1] + PARTS, dtype=torch.bfloat16)
+    _rounded(quantizer, matrix, wide[:, :-PARTS])
+    wide[:, -PARTS:] = beside
+    return None if _flushed(scheme_of(quantizer), wide) else Half(wide.view(*rows.shape[:-1], -1), wider=True)
+
+
+def _rounded(quantizer: Any, rows: Tensor, out: Tensor | None) -> Tensor:
+    """Rows quantized in bfloat16, into `out` if there is one."""
+    scheme, static = scheme_of(quantizer), quantizer.scales(rows) if isinstance(quantizer, Fixed) else None
+    fast = fused.quantize(scheme, rows, static, torch.bfloat16, out) if isinstance(scheme, Scheme) else None
+    if fast is not None:
+        return fast
+    values: Tensor = rows if quantizer is None else quantizer.quantize(rows)
+    return values.to(torch.bfloat16) if out is None else out.copy_(values)
+
+
+def in_parts(bias: Tensor) -> Tensor | None:
+    """A bias [N] as the sum of bfloat16 numbers [N, PARTS]; None where that is not exact."""
+    parts, rest = [], bias.detach().float()
+    for _ in range(PARTS):
+        parts.append(rest.to(torch.bfloat16))
+        rest = rest - parts[-1].float()
+    return None if bool(rest.any()) else torch.stack(parts, -1)
+
+
+def _flushed(scheme: Any, values: Tensor) -> bool:
+    """Whether a value other than zero is so small that a product with it may be flushed."""
+    bare = scheme.unscaled if isinstance(scheme, Quantizer) else None
+    if bare is not None and bare.steps is not None and bare.steps.smallest >= SMALLEST:
+        return False
+    if (kernels := library(values.numel())) is not None and _dense(values):
+        return kernels.any_below(values, SMALLEST)
+    return bool(((values != 0) & (values.abs() < SMALLEST)).any())
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether memory holds the values of `x` one after another, in any order of the axes."""
+    order = sorted(range(x.dim()), key=lambda axis: (x.stride(axis), x.shape[axis]), reverse=True)
+    return x.permute(order).is_contiguous()
+
+
+def linear(x: Half, weight: Half, bias: Tensor | None) -> Tensor | None:
+    """Rows [..., K] times the rows of a weight [N, K], and a bias [N], rounded once, in float32; None: not exact."""
+    if bias is not None:
+        if (parts := in_parts(bias)) is None:
+            return None
+        weight.rows[:, -PARTS:] = parts
+    return F.linear(x.rows, weight.rows).float()
+
+
+def matmul(layouts: Sequence[Layout], first: Half, second: Half) -> Tensor:
+    """The product of two operands, rounded once, in float32."""
+    left, right = (layout.back(operand.rows) for layout, operand in zip(layouts, (first, second), strict=True))
+    return torch.matmul(left, right).float()
+
+
+class BF16:
+    """Operands in bfloat16; `biased` ones have columns more, through which the bias comes in."""
+
+    path = "bf16"
+
+    def __init__(self, quantizers: Sequence[Any], biased: bool) -> None:
+        self.quantizers, self.biased = quantizers, biased
+
+    def of(self, place: int) -> tuple[Any, ...]:
+        return self.path, self.biased, self.quantizers[place]
+
+    def take(self, place: int, rows: Tensor) -> Half | None:
+        return half(self.quantizers[place], rows, ONES if self.biased else None)
+
+    def new(self, rows: Tensor) -> Half | None:
+        return half(self.quantizers[1], rows, ONES if self.biased else None)
+
+    def again(self, rows: Tensor, kept: bool) -> Half | None:
+        return half(None, rows, ONES if self.biased else None)
+
+    def keep(self, made: Half) -> bool:
+        return True
+
+    def product(self, call: Call, first: Half, second: Half) -> Tensor | None:
+        if call.function in LINEAR:
+            return linear(first, second, call.bias)
+        return matmul(call.layouts, first, second)

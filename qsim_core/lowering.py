@@ -1,0 +1,67 @@
+"""Products in another arithmetic than the model's float32, where that gives the same numbers, and sooner.
+
+What float32 adds up in some order, with a rounding at each step, has none in `qsim_core.int8` but the last, and in
+`qsim_core.bf16` the same ones in another order. Where nothing is gained the path is `float32`: the operands' values,
+multiplied as the model does it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsim_core import bf16, int8
+from qsim_core.bf16 import BF16
+from qsim_core.int8 import Int8
+from qsim_core.ops import LINEAR, Call
+from qsim_core.quantizer import Quantizer
+
+Form = Int8 | BF16
+PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm)
+
+
+def choose(wanted: str, call: Call, roles: Sequence[str], quantizers: Sequence[Any]) -> Form | None:
+    """The form that operands take on the path that is `wanted`, or for `auto` on the one that is fastest here.
+
+    `quantizers` are those of the two operands and of the result. None: their values, in float32.
+    """
+    linear = call.function in LINEAR and list(roles) == ["input", "weight"]
+    products = call.function in PRODUCTS and "weight" not in roles
+    if wanted == "float32" or not (linear or products) or not _plain(call):
+        return None
+    *operands, output = quantizers
+    if wanted in ("int8", "auto" if _vnni() else "") and linear and all(map(int8.fits, operands)):
+        return Int8(operands)
+    bare = output.unscaled if isinstance(output, Quantizer) else None
+    if wanted in ("bf16", "auto" if _bf16() else "") and bare is not None and bare.native is torch.bfloat16:
+        return BF16(operands, linear and call.bias is not None) if all(map(bf16.fits, operands)) else None
+    return None
+
+
+def _plain(call: Call) -> bool:
+    """Whether a call is a product of float32 matrices and no more, and nobody wants its gradient."""
+    if call.kwargs.get("out") is not None or call.kwargs.get("alpha", 1) != 1 or call.kwargs.get("beta", 1) != 1:
+        return False
+    for operand in call.operands:
+        if operand.dtype != torch.float32 or operand.device.type != "cpu" or operand.dim() < 2 or not operand.numel():
+            return False
+        if operand.requires_grad and torch.is_grad_enabled():
+            return False
+    inner = call.layouts[0].rows(call.operands[0]).shape[-1]
+    return inner <= int8.LONGEST and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+
+
+@functools.cache
+def _vnni() -> bool:
+    """Whether this processor multiplies int8 faster than float32."""
+    return bool(torch.cpu._is_vnni_supported())
+
+
+@functools.cache
+def _bf16() -> bool:
+    """Whether this processor multiplies bfloat16 faster than float32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

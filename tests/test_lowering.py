@@ -1,0 +1,352 @@
+"""Products on other paths than float32: int8 is exact, bf16 rounds what float32 would have rounded."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import qsim_core as qsim
+from qsim_core import bf16, int8, native
+from qsim_core.quantizer import Quantizer
+
+INT8 = [
+    ("channel(int8)", "token(int8)"),
+    ("channel(int4)", "token(int8, symmetric=false)"),
+    ("channel(uint8, symmetric=false)", "token(int8)"),
+    ("channel(int4, symmetric=false)", "token(uint8, symmetric=false)"),
+    ("tensor(int8)", "tensor(uint4, symmetric=false)"),
+    ("channel(int8, range=mse)", "token(int6, range=absmax, symmetric=false)"),
+    ("channel(int8, scale=bf16)", "token(int8, rule=floor)"),
+    ("channel(int8)", "token(uint8)"),
+]
+
+
+class Layer(nn.Module):
+    """A linear, or transformers' Conv1D."""
+
+    def __init__(self, columns: int = 96, rows: int = 40, bias: bool = True, transposed: bool = False) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.transposed = transposed
+        weight = torch.randn(rows, columns, generator=generator)
+        self.weight = nn.Parameter(weight.T.contiguous() if transposed else weight)
+        self.bias = nn.Parameter(torch.randn(rows, generator=generator)) if bias else None
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.transposed:
+            flat = torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight)  # type: ignore[arg-type]
+            return flat.view(*x.shape[:-1], -1)
+        return F.linear(x, self.weight, self.bias)
+
+
+def example() -> Tensor:
+    """[3, 17, 96], one column an outlier."""
+    x = torch.randn(3, 17, 96, generator=torch.Generator().manual_seed(2))
+    x[..., 5] *= 30
+    return x
+
+
+def simulated(model: nn.Module, x: Tensor, path: str = "auto", keep: bool = True, **parts: Any) -> tuple[Tensor, str]:
+    """What the model makes of `x`, and the path its first site took."""
+    recipe = qsim.Recipe(path=path, **parts)  # type: ignore[arg-type]
+    simulation = qsim.simulate(copy.deepcopy(model), recipe, example=x, keep=keep)
+    with torch.no_grad():
+        return simulation.model(x), simulation.audit().sites[0].path
+
+
+def values(text: str, x: Tensor) -> Tensor:
+    quantizer = qsim.parse(text)
+    assert isinstance(quantizer, Quantizer)
+    return quantizer.quantize(x)
+
+
+def ulps(x: Tensor, exact: Tensor) -> float:
+    """The largest difference to a float64 result, in units of the last place of float32."""
+    nearest = exact.float().abs()
+    step = torch.nextafter(nearest, torch.tensor(torch.inf)).double() - nearest.double()
+    return float(((x.double() - exact).abs() / step).max())
+
+
+def in_float64(text: str, rows: Tensor) -> Tensor:
+    """What the codes of rows stand for, [M, K]."""
+    made = int8.code(qsim.parse(text), rows)
+    assert made is not None
+    units = made.codes.double() - (0.0 if made.zero is None else made.zero.unsqueeze(-1))
+    assert torch.allclose(made.values(), values(text, rows).reshape(units.shape), rtol=1e-6, atol=0)
+    return units * made.scale.double().unsqueeze(-1)
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "python"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "addmm"])
+@pytest.mark.parametrize(("weights", "activations"), INT8)
+def test_int8_is_within_two_ulps_of_float64(weights: str, activations: str, transposed: bool, kernels: bool) -> None:
+    layer, x = Layer(transposed=transposed), example()
+    rows = layer.weight.T if transposed else layer.weight
+    with native.only(kernels):
+        y, path = simulated(layer, x, "int8", weights=weights, activations=activations)
+        exact = in_float64(activations, x) @ in_float64(weights, rows.detach()).T
+
+    assert path == "int8"
+    assert ulps(y, (exact + layer.bias.detach().double()).view(y.shape)) <= 2  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("weights", "activations"), INT8)
+def test_int8_is_the_float32_path_but_for_its_roundings(weights: str, activations: str) -> None:
+    y, plain = (
+        simulated(Layer(), example(), path, weights=weights, activations=activations)[0] for path in ("int8", "float32")
+    )
+
+    assert torch.allclose(y, plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize(("weights", "activations"), INT8)
+def test_kernels_and_python_give_the_same_bits(weights: str, activations: str) -> None:
+    results = []
+    for kernels in (True, False):
+        with native.only(kernels):
+            results.append(simulated(Layer(), example(), "int8", weights=weights, activations=activations)[0])
+
+    assert torch.equal(*results)
+
+
+def test_the_sum_is_exact_where_float32s_is_not() -> None:
+    x, w = torch.full((1, 4096), 127.0), torch.full((1, 4096), 127.0)
+    x[0, 0], w[0, 1] = 1.0, -126.0
+    a, b = (int8.code(qsim.parse("token(int8)"), operand) for operand in (x, w))
+    assert a is not None and b is not None
+    exact = int((x.double() * w.double()).sum())
+
+    assert torch._int_mm(a.codes, b.codes.T).item() == exact
+    assert int8.product(a, b, None).item() == torch.tensor(exact, dtype=torch.float64).float().item()
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "overwritten"])
+def test_codes_of_kept_and_of_overwritten_weights_are_the_same(keep: bool) -> None:
+    layer, x = Layer(), example()
+    simulation = qsim.simulate(
+        copy.deepcopy(layer),
+        qsim.Recipe(path="int8", weights="int4", activations="int8"),
+        keep=keep,  # type: ignore[arg-type]
+    )
+    with torch.no_grad():
+        first, again = simulation.model(x), simulation.model(x)
+        copied = pickle.loads(pickle.dumps(simulation.model))(x)
+
+    expected = simulated(layer, x, "int8", weights="int4", activations="int8")[0]
+    assert torch.equal(first, expected) and torch.equal(again, expected) and torch.equal(copied, expected)
+
+
+def test_an_overwritten_weight_holds_its_quantized_values() -> None:
+    model = copy.deepcopy(Layer())
+    simulation = qsim.simulate(
+        model,
+        qsim.Recipe(path="int8", weights="int4", activations="int8"),
+        keep=False,  # type: ignore[arg-type]
+    )
+    with torch.no_grad():
+        simulation.model(example())
+
+    assert torch.equal(model.weight, values("channel(int4)", Layer().weight.detach()))
+
+
+def test_an_optimizers_step_is_seen() -> None:
+    layer, x = Layer(), example()
+    simulation = qsim.simulate(layer, qsim.Recipe(path="int8", weights="int8", activations="int8"))  # type: ignore[arg-type]
+    with torch.no_grad():
+        simulation.model(x)
+        layer.weight.mul_(2)
+        doubled = simulation.model(x)
+
+    fresh = copy.deepcopy(Layer())
+    with torch.no_grad():
+        fresh.weight.mul_(2)
+    assert torch.equal(doubled, simulated(fresh, x, "int8", weights="int8", activations="int8")[0])
+
+
+@pytest.mark.parametrize("where", ["row", "channel"])
+def test_nan_spreads_as_on_the_float32_path(where: str) -> None:
+    layer, x = Layer(), example()
+    with torch.no_grad():
+        (x[0, 0] if where == "row" else layer.weight[3])[7] = torch.nan
+
+    y, plain = (simulated(layer, x, path, weights="int8", activations="int8")[0] for path in ("int8", "float32"))
+    assert torch.equal(y.isnan(), plain.isnan()) and bool(y.isnan().any())
+
+
+def test_a_static_scale_hides_no_nan() -> None:
+    layer, x = Layer(), example()
+    recipe = qsim.Recipe(path="int8", weights="int8", activations="tensor(int8, static=true)")  # type: ignore[arg-type]
+    simulation = qsim.simulate(layer, recipe, calibration=[x])
+    with torch.no_grad():
+        assert simulation.audit(x).sites[0].path == "int8"
+        x[0, 0, 0] = torch.nan
+        y = simulation.model(x)
+
+    assert y.isnan().sum() == 40 and y[0, 0].isnan().all()
+
+
+BF16 = [
+    ("mxfp4", "mxfp8_e4m3"),
+    ("mxfp8_e5m2", "mxfp6_e2m3"),
+    ("mxint8", "mxint8"),
+    ("msfp12", "msfp16"),
+    ("cast(e4m3)", "cast(e5m2)"),
+    ("channel(int4, rule=ceil)", "token(int8, rule=floor)"),
+    ("cast(bf16)", "cast(bf16)"),
+]
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "python"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(("weights", "activations"), BF16)
+def test_bf16_is_the_float32_path_but_for_the_order_of_summation(
+    weights: str, activations: str, bias: bool, kernels: bool
+) -> None:
+    layer, x, parts = Layer(bias=bias), example(), {"weights": weights, "activations": activations, "outputs": "bf16"}
+    with native.only(kernels):
+        y, path = simulated(layer, x, "bf16", **parts)
+        plain, _ = simulated(layer, x, "float32", **parts)
+
+    different = y != plain
+    step = torch.ldexp(torch.ones_like(plain), torch.frexp(plain).exponent - 8)
+    assert path == "bf16"
+    assert different.float().mean() < 0.01
+    assert bool(((y - plain).abs()[different] <= step[different]).all())
+
+
+def test_a_bias_is_added_before_the_rounding() -> None:
+    layer, x = Layer(rows=1), torch.zeros(1, 1, 96)
+    with torch.no_grad():
+        layer.bias.fill_(1.00390625 + 2.0**-20)  # type: ignore[union-attr]  # past half a bfloat16 step above 1
+
+    y, path = simulated(layer, x, "bf16", weights="mxfp4", activations="mxfp4", outputs="bf16")
+    assert (y.item(), path) == (1.0078125, "bf16")
+
+
+def test_in_parts_is_the_bias() -> None:
+    bias = torch.randn(100) * torch.randn(100).exp2()
+
+    parts = bf16.in_parts(bias)
+    assert parts is not None and torch.equal(parts.double().sum(-1).float(), bias)
+
+
+def test_values_that_bfloat16_matmuls_would_flush_stay_on_the_float32_path() -> None:
+    layer, x = Layer(bias=False), example() * 2.0**-80
+
+    _, path = simulated(layer, x, "bf16", weights="mxfp4", activations="mxfp4", outputs="bf16")
+    assert path == "float32"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"weights": "abfp(int4)", "activations": "abfp(int8)", "outputs": "bf16"},
+        {"weights": "int8", "activations": None},
+        {"weights": "int16", "activations": "int8"},
+        {"weights": "channel(int8(rounding=stochastic))", "activations": "int8"},
+        {"weights": "mxfp4", "activations": "mxfp4"},
+        {"weights": "mxfp4", "activations": "mxfp4", "outputs": "fp16"},
+        {"weights": "cast(fp16)", "activations": "mxfp4", "outputs": "bf16"},
+        {"weights": "nvfp4", "activations": "nvfp4", "outputs": "bf16"},
+    ],
+    ids=str,
+)
+def test_what_is_exact_on_no_other_path_stays_on_float32(parts: dict[str, Any]) -> None:
+    assert simulated(Layer(), example(), **parts)[1] == "float32"
+
+
+def test_a_path_that_is_named_is_the_only_other_one() -> None:
+    parts = {"weights": "channel(int4, rule=ceil)", "activations": "token(int8, rule=floor)", "outputs": "bf16"}
+
+    assert [simulated(Layer(), example(), path, **parts)[1] for path in ("int8", "bf16", "float32")] == [
+        "int8",
+        "bf16",
+        "float32",
+    ]
+
+
+def test_a_training_model_stays_on_float32() -> None:
+    layer = Layer().train()
+
+    assert simulated(layer, example(), "int8", weights="int8", activations="int8")[1] == "int8"  # the audit evaluates
+    simulation = qsim.simulate(layer, qsim.Recipe(path="int8", weights="int8", activations="int8"))  # type: ignore[arg-type]
+    with torch.no_grad():
+        simulation.model(example())
+    assert simulation.audit().sites[0].path == "float32"
+
+
+def test_a_gradient_takes_the_float32_path() -> None:
+    layer, x = Layer(), example()
+    simulation = qsim.simulate(layer, qsim.Recipe(path="int8", weights="int8", activations="int8"))  # type: ignore[arg-type]
+    simulation.model(x).sum().backward()
+
+    assert layer.weight.grad is not None and simulation.audit().sites[0].path == "float32"
+
+
+def test_a_residual_that_is_added_is_no_bias() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 8))
+            self.eval()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(x, x, self.weight)
+
+    assert simulated(Residual(), torch.randn(4, 8), "int8", weights="int8", activations="int8")[1] == "float32"
+
+
+def test_q_k_and_v_share_their_codes(make: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    original = int8.code
+    monkeypatch.setattr(int8, "code", lambda *given: seen.append(given[1].shape) or original(*given))
+    model = make("llama", "sdpa")
+    layers = model.config.num_hidden_layers
+    recipe = qsim.Recipe(path="int8", weights="int8", activations="int8", skip=("*:qk", "*:pv", "lm_head"))  # type: ignore[arg-type]
+    qsim.simulate(model, recipe, example=ids)
+    with torch.no_grad():
+        model(ids)
+        seen.clear()
+        model(ids)
+
+    assert len(seen) == 4 * layers  # q, k, v; o; gate, up; down
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "padding"])
+def test_heads_apart_give_what_all_at_once_give(
+    family: str, masked: bool, make: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(family, "sdpa")
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    batch = {"input_ids": ids, "attention_mask": mask} if masked else {"input_ids": ids}
+    parts: dict[str, Any] = {"weights": "mxfp4", "activations": "token(int8)", "outputs": None}
+    simulation = qsim.simulate(model, **parts, example=batch)
+    results = []
+    for alone in (True, False):
+        monkeypatch.setattr("qsim_core.apart._alone", lambda query, alone=alone: alone and not torch.is_grad_enabled())
+        monkeypatch.setattr("qsim_core.apart.TOGETHER", 300)
+        with torch.no_grad():
+            results.append(model(**batch).logits)
+    counts = {site.calls for site in simulation.sites.table.values() if site.weight is None}
+
+    assert torch.allclose(*results, atol=1e-5, rtol=1e-5)
+    assert counts == {2}
+
+
+def test_a_scale_for_the_whole_tensor_keeps_the_heads_together(make: Any, ids: Tensor) -> None:
+    model = make("opt", "sdpa")
+    qsim.simulate(model, activations="tensor(int8)", example=ids)
+    with torch.no_grad():
+        two = model(ids).logits[:1]
+        one = model(ids[:1]).logits
+
+    assert not torch.equal(one, two)
