@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from qsim_core.attention import EXPLICIT, SOFTMAX
 from qsim_core.errors import RecipeError
 from qsim_core.ops import LAST, OPS, SECOND_LAST, Call, Layout, read_call
+from qsim_core.products import multiplied
 from qsim_core.quantizer import Quantizer, Stacked
 from qsim_core.randomness import at
 from qsim_core.recipe import Recipe
@@ -138,6 +139,7 @@ class Sites:
                 operands.append(self._weight(site, weight, operand, layout, frame.module.training))
             else:
                 operands.append(self._input(site, role, operand, layout))
+        call = multiplied(site, call, roles, self.recipe.value_axis, self.quantizing)
         result = self._output(site, call, operands)
         if site.weight is None:
             frame.before_softmax.append((site, result.shape))
@@ -193,7 +195,7 @@ class Sites:
             self._observe(site, "output", result, result, call.result, None)
             return result
         masked = call.addend is not None and self._weight_of(call.addend) is None
-        product = torch.matmul(*operands) if masked else call.run(operands)
+        product = call.multiply(*operands) if masked else call.run(operands)
         with at(f"{site.name}:output", site.calls):
             rounded = call.result.back(quantizer(call.result.rows(product)))
         self._observe(site, "output", product, rounded, call.result, quantizer)
