@@ -131,6 +131,11 @@ class Sites:
             call = replace(call, operands=tuple(self._rotated(site, *operand) for operand in turned))
         if self.watcher is not None:
             self.watcher(site, replace(call, weight=roles.index("weight") if site.weight else None))
+        if site.in_training is not None and self.quantizing and frame.module.training:
+            result = site.in_training(call, site.calls)
+            if site.weight is None:
+                frame.before_softmax.append((site, result.shape))
+            return result
         operands = []
         for role, operand, weight, layout in zip(roles, call.operands, weights, call.layouts, strict=True):
             if role == "input2" and self.recipe.value_axis == "head" and site.is_value_product:
