@@ -57,7 +57,7 @@ WEIGHT_METHODS = {
     "GPTQ": ["gptq"],
     "GPTQ, act-order": ["gptq(act_order=true)"],
 }
-FAMILIES = ["opt-tiny", "codegen-tiny", "bert-tiny", "vit-tiny", "ddpm-tiny", "minilm"]
+FAMILIES = ["opt-tiny", "codegen-tiny", "bert-tiny", "bert-tiny-classifier", "vit-tiny", "ddpm-tiny", "minilm"]
 FORMATS: dict[str, dict[str, object]] = {
     "W8A8": {"precision": "w8a8"},
     "W4A8": {"precision": "w4a8"},

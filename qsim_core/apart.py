@@ -68,7 +68,8 @@ def _by_heads(sites: Sites, met: list[Site]) -> bool:
         if scheme is None:
             continue
         fixed = quantizer is not scheme and scheme.granularity == "tensor"
-        if not (fixed or getattr(scheme, "by_rows", False)) or "stochastic" in str(scheme):
+        drawn = "stochastic" in str(scheme) or getattr(scheme, "multiplier", None) is not None
+        if drawn or not (fixed or getattr(scheme, "by_rows", False)):
             return False
     return True
 

@@ -244,6 +244,9 @@ def _notes(site: Site, value_axis: str) -> list[str]:
     notes = []
     if site.weight is None and (site.op == "linear" or site.op.startswith("conv")):
         notes.append("its weight is computed, not a parameter: it takes the quantizer of activations")
+    multipliers = {quantizer.multiplier for quantizer in (site.plan.input, site.plan.weight) if quantizer is not None}
+    notes += [f"multiplied by {multiplier}" for multiplier in multipliers - {None}]
+    notes += [f"in training it is not quantized: {site.in_training}"] if site.in_training else []
     notes += [f"its {role} is rotated by {rotation}" for role, rotation in site.rotations.items()]
     for role, quantizer in (*(("input", quantizer) for quantizer in site.inputs), ("output", site.plan.output)):
         sharing = quantizer.sharing if quantizer is not None else frozenset()

@@ -19,6 +19,7 @@ FIELDS = {
     "ForQuestionAnswering": "question_answering",
     "ForImageClassification": "accuracy",
     "ForImageClassificationWithTeacher": "accuracy",
+    "ForSequenceClassification": "accuracy",
 }
 """How the name of a class with a head ends -> the evaluator of its field. Any other is held to its own outputs."""
 DIFFUSERS = "diffusers"

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qsim_core import trial
 from qsim_core.bases import Run
 from qsim_core.blocks import Block, walk
 from qsim_core.checkpoint import Checkpoint
@@ -127,6 +128,14 @@ class Context:
         for index, batch in enumerate(self.run.track(self.batches, len(self.batches), description)):
             with self.watching(watch, index), as_in_evaluation(self.model):
                 call(self.model, batch)
+
+    def simulated(self, site: Site, call: Call) -> Tensor:
+        """What a matmul that a watcher is shown would give under the recipe, its operands being what they are now.
+
+        Raises `RecipeError` where the recipe wants a static scale: those are found after all transforms.
+        """
+        pinned = site.weight in self.sites.weights.pinned
+        return trial.simulated(site, call, self.sites.recipe.value_axis, pinned)
 
     @contextmanager
     def watching(self, watch: Watcher, sample: int) -> Iterator[None]:

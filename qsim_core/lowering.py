@@ -34,6 +34,8 @@ def choose(wanted: str, call: Call, roles: Sequence[str], quantizers: Sequence[A
     if wanted == "float32" or not (linear or products) or not _plain(call):
         return None
     *operands, output = quantizers
+    if any(getattr(quantizer, "multiplier", None) is not None for quantizer in operands):
+        return None
     if wanted in ("int8", "auto" if _vnni() else "") and linear and all(map(int8.fits, operands)):
         return Int8(operands)
     bare = output.unscaled if isinstance(output, Quantizer) else None

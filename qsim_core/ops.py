@@ -84,6 +84,10 @@ class Call:
                 kwargs[place] = operand
         return self.function(*args, **kwargs)
 
+    def multiply(self, left: Tensor, right: Tensor) -> Tensor:
+        """The product alone, without what the call adds to it."""
+        return torch.matmul(left, right)
+
 
 def layout_of(parameter: Tensor, operand: Tensor, layout: Layout) -> Layout | None:
     """How the whole of a parameter is laid out of which an operand is a view: its columns are the operand's columns.

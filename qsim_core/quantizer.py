@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from pydantic import ValidationInfo, model_validator
@@ -21,6 +21,14 @@ from qsim_core.errors import QsimError
 if TYPE_CHECKING:
     from qsim_core.encoding import Encoded
     from qsim_core.format import Format
+
+
+class Multiplier(Protocol):
+    """What multiplies two operands in place of a float matmul: a frozen value, equal to others of the same options."""
+
+    def __call__(self, left: Tensor, right: Tensor, quantizers: tuple[Quantizer, ...]) -> Tensor:
+        """Rows `[..., M, K]` and `[..., N, K]`, each quantized by its quantizer, to `[..., M, N]`."""
+
 
 Granularity = Literal["tensor", "channel", "token", "element"] | int | tuple[int, int]
 
@@ -67,6 +75,11 @@ class Quantizer(Component):
     @property
     def unscaled(self) -> Format | None:
         """The number format that it rounds to as it is, if it does nothing else; a scale rounded so saturates."""
+        return None
+
+    @property
+    def multiplier(self) -> Multiplier | None:
+        """What multiplies operands that are both quantized by it or its like; None: a float matmul."""
         return None
 
     @property

@@ -50,6 +50,17 @@ def at(site: str = "", step: int = 0, start: int = 0, rows: int = 1) -> Iterator
         _place.__dict__.update(before)
 
 
+@contextlib.contextmanager
+def part(start: int) -> Iterator[None]:
+    """Inside, numbers are those of the `start`-th of many tensors of one shape that are drawn for one place."""
+    before = _place.start, _place.rows
+    _place.start, _place.rows = start, 1
+    try:
+        yield
+    finally:
+        _place.start, _place.rows = before
+
+
 def uniform(like: Tensor, seed: int) -> Tensor:
     """Numbers in [0, 1), multiples of 2^-24, float32, one for each element of `like`, in its order and shape."""
     _place.drawn = True

@@ -15,7 +15,7 @@ from torch._C import _len_torch_function_stack
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from qsim_core.errors import RecipeError
-from qsim_core.ops import LAST, Layout
+from qsim_core.ops import LAST, Call, Layout
 from qsim_core.quantizer import Quantizer
 from qsim_core.recipe import Plan
 
@@ -41,6 +41,10 @@ class Site:
     rotations: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     """By role, an orthogonal map along the reduction axis that an input goes through before all else: a transform put
     it there, and its inverse into the other operand."""
+
+    in_training: Callable[[Call, int], Tensor] | None = None
+    """What computes it, call by call (a count), while the module that runs it is in training, in place of all
+    quantizers: a transform put it there."""
 
     @property
     def names(self) -> list[str]:

@@ -57,7 +57,10 @@ class Simulation:
             return auditing.audit(self.sites, lambda: call(self.model, batch))
 
     def restore(self) -> nn.Module:
-        """Take everything away; the model is what it was, bit for bit. Raises `QsimError` after `keep=False`."""
+        """Take everything away; the model is what it was, bit for bit, but for training of what no transform changed.
+
+        Raises `QsimError` after `keep=False`.
+        """
         if not self.keep:
             raise QsimError("this simulation was made with keep=False: the original weights are gone; load them again")
         for handle in self._handles:
@@ -71,7 +74,8 @@ class Simulation:
             for path, module in self.model.named_modules() if before else ():
                 with at_hand(module, inside=False):
                     for name, tensor in [*module.named_parameters(path, False), *module.named_buffers(path, False)]:
-                        tensor.copy_(before[name])
+                        if name in before:
+                            tensor.copy_(before[name])
         return self.model
 
     def __enter__(self) -> Simulation:
@@ -109,6 +113,9 @@ class Simulation:
             apply_transforms(zip(self.recipe.transforms, contexts, strict=True), self.model, self.sites)
         finally:
             self.sites.quantizing = True
+        for name, tensor in state(self.model):  # what no transform has changed may be trained, and stays so
+            if name in self._before_transforms and torch.equal(self._before_transforms[name], tensor):
+                del self._before_transforms[name]
         self.reports += [report for context in contexts for report in context.reports]
         self.warnings += [warning for context in contexts for warning in context.warnings]
 

@@ -29,6 +29,7 @@ from qsim_core.attention import EXPLICIT, SOFTMAX
 from qsim_core.errors import RecipeError
 from qsim_core.lowering import Form
 from qsim_core.ops import LAST, OPS, SECOND_LAST, Call, Layout, read_call
+from qsim_core.products import multiplied
 from qsim_core.quantizer import Quantizer, Stacked
 from qsim_core.randomness import at
 from qsim_core.recipe import Recipe
@@ -136,6 +137,16 @@ class Sites:
             call = replace(call, operands=tuple(self._rotated(site, *operand) for operand in turned))
         if self.watcher is not None:
             self.watcher(site, replace(call, weight=roles.index("weight") if site.weight else None))
+        if site.in_training is not None and self.quantizing and frame.module.training:
+            result = site.in_training(call, site.calls)
+        else:
+            result = self._quantized(site, call, roles, weights)
+        if site.weight is None:
+            frame.before_softmax.append((site, result.shape))
+        return result
+
+    def _quantized(self, site: Site, call: Call, roles: list[str], weights: list[Weight | None]) -> Tensor:
+        """The result of a call whose operands, and itself, are quantized; and the path that it took."""
         if self.recipe.value_axis == "head" and site.is_value_product:
             layouts = (LAST if role == "input2" else at for role, at in zip(roles, call.layouts, strict=True))
             call = replace(call, layouts=tuple(layouts))
@@ -147,10 +158,8 @@ class Sites:
         if lowered is None and not operands:
             operands = self._operands(site, call, roles, weights, form)
         site.path = "float32" if form is None or lowered is None else form.path
-        result = self._output(site, call, operands, lowered)
-        if site.weight is None:
-            frame.before_softmax.append((site, result.shape))
-        return result
+        call = multiplied(site, call, roles, self.recipe.value_axis, self.quantizing)
+        return self._output(site, call, operands, lowered)
 
     def _form(self, site: Site, call: Call, roles: list[str]) -> Form | None:
         """The form that the operands take for another arithmetic than float32's, if that is exact and faster."""
@@ -247,7 +256,7 @@ class Sites:
         masked = call.addend is not None and self._weight_of(call.addend) is None
         product = lowered
         if product is None:
-            product = torch.matmul(*operands) if masked else call.run(operands)
+            product = call.multiply(*operands) if masked else call.run(operands)
         with at(f"{site.name}:output", site.calls):
             rounded = call.result.back(quantizer(call.result.rows(product)))
         self._observe(site, "output", product, rounded, call.result, quantizer)

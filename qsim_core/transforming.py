@@ -50,8 +50,8 @@ def _standing(sites: Sites) -> list[Any]:
     stands = []
     for site in sites.table.values():
         plan = None if site.plan == sites.recipe.plan(site.names) else site.plan
-        if plan or site.fixed or site.rotations:
-            stands.append((site.name, plan, dict(site.fixed), dict(site.rotations)))
+        if plan or site.fixed or site.rotations or site.in_training:
+            stands.append((site.name, plan, dict(site.fixed), dict(site.rotations), site.in_training))
     return stands
 
 

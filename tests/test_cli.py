@@ -315,7 +315,8 @@ def test_components_lists_and_shows(qsim_: Qsim) -> None:
     assert "e4m3" in listing.stdout
     assert "perplexity" in listing.stdout
     assert one.stdout.split("\nquantizer of")[0].replace("\n", "") == (
-        "abfp(element=int4, n=64, scale=bf16, symmetric=true, range=minmax, rule=divide, static=false)"
+        "abfp(element=int4, n=64, scale=bf16, adc=none, gain=1.0, noise=0.0, seed=0, symmetric=true, range=minmax, "
+        "rule=divide, static=false)"
     )
     assert data[0]["options"][1] == {
         "name": "n",
@@ -379,7 +380,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "missing data": (["--weights", "int8", "--data", "nowhere.txt"], "there is no file nowhere.txt"),
     "output is a directory": (["--weights", "int8", "--json", "empty"], "cannot write empty: it is a directory; give a file's name"),
     "output is a device": (["--weights", "int8", "--json", "/dev/null"], "cannot write /dev/null: it is no regular file; `--json -` writes"),
-    "empty model": (["", "--weights", "int8"], "an empty name is no model. There are: bert-tiny, codegen-tiny, ddpm-tiny, minilm, opt-tiny, opt-tiny-outliers, vit-tiny"),
+    "empty model": (["", "--weights", "int8"], "an empty name is no model. There are: bert-tiny, bert-tiny-classifier, codegen-tiny, ddpm-tiny, minilm, opt-tiny, opt-tiny-outliers, vit-tiny"),
     "no quantizer": (["--weights", "perplexity"], "'perplexity' is an evaluator, not a quantizer"),
     "output has no directory": (["--weights", "int8", "--json", "no/where.json"], "cannot write no/where.json: there is no directory no"),
     "pattern without site": (["--weights", "int8", "--skip", "*.fc3"], "pattern '*.fc3' matches no site"),

@@ -18,7 +18,7 @@ CHECKPOINTS = {
     "BertForMaskedLM": (SIZES, "masked_lm", 18),
     "BertModel": (SIZES, "fidelity", 17),
     "BertForTokenClassification": (SIZES, "fidelity", 17),
-    "RobertaForSequenceClassification": (SIZES, "fidelity", 18),
+    "RobertaForSequenceClassification": (SIZES, "accuracy", 18),
     "XLMRobertaForMaskedLM": (SIZES, "masked_lm", 18),
     "DistilBertForQuestionAnswering": (DISTIL, "question_answering", 17),
 }

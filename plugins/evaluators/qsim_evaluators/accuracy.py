@@ -1,26 +1,32 @@
-"""`accuracy(image, label)`: how often an image classifier is right."""
+"""`accuracy(image, text, label)`: how often a classifier of images or texts is right."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import operator
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
-from qsim_evaluators.fitting import check
+from qsim_evaluators.fitting import check, longest, need
 from qsim_evaluators.pixels import by, encoded, image_rows, pixels, sides
+from qsim_evaluators.text import LONGEST, read_lines, read_rows, tokenized
 
 
 class Accuracy(Evaluator):
-    """The share of images whose label is the likeliest, and among the five likeliest.
+    """The share of samples whose label is the likeliest, and among the five likeliest.
 
-    The model's own processor resizes and normalises. Data are a mapping with `image`, PIL images or uint8 arrays
-    `[height, width]` or `[height, width, 3]`, and `label`, whole numbers or the names that the model gives its classes.
+    Data are a mapping with `label`, whole numbers or the names that the model gives its classes, and with `image`, PIL
+    images or uint8 arrays `[height, width]` or `[height, width, 3]`, which the model's own processor resizes and
+    normalises; or with `text`, which its tokenizer cuts off after `seqlen` tokens and pads to the longest of a batch.
     """
 
     name = "accuracy"
@@ -28,12 +34,21 @@ class Accuracy(Evaluator):
     higher_is_better = True
     image: str = Field("image", description="the column with images")
     label: str = Field("label", description="the column with labels")
+    text: str = Field("text", description="the column with texts, if there is none with images")
+    seqlen: PositiveInt | None = Field(None, description="tokens of a text; none: what the model takes, 512 at most")
 
     def read(self, source: str, split: str = "test") -> Data:
-        """Images and labels from `datasets`: `NAME[:CONFIG[:SPLIT]]`, or a directory with one of images for each label.
+        """Images or texts, and labels, from `datasets`: `NAME[:CONFIG[:SPLIT]]`, or a directory of data files; texts
+        from a file of JSON lines; images from a directory with one of images for each label.
 
-        The fingerprint is of the encoded images and the labels.
+        The fingerprint is of the labels and of the texts or the encoded images.
         """
+        path = Path(source).expanduser()
+        if path.is_file():
+            return self._texts(source, read_lines(path))
+        rows = read_rows(source, [self.label], split)
+        if self.text in rows.column_names and self.image not in rows.column_names:
+            return self._texts(source, rows.select_columns([self.text, self.label]))
         rows = image_rows(source, [self.image, self.label], split)
         digest = hashlib.sha256(repr(list(rows[self.label])).encode())
         for image in encoded(rows, self.image):
@@ -41,54 +56,96 @@ class Accuracy(Evaluator):
         return Data(source, {"image": rows[self.image], "label": rows[self.label]}, digest.hexdigest())
 
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
-        """Images drawn at random, one in a batch."""
-        if length is not None:
+        """Samples drawn at random, one in a batch."""
+        if length is not None and "text" not in data.content:
             raise DataError("images have no length; leave --calibration-seqlen out")
-        many = len(data.content["image"])
+        many = len(data.content["label"])
         chosen = torch.randint(many, (samples,), generator=torch.Generator().manual_seed(seed)).tolist()
-        return [{"pixel_values": self._pixels(loaded, data, [place])} for place in chosen]
+        return [self._inputs(loaded, data, [place], length) for place in chosen]
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
-        """The first image."""
-        return {"pixel_values": self._pixels(loaded, data, [0])}
+        """The first sample."""
+        return self._inputs(loaded, data, [0])
 
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
-        """`accuracy`, `top5`, `nll` (nats per image), and the number of `images`."""
-        places = list(range(len(data.content["image"])))[: run.limit]
-        labels = _labels(loaded, data.content["label"], len(places))
+        """`accuracy`, `top5`, `nll` (nats per sample), and the number of `images` or `texts`.
+
+        `majority` is what is reached by always naming the most frequent label.
+        """
+        kind = "text" if "text" in data.content else "image"
+        places = list(range(len(data.content["label"])))[: run.limit]
+        labels = _labels(loaded, data.content["label"], len(places), kind)
         batches = [places[start : start + run.batch_size] for start in range(0, len(places), run.batch_size)]
         found = []
         with torch.no_grad():
-            for batch in run.track(batches, len(batches), "images"):
-                logits = loaded.model(pixel_values=self._pixels(loaded, data, batch)).logits.float().cpu()
+            for batch in run.track(batches, len(batches), f"{kind}s"):
+                logits = loaded.model(**self._inputs(loaded, data, batch)).logits.float().cpu()
                 truth = labels[batch]
                 right = logits.topk(min(5, logits.shape[1])).indices == truth.unsqueeze(1)
                 nll = F.cross_entropy(logits, truth, reduction="none")
                 found.append(torch.stack([right[:, 0].double(), right.any(1).double(), nll.double()]))
         top1, top5, nll = torch.cat(found, 1)
-        return Metrics({"accuracy": top1, "top5": top5, "nll": nll}, counts={"images": float(len(places))})
+        majority = max(Counter(labels.tolist()).values()) / len(places)
+        counts = {"majority": majority, f"{kind}s": float(len(places))}
+        return Metrics({"accuracy": top1, "top5": top5, "nll": nll}, counts=counts)
 
     def protocol(self, loaded: LoadedModel) -> str:
-        """What the processor makes of an image, in words."""
+        """What the processor makes of an image, or the tokenizer of a text, in words."""
         config: Any = loaded.model.config
-        made = f"{by(sides(config.image_size))} pixels by the model's own processor"
-        return f"top-1 accuracy over {config.num_labels} classes, images made {made}"
+        if hasattr(config, "image_size"):
+            made = f"images made {by(sides(config.image_size))} pixels by the model's own processor"
+        else:
+            made = f"texts cut off after {self._length(loaded)} tokens and padded to the longest of a batch"
+        return f"top-1 accuracy over {config.num_labels} classes, {made}"
 
-    def _pixels(self, loaded: LoadedModel, data: Data, places: list[int]) -> Tensor:
+    def _inputs(self, loaded: LoadedModel, data: Data, places: list[int], length: int | None = None) -> dict[str, Any]:
         check(self.name, loaded)
-        return pixels(loaded, [data.content["image"][place] for place in places], places[0])
+        if "text" in data.content:
+            need("accuracy of texts", loaded, "tokenizer", "a tokenizer")
+            texts = [data.content["text"][place] for place in places]
+            return tokenized(loaded, texts, length or self._length(loaded))
+        need(self.name, loaded, "processor", "an image processor")
+        return {"pixel_values": pixels(loaded, [data.content["image"][place] for place in places], places[0])}
+
+    def _length(self, loaded: LoadedModel) -> int:
+        """Tokens of a text. The positions of some models, RoBERTa's, are more than it may have."""
+        return self.seqlen or min(longest(loaded, LONGEST), loaded.tokenizer.model_max_length, LONGEST)
+
+    def _texts(self, name: str, rows: Any) -> Data:
+        """Data of texts and labels, with the SHA-256 of their JSON. Raises `DataError` for a row that is none."""
+        texts, labels = [], []
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict) or not isinstance(row.get(self.text), str) or row.get(self.label) is None:
+                raise DataError(f"{name}, row {number}: expected a text {self.text!r} and a label {self.label!r}")
+            texts.append(row[self.text])
+            labels.append(row[self.label])
+        if not texts:
+            raise DataError(f"{name} has no texts")
+        digest = hashlib.sha256(json.dumps([texts, labels]).encode()).hexdigest()
+        return Data(name, {"text": texts, "label": labels}, digest)
 
 
-def _labels(loaded: LoadedModel, labels: Sequence[Any], many: int) -> Tensor:
+def _labels(loaded: LoadedModel, labels: Sequence[Any], many: int, kind: str) -> Tensor:
     """The first labels as class numbers. Raises `DataError` for one that the model has no class for."""
     config: Any = loaded.model.config
+    if config.num_labels < 2:
+        raise DataError("the model has one output and no classes to tell apart; fidelity fits it")
     found = []
     for place in range(many):
-        label = config.label2id.get(labels[place], -1) if isinstance(labels[place], str) else int(labels[place])
-        if not 0 <= label < config.num_labels:
+        label = labels[place]
+        number = config.label2id.get(label, -1) if isinstance(label, str) else _whole(label)
+        if not 0 <= number < config.num_labels:
             raise DataError(
-                f"label {labels[place]!r} of image {place} is none of the model's {config.num_labels} classes, "
+                f"label {label!r} of {kind} {place} is none of the model's {config.num_labels} classes, "
                 f"0 to {config.num_labels - 1}"
             )
-        found.append(label)
+        found.append(number)
     return torch.tensor(found)
+
+
+def _whole(label: Any) -> int:
+    """A whole number of Python, NumPy or torch; -1 for anything else."""
+    try:
+        return operator.index(label)
+    except TypeError:
+        return -1

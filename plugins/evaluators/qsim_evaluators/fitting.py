@@ -14,7 +14,7 @@ FITS = {
     "perplexity": ("ForCausalLM", "LMHeadModel"),
     "pass_at_k": ("ForCausalLM", "LMHeadModel"),
     "masked_lm": ("ForMaskedLM",),
-    "accuracy": ("ForImageClassification",),
+    "accuracy": ("ForImageClassification", "ForSequenceClassification"),
     "question_answering": ("ForQuestionAnswering",),
     "denoising": ("UNet2DModel",),
     "frechet": ("UNet2DModel",),
@@ -26,7 +26,6 @@ NEEDS = {
     "perplexity": ("tokenizer", "a tokenizer"),
     "pass_at_k": ("tokenizer", "a tokenizer"),
     "masked_lm": ("tokenizer", "a tokenizer"),
-    "accuracy": ("processor", "an image processor"),
     "question_answering": ("tokenizer", "a tokenizer"),
     "denoising": ("processor", "a scheduler"),
     "frechet": ("processor", "a scheduler"),
@@ -40,9 +39,13 @@ def check(evaluator: str, loaded: LoadedModel) -> None:
     name, fit = type(loaded.model).__name__, fitting(loaded)
     if fit and evaluator not in fit:
         raise DataError(f"{evaluator} does not fit {with_article(name)}; {', '.join(fit)} and fidelity do")
-    field, needed = NEEDS.get(evaluator, ("model", ""))
+    need(evaluator, loaded, *NEEDS.get(evaluator, ("model", "")))
+
+
+def need(evaluator: str, loaded: LoadedModel, field: str, called: str) -> None:
+    """Raise `DataError` for what an evaluator cannot do without, if the model was loaded without it."""
     if getattr(loaded, field) is None:
-        raise DataError(f"{evaluator} needs {needed}, and this {name} was loaded without one")
+        raise DataError(f"{evaluator} needs {called}, and this {type(loaded.model).__name__} was loaded without one")
 
 
 def best(loaded: LoadedModel) -> str | None:

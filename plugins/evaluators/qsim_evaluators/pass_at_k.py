@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import math
@@ -17,7 +16,7 @@ from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, QsimErro
 from qsim_evaluators import sandbox
 from qsim_evaluators.completing import STOPS, Sampling, complete
 from qsim_evaluators.fitting import check, device, longest
-from qsim_evaluators.text import draw, read_rows, tokens_of
+from qsim_evaluators.text import draw, read_lines, read_rows, tokens_of
 
 LONGEST = 2048
 NEEDED = ("prompt", "test", "entry_point")
@@ -60,7 +59,7 @@ class PassAtK(Evaluator):
         """Problems from a file of JSON lines, `.gz` too, or from `datasets`."""
         path = Path(source).expanduser()
         if path.is_file():
-            return problems(source, _lines(path))
+            return problems(source, read_lines(path))
         rows = read_rows(source, list(NEEDED), split)
         return problems(source, [dict(row) for row in rows])
 
@@ -171,13 +170,3 @@ def problems(name: str, rows: list[dict[str, Any]]) -> Data:
     content = {column: [row[column] for row in rows] for column in NEEDED}
     content |= {column: [str(row.get(column) or "") for row in rows] for column in OPTIONAL}
     return Data(name, content, hashlib.sha256(json.dumps(content).encode()).hexdigest())
-
-
-def _lines(path: Path) -> list[Any]:
-    """The JSON of each line that is not blank."""
-    try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"cannot read {path} as JSON lines: {getattr(error, 'strerror', None) or error}") from None

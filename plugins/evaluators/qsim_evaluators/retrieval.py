@@ -12,10 +12,9 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
-from qsim_evaluators.fitting import check, device, longest
-from qsim_evaluators.text import read_rows
+from qsim_evaluators.fitting import check
+from qsim_evaluators.text import read_rows, tokenized
 
-LONGEST = 512
 COLUMNS = ("query", "passage")
 
 
@@ -42,12 +41,12 @@ class Retrieval(Evaluator):
         check(self.name, loaded)
         passages = data.content["passage"]
         chosen = torch.randint(len(passages), (samples,), generator=torch.Generator().manual_seed(seed)).tolist()
-        return [self._batch(loaded, [passages[place]], length or self.seqlen) for place in chosen]
+        return [tokenized(loaded, [passages[place]], length or self.seqlen) for place in chosen]
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
         """The first passage."""
         check(self.name, loaded)
-        return self._batch(loaded, data.content["passage"][:1], self.seqlen)
+        return tokenized(loaded, data.content["passage"][:1], self.seqlen)
 
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
         """`accuracy_at_1`, `mrr` (the mean of 1 over the rank), `cosine`, and the number of `pairs`."""
@@ -74,17 +73,11 @@ class Retrieval(Evaluator):
         found = []
         with torch.no_grad():
             for batch in run.track(batches, len(batches), "texts"):
-                inputs = self._batch(loaded, batch, self.seqlen)
+                inputs = tokenized(loaded, batch, self.seqlen)
                 states = loaded.model(**inputs).last_hidden_state.double()
                 mask = inputs["attention_mask"].unsqueeze(2).to(states)
                 found.append(F.normalize((states * mask).sum(1) / mask.sum(1), dim=1).cpu())
         return torch.cat(found)
-
-    def _batch(self, loaded: LoadedModel, texts: list[str], length: int) -> dict[str, Any]:
-        if length > longest(loaded, LONGEST):
-            raise DataError(f"the model takes {longest(loaded, LONGEST)} tokens at most, not {length}")
-        inputs = loaded.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-        return {key: value.to(device(loaded)) for key, value in inputs.items()}
 
 
 def pairs(name: str, queries: list[str], passages: list[str]) -> Data:

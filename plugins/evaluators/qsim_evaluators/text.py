@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,10 @@ import torch
 from torch import Tensor
 
 from qsim_core import Data, DataError, LoadedModel
+from qsim_evaluators.fitting import device, longest
+
+LONGEST = 512
+"""Tokens that a model of texts takes if it does not say."""
 
 
 def read_text(source: str, measure: str, split: str) -> Data:
@@ -44,6 +50,17 @@ def read_rows(source: str, columns: list[str], split: str) -> Any:
     return rows
 
 
+def tokenized(loaded: LoadedModel, texts: list[str], length: int) -> dict[str, Any]:
+    """Texts as the model's inputs, cut off after `length` tokens and padded to the longest. Raises `DataError`."""
+    if length > longest(loaded, LONGEST):
+        raise DataError(f"the model takes {longest(loaded, LONGEST)} tokens at most, not {length}")
+    padding = len(texts) > 1
+    if padding and loaded.tokenizer.pad_token_id is None:
+        raise DataError("the tokenizer has no padding token, so that a batch holds one text; give --batch-size 1")
+    inputs = loaded.tokenizer(texts, padding=padding, truncation=True, max_length=length, return_tensors="pt")
+    return {key: value.to(device(loaded)) for key, value in inputs.items()}
+
+
 def tokens_of(loaded: LoadedModel, text: str) -> Tensor:
     """The whole text's tokens, as the tokenizer gives them for one text."""
     return torch.tensor(loaded.tokenizer(text, verbose=False).input_ids, dtype=torch.long)
@@ -63,3 +80,13 @@ def read_file(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The JSON of each line that is not blank, of a `.gz` too. Raises `DataError`."""
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"cannot read {path} as JSON lines: {getattr(error, 'strerror', None) or error}") from None

@@ -49,6 +49,9 @@ def letters(
     }
 
 
+letters.pad_token_id = 0  # type: ignore[attr-defined]
+
+
 def pairs() -> qsim.Data:
     return qsim.Data("pairs", {"query": QUERIES, "passage": PASSAGES}, "0" * 64)
 

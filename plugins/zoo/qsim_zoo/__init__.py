@@ -61,6 +61,15 @@ def docstrings(split: str) -> Data:
     return Data(data.name, {"query": list(queries), "passage": list(passages)}, data.sha256)
 
 
+def kinds(split: str) -> Data:
+    """Docstrings, and what each documents."""
+    from qsim_zoo.text import labelled
+
+    texts, labels = labelled(split)
+    data = Data.of_text(f"zoo: kinds of the standard library's docstrings, {split} split", "\n".join([*texts, *labels]))
+    return Data(data.name, {"text": texts, "label": labels}, data.sha256)
+
+
 def handwriting(split: str) -> Data:
     """scikit-learn's digits."""
     from qsim_zoo.digits import as_data
@@ -96,6 +105,9 @@ class Zoo(Adapter):
             ),
             "codegen-tiny": entry("codegen-tiny", code, "CodeGen, 4 layers of width 128, on the library's source"),
             "bert-tiny": entry("bert-tiny", documentation, "BERT, 4 layers of width 128, on Python's documentation"),
+            "bert-tiny-classifier": entry(
+                "bert-tiny-classifier", kinds, "bert-tiny's body, on what kind of thing a docstring documents"
+            ),
             "vit-tiny": entry("vit-tiny", handwriting, "ViT, 4 layers of width 96, on scikit-learn's digits"),
             "ddpm-tiny": entry("ddpm-tiny", None, "a U-Net that makes digits of noise"),
             "minilm": entry(

@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SPLITS = ("train", "valid", "test")
+KINDS = ("module", "class", "function", "procedure")
+"""What a docstring documents: of functions and methods those that give something back, and those that do not."""
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "__pycache__", "pydoc_data", "ensurepip"})
 
 
@@ -49,12 +52,20 @@ def pairs(split: str, most: int = 200) -> tuple[tuple[str, str], ...]:
     """
     _check(split)
     found: dict[str, str] = {}
-    for _, docstrings in sorted(_modules(split)):
-        for docstring in docstrings:
+    for _, documented in _modules(split):
+        for docstring, _ in documented:
             head, _, rest = docstring.partition("\n")
             if 20 <= len(head) <= 100 <= len(rest.strip()):
                 found.setdefault(head, rest.strip())
     return tuple(found.items())[:most]
+
+
+@functools.cache
+def labelled(split: str) -> tuple[list[str], list[str]]:
+    """The docstrings of a split, and what each documents, one of `KINDS`, as the code below it shows."""
+    _check(split)
+    documented = [pair for _, module in _modules(split) for pair in module]
+    return [docstring for docstring, _ in documented], [kind for _, kind in documented]
 
 
 def _check(split: str) -> None:
@@ -68,26 +79,51 @@ def _documents(split: str) -> Iterator[tuple[str, str]]:
     for topic, body in topics.items():
         if split_of(f"topic {topic}") == split:
             yield f"topic {topic}", body.strip()
-    for module, docstrings in _modules(split):
-        yield module, "\n\n".join(docstrings)
+    for module, documented in _modules(split):
+        yield module, "\n\n".join(docstring for docstring, _ in documented)
 
 
-def _modules(split: str) -> Iterator[tuple[str, list[str]]]:
-    """The documented modules of a split, each with its docstrings."""
+@functools.cache
+def _modules(split: str) -> tuple[tuple[str, list[tuple[str, str]]], ...]:
+    """The documented modules of a split by name, each with its docstrings and what they document."""
     library = Path(sysconfig.get_paths()["stdlib"])
+    found = []
     for path in library.rglob("*.py"):
         relative = path.relative_to(library)
         document = f"module {relative.as_posix()}"
         wanted = not LEFT_OUT.intersection(relative.parts) and split_of(document) == split
-        if wanted and (docstrings := _docstrings(path)):
-            yield document, docstrings
+        if wanted and (documented := _documented(path)):
+            found.append((document, documented))
+    return tuple(sorted(found, key=lambda module: module[0]))
 
 
-def _docstrings(path: Path) -> list[str]:
+def _documented(path: Path) -> list[tuple[str, str]]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):  # a few library files are templates, not modules
         return []
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    documented = (ast.Module, ast.ClassDef, *FUNCTIONS)
     nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
-    return [docstring for node in nodes if (docstring := ast.get_docstring(node))]
+    return [(docstring, kind(node)) for node in nodes if (docstring := ast.get_docstring(node))]
+
+
+def kind(node: ast.AST) -> str:
+    """What the docstring of a node of the syntax tree documents, one of `KINDS`."""
+    if isinstance(node, FUNCTIONS):
+        return "function" if any(map(_gives, _own(node))) else "procedure"
+    return "class" if isinstance(node, ast.ClassDef) else "module"
+
+
+def _gives(node: ast.AST) -> bool:
+    """Whether a statement or expression hands a value to the caller: `return x`, unless it is `None`, or a yield."""
+    if isinstance(node, ast.Return):
+        return node.value is not None and not (isinstance(node.value, ast.Constant) and node.value.value is None)
+    return isinstance(node, ast.Yield | ast.YieldFrom)
+
+
+def _own(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes of a function's body, but for those of functions and classes in it."""
+    for child in ast.iter_child_nodes(node):
+        yield child
+        if not isinstance(child, (*FUNCTIONS, ast.Lambda, ast.ClassDef)):
+            yield from _own(child)

@@ -19,13 +19,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qsim_zoo.causal import CodegenTiny, OptTiny
+from qsim_zoo.classified import BertTinyClassifier
 from qsim_zoo.diffusion import DdpmTiny
 from qsim_zoo.lesson import Lesson
 from qsim_zoo.masked import BertTiny
 from qsim_zoo.vision import VitTiny
 
 LESSONS: dict[str, Callable[[], Lesson]] = {
-    lesson.name: lesson for lesson in (OptTiny, CodegenTiny, BertTiny, VitTiny, DdpmTiny)
+    lesson.name: lesson for lesson in (OptTiny, CodegenTiny, BertTiny, BertTinyClassifier, VitTiny, DdpmTiny)
 }
 COLUMNS = (
     TextColumn("{task.description}"),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from qsim_zoo import trained
 from qsim_zoo.digits import digits, split_of
-from qsim_zoo.text import pairs, source
+from qsim_zoo.text import KINDS, kind, labelled, pairs, source
 
 import qsim_core as qsim
+from qsim_core.cli import main
 
-LARGEST = {"vit-tiny": 1, "bert-tiny": 6, "codegen-tiny": 8, "ddpm-tiny": 4}
+LARGEST = {"vit-tiny": 1, "bert-tiny": 6, "bert-tiny-classifier": 3, "codegen-tiny": 8, "ddpm-tiny": 4}
 """Megabytes."""
 MODELS = qsim.parse("zoo").models()
 
@@ -81,6 +84,49 @@ def test_it_guesses_masked_words() -> None:
     assert exact["masked_perplexity"] < 160
     assert exact["masked_perplexity"] * 1.02 > eight["masked_perplexity"]
     assert four["masked_perplexity"] > exact["masked_perplexity"]
+
+
+def test_it_knows_what_a_docstring_documents() -> None:
+    exact, eight, four = measure("bert-tiny-classifier", "accuracy", 352, (8, 4))
+
+    assert exact["accuracy"] >= exact["majority"] + 0.1
+    assert eight["accuracy"] >= exact["accuracy"] - 0.02
+    assert 0 < abs(eight["nll"] - exact["nll"]) < 0.02
+    assert 0 < abs(four["nll"] - exact["nll"]) < 0.1
+
+
+def test_the_classifier_is_evaluated_by_one_command() -> None:
+    command = ["evaluate", "bert-tiny-classifier", "--plugin", "abfp", "--limit", "12", "--json", "-"]
+
+    outcome = CliRunner().invoke(main, command)
+
+    assert outcome.exit_code == 0, outcome.output
+    result = qsim.Result.model_validate_json(outcome.stdout)
+    assert (result.metric, result.baseline["texts"]) == ("accuracy", 12)
+    assert (result.audit.covered, result.audit.found) == (34, 34)
+
+
+def test_a_docstring_is_labelled_by_the_code_below_it() -> None:
+    code = """
+def one(x):
+    if x:
+        return x
+def two():
+    def inner():
+        return 1
+    return
+async def three():
+    return None
+def four():
+    yield
+class Five:
+    pass
+"""
+    nodes = ast.parse(code).body
+
+    assert [kind(node) for node in nodes] == ["function", "procedure", "procedure", "function", "class"]
+    texts, kinds = labelled("test")
+    assert (len(texts), set(kinds)) == (len(kinds), set(KINDS))
 
 
 def test_it_makes_digits_of_noise() -> None:
