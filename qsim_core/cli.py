@@ -135,8 +135,12 @@ def main() -> None:
     metavar="FILE|NAME",
     help="Data that transforms look at; default: the model's own.",
 )
-@click.option("--calibration-samples", type=click.IntRange(1), default=32, show_default=True, help="So many samples.")
-@click.option("--calibration-seqlen", type=click.IntRange(2), help="Tokens of a sample; default: a window's.")
+@click.option(
+    "--calibration-samples", metavar="N", type=click.IntRange(1), default=32, show_default=True, help="So many samples."
+)
+@click.option(
+    "--calibration-seqlen", metavar="N", type=click.IntRange(2), help="Tokens of a sample; default: a window's."
+)
 @click.option(
     "--work-dir", type=click.Path(path_type=Path), metavar="DIR", help="Keep finished blocks, to go on after a failure."
 )
@@ -147,10 +151,22 @@ def main() -> None:
     help="Where to compute: cpu, cuda, cuda:1, …; auto: weights on GPUs, in memory, on disk as they fit; disk.",
 )
 @click.option("--dtype", default="float32", show_default=True, help="Arithmetic of the model and the simulation.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Samples computed at a time.")
-@click.option("--limit", type=click.IntRange(1), help="Evaluate so many samples only.")
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="Seed of drawn samples; stochastic rounding has `seed=`."
+    "--batch-size",
+    metavar="N",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Samples computed at a time.",
+)
+@click.option("--limit", metavar="N", type=click.IntRange(1), help="Evaluate so many samples only.")
+@click.option(
+    "--seed",
+    metavar="N",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Seed of drawn samples; stochastic rounding has `seed=`.",
 )
 @click.option(
     "--save-samples", "samples", type=click.Path(path_type=Path), metavar="DIR", help="Write what there is to look at."

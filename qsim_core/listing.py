@@ -77,6 +77,8 @@ def described(host: Host, plugin: str, offered: type[Component] | Preset) -> dic
 
 
 def _default(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(_default(item) for item in value)}]"
     return str(value).lower() if isinstance(value, bool | None) else str(value)
 
 
