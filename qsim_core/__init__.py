@@ -35,6 +35,8 @@ _HOME = {
     "NamedModel": "bases",
     "Data": "bases",
     "Run": "bases",
+    "Calibration": "bases",
+    "Context": "context",
     "Recipe": "recipe",
     "Override": "recipe",
     "Simulation": "simulation",
@@ -57,6 +59,7 @@ __all__ = [*_HOME, "parse"]  # noqa: PLE0604 - the names are all there
 if TYPE_CHECKING:
     from qsim_core.audit import Audit as Audit
     from qsim_core.bases import Adapter as Adapter
+    from qsim_core.bases import Calibration as Calibration
     from qsim_core.bases import Data as Data
     from qsim_core.bases import Evaluator as Evaluator
     from qsim_core.bases import LoadedModel as LoadedModel
@@ -65,6 +68,7 @@ if TYPE_CHECKING:
     from qsim_core.bases import Transform as Transform
     from qsim_core.component import Component as Component
     from qsim_core.component import Preset as Preset
+    from qsim_core.context import Context as Context
     from qsim_core.encoding import Encoded as Encoded
     from qsim_core.encoding import pack as pack
     from qsim_core.encoding import unpack as unpack

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from qsim_core import __version__
 from qsim_core.errors import QsimError
+
+if TYPE_CHECKING:
+    from qsim_core.host import Plugin
 
 INTERRUPTED = 130
 """The exit code of a run that Ctrl-C ended, as shells have it."""
@@ -41,8 +46,53 @@ class Commands(click.Group):
             ctx.exit(INTERRUPTED)
 
 
+def _version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
+    """qsim's version, what it stands on, and every plugin's, from the installed metadata alone."""
+    if not wanted or ctx.resilient_parsing:
+        return
+    from importlib.metadata import version
+    from platform import python_version
+
+    from qsim_core.host import Host
+
+    click.echo(f"qsim {__version__}, Python {python_version()}, torch {version('torch')}")
+    for line in _rows(Host().plugins.values()):
+        click.echo(line)
+    ctx.exit()
+
+
+def _rows(found: Collection[Plugin]) -> list[str]:
+    """Name, distribution and version of each plugin, in columns."""
+    names, distributions = (max(len(getattr(p, key)) for p in found) for key in ("name", "distribution"))
+    return [f"{p.name:{names}}  {p.distribution:{distributions}}  {p.version}" for p in found]
+
+
+def _complete_plugin(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Plugins by name, their distributions as help; none is imported, so that Tab is answered at once."""
+    from qsim_core.host import Host
+
+    found = Host().plugins.values()
+    return [CompletionItem(p.name, help=p.distribution) for p in found if p.name.startswith(incomplete)]
+
+
+def _complete_directory(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Let the shell complete directories: which models a plugin knows, only importing it would tell."""
+    return [CompletionItem(incomplete, type="dir")]
+
+
+FILE = click.Path(readable=False)
+"""A file's name that may be something else: text, and the shell completes it."""
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="qsim")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_version,
+    help="Show the versions of qsim and of every plugin, and exit.",
+)
 def main() -> None:
     """What does a model lose when its matmuls run in other number formats?
 
@@ -54,8 +104,15 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("model", required=False)
-@click.option("--plugin", "plugins", multiple=True, metavar="NAME", help="Use the component of that name; repeatable.")
+@click.argument("model", required=False, shell_complete=_complete_directory)
+@click.option(
+    "--plugin",
+    "plugins",
+    multiple=True,
+    metavar="NAME",
+    shell_complete=_complete_plugin,
+    help="Use the component of that name; repeatable.",
+)
 @click.option("--precision", metavar="wXaY", help="Bits of weights and activations, like w4a8.")
 @click.option("--weights", metavar="TEXT", help="Quantizer of weights, like 'abfp(int4, n=64)'; none for none.")
 @click.option("--activations", metavar="TEXT", help="Quantizer of every input of a matmul.")
@@ -74,10 +131,21 @@ def main() -> None:
 @click.option("--evaluator", metavar="TEXT", help="What to measure, like 'perplexity(seqlen=2048)'.")
 @click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="A recipe in YAML or JSON.")
 @click.option("--from", "record", type=click.Path(path_type=Path), metavar="FILE", help="Run a result's record again.")
-@click.option("--data", metavar="FILE|NAME", help="Data: a file, or a name for `datasets` (NAME[:CONFIG[:SPLIT]]).")
-@click.option("--calibration-data", metavar="FILE|NAME", help="Data that transforms look at; default: the model's own.")
-@click.option("--calibration-samples", type=click.IntRange(1), default=32, show_default=True, help="So many samples.")
-@click.option("--calibration-seqlen", type=click.IntRange(2), help="Tokens of a sample; default: a window's.")
+@click.option(
+    "--data", type=FILE, metavar="FILE|NAME", help="Data: a file, or a name for `datasets` (NAME[:CONFIG[:SPLIT]])."
+)
+@click.option(
+    "--calibration-data",
+    type=FILE,
+    metavar="FILE|NAME",
+    help="Data that transforms look at; default: the model's own.",
+)
+@click.option(
+    "--calibration-samples", metavar="N", type=click.IntRange(1), default=32, show_default=True, help="So many samples."
+)
+@click.option(
+    "--calibration-seqlen", metavar="N", type=click.IntRange(2), help="Tokens of a sample; default: a window's."
+)
 @click.option(
     "--work-dir", type=click.Path(path_type=Path), metavar="DIR", help="Keep finished blocks, to go on after a failure."
 )
@@ -88,17 +156,29 @@ def main() -> None:
     help="Where to compute: cpu, cuda, cuda:1, …; auto: weights on GPUs, in memory, on disk as they fit; disk.",
 )
 @click.option("--dtype", default="float32", show_default=True, help="Arithmetic of the model and the simulation.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Samples computed at a time.")
-@click.option("--limit", type=click.IntRange(1), help="Evaluate so many samples only.")
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="Seed of drawn samples; stochastic rounding has `seed=`."
+    "--batch-size",
+    metavar="N",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Samples computed at a time.",
+)
+@click.option("--limit", metavar="N", type=click.IntRange(1), help="Evaluate so many samples only.")
+@click.option(
+    "--seed",
+    metavar="N",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Seed of drawn samples; stochastic rounding has `seed=`.",
 )
 @click.option(
     "--save-samples", "samples", type=click.Path(path_type=Path), metavar="DIR", help="Write what there is to look at."
 )
 @click.option("--allow-code-execution", is_flag=True, help="Let an evaluator run programs that the model writes.")
 @click.option("--dry-run", is_flag=True, help="Print the recipe that would run, and stop.")
-@click.option("--json", "output", metavar="FILE", help="Write the result as JSON; - for standard output.")
+@click.option("--json", "output", type=FILE, metavar="FILE", help="Write the result as JSON; - for standard output.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress, no table.")
 @click.pass_context
 def evaluate(ctx: click.Context, /, output: str | None, quiet: bool, **options: Any) -> None:
@@ -129,8 +209,8 @@ def evaluate(ctx: click.Context, /, output: str | None, quiet: bool, **options: 
 
 
 @main.command()
-@click.argument("model", required=False)
-@click.option("--data", metavar="FILE|NAME", help="Data to take the example from; default: the model's own.")
+@click.argument("model", required=False, shell_complete=_complete_directory)
+@click.option("--data", type=FILE, metavar="FILE|NAME", help="Data to take the example from; default: the model's own.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def structure(model: str | None, data: str | None, as_json: bool) -> None:
     """Show what a model looks like: blocks, norms and the weights that read them, and what is refused and why.
@@ -158,10 +238,9 @@ def plugins(check: bool, as_json: bool) -> None:
         errors = [{"error": failures.get(p.name)} if check else {} for p in found]
         click.echo(json.dumps([row | error for row, error in zip(rows, errors, strict=True)], indent=2))
     else:
-        names, distributions = (max(len(getattr(p, key)) for p in found) for key in ("name", "distribution"))
-        for p in found:
+        for p, line in zip(found, _rows(found), strict=True):
             state = ("  fails" if p.name in failures else "  ok") if check else ""
-            click.echo(f"{p.name:{names}}  {p.distribution:{distributions}}  {p.version}{state}")
+            click.echo(f"{line}{state}")
     for name in sorted(failures):
         click.echo(f"Warning: {failures[name]}", err=True)
     if failures:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 LISTED = 24
 """So many names are listed in a message; of more, those that are most like what was written."""
@@ -61,11 +62,24 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     names = sorted(
         known, key=lambda n: [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in re.split(r"(\d+)", n)]
     )
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
+    hint = _closest(name, names) or "."
     if not names:
         return f"{hint} There are none."
     if len(names) <= LISTED:
         return f"{hint} There are: {', '.join(names)}"
     likely = difflib.get_close_matches(name, names, n=LISTED // 2, cutoff=0.0)
     return f"{hint} There are {len(names)}, like: {', '.join(n for n in names if n in likely)}"
+
+
+def file_did_you_mean(path: Path) -> str:
+    """`; did you mean 'x'?` where a file or directory of a name that is close stands beside one that is missing."""
+    try:
+        beside = sorted(entry.name for entry in path.expanduser().parent.iterdir())
+    except OSError:
+        return ""
+    return "" if path.name in beside else _closest(path.name, beside)
+
+
+def _closest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

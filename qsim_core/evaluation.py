@@ -12,7 +12,7 @@ import torch
 
 from qsim_core.bases import Calibration, Data, Evaluator, LoadedModel, Run
 from qsim_core.component import components_in
-from qsim_core.errors import DataError, QsimError, RecipeError, SpecError
+from qsim_core.errors import DataError, QsimError, RecipeError, SpecError, did_you_mean
 from qsim_core.host import Host, installed
 from qsim_core.metrics import intervals
 from qsim_core.models import Located, locate
@@ -205,7 +205,7 @@ def _save_samples(evaluator: Evaluator, baseline: Any, simulated: Any, directory
 
 def _load(located: Located, device: str, dtype: str) -> LoadedModel:
     if dtype not in DTYPES:
-        raise QsimError(f"no dtype {dtype!r}; there are {', '.join(DTYPES)}")
+        raise QsimError(f"no dtype {dtype!r}{did_you_mean(dtype, DTYPES)}")
     if device in DISPATCHED:
         return located.adapter.load_dispatched(located.source, DTYPES[dtype], device)
     loaded = located.adapter.load(located.source, DTYPES[dtype])

@@ -8,17 +8,18 @@ import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from rich.columns import Columns
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from qsim_core.component import Component, Preset, options_of
 from qsim_core.compose import catalogue
+from qsim_core.console import console
 from qsim_core.errors import QsimError
 from qsim_core.format import Format
 from qsim_core.heads import Attention, Projection
@@ -36,19 +37,20 @@ def components(host: Host, name: str | None, as_json: bool) -> None:
         rows = [row for row in catalogue(host) if row[2] is found]
     else:
         rows = catalogue(host)
-    described = [_described(host, plugin, offered) for plugin, _, offered in rows]
+    texts = [described(host, plugin, offered) for plugin, _, offered in rows]
     if as_json:
-        click.echo(json.dumps(described, indent=2))
+        click.echo(json.dumps(texts, indent=2))
     elif name is not None:
-        _show_one(described[0])
+        _show_one(texts[0])
     else:
         table = Table("component", "kind", "plugin", "what it is", box=None, pad_edge=False)
-        for row in described:
+        for row in texts:
             table.add_row(row["name"], row["kind"], row["plugin"], row["summary"])
-        Console(highlight=False, markup=False).print(table)
+        console().print(table)
 
 
-def _described(host: Host, plugin: str, offered: type[Component] | Preset) -> dict[str, Any]:
+def described(host: Host, plugin: str, offered: type[Component] | Preset) -> dict[str, Any]:
+    """One component or preset in words, as `qsim components --json` prints it."""
     cls = host.class_of(offered)
     if isinstance(offered, Preset):
         text, doc, options = offered.text, offered.doc, []
@@ -75,6 +77,8 @@ def _described(host: Host, plugin: str, offered: type[Component] | Preset) -> di
 
 
 def _default(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(_default(item) for item in value)}]"
     return str(value).lower() if isinstance(value, bool | None) else str(value)
 
 
@@ -87,31 +91,34 @@ def _type(annotation: Any) -> str:
         return " | ".join(str(argument) for argument in arguments)
     if origin in (typing.Union, types.UnionType):
         return " | ".join(_type(argument) for argument in arguments)
+    if origin is tuple:
+        inner = [_type(argument) for argument in arguments if argument is not ...]
+        return f"list of {inner[0]}s" if ... in arguments else f"[{', '.join(inner)}]"
     if isinstance(annotation, type) and issubclass(annotation, Component):
         return annotation.kind
-    names = {int: "whole number", float: "number", bool: "true | false", str: "text", type(None): "none"}
+    names = {int: "whole number", float: "number", bool: "true | false", str: "text", Path: "file", type(None): "none"}
     return names.get(annotation, str(annotation))
 
 
 def _show_one(row: dict[str, Any]) -> None:
-    console = Console(highlight=False, markup=False)
+    out = console()
     signature = ", ".join(o["name"] if o["required"] else f"{o['name']}={o['default']}" for o in row["options"])
-    console.print(Text(row["name"], "bold") + Text(f"({signature})" if row["options"] else ""))
-    console.print(f"{row['kind']} of plugin {row['plugin']}", style="dim")
+    out.print(Text(row["name"], "bold") + Text(f"({signature})" if row["options"] else ""))
+    out.print(f"{row['kind']} of plugin {row['plugin']}", style="dim")
     if row["stands_for"]:
-        console.print(f"\nShort for {row['stands_for']}.")
+        out.print(f"\nShort for {row['stands_for']}.")
     for paragraph in row["doc"].split("\n\n"):
         drawn = paragraph.startswith(" ")  # a list or a table: its lines stay as they are
-        console.print()
-        console.print(paragraph if drawn else " ".join(paragraph.split()), soft_wrap=drawn)
+        out.print()
+        out.print(paragraph if drawn else " ".join(paragraph.split()), soft_wrap=drawn)
     if row["options"]:
         table = Table("option", "type", "default", "meaning", box=None, pad_edge=False)
         for option in row["options"]:
             table.add_row(
                 option["name"], option["type"], "" if option["required"] else option["default"], option["doc"]
             )
-        console.print()
-        console.print(table)
+        out.print()
+        out.print(table)
 
 
 def codes(host: Host, text: str, as_json: bool) -> None:
@@ -128,9 +135,9 @@ def codes(host: Host, text: str, as_json: bool) -> None:
         return
     digits = math.ceil(number.width / 4)
     lines = [f"{row['code']:0{digits}x}  {row['bits']}  {_short(row['value'])}" for row in rows]
-    console = Console(highlight=False, markup=False)
-    console.print(Text(str(number), "bold") + Text(f": {number.width} bits, {number.min:.9g} to {number.max:.9g}"))
-    console.print(Columns(lines, padding=(0, 4), column_first=True))
+    out = console()
+    out.print(Text(str(number), "bold") + Text(f": {number.width} bits, {number.min:.9g} to {number.max:.9g}"))
+    out.print(Columns(lines, padding=(0, 4), column_first=True))
 
 
 def _short(value: float | str) -> str:
@@ -161,13 +168,13 @@ def structure(host: Host, model: str | None, data: str | None, as_json: bool) ->
     if as_json:
         click.echo(json.dumps(_structure_record(found, blocks, declared), indent=2))
         return
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    out = console(soft_wrap=True)
     ends = f"{blocks[0] or 'the model'} to {blocks[-1] or 'the model'}"
-    console.print(Text(job.located.name, "bold") + Text(f": {len(blocks)} blocks, {ends}"))
+    out.print(Text(job.located.name, "bold") + Text(f": {len(blocks)} blocks, {ends}"))
     for title, lines, style in _sections(found, declared):
-        console.print(f"\n{title}", style="bold")
+        out.print(f"\n{title}", style="bold")
         for line in lines:
-            console.print(f"  {line}", style=style)
+            out.print(f"  {line}", style=style)
 
 
 def _sections(found: Structure, declared: Any) -> Iterator[tuple[str, list[str], str]]:

@@ -15,7 +15,7 @@ from typing import Any
 from qsim_core.bases import Adapter, Data, NamedModel
 from qsim_core.component import Component
 from qsim_core.configuration import family
-from qsim_core.errors import ModelError, did_you_mean
+from qsim_core.errors import ModelError, did_you_mean, file_did_you_mean
 from qsim_core.host import Host
 from qsim_core.pretrained import Generic
 
@@ -61,7 +61,7 @@ def locate(name: str, host: Host) -> Located:
     if path.is_file():
         raise ModelError(f"{name} is a file; a model is a directory that save_pretrained wrote")
     if not path.is_dir() and (name.startswith((".", "/", "~")) or path.suffix in {".safetensors", ".bin", ".json"}):
-        raise ModelError(f"there is no directory {name}")
+        raise ModelError(f"there is no directory {name}{file_did_you_mean(path)}")
     if not path.is_dir():
         _check_it_may_be_on_the_hub(name, named, host)
     source = str(path.resolve()) if path.is_dir() else name  # a record must mean the same from any directory

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from qsim_core.console import console
 
 
 def track(items: Iterable[Any], total: int, description: str) -> Iterator[Any]:
@@ -22,25 +23,26 @@ def track(items: Iterable[Any], total: int, description: str) -> Iterator[Any]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    shown = console(stderr=True)
+    with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as progress:
         yield from progress.track(items, total=total, description=description)
 
 
 def stage(description: str) -> AbstractContextManager[Any]:
     """Show a spinner on standard error while something without a count goes on."""
-    console = Console(stderr=True)
-    return console.status(escape(description)) if console.is_terminal else nullcontext()
+    shown = console(stderr=True)
+    return shown.status(Text(description)) if shown.is_terminal else nullcontext()
 
 
 SHOWN: dict[str, Any] = {"track": track, "stage": stage}
 
 
 def hush_libraries() -> None:
-    """transformers, diffusers and accelerate draw bars and log hints of their own; a command shows qsim's."""
+    """transformers, diffusers, accelerate and torchao draw bars and log hints of their own; a command shows qsim's."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for library in ("accelerate", "torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         from transformers.utils import logging as of_transformers
     except ImportError:

@@ -91,11 +91,11 @@ class Recipe(_Strict):
     @classmethod
     def of(cls, values: Any, host: Any = None) -> Recipe:
         """A recipe from plain data. Raises `RecipeError` or `SpecError` with the first thing that is wrong."""
-        if not isinstance(values, dict):
-            raise RecipeError(f"a recipe is a mapping of keys to values, not {type(values).__name__}")
-        unknown = [str(key) for key in values if key not in cls.model_fields]
-        if unknown:
-            raise RecipeError(f"a recipe has no key {unknown[0]!r}{did_you_mean(unknown[0], cls.model_fields)}")
+        _check_keys("a recipe", values, cls)
+        overrides = values.get("overrides")
+        for pattern, override in overrides.items() if isinstance(overrides, dict) else ():
+            if not isinstance(override, Override):
+                _check_keys(f"the override of {pattern!r}", override, Override)
         try:
             return cls.model_validate(values, context={"host": host})
         except ValidationError as error:
@@ -149,9 +149,16 @@ class Recipe(_Strict):
         for pattern in self.patterns():
             if not any(matches(pattern, group) for group in everything):
                 known = [name for group in everything for name in group]
-                close = did_you_mean(pattern, known[:12])
-                more = f" and {len(known) - 12} more" if len(known) > 12 else ""
-                raise RecipeError(f"pattern {pattern!r} matches no site{close}{more}")
+                raise RecipeError(f"pattern {pattern!r} matches no site{did_you_mean(pattern, known)}")
+
+
+def _check_keys(what: str, values: Any, of: type[_Strict]) -> None:
+    """Raise `RecipeError` for what is no mapping, and for a key that there is not."""
+    if not isinstance(values, dict):
+        raise RecipeError(f"{what} is a mapping of keys to values, not {type(values).__name__}")
+    for key in values:
+        if key not in of.model_fields:
+            raise RecipeError(f"{what} has no key {str(key)!r}{did_you_mean(str(key), of.model_fields)}")
 
 
 def read_yaml(text: str) -> Any:

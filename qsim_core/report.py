@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from qsim_core import evaluation, progress
 from qsim_core.bases import Calibration, Run
 from qsim_core.compose import compose
+from qsim_core.console import console
 from qsim_core.context import LayerReport
-from qsim_core.errors import CalibrationWarning, RecipeError
+from qsim_core.errors import CalibrationWarning, RecipeError, file_did_you_mean
 from qsim_core.host import Host
 from qsim_core.recipe import Recipe, read_yaml
 from qsim_core.result import Result
@@ -117,7 +117,8 @@ def _recipe_file(path: Path) -> dict[str, Any]:
     try:
         values = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not text'}") from None
+        why = getattr(error, "strerror", None) or "it is not text"
+        raise RecipeError(f"cannot read {path}: {why}{file_did_you_mean(path)}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path} is no recipe: expected keys and values like `weights: abfp(int4)`")
     Recipe.of({key: None for key in values if key not in Recipe.model_fields})  # an unknown key is an error by name
@@ -165,10 +166,10 @@ def show(result: Result) -> None:
     table.add_row("seconds, baseline", f"{result.seconds['baseline']:.1f}")
     table.add_row("seconds, simulated", f"{result.seconds['simulated']:.1f}")
     table.add_row("seconds, in all", f"{result.seconds['total']:.1f}")
-    console = Console(highlight=False, markup=False)
-    console.print(table)
+    out = console()
+    out.print(table)
     for line in _lines(result):
-        console.print(line, style="dim", soft_wrap=True)
+        out.print(line, style="dim", soft_wrap=True)
 
 
 def _lines(result: Result) -> Iterator[str]:
@@ -239,9 +240,9 @@ def quantize(host: Host, source: Path, target: Path, weights: str, as_json: bool
             sqnr = "exact" if tensor.sqnr_db is None else f"{tensor.sqnr_db:.1f}"
             shape = " x ".join(map(str, tensor.shape))
             table.add_row(tensor.name, shape, tensor.quantizer, sqnr, _bits(tensor.bits))
-        console = Console(highlight=False, markup=False)
-        console.print(table)
-        console.print(
+        out = console()
+        out.print(table)
+        out.print(
             f"{len(rounded)} of {len(done)} tensors rounded, the others copied, to {target}",
             style="dim",
             soft_wrap=True,

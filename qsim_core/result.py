@@ -15,7 +15,7 @@ from qsim_core.atomic import writing
 from qsim_core.audit import Audit
 from qsim_core.component import explain
 from qsim_core.context import LayerReport
-from qsim_core.errors import QsimError
+from qsim_core.errors import QsimError, file_did_you_mean
 
 SCHEMA_VERSION = 1
 
@@ -116,7 +116,8 @@ class Result(_Record):
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise QsimError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not text'}") from None
+            why = getattr(error, "strerror", None) or "it is not text"
+            raise QsimError(f"cannot read {path}: {why}{file_did_you_mean(path)}") from None
         try:
             result = cls.model_validate_json(text)
         except ValidationError as error:

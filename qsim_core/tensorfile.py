@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qsim_core.atomic import writing
 from qsim_core.bases import no_progress
-from qsim_core.errors import QsimError, RecipeError, did_you_mean
+from qsim_core.errors import QsimError, RecipeError, did_you_mean, file_did_you_mean
 from qsim_core.ops import LAST, taps
 from qsim_core.quantizer import Quantizer
 from qsim_core.randomness import at
@@ -97,7 +97,7 @@ def quantize_file(
     try:
         file = source.open("rb")
     except OSError as error:
-        raise QsimError(f"cannot read {source}: {error.strerror}") from None
+        raise QsimError(f"cannot read {source}: {error.strerror}{file_did_you_mean(source)}") from None
     with file:
         header, entries = read_header(file, source)
         names = [entry.name for entry in entries]

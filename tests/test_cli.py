@@ -385,7 +385,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "output has no directory": (["--weights", "int8", "--json", "no/where.json"], "cannot write no/where.json: there is no directory no"),
     "pattern without site": (["--weights", "int8", "--skip", "*.fc3"], "pattern '*.fc3' matches no site"),
     "nothing reached": (["--weights", "int8", "--skip", "*"], "weights: channel(int8) reached no site of this model"),
-    "unknown dtype": (["--weights", "int8", "--dtype", "float31"], "no dtype 'float31'; there are float32, bfloat16"),
+    "unknown dtype": (["--weights", "int8", "--dtype", "float31"], "no dtype 'float31'; did you mean 'float32'? There are: bfloat16, float16, float32, float64"),
     "unknown device": (["--weights", "int8", "--device", "gpu7"], "device 'gpu7' cannot be used: "),
     "calibration that is too short": (["--precision", "w4a8", "--plugin", "smoothquant", "--calibration-seqlen", "999"],
                                       "calibration windows of 999 tokens: the model takes 2 to 256"),

@@ -6,6 +6,8 @@ import doctest
 import inspect
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,14 +23,17 @@ from qsim_core.context import LayerReport
 from qsim_core.result import CalibrationRecord, Intervals
 
 ROOT = Path(__file__).parent.parent
-PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+FILES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in FILES}
+EMBEDDING = "docs/embedding.md"
+"""Its blocks are programs of their own; those of other pages go on where the one before ended."""
 
 
 def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGES[page], re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page != EMBEDDING])
 def test_the_python_of_a_page_runs(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     namespace = {"__name__": "page"}
     for block in blocks(page, "python"):
@@ -37,23 +42,43 @@ def test_the_python_of_a_page_runs(page: str, capsys: pytest.CaptureFixture[str]
     assert "qsim" in namespace
 
 
+@pytest.mark.parametrize("title", re.findall(r"^## (.*)$", PAGES[EMBEDDING], re.MULTILINE))
+def test_the_programs_of_an_embedder_run(title: str, tmp_path: Path) -> None:
+    (section,) = re.findall(
+        rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", PAGES[EMBEDDING], flags=re.MULTILINE | re.DOTALL
+    )
+    (program,) = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+
+    assert run.returncode == 0, run.stderr
+
+
 def test_examples_in_docstrings_are_right() -> None:
     outcome = doctest.testmod(errors)
 
     assert (outcome.failed, outcome.attempted) == (0, 2)
 
 
-def test_the_readmes_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def shortened(arguments: list[str]) -> list[str]:
+    """A command as it stands on a page, on a few samples."""
+    if arguments[0] != "evaluate" or "--from" in arguments:
+        return arguments
+    few = {"--limit": "2", "--calibration-samples": "4"}
+    return [*arguments, *(part for option, value in few.items() if option not in arguments for part in (option, value))]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")])
+def test_the_commands_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QSIM_CACHE", str(tmp_path / "cache"))
-    commands = [
-        shlex.split(line, comments=True) for block in blocks("README.md", "bash") for line in block.splitlines()
-    ]
+    for name, text in re.findall(r"^`(\S+)`:\n\n```yaml\n(.*?)^```$", PAGES[page], re.MULTILINE | re.DOTALL):
+        (tmp_path / name).write_text(text)
+    commands = [shlex.split(line, comments=True) for block in blocks(page, "bash") for line in block.splitlines()]
 
     for program, *arguments in commands:
         assert program == "qsim"
-        quick = ["--limit", "2"] if arguments[0] == "evaluate" and "--from" not in arguments else []
-        outcome = CliRunner().invoke(main, [*arguments, *quick])
+        outcome = CliRunner().invoke(main, shortened(arguments))
         assert outcome.exit_code == 0, f"{arguments}: {outcome.output}"
 
 
@@ -96,3 +121,33 @@ def test_links_lead_somewhere() -> None:
     for page, text in PAGES.items():
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+
+
+def test_every_page_is_listed() -> None:
+    listed = {target.partition("#")[0] for target in re.findall(r"\]\(([^)]+)\)", PAGES["docs/index.md"])}
+
+    assert listed == {Path(page).name for page in PAGES if page.startswith("docs/")} - {"index.md"} | {
+        "../CONTRIBUTING.md"
+    }
+    assert "(docs/index.md)" in PAGES["README.md"]
+    assert "(docs/getting-started.md)" in PAGES["README.md"]
+
+
+def test_every_module_of_the_core_is_a_file_to_open() -> None:
+    named = set(re.findall(r"\(\.\./qsim_core/(\w+\.py)\)", PAGES["docs/architecture.md"]))
+
+    assert named == {path.name for path in (ROOT / "qsim_core").glob("*.py") if not path.name.startswith("__")}
+
+
+def test_the_glossary_is_in_order() -> None:
+    words = re.findall(r"^\| ([^|]+) \|", PAGES["docs/glossary.md"], re.MULTILINE)[1:]
+
+    assert words == sorted(set(words), key=str.lower)
+
+
+def test_contributors_are_told_of_every_class_of_checks() -> None:
+    tox = (ROOT / "tox.ini").read_text()
+
+    for check in ("ruff check .", "mypy", "pytest -n 2"):
+        assert check in tox
+        assert check in PAGES["CONTRIBUTING.md"]

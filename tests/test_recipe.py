@@ -70,7 +70,7 @@ def test_a_pattern_may_name_an_alias() -> None:
         ("weights: [int4", "recipe is not YAML: expected ',' or ']', but got '<stream end>' (line 1, column 15)"),
         ("weights: int99", "no quantizer 'int99'; did you mean 'int9'?"),
         ("weights: 4", "recipe: weights should be a quantizer or its text, not 4"),
-        ("overrides: {'*.fc2': {weight: int4}}", "recipe: overrides.*.fc2 has no key 'weight'"),
+        ("overrides: {'*.fc2': {weight: int4}}", "the override of '*.fc2' has no key 'weight'; did you mean 'weights'?"),
         ("value_axis: left", "recipe: value_axis should be 'tokens' or 'head', not 'left'"),
         ("transforms: [int4]", "'int4' is a format, not a transform (character 1 of 'int4')"),
     ],

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from qsim_core import Format, Preset, hookimpl
+from qsim_core.errors import file_did_you_mean
 
 MOST = 2**16
 NF4 = (
@@ -71,7 +72,8 @@ def _read(path: Path) -> list[float]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not text'}") from None
+        why = getattr(error, "strerror", None) or "it is not text"
+        raise ValueError(f"cannot read {path}: {why}{file_did_you_mean(path)}") from None
     if text.lstrip().startswith("["):
         try:
             return [float(value) for value in json.loads(text)]

@@ -12,6 +12,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
+from qsim_core.errors import file_did_you_mean
 from qsim_core.forward import call
 from qsim_core.metrics import Means
 from qsim_evaluators.fitting import best
@@ -133,7 +134,8 @@ def _read_tensors(path: Path) -> Data:
         tensors = load_file(path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except (OSError, SafetensorError) as error:
-        raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read {path}: {why}{file_did_you_mean(path)}") from None
     many = {len(tensor) if tensor.dim() else 0 for tensor in tensors.values()}
     if len(many) != 1 or 0 in many:
         sizes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()) or "nothing"

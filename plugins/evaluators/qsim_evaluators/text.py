@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qsim_core import Data, DataError, LoadedModel
+from qsim_core.errors import file_did_you_mean
 from qsim_evaluators.fitting import device, longest
 
 LONGEST = 512
@@ -35,7 +36,7 @@ def read_rows(source: str, columns: list[str], split: str) -> Any:
     path = Path(source).expanduser()
     directory = Path(source.partition(":")[0]).expanduser()
     if not directory.is_dir() and (source.startswith((".", "/", "~")) or path.suffix):
-        raise DataError(f"there is no file {source}")
+        raise DataError(f"there is no file {source}{file_did_you_mean(path)}")
     from datasets import load_dataset
 
     name, config, named, *_ = (*source.split(":"), None, None, None)

@@ -1,0 +1,106 @@
+"""The pages that `docs/generate.py` writes say what the code says; a public name changes with a line in the changelog."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import qsim_core as qsim
+from qsim_core.cli import main
+
+ROOT = Path(__file__).parent.parent
+MADE: dict[str, Any] = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+PAGES: dict[str, str] = MADE["pages"]()
+
+
+def unreleased() -> str:
+    """The changelog's first section."""
+    return re.split(r"^## ", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_is_what_the_code_says(page: str) -> None:
+    assert (ROOT / "docs" / page).read_text() == PAGES[page], "run: python docs/generate.py"
+
+
+def test_pages_depend_on_no_terminal_and_no_optional_library() -> None:
+    program = (
+        "import sys, runpy, hashlib\n"
+        "for name in ('lm_eval', 'transformers', 'diffusers', 'datasets', 'accelerate'): sys.modules[name] = None\n"
+        f"pages = runpy.run_path({str(ROOT / 'docs' / 'generate.py')!r})['pages']()\n"
+        "print(hashlib.sha256(repr(pages).encode()).hexdigest())"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={**os.environ, **extra}
+        ).stdout
+        for extra in ({"COLUMNS": "40"}, {"COLUMNS": "200", "NO_COLOR": "1", "PYTHONHASHSEED": "7"})
+    }
+
+    assert digests == {hashlib.sha256(repr(PAGES).encode()).hexdigest() + "\n"}
+
+
+@pytest.mark.parametrize("command", sorted(main.commands))
+def test_every_option_that_help_shows_is_on_the_page(command: str) -> None:
+    (section,) = re.findall(rf"^## `qsim {command}`\n(.*?)(?=^## |\Z)", PAGES["cli.md"], re.MULTILINE | re.DOTALL)
+    shown = CliRunner().invoke(main, [command, "--help"]).stdout
+
+    options = set(re.findall(r"^ +(?:-\w, )?(--[\w-]+)", shown, re.MULTILINE))
+    assert options == set(re.findall(r"^\| `(?:-\w, )?(--[\w-]+)", section, re.MULTILINE))
+
+
+def test_every_component_is_on_the_page_with_every_option(host: qsim.Host) -> None:
+    headings = re.findall(r"^#### `(\w+)|^\| `(\w+)` \| `", PAGES["components.md"], re.MULTILINE)
+    plugins = {path.name for path in (ROOT / "plugins").iterdir()} | {"core"}
+
+    named = {name for heading in headings for name in heading if name}
+    assert named >= {n for n, found in host.components().items() if found[0][0] in plugins}
+    assert "| `n` | whole number | `64` | elements of a vector that share a scale; " in PAGES["components.md"]
+
+
+def test_the_public_names_are_those_of_the_changelog() -> None:
+    digest = MADE["digest"]()
+
+    assert f"`{digest}`" in unreleased(), (
+        "a public name was added, renamed, or has another signature (the difference is in docs/api.md): say it in "
+        f"CHANGELOG.md under **Public names**, put `{digest}` there, and run: python docs/generate.py"
+    )
+
+
+def renamed(model: Any, recipes: Any = None) -> qsim.Simulation:
+    raise NotImplementedError
+
+
+def told_otherwise(text: str, host: qsim.Host | None = None) -> Any:
+    """Other words."""
+
+
+told_otherwise.__annotations__ = dict(qsim.parse.__annotations__)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "changes"),
+    [
+        ("simulate", renamed, True),
+        ("__all__", [*qsim.__all__, "installed"], True),
+        ("__all__", [name for name in qsim.__all__ if name != "Run"], True),
+        ("parse", told_otherwise, False),
+    ],
+)
+def test_the_digest_changes_with_names_and_signatures_alone(
+    name: str, value: Any, changes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = MADE["digest"]()
+    monkeypatch.setattr(qsim, "installed", qsim.Host, raising=False)
+    monkeypatch.setattr(qsim, name, value, raising=False)
+
+    assert (MADE["digest"]() != before) is changes
