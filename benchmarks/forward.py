@@ -35,12 +35,12 @@ FORMATS: dict[str, dict[str, str]] = {
 }
 
 
-def model_of(shape: str, layers: int) -> OPTForCausalLM:
-    """OPT without its large vocabulary: what is measured are the blocks."""
+def model_of(shape: str, layers: int, vocabulary: int = 512) -> OPTForCausalLM:
+    """OPT, by default without its large vocabulary: what is measured are the blocks."""
     hidden, heads, ffn = SHAPES[shape]
     torch.manual_seed(0)
     config = OPTConfig(
-        vocab_size=512,
+        vocab_size=vocabulary,
         hidden_size=hidden,
         word_embed_proj_dim=hidden,
         num_attention_heads=heads,

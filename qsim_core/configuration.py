@@ -44,6 +44,14 @@ def architecture(source: str) -> str:
     return str(classes[0])
 
 
+def stored_dtype(source: str) -> str | None:
+    """The dtype that a checkpoint's weights were saved in, like "bfloat16", if it says. Raises `ModelError`."""
+    found = configuration(source)
+    parts = (found, *(part for part in found.values() if isinstance(part, dict)))
+    said = (part.get("dtype") or part.get("torch_dtype") for part in parts)
+    return next((name for name in said if isinstance(name, str)), None)
+
+
 def evaluator_of(architecture: str) -> str:
     """The evaluator of a class's field, `fidelity` (to its outputs in full precision) where no field is known."""
     return next((evaluator for end, evaluator in FIELDS.items() if architecture.endswith(end)), "fidelity")

@@ -149,7 +149,7 @@ def evaluate(
         data=DataRecord(name=dataset.name, sha256=dataset.sha256, source=_from_anywhere(data)),
         calibration=None if seen is None else _calibration_record(given, seen),
         transforms=simulation.reports,
-        warnings=[*([job.located.note] if job.located.note else []), *simulation.warnings],
+        warnings=[*job.located.notes(dtype), *simulation.warnings],
         batch_size=run.batch_size,
         limit=run.limit,
         seed=run.seed,

@@ -154,8 +154,8 @@ def structure(host: Host, model: str | None, data: str | None, as_json: bool) ->
 
     hush_libraries()
     job = Job.of(Recipe.of({"model": model or DEFAULT_MODEL}, host), host)
-    if job.located.note:
-        click.echo(f"Warning: {job.located.note}", err=True)
+    for note in job.located.notes("float32"):
+        click.echo(f"Warning: {note}", err=True)
     loaded = job.located.adapter.load(job.located.source, torch.float32)
     example = job.evaluator.example(loaded, job.data(data))
     if example is None:

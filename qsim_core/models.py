@@ -14,7 +14,7 @@ from typing import Any
 
 from qsim_core.bases import Adapter, Data, NamedModel
 from qsim_core.component import Component
-from qsim_core.configuration import family
+from qsim_core.configuration import family, stored_dtype
 from qsim_core.errors import ModelError, did_you_mean, file_did_you_mean
 from qsim_core.host import Host
 from qsim_core.pretrained import Generic
@@ -34,10 +34,16 @@ class Located:
     evaluator: str | None = None
     """Text of the evaluator that goes with these data."""
 
-    @property
-    def note(self) -> str:
-        """What a reader must know about how it was found, if anything."""
-        return self.adapter.note(self.source) if isinstance(self.adapter, Generic) else ""
+    def notes(self, dtype: str) -> list[str]:
+        """What a reader must know about how it was found, and is computed."""
+        notes = [self.adapter.note(self.source)] if isinstance(self.adapter, Generic) else []
+        stored = stored_dtype(self.source)
+        if dtype == "float32" and stored in ("bfloat16", "float16"):
+            notes.append(
+                f"its weights are stored in {stored} and computed in float32, which takes twice their memory; "
+                f"--dtype {stored} leaves them as they are"
+            )
+        return notes
 
 
 def named_models(host: Host) -> dict[str, tuple[Adapter, NamedModel]]:

@@ -9,6 +9,8 @@ what is written behind autograd's back, through `parameter.data`, is not.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from collections import Counter
 from dataclasses import dataclass
@@ -181,8 +183,10 @@ class Weights:
             in_place = not self.keep and weight.owned and alone
             if in_place:
                 parameter.data.copy_(layout.back(quantized if lowered is None else lowered.values()))
+                quantized = None
+                _give_back()
                 lowered = None if form is None or lowered is None else form.keep(lowered)
-            copy = None if in_place or quantized is None else torch.empty_like(operand).copy_(layout.back(quantized))
+            copy = None if quantized is None else torch.empty_like(operand).copy_(layout.back(quantized))
         made_from = id(parameter), _version(parameter), parameter.data_ptr()
         folded = _Folded(in_place, copy, lowered, *made_from, _sums(parameter.detach()) if in_place else None)
         self.folded[key] = folded
@@ -200,6 +204,13 @@ class Weights:
         if held:
             folded.identity, folded.version, folded.address = made_from
         return held
+
+
+def _give_back() -> None:
+    """Return to the system what was freed: glibc keeps it, for an allocation that does not come."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _sums(x: Tensor) -> tuple[float, float]:

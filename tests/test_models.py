@@ -55,6 +55,17 @@ def test_an_adapter_serves_its_own_family_and_those_that_it_names(model_type: st
     assert str(located.adapter) == "kin"
 
 
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_a_checkpoint_of_sixteen_bits_is_not_doubled_in_silence(key: str, write: Write) -> None:
+    located = locate(str(write(**{"model_type": "kin", key: "bfloat16"})), host_with(Kin))
+
+    assert located.notes("float32") == [
+        "its weights are stored in bfloat16 and computed in float32, which takes twice their memory; "
+        "--dtype bfloat16 leaves them as they are"
+    ]
+    assert located.notes("bfloat16") == []
+
+
 def test_two_adapters_for_one_family_are_an_error_that_names_both(write: Write) -> None:
     class Cousin(Kin):
         name = "cousin"
