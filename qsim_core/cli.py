@@ -13,6 +13,7 @@ import click
 
 from qsim_core import __version__
 from qsim_core.errors import QsimError
+from qsim_core.new_plugin import new_plugin
 
 INTERRUPTED = 130
 """The exit code of a run that Ctrl-C ended, as shells have it."""
@@ -206,3 +207,6 @@ def quantize(source: Path, target: Path, as_json: bool, quiet: bool, **options: 
     from qsim_core.host import Host
 
     report.quantize(Host(), source, target, as_json=as_json, quiet=quiet, **options)
+
+
+main.add_command(new_plugin)
