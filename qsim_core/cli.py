@@ -15,6 +15,7 @@ from click.shell_completion import CompletionItem
 
 from qsim_core import __version__
 from qsim_core.errors import QsimError
+from qsim_core.new_plugin import new_plugin
 
 if TYPE_CHECKING:
     from qsim_core.host import Plugin
@@ -290,3 +291,6 @@ def quantize(source: Path, target: Path, as_json: bool, quiet: bool, **options: 
     from qsim_core.host import Host
 
     report.quantize(Host(), source, target, as_json=as_json, quiet=quiet, **options)
+
+
+main.add_command(new_plugin)

@@ -117,6 +117,11 @@ def test_every_hook_is_explained_with_its_base_class_and_method() -> None:
         assert f"| `{hook}()` | `{base.__name__}` | `{method}({arguments})` |" in PAGES["docs/plugins.md"]
 
 
+@pytest.mark.parametrize("module", sorted((ROOT / "docs" / "examples").glob("*/*.py")), ids=lambda path: path.stem)
+def test_an_example_stands_in_the_page_as_it_is(module: Path) -> None:
+    assert module.read_text() in blocks("docs/plugins.md", "python")
+
+
 def test_links_lead_somewhere() -> None:
     for page, text in PAGES.items():
         for target in re.findall(r"\]\(([^)#:]+)\)", text):

@@ -8,8 +8,9 @@ from torch import Tensor
 
 import qsim_core as qsim
 from qsim_core import numerics
+from qsim_core.testing import QuantizerSuite
 
-SCHEMES = [
+SCHEMES = (
     "tensor(int4)",
     "channel(int8)",
     "token(e4m3)",
@@ -21,7 +22,11 @@ SCHEMES = [
     "cast(bf16)",
     "e5m2",
     "int6",
-]
+)
+
+
+class TestSchemes(QuantizerSuite):
+    text = SCHEMES
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -59,45 +64,6 @@ def test_a_scale_is_rounded_by_any_quantizer() -> None:
     y = qsim.parse("scaled(int4, 16, scaled(e4m3, tensor))")(x)
 
     assert torch.equal(y, ((x.reshape(4, 4, 16) / scale).round().clamp(-7, 7) * scale).reshape(4, 64))
-
-
-@pytest.mark.parametrize("text", SCHEMES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_shape_dtype_and_input_are_kept(text: str, dtype: torch.dtype) -> None:
-    x = noise(3, 5, 33).to(dtype)
-    before = x.clone()
-
-    y = qsim.parse(text)(x)
-
-    assert (y.shape, y.dtype) == (x.shape, dtype)
-    assert torch.equal(x, before)
-    assert y.isfinite().all()
-
-
-@pytest.mark.parametrize("text", SCHEMES)
-def test_strides_do_not_matter(text: str) -> None:
-    x = noise(33, 6).T
-    quantizer = qsim.parse(text)
-
-    assert not x.is_contiguous()
-    assert torch.equal(quantizer(x), quantizer(x.contiguous()))
-    assert torch.equal(quantizer(x[::2, 1::3]), quantizer(x[::2, 1::3].clone()))
-
-
-@pytest.mark.parametrize("text", SCHEMES)
-@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4)])
-def test_an_empty_tensor_stays_empty(text: str, shape: tuple[int, ...]) -> None:
-    assert qsim.parse(text)(torch.empty(shape)).shape == shape
-
-
-@pytest.mark.parametrize("text", SCHEMES)
-def test_one_number_alone_is_a_tensor_too(text: str) -> None:
-    assert qsim.parse(text)(torch.tensor(0.5)).shape == ()
-
-
-@pytest.mark.parametrize("text", SCHEMES)
-def test_zeros_stay_zeros(text: str) -> None:
-    assert torch.equal(qsim.parse(text)(torch.zeros(4, 33)), torch.zeros(4, 33))
 
 
 def test_a_scale_that_rounds_to_zero_makes_its_block_zero() -> None:

@@ -39,7 +39,7 @@ class Codebook(Format):
     @model_validator(mode="before")
     @classmethod
     def _from_file(cls, options: Any) -> Any:
-        if not isinstance(options, dict) or options.get("file") is None:
+        if not isinstance(options, dict) or not isinstance(options.get("file"), str | Path):
             return options
         if options.get("values"):
             raise ValueError("give values or a file, not both")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import qsim_core as qsim
+from qsim_core.testing import QuantizerSuite
 
 
 def by_the_book(row: np.ndarray, bits: int, n: int) -> np.ndarray:
@@ -98,3 +99,7 @@ def test_the_scales_bits_are_counted() -> None:
 
     assert abfp.bits_per_element(torch.Size([8, 256])) == 4 + 16 / 64
     assert abfp.bits_per_element(torch.Size([8, 65])) == 4 + 2 * 16 / 65
+
+
+class TestAbfp(QuantizerSuite):
+    text = ("abfp(int4)", "abfp(int8, n=7, scale=none)")

@@ -8,6 +8,7 @@ from families import make, tokens
 from torch import Tensor, nn
 
 import qsim_core as qsim
+from qsim_core.testing import TransformSuite
 
 BATCHES = [{"input_ids": tokens(seed), "use_cache": False} for seed in range(4)]
 
@@ -95,3 +96,7 @@ def test_it_works_with_any_quantizer_and_helps(weights: str, family: str) -> Non
     errors = [(report.before, report.after) for report in simulation.reports if report.after is not None]
     assert len(errors) > 12
     assert sum(after for _, after in errors) < sum(before for before, _ in errors)  # type: ignore[misc]
+
+
+class TestAwq(TransformSuite):
+    text = "awq"

@@ -12,6 +12,7 @@ from architectures import SIZES, WORD, pretrained, write
 import qsim_core as qsim
 from qsim_core.forward import as_in_evaluation, call
 from qsim_core.models import locate
+from qsim_core.testing import AdapterSuite
 
 DISTIL = {"vocab_size": 64, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
 CHECKPOINTS = {
@@ -61,3 +62,10 @@ def test_a_class_that_is_not_the_familys_is_refused_in_one_line(
         qsim.parse("bert").load(str(tmp_path), torch.float32)
 
     assert str(error.value).startswith(message.format(tmp_path))
+
+
+class TestBert(AdapterSuite):
+    text = "bert"
+
+    def checkpoint(self, folder: Path) -> Path:
+        return write(pretrained("BertForMaskedLM", **SIZES)(), folder)

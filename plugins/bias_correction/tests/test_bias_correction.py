@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import qsim_core as qsim
+from qsim_core.testing import TransformSuite
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -80,3 +81,7 @@ def test_where_no_layer_has_one_it_is_an_error() -> None:
         qsim.simulate(
             nn.Linear(4, 4, bias=False), weights="int3", transforms=["bias_correction"], calibration=[noise(9, 4)]
         )
+
+
+class TestBiasCorrection(TransformSuite):
+    text = ("bias_correction", "bias_correction(true)")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import qsim_core as qsim
 from qsim_core.observers import Histogram
+from qsim_core.testing import CalibratorSuite
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -89,3 +90,7 @@ def test_a_moving_average_follows_the_batches() -> None:
 def test_what_makes_no_sense_is_refused(text: str) -> None:
     with pytest.raises(qsim.SpecError, match=" should be "):
         qsim.parse(text)
+
+
+class TestCalibrators(CalibratorSuite):
+    text = ("max", "entropy", "moving_average(0.5)")

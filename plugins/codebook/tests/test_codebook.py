@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import qsim_core as qsim
+from qsim_core.testing import QuantizerSuite
 
 
 def nearest(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -113,3 +114,7 @@ def test_nan_in_a_file_is_refused_and_what_is_no_number_is_pointed_at(tmp_path: 
         qsim.parse(f'codebook(file="{tmp_path}/nan.txt")')
     with pytest.raises(qsim.SpecError, match=r"word.txt, line 2: 'two' is no number"):
         qsim.parse(f'codebook(file="{tmp_path}/word.txt")')
+
+
+class TestCodebook(QuantizerSuite):
+    text = ("nf4", "codebook([-3, -0.5, 0, 0.7, 2])")

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 import qsim_core as qsim
 from qsim_core.cli import main
 from qsim_core.structure import trace
+from qsim_core.testing import AdapterSuite
 
 
 @pytest.fixture
@@ -46,3 +47,10 @@ def test_tracing_finds_the_one_norm_of_a_block_and_the_heads_in_the_fused_weight
     assert [(a.path, a.heads, a.head_size) for a in found.attention] == [
         (f"transformer.h.{layer}.attn", 4, 8) for layer in (0, 1)
     ]
+
+
+class TestCodeGen(AdapterSuite):
+    text = "codegen"
+
+    def checkpoint(self, folder: Path) -> Path:
+        return write(build("CodeGen"), folder)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import qsim_core as qsim
 from qsim_core.forward import as_in_evaluation, call
 from qsim_core.models import locate
+from qsim_core.testing import AdapterSuite
 
 PROMPT = {"prompt": "a cat", "num_inference_steps": 2, "output_type": "pt"}
 
@@ -203,3 +204,14 @@ def test_a_damaged_pipeline_is_one_clear_line(damage: Any, message: str, stable_
 
     assert str(error.value).startswith(message.format(stable_diffusion))
     assert "\n" not in str(error.value)
+
+
+class TestDiffusion(AdapterSuite):
+    text = "diffusion"
+
+    def checkpoint(self, folder: Path) -> Path:
+        build("UNet2DCondition").save_pretrained(folder)  # type: ignore[operator]
+        return folder
+
+    def example(self, loaded: qsim.LoadedModel) -> Any:
+        return FAMILIES["UNet2DCondition"].example

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qsim_core as qsim
+from qsim_core.testing import TransformSuite
 
 DEVICE = "abfp(int4, n=16, adc=6)"
 
@@ -169,3 +170,7 @@ def test_a_network_trained_with_it_is_better_on_the_device() -> None:
         qsim.simulate(other, **device)
     assert on_device > max(accuracy(model), accuracy(longer)) + 0.02
     assert accuracy(tuned) == pytest.approx(exact, abs=0.02)  # what was trained stays, and in float32 it is as good
+
+
+class TestDNF(TransformSuite):
+    text = ("dnf", "dnf(bins=50)")

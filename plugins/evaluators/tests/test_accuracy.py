@@ -15,6 +15,7 @@ from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from torch import Tensor, nn
 
 import qsim_core as qsim
+from qsim_core.testing import EvaluatorSuite
 
 SIZE, CLASSES = 4, 7
 GREY = [np.asarray(image) for image in np.random.default_rng(0).integers(0, 256, (50, SIZE, SIZE), dtype=np.uint8)]
@@ -168,3 +169,13 @@ class TestRead:
 
         with pytest.raises(qsim.DataError, match="^column 'image' of .* holds .*string.*, no images$"):
             qsim.parse("accuracy").read(str(tmp_path))
+
+
+class TestAccuracy(EvaluatorSuite):
+    text = "accuracy"
+
+    def loaded(self) -> qsim.LoadedModel:
+        return qsim.LoadedModel(Linear(), None, to_unit)
+
+    def data(self, evaluator: Any) -> qsim.Data:
+        return data()

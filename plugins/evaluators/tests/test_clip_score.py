@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 import qsim_core as qsim
+from qsim_core.testing import EvaluatorSuite
 
 SIZE, LONGEST = 8, 8
 PROMPTS = ["a cat", "two dogs", "a very long line that is cut"]
@@ -235,3 +236,18 @@ def test_the_picture_has_both_runs_images(tmp_path: Path) -> None:
 
     with Image.open(tmp_path / "samples.png") as image:
         assert (image.getpixel((20, 20)), image.getpixel((90, 20))) == ((0, 0, 0), (255, 255, 255))
+
+
+class TestClipScore(EvaluatorSuite):
+    text = "clip_score"
+
+    @pytest.fixture
+    def component(self, clip: str, pipeline: str) -> Any:
+        self.pipeline = pipeline
+        return qsim.parse(f"clip_score({json.dumps(clip)}, steps=2)")
+
+    def loaded(self) -> qsim.LoadedModel:
+        return load(self.pipeline)
+
+    def data(self, evaluator: Any) -> qsim.Data:
+        return DATA

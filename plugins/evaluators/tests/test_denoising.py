@@ -13,6 +13,7 @@ from PIL import Image
 from qsim_evaluators.pictures import beside
 
 import qsim_core as qsim
+from qsim_core.testing import EvaluatorSuite
 
 SIZE = 8
 NOISE = qsim.Data.of_text("noise", "noise")
@@ -112,3 +113,10 @@ def test_one_file_is_written(tmp_path: Path) -> None:
     qsim.parse("denoising").save_samples(path, path, tmp_path)
 
     assert [file.name for file in tmp_path.iterdir()] == ["samples.png"]
+
+
+class TestDenoising(EvaluatorSuite):
+    text = "denoising(steps=4, samples=6)"
+
+    def loaded(self) -> qsim.LoadedModel:
+        return loaded()

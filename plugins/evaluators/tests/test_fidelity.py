@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import qsim_core as qsim
+from qsim_core.testing import EvaluatorSuite
 
 WIDTH, CLASSES = 6, 5
 
@@ -27,7 +28,7 @@ class Classifier(nn.Module):
         self.weight = nn.Parameter(weight + (scale - 1) * noise)
 
     def forward(self, x: Tensor) -> Any:
-        return SimpleNamespace(logits=x @ self.weight.T)
+        return SimpleNamespace(logits=x.to(self.weight.dtype) @ self.weight.T)
 
 
 def inputs(*shape: int, many: int = 12) -> qsim.Data:
@@ -157,3 +158,13 @@ def test_an_output_without_tensors() -> None:
         qsim.DataError, match="^fidelity finds no tensor in a SimpleNamespace; it looks for logits, sample"
     ):
         qsim.parse("fidelity").evaluate(qsim.LoadedModel(model), inputs(), qsim.Run())
+
+
+class TestFidelity(EvaluatorSuite):
+    text = "fidelity"
+
+    def loaded(self) -> qsim.LoadedModel:
+        return qsim.LoadedModel(Classifier())
+
+    def data(self, evaluator: Any) -> qsim.Data:
+        return inputs(7)

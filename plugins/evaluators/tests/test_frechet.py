@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from qsim_evaluators.frechet import Made, frechet_distance
 from torch import Tensor, nn
 
 import qsim_core as qsim
+from qsim_core.testing import EvaluatorSuite
 
 SIZE, WIDTH = 8, 4
 SHADES = np.random.default_rng(0).integers(0, 256, (12, SIZE, SIZE), dtype=np.uint8)
@@ -281,3 +283,18 @@ def test_a_model_that_is_no_denoiser() -> None:
 
     with pytest.raises(qsim.DataError, match="^frechet does not fit a BertModel; retrieval and fidelity do$"):
         qsim.parse("frechet(x)").example(qsim.LoadedModel(BertModel()), REFERENCE)
+
+
+class TestFrechet(EvaluatorSuite):
+    text = "frechet"
+    limit = 3
+
+    @pytest.fixture
+    def component(self, program: str) -> Any:
+        return qsim.parse(f"frechet({json.dumps(program)}, steps=2, samples=6)")
+
+    def loaded(self) -> qsim.LoadedModel:
+        return loaded()
+
+    def data(self, evaluator: Any) -> qsim.Data:
+        return REFERENCE

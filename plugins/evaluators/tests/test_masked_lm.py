@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import qsim_core as qsim
+from qsim_core.testing import EvaluatorSuite
 
 TEXT = "the quick brown fox jumps over the lazy dog " * 4
 CLS, SEP, MASK = 1, 2, 3
@@ -127,3 +128,10 @@ def test_a_tokenizer_without_a_mask(loaded: qsim.LoadedModel) -> None:
 def test_options_that_measure_nothing_are_refused(text: str) -> None:
     with pytest.raises(qsim.SpecError):
         qsim.parse(text)
+
+
+class TestMaskedLM(EvaluatorSuite):
+    text = "masked_lm"
+
+    def loaded(self) -> qsim.LoadedModel:
+        return qsim.LoadedModel(Neighbours(), Letters())

@@ -20,6 +20,7 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 import qsim_core as qsim
 from qsim_core.cli import main
+from qsim_core.testing import EvaluatorSuite
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="seccomp is Linux's")
 PIECES = ["def f(a, b):\n", "    return", " a", " +", " -", " b", "\nprint", "()", "</s>", "<pad>", "<unk>"]
@@ -297,3 +298,14 @@ class TestRead:
 
         with pytest.raises(qsim.DataError, match=message):
             self.read(tmp_path / "a.jsonl")
+
+
+class TestPassAtK(EvaluatorSuite):
+    text = GREEDY
+    run = qsim.Run(batch_size=3, allow_code_execution=True)
+
+    def loaded(self) -> qsim.LoadedModel:
+        return writer(ADDS)  # type: ignore[no-any-return]
+
+    def data(self, evaluator: Any) -> qsim.Data:
+        return problems("sums", [RIGHT, IMPOSSIBLE])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import qsim_core as qsim
+from qsim_core.testing import EvaluatorSuite
 
 TEXT = "the quick brown fox jumps over the lazy dog " * 4
 
@@ -203,3 +204,7 @@ class TestRead:
 
         with pytest.raises(qsim.DataError, match="^'no_such_set' is no file, and datasets cannot load it: "):
             self.read("no_such_set")
+
+
+class TestPerplexity(EvaluatorSuite):
+    text = ("perplexity", "perplexity(16, stride=4)")

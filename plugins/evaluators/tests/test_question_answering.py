@@ -16,6 +16,7 @@ from torchmetrics.functional.text import squad
 from transformers import BertTokenizer
 
 import qsim_core as qsim
+from qsim_core.testing import EvaluatorSuite
 
 WORDS = [
     "who",
@@ -62,9 +63,12 @@ def vocabulary() -> dict[str, int]:
 def ask(
     model: Pointer, answers: list[list[str]], evaluator: str = "question_answering(64, stride=8)", **run: Any
 ) -> Any:
-    data = qsim.Data("cats", {"question": QUESTIONS, "context": [CONTEXT] * 3, "answers": answers}, "0" * 64)
     loaded = qsim.LoadedModel(model, BertTokenizer(vocab=vocabulary()))
-    return qsim.parse(evaluator).evaluate(loaded, data, qsim.Run(**run))
+    return qsim.parse(evaluator).evaluate(loaded, cats(answers), qsim.Run(**run))
+
+
+def cats(answers: list[list[str]]) -> qsim.Data:
+    return qsim.Data("cats", {"question": QUESTIONS, "context": [CONTEXT] * 3, "answers": answers}, "0" * 64)
 
 
 def test_scores_are_torchmetrics() -> None:
@@ -159,3 +163,13 @@ def test_a_file_that_is_not_squads(tmp_path: Path, text: str) -> None:
 def test_windows_that_do_not_fit(evaluator: str, message: str) -> None:
     with pytest.raises(qsim.DataError, match=message):
         ask(Pointer("dog", "away"), [["dog"]] * 3, evaluator)
+
+
+class TestQuestionAnswering(EvaluatorSuite):
+    text = "question_answering(64, stride=8)"
+
+    def loaded(self) -> qsim.LoadedModel:
+        return qsim.LoadedModel(Pointer("cat", "cat"), BertTokenizer(vocab=vocabulary()))
+
+    def data(self, evaluator: Any) -> qsim.Data:
+        return cats([["cat"], ["on"], ["mat"]])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import qsim_core as qsim
+from qsim_core.testing import EvaluatorSuite
 
 WIDTH = 6
 QUERIES = ["the sum of two", "a list of names", "open a file", "the sum of three"]
@@ -125,3 +126,13 @@ def test_data_that_are_no_pairs(tmp_path: Path, rows: list[Any], message: str) -
 
     with pytest.raises(qsim.DataError, match=message):
         qsim.parse("retrieval").read(str(tmp_path))
+
+
+class TestRetrieval(EvaluatorSuite):
+    text = "retrieval(16)"
+
+    def loaded(self) -> qsim.LoadedModel:
+        return qsim.LoadedModel(Encoder(), letters)
+
+    def data(self, evaluator: Any) -> qsim.Data:
+        return pairs()

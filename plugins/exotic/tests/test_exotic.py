@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import qsim_core as qsim
+from qsim_core.testing import QuantizerSuite
 
 
 def posit_value(code: int, bits: int, es: int) -> Fraction | None:
@@ -118,3 +119,7 @@ def test_what_is_no_format_is_refused(text: str, message: str) -> None:
         qsim.parse(text)
 
     assert str(error.value).startswith(message)
+
+
+class TestExotic(QuantizerSuite):
+    text = ("posit(8)", "posit(16)", "log2(4)", "log2(3, signed=false)")

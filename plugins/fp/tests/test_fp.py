@@ -14,6 +14,7 @@ from torch import Tensor
 
 import qsim_core as qsim
 from qsim_core.format import Format, grid
+from qsim_core.testing import QuantizerSuite
 
 ML_DTYPES = {
     "bf16": ml_dtypes.bfloat16,
@@ -354,3 +355,21 @@ def test_what_is_no_format_is_refused(text: str, message: str) -> None:
         qsim.parse(text)
 
     assert str(error.value).startswith(f"float: {message}")
+
+
+class TestFloat(QuantizerSuite):
+    text = (
+        "bf16",
+        "fp16",
+        "tf32",
+        "e4m3",
+        "e5m2",
+        "e4m3fnuz",
+        "e3m4",
+        "e3m2",
+        "e2m1",
+        "binary8p1",
+        "binary8p3",
+        "float(4, 3, subnormals=false)",
+        "e8m0",
+    )

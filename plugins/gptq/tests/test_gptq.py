@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import qsim_core as qsim
 from qsim_core.ops import read_call
+from qsim_core.testing import TransformSuite
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -533,13 +534,10 @@ def test_an_einsum_that_does_not_is_a_matrix_product() -> None:
     assert torch.equal(model.weight.flatten(0, 1), reference(weight.flatten(0, 1), x, "channel(int4)"))
 
 
-@pytest.mark.parametrize(
-    "text", ["gptq(0.01)", "gptq(0.05, act_order=true, block=64)", "gptq(0.01, true_sequential=true)"]
-)
-def test_its_text_reads_back(text: str) -> None:
-    assert str(qsim.parse(text)) == text
-
-
 def test_a_nonsensical_option_says_so() -> None:
     with pytest.raises(qsim.SpecError, match="block"):
         qsim.parse("gptq(block=0)")
+
+
+class TestGptq(TransformSuite):
+    text = ("gptq", "gptq(act_order=true, true_sequential=true)")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from families import make, tokens
@@ -11,6 +9,7 @@ from qsim_hadamard import Rotation, hadamard
 from torch import Tensor, nn
 
 import qsim_core as qsim
+from qsim_core.testing import TransformSuite
 
 IDS = tokens()
 
@@ -83,13 +82,6 @@ def test_restore_takes_rotations_away() -> None:
     assert torch.equal(model(input_ids=IDS).logits, before)
 
 
-def test_a_copied_model_is_rotated_too() -> None:
-    model = make("opt")
-    qsim.simulate(model, weights="int4", activations="int4", transforms=["hadamard"], example={"input_ids": IDS})
-
-    assert torch.equal(copy.deepcopy(model)(input_ids=IDS).logits, model(input_ids=IDS).logits)
-
-
 def test_what_cannot_be_rotated_is_reported() -> None:
     model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.Flatten(), nn.Linear(24, 6), nn.Linear(6, 2))
 
@@ -116,3 +108,7 @@ def test_the_audit_says_what_is_rotated() -> None:
     (site,) = simulation.audit().sites
 
     assert site.notes == ["its input is rotated by a Hadamard matrix of 16"]
+
+
+class TestHadamard(TransformSuite):
+    text = ("hadamard", "hadamard(seed=3, attention=false)")

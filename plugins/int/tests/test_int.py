@@ -12,6 +12,7 @@ from torch import Tensor
 
 import qsim_core as qsim
 from qsim_core.format import Format
+from qsim_core.testing import QuantizerSuite
 
 CONVENTIONS = ["max", "power_of_two", "gptq"]
 
@@ -217,3 +218,7 @@ def test_what_cannot_work_is_refused(text: str, message: str) -> None:
         qsim.parse(text)
 
     assert str(error.value).startswith(message)
+
+
+class TestInt(QuantizerSuite):
+    text = ("int4", "int(8, narrow=false)", "uint5", "int(8, fraction=6)", "int16")

@@ -13,6 +13,7 @@ import qsim_core as qsim
 from qsim_core.cli import main
 from qsim_core.forward import as_in_evaluation, call
 from qsim_core.models import locate
+from qsim_core.testing import AdapterSuite
 
 KIN = (
     "Llama", "Mistral", "Mixtral", "Phi", "Phi-3", "Qwen2", "Qwen2-MoE", "Qwen3", "Qwen3-MoE", "Gemma", "Gemma 2", "Gemma 3",
@@ -60,3 +61,10 @@ def test_another_head_is_refused_in_one_line(tmp_path: Path) -> None:
         f"{folder} is of class LlamaForSequenceClassification, and adapter llama loads …ForCausalLM; from Python, "
         f"qsim_core.simulate takes any model"
     )
+
+
+class TestLlama(AdapterSuite):
+    text = "llama"
+
+    def checkpoint(self, folder: Path) -> Path:
+        return write(build("Qwen3"), folder)

@@ -20,6 +20,7 @@ from torch import nn
 import qsim_core as qsim
 from qsim_core.cli import main
 from qsim_core.metrics import intervals
+from qsim_core.testing import EvaluatorSuite
 
 PAGE = "Return a list of all the names that are defined in the module, sorted.\nA file is closed when it is deleted. "
 PAIRS = [("The function", " returns a list"), ("The", " end"), ("", "Return the name"), ("A file is ", "closed")]
@@ -285,3 +286,15 @@ def test_looking_it_up_does_not_import_the_harness() -> None:
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 
     assert run.stdout == "set()\n"
+
+
+class TestLmEval(EvaluatorSuite):
+    text = "lm_eval"
+
+    @pytest.fixture
+    def component(self, ends: Callable[..., Path], loaded: Any) -> Any:
+        self.model = loaded
+        return evaluator("ends", ends())
+
+    def loaded(self) -> qsim.LoadedModel:
+        return copy.deepcopy(self.model)  # type: ignore[no-any-return]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import qsim_core as qsim
+from qsim_core.testing import QuantizerSuite
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -205,3 +206,12 @@ def test_what_cannot_work_together_is_refused(text: str, message: str) -> None:
         qsim.parse(text)
 
     assert str(error.value).startswith(message)
+
+
+class TestMx(QuantizerSuite):
+    text = ("mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp4", "mxint8", "nvfp4", "msfp12", "deepseek_activations")
+
+
+class TestTiles(QuantizerSuite):
+    text = "deepseek_weights"
+    shapes = ((6, 40), (3, 5, 33), (2, 2, 3, 8))

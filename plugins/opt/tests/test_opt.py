@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import qsim_core as qsim
+from qsim_core.testing import AdapterSuite
 
 SMALL: dict[str, Any] = {
     "vocab_size": 60,
@@ -58,10 +60,6 @@ def test_what_save_pretrained_wrote_is_loaded_bit_for_bit(write: Write) -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in saved.items())
     assert not loaded.model.training
     assert loaded.tokenizer("AB").input_ids == [33, 34]
-
-
-def test_the_dtype_is_the_callers(write: Write) -> None:
-    assert next(load(write(), torch.bfloat16).model.parameters()).dtype == torch.bfloat16
 
 
 def test_sharded_weights_are_loaded(write: Write) -> None:
@@ -190,3 +188,10 @@ def test_a_directory_that_names_no_family_we_know(write: Write, damage: Callable
 
 def test_lm_head_is_left_alone_by_default() -> None:
     assert qsim.parse("opt").skip == ("lm_head",)
+
+
+class TestOpt(AdapterSuite):
+    text = "opt"
+
+    def checkpoint(self, folder: Path) -> Path:
+        return architectures.write(architectures.pretrained("OPTForCausalLM", **SMALL)(), folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 import qsim_core as qsim
 from qsim_core.cli import main
 from qsim_core.context import Context
+from qsim_core.testing import TransformSuite
 
 SIZES = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -340,23 +340,6 @@ def test_static_scales_of_the_recipe_do_not_overwrite_its_own() -> None:
     assert str(fixed(simulation, f"{LAYER}.fc1")) == "tensor(int4, static=true)"
 
 
-def test_a_copied_model_keeps_its_scales() -> None:
-    model = build("opt")
-    rptq(model)
-
-    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
-
-
-def test_restore_undoes_it_bit_for_bit() -> None:
-    model = build("opt")
-    before, expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}, logits(model)
-
-    rptq(model).restore()
-
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert torch.equal(logits(model), expected)
-
-
 def test_gradients_pass_inside_the_range() -> None:
     held = fixed(rptq(build("opt"), "1"), f"{LAYER}.fc2")
     x = torch.tensor([[0.0] * 47 + [1e3]], requires_grad=True)
@@ -456,3 +439,7 @@ def test_a_trained_model_end_to_end(tmp_path: Path) -> None:
     assert result["recipe"]["transforms"] == ["rptq(8)"]
     assert result["simulated"]["perplexity"] == pytest.approx(result["baseline"]["perplexity"], rel=0.05)
     assert len([layer for layer in result["transforms"] if layer["after"] is not None]) == 20
+
+
+class TestRptq(TransformSuite):
+    text = ("rptq", "rptq(8, only_kv=true)")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import qsim_core as qsim
+from qsim_core.testing import TransformSuite
 
 SIZES = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LLAMA = {
@@ -158,15 +159,10 @@ def test_norms_that_no_quantizer_concerns_stay() -> None:
     assert torch.equal(made.model.norm.weight, before)
 
 
-def test_restore_undoes_it_bit_for_bit() -> None:
-    made = model("OPT")
-    before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
-
-    smooth(made).restore()
-
-    assert all(torch.equal(tensor, before[name]) for name, tensor in made.state_dict().items())
-
-
 def test_without_calibration_data_it_says_what_is_missing() -> None:
     with pytest.raises(qsim.DataError, match=r"^smoothquant\(0.5\) needs calibration data"):
         qsim.simulate(model("OPT"), weights="int8", transforms=["smoothquant"], example=BATCHES[0])
+
+
+class TestSmoothquant(TransformSuite):
+    text = ("smoothquant", "smoothquant(0.8)")

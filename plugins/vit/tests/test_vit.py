@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import qsim_core as qsim
 from qsim_core.forward import as_in_evaluation, call
 from qsim_core.models import locate
+from qsim_core.testing import AdapterSuite
 
 CHECKPOINTS = {
     "ViTForImageClassification": ("accuracy", 18),
@@ -72,3 +74,13 @@ def test_without_its_image_processor_a_model_is_refused(tmp_path: Path) -> None:
         f"{folder} has no processor: expected preprocessor_config.json; save the image processor or feature extractor "
         f"beside the model"
     )
+
+
+class TestViT(AdapterSuite):
+    text = "vit"
+
+    def checkpoint(self, folder: Path) -> Path:
+        return write(pretrained("ViTForImageClassification", **IMAGES)(), folder)
+
+    def example(self, loaded: qsim.LoadedModel) -> Any:
+        return IMAGE

@@ -16,6 +16,7 @@ from qsim_zoo.train import LESSONS
 
 import qsim_core as qsim
 from qsim_core.models import locate
+from qsim_core.testing import AdapterSuite
 
 
 @pytest.fixture(scope="session")
@@ -172,3 +173,10 @@ def test_a_cache_that_cannot_be_written_is_one_line_that_says_where(
         f"cannot make opt-tiny-outliers under {tmp_path}/file: Not a directory; "
         "set QSIM_CACHE to a directory with 20 MB of room"
     )
+
+
+class TestZoo(AdapterSuite):
+    text = "zoo"
+
+    def checkpoint(self, folder: Path) -> str:
+        return "opt-tiny"

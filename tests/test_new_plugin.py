@@ -1,0 +1,161 @@
+"""`qsim new-plugin` and the examples of the docs: installed from their files, their suites are green."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from qsim_core.cli import main
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = {
+    "powers": "quantizer",
+    "deviations": "calibrator",
+    "clip": "transform",
+    "gpt2": "adapter",
+    "agreement": "evaluator",
+}
+KINDS = list(EXAMPLES.values())
+Program = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def new_plugin(kind: str, name: str, directory: Path) -> str:
+    outcome = CliRunner().invoke(main, ["new-plugin", kind, name, "--directory", str(directory)])
+    assert outcome.exit_code == 0, outcome.output
+    return outcome.stdout
+
+
+@pytest.fixture(scope="module")
+def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sources: one new plugin of each kind, and a copy of the examples."""
+    sources = tmp_path_factory.mktemp("sources")
+    for kind in KINDS:
+        new_plugin(kind, f"new_{kind}", sources)
+    for name in EXAMPLES:
+        shutil.copytree(ROOT / "docs" / "examples" / name, sources / name)
+    return sources
+
+
+@pytest.fixture(scope="module")
+def run(plugins: Path, tmp_path_factory: pytest.TempPathFactory) -> Program:
+    """`run("-m", "pytest", …)`: Python in an environment of its own, where these plugins are installed beside the core's."""
+    target = tmp_path_factory.mktemp("environment")
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*install, "--target", str(target), *map(str, sorted(plugins.iterdir()))], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(target), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+    def program(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=plugins)
+
+    return program
+
+
+def test_every_suite_is_green(run: Program, plugins: Path) -> None:
+    """Of the five new plugins and the five examples, in one process; a warning is an error."""
+    tests = [str(path) for path in sorted(plugins.rglob("test_*.py"))]
+    options = ["-q", "-W", "error", "-p", "no:cacheprovider", "--import-mode=importlib"]
+
+    outcome = run("-m", "pytest", *options, *tests)
+
+    assert outcome.returncode == 0, outcome.stdout[-4000:] + outcome.stderr
+    assert len(tests) == 10
+
+
+def test_a_new_plugin_is_used_as_the_page_says(run: Program) -> None:
+    page = (ROOT / "docs" / "plugins.md").read_text()
+    create, install, use = re.findall(r"^\$ (.*)$", page, re.MULTILINE)
+
+    outcome = run("-m", "qsim_core", *use.split()[1:], "--limit", "2", "--quiet", "--json", "-")
+
+    assert outcome.returncode == 0, outcome.stderr
+    result = json.loads(outcome.stdout)
+    assert (result["recipe"]["weights"], result["recipe"]["activations"]) == ("powers(5)", "powers(5)")
+    assert (create, install) == (
+        "qsim new-plugin quantizer powers",
+        "pip install -e 'powers[testing]' && pytest powers",
+    )
+    assert result["plugins"]["powers"] == {"distribution": "qsim-powers", "version": "0.1.0"}
+
+
+def test_what_to_do_next_is_said(tmp_path: Path) -> None:
+    said = new_plugin("quantizer", "my_format", tmp_path)
+
+    assert said.splitlines() == [
+        f"{tmp_path}/my_format/README.md",
+        f"{tmp_path}/my_format/pyproject.toml",
+        f"{tmp_path}/my_format/qsim_my_format.py",
+        f"{tmp_path}/my_format/tests/test_my_format.py",
+        "",
+        f"Next: pip install -e '{tmp_path}/my_format[testing]' && pytest {tmp_path}/my_format",
+        "Then: qsim evaluate --weights my_format",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        (
+            "quantizer",
+            "My-Format",
+            "'My-Format' is no name for a plugin: lowercase letters, digits and single _, like my_format",
+        ),
+        (
+            "quantizer",
+            "class",
+            "'class' is no name for a plugin: lowercase letters, digits and single _, like my_format",
+        ),
+        ("quantizer", "none", "'none' is no name for a plugin: lowercase letters, digits and single _, like my_format"),
+        ("quantizer", "abfp", "plugin 'abfp' (qsim-abfp 0.1.0) is installed already; choose another name"),
+        ("quantizer", "e4m3", "plugin 'fp' (qsim-fp 0.1.0) offers a format 'e4m3' already"),
+        ("adapter", "mistral", "plugin 'llama' (qsim-llama 0.1.0) loads 'mistral' models already"),
+        ("transform", "there", "there is there already; choose another name or --directory"),
+    ],
+)
+def test_what_cannot_be_written_is_one_line(
+    kind: str, name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there").mkdir()
+
+    outcome = CliRunner().invoke(main, ["new-plugin", kind, name])
+
+    assert (outcome.exit_code, outcome.stderr) == (1, f"Error: {message}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_is_a_new_plugin_with_another_module(name: str, tmp_path: Path) -> None:
+    new_plugin(EXAMPLES[name], name, tmp_path)
+    ours = {"README.md", "pyproject.toml", f"tests/test_{name}.py"} - (
+        {"pyproject.toml", "tests/test_gpt2.py"} if name == "gpt2" else set()
+    )
+
+    for file in ours:
+        assert (ROOT / "docs" / "examples" / name / file).read_text() == (tmp_path / name / file).read_text(), file
+
+
+def test_a_quantizer_takes_at_most_twenty_lines() -> None:
+    assert len((ROOT / "docs" / "examples" / "powers" / "qsim_powers.py").read_text().splitlines()) <= 20
+
+
+def test_an_installed_core_has_the_templates(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "qsim_core", source / "qsim_core", ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / file, source)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
+
+    subprocess.run([*install, str(tmp_path / "there"), str(source)], check=True)
+
+    there = {path.name for path in (tmp_path / "there" / "qsim_core" / "templates").iterdir()}
+    assert there == {path.name for path in (ROOT / "qsim_core" / "templates").iterdir()}
