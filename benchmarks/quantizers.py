@@ -1,0 +1,65 @@
+"""How fast quantizers are, against `x.clone()`.
+
+    python benchmarks/quantizers.py [--sizes MB,MB,…] [--rounds N] [TEXT …]
+
+For each size of a float32 tensor (rows of 1,024), and the same elements in bfloat16, each round runs `clone`, the
+kernels and the reference in Python in turn, in one process; medians of the ratios clone / quantizer are printed: 1.00
+is as fast as a copy. What a large tensor costs is mostly the page faults of fresh memory, for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import qsim_core as qsim
+from qsim_core import native
+
+TEXTS = ["token(int8)", "token(int8, symmetric=false)", "tensor(int8)", "abfp(int4, n=64)", "e4m3", "token(e4m3)"]
+TEXTS += ["mxfp8_e4m3", "mxfp4", "nvfp4"]
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="quantizers, like 'abfp(int4)'")
+    parser.add_argument("--sizes", default="1,16,128,1024", help="megabytes of float32")
+    parser.add_argument("--rounds", type=int, default=7)
+    given = parser.parse_args()
+    print(f"{torch.get_num_threads()} threads; ratios to x.clone(): kernels (Python)")
+    sizes = [int(size) for size in given.sizes.split(",")]
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = {size: torch.randn(size * 256, 1024).to(dtype) for size in sizes}
+        heads = "".join(f"{f'{size} MB':>16}" for size in sizes)
+        print(f"{str(dtype).removeprefix('torch.'):32}{heads}")
+        for text in given.texts or TEXTS:
+            quantizer = qsim.parse(text)
+            line = ""
+            for x in tensors.values():
+                fast, slow = [], []
+                quantize = functools.partial(quantizer.quantize, x)  # type: ignore[attr-defined]
+                for round_ in range(given.rounds + 1):
+                    copy = seconds(x.clone)
+                    with native.only(True):
+                        fast.append(copy / seconds(quantize))
+                    if round_ < 3:  # the reference takes its time
+                        with native.only(False):
+                            slow.append(copy / seconds(quantize))
+                line += f"{statistics.median(fast[1:]):8.2f} ({statistics.median(slow[1:]):.2f})".rjust(16)
+            print(f"{text:32}{line}")
+
+
+if __name__ == "__main__":
+    main()
