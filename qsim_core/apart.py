@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qsim_core.attention import explicit_attention
+from qsim_core.fused import followed
 from qsim_core.running import Site
 from qsim_core.static import scheme_of
 
@@ -39,7 +40,10 @@ def attend(
     first = frame.products
     met = [site for i in range(2) if (site := sites.table.get(f"{frame.path}:matmul.{first + i}")) is not None]
     masked = attn_mask is None or attn_mask.dim() == query.dim()
-    if len(met) < 2 or dropout_p or not masked or not _alone(query) or not _by_heads(sites, met):
+    shapes = {tuple(t.shape[: 2 - enable_gqa]) if t.dim() == 4 else None for t in (query, key, value)}
+    matching = len(shapes) == 1 and None not in shapes and key.shape[1] == value.shape[1]
+    possible = len(met) == 2 and matching and masked and not dropout_p
+    if not possible or not _alone(query) or not _by_heads(sites, met):
         return explicit_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     calls = [site.calls + 1 for site in met]
     result = query.new_empty(*query.shape[:-1], value.shape[-1])
@@ -53,8 +57,8 @@ def attend(
 
 def _alone(query: Tensor) -> bool:
     """Whether it pays, and no gradient has to find its way back."""
-    large = query.dim() == 4 and query.shape[0] * query.shape[1] > 1 and query.device.type == "cpu"
-    return large and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    large = query.shape[0] * query.shape[1] > 1 and query.device.type == "cpu"
+    return large and not torch.is_grad_enabled() and not followed(query)
 
 
 def _by_heads(sites: Sites, met: list[Site]) -> bool:

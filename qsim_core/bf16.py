@@ -29,6 +29,7 @@ SMALLEST = 2.0**-63
 """Products of values from here on are normal."""
 PARTS = 3
 """A float32 number is the sum of so many bfloat16 numbers."""
+TINIEST = torch.tensor(2.0**-133, dtype=torch.bfloat16)
 ONES = torch.ones(1, PARTS, dtype=torch.bfloat16)
 
 
@@ -36,6 +37,8 @@ def fits(quantizer: Any) -> bool:
     """Whether a quantizer's values have bfloat16's significand; their exponents are looked at when they are there."""
     scheme = scheme_of(quantizer)
     if isinstance(scheme, Scheme):
+        if not fused.as_written(type(scheme)):
+            return False
         exact = scheme.rule != "divide" and (scheme.scale is None or _significand(scheme.scale.unscaled) == 1)
         return exact and scheme.symmetric and _significand(scheme.element) <= SIGNIFICAND
     return isinstance(scheme, Quantizer) and _significand(scheme.unscaled) <= SIGNIFICAND
@@ -47,6 +50,8 @@ def _significand(format: Format | None) -> float:
         return float("inf")
     if format.powers_of_two:
         return 1
+    if not fused.by_steps(type(format)):
+        return float("inf")
     return format.steps.significand if format.steps is not None else float("inf")
 
 
@@ -87,7 +92,9 @@ def _rounded(quantizer: Any, rows: Tensor, out: Tensor | None) -> Tensor:
     if fast is not None:
         return fast
     values: Tensor = rows if quantizer is None else quantizer.quantize(rows)
-    return values.to(torch.bfloat16) if out is None else out.copy_(values)
+    half = values.to(torch.bfloat16)
+    half = torch.where((half == 0) & (values != 0), TINIEST, half)  # so that what was lost shows
+    return half if out is None else out.copy_(half)
 
 
 def in_parts(bias: Tensor) -> Tensor | None:
@@ -120,7 +127,11 @@ def linear(x: Half, weight: Half, bias: Tensor | None) -> Tensor | None:
     if bias is not None:
         if (parts := in_parts(bias)) is None:
             return None
-        weight.rows[:, -PARTS:] = parts
+        rows = weight.rows
+        if rows.is_inference() and not torch.is_inference_mode_enabled():
+            rows = rows.clone()
+        rows[:, -PARTS:] = parts
+        return F.linear(x.rows, rows).float()
     return F.linear(x.rows, weight.rows).float()
 
 
@@ -138,8 +149,12 @@ class BF16:
     def __init__(self, quantizers: Sequence[Any], biased: bool) -> None:
         self.quantizers, self.biased = quantizers, biased
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.path, self.biased
+
     def of(self, place: int) -> tuple[Any, ...]:
-        return self.path, self.biased, self.quantizers[place]
+        return *self.key, self.quantizers[place]
 
     def take(self, place: int, rows: Tensor) -> Half | None:
         return half(self.quantizers[place], rows, ONES if self.biased else None)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from qsim_core.native import GIVEN, Grid, Library, Scaling, library
+from qsim_core.native import GIVEN, Grid, Library, Scaling, buffer, library
 from qsim_core.numerics import Steps
 from qsim_core.ranges import AbsMax, MinMax
 
@@ -75,7 +75,7 @@ def encode(scheme: Scheme, x: Tensor, static: Scales | None, shift: float) -> tu
     if (steps := _steps(scheme.coded, x)) is None or not plain(scheme) or (kernels := library(x.numel())) is None:
         return None
     x = x.contiguous()
-    codes = torch.empty(x.shape, dtype=torch.int8)
+    codes = buffer(*x.shape, dtype=torch.int8)
     return codes, into(scheme, x, codes, steps, kernels, static, shift)
 
 
@@ -84,18 +84,26 @@ def into(
 ) -> Scales:
     """x [A, K] rounded into `out`, as values or as codes less `shift`; gives the scales."""
     block = scheme.granularity if isinstance(scheme.granularity, int) else x.shape[-1]
-    known = static or _given(scheme, x, block, kernels)
+    known = _given(scheme, x, block, kernels) if static is None else _fit(static)
     if known is None:
         shape = len(x), -(-x.shape[1] // block)
-        known = Scales(torch.empty(shape), None if scheme.symmetric else torch.empty(shape))
+        known = Scales(buffer(*shape), None if scheme.symmetric else buffer(*shape))
         kernels.round(x, out, steps, block, *known, shift, _for_all(scheme, x, kernels))
     else:
         kernels.round(x, out, steps, block, *known, shift)
     return known
 
 
+def _fit(static: Scales) -> Scales:
+    """Scales as the kernels read them: float32, zero points by the same strides."""
+    scale = static.scale.float().contiguous()
+    return Scales(scale, None if static.zero is None else static.zero.float().expand_as(scale).contiguous())
+
+
 def plain(scheme: Scheme) -> bool:
-    """Whether the kernels know what shares a scale, and how its range is found."""
+    """Whether the kernels know what shares a scale, and how its range is found, and no subclass knows better."""
+    if not as_written(type(scheme)):
+        return False
     return not isinstance(scheme.granularity, tuple) and type(scheme.range) in (MinMax, AbsMax)
 
 
@@ -172,7 +180,7 @@ def _rounding(scheme: Scheme, bare: Format | None) -> int | None:
     if bare.native is torch.bfloat16 and scheme.scale.unscaled:
         return 1
     if bare.powers_of_two:
-        return None if scheme.rule == "divide" else 2
+        return 2 if scheme.rule != "divide" and (bare.min, bare.max) == (2.0**-127, 2.0**127) else None
     return BY_GRID if bare.steps is not None and bare.steps.fits else None
 
 
@@ -180,14 +188,14 @@ def _steps(format: Format, x: Tensor) -> Steps | None:
     """The rule of a format, where the kernels can follow it on such a tensor."""
     if x.dtype not in DTYPES or x.device.type != "cpu" or x.dim() == 0 or x.numel() == 0:
         return None
-    if format.rounding != "even" or not _by_steps(type(format)) or _traced(x):
+    if format.rounding != "even" or not by_steps(type(format)) or followed(x):
         return None
     steps = format.steps
     return steps if steps is not None and steps.fits else None
 
 
 @functools.cache
-def _by_steps(format: type[Format]) -> bool:
+def by_steps(format: type[Format]) -> bool:
     """Whether `steps` speaks for the class: no class below the one that has it rounds in a way of its own."""
 
     def depth(name: str) -> int:
@@ -196,11 +204,22 @@ def _by_steps(format: type[Format]) -> bool:
     return all(depth("steps") <= depth(name) for name in ("round", "table", "limit", "min", "max", "overflow"))
 
 
-def _traced(x: Tensor) -> bool:
+@functools.cache
+def as_written(scheme: type[Scheme]) -> bool:
+    """Whether a class of schemes computes as the base class says."""
+    from qsim_core.scaling import Scheme
+
+    own = ("quantize", "quantize_at", "split", "join", "round_at", "scale_map", "encode", "__call__")
+    return all(getattr(scheme, name) is getattr(Scheme, name) for name in own)
+
+
+def followed(x: Tensor) -> bool:
     """Whether somebody follows what is done with the tensor, or it is one without memory of its own."""
-    followed = x.requires_grad and torch.is_grad_enabled()
+    gradient = x.requires_grad and torch.is_grad_enabled()
     wrapped = type(x) not in (Tensor, Parameter) or torch._C._functorch.peek_interpreter_stack() is not None
-    return followed or wrapped or torch.compiler.is_compiling()
+    return (
+        gradient or wrapped or x.is_neg() or torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
+    )
 
 
 def _memory_order(x: Tensor) -> list[int] | None:

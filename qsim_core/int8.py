@@ -34,7 +34,7 @@ def fits(quantizer: Any) -> bool:
     scheme = scheme_of(quantizer)
     if not isinstance(scheme, Scheme) or not scheme.element.is_integer or scheme.granularity not in ROWS:
         return False
-    if scheme.element.rounding == "stochastic":
+    if scheme.element.rounding == "stochastic" or not fused.as_written(type(scheme)):
         return False
     return scheme.coded.max - scheme.coded.min <= 255
 
@@ -111,6 +111,12 @@ def product(x: Codes, weight: Codes, bias: Tensor | None) -> Tensor:
     return (value if bias is None else value.add_(bias)).float()
 
 
+@functools.lru_cache(maxsize=256)
+def _to_nearest(scheme: Scheme) -> Scheme:
+    """The same scheme, rounding to nearest: what is a code times a scale is divided by it again, with an error."""
+    return scheme.replace(element=scheme.element.replace(rounding="even"))
+
+
 class Int8:
     """Operands as codes. Weights that were overwritten give them again, by their scales."""
 
@@ -119,8 +125,12 @@ class Int8:
     def __init__(self, quantizers: Sequence[Any]) -> None:
         self.quantizers = quantizers
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (self.path,)
+
     def of(self, place: int) -> tuple[Any, ...]:
-        return self.path, self.quantizers[place]
+        return *self.key, self.quantizers[place]
 
     def take(self, place: int, rows: Tensor) -> Codes | None:
         return code(self.quantizers[place], rows)
@@ -129,7 +139,7 @@ class Int8:
         return code(self.quantizers[1], rows)
 
     def again(self, rows: Tensor, kept: Scales) -> Codes | None:
-        return code(self.quantizers[1], rows, kept)
+        return code(_to_nearest(scheme_of(self.quantizers[1])), rows, kept)
 
     def keep(self, made: Codes) -> Scales:
         return made.scales

@@ -33,6 +33,17 @@ inline void store(BFloat16 *to, float x) { // to nearest, ties to even; NaN stay
     to->bits = x != x ? uint16_t(0x7fc0) : rounded;
 }
 
+// bfloat16 in which a value other than zero stays one.
+struct NoneLost {
+    uint16_t bits;
+};
+
+inline void store(NoneLost *to, float x) {
+    BFloat16 rounded;
+    store(&rounded, x);
+    to->bits = (rounded.bits & 0x7fff) == 0 && x != 0 ? uint16_t(rounded.bits | 1) : rounded.bits;
+}
+
 // What a format's values are, as qsim_core.numerics.Steps has it.
 struct Grid {
     float low, high; // the lowest and the highest value
@@ -159,7 +170,7 @@ inline void scales_of(int64_t blocks, float *__restrict low, float *__restrict h
     } else if (scaling.rule == 1) {
         for (int64_t b = 0; b < blocks; b++) high[b] = finite((high[b] <= 0 ? 0 : high[b]) / scaling.reach); // never -0
     } else {
-        for (int64_t b = 0; b < blocks; b++) high[b] = power_of_two(high[b], scaling);
+        for (int64_t b = 0; b < blocks; b++) high[b] = power_of_two(high[b] <= 0 ? 0 : high[b], scaling);
     }
     if (scaling.rounding) {
         for (int64_t b = 0; b < blocks; b++) high[b] = high[b] > scaling.limit ? scaling.limit : high[b];
@@ -276,11 +287,13 @@ void extremes(const void *x, int32_t bfloat16, int64_t rows, int64_t columns, in
     else extremes_rows((const float *)x, rows, columns, block, low, high, threads);
 }
 
-// x rounded under its scales, as values in float32 (kind 0) or bfloat16 (1), or as codes in int8 (2).
+// x rounded under its scales, as values in float32 (kind 0) or bfloat16 (1), as codes in int8 (2), or in bfloat16 with
+// none lost (3).
 void round_to_grid(const void *x, int32_t bfloat16, void *y, int32_t kind, const Task *task, const Grid *grid) {
     auto from = [&](auto *typed) {
         if (kind == 0) round_as(typed, (float *)y, *task, *grid);
         else if (kind == 1) round_as(typed, (BFloat16 *)y, *task, *grid);
+        else if (kind == 3) round_as(typed, (NoneLost *)y, *task, *grid);
         else round_rows<std::remove_cv_t<std::remove_pointer_t<decltype(typed)>>, int8_t, true>(typed, (int8_t *)y, *task, *grid);
     };
     if (bfloat16) from((const BFloat16 *)x);

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qsim_core import bf16, int8
 from qsim_core.bf16 import BF16
+from qsim_core.fused import followed
 from qsim_core.int8 import Int8
 from qsim_core.ops import LINEAR, Call
 from qsim_core.quantizer import Quantizer
@@ -48,13 +49,23 @@ def _plain(call: Call) -> bool:
     """Whether a call is a product of float32 matrices and no more, and nobody wants its gradient."""
     if call.kwargs.get("out") is not None or call.kwargs.get("alpha", 1) != 1 or call.kwargs.get("beta", 1) != 1:
         return False
+    if not _fitting(call):
+        return False
     for operand in call.operands:
         if operand.dtype != torch.float32 or operand.device.type != "cpu" or operand.dim() < 2 or not operand.numel():
             return False
-        if operand.requires_grad and torch.is_grad_enabled():
+        if followed(operand):
             return False
     inner = call.layouts[0].rows(call.operands[0]).shape[-1]
-    return inner <= int8.LONGEST and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    return 1 < inner <= int8.LONGEST and not torch.is_autocast_enabled("cpu")  # torch._int_mm is wrong for one column
+
+
+def _fitting(call: Call) -> bool:
+    """Whether what a linear call adds is a row of numbers, one for each output, and wants no gradient."""
+    if call.function not in LINEAR or (bias := call.bias) is None:
+        return True
+    outputs = call.layouts[1].rows(call.operands[1]).shape[0]
+    return bias.shape == (outputs,) and bias.device.type == "cpu" and not followed(bias)
 
 
 @functools.cache

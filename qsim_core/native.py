@@ -17,12 +17,18 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 from qsim_core.atomic import cache
 from qsim_core.numerics import FLOAT32_MANTISSA, Steps
@@ -33,6 +39,8 @@ EXACT = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-str
 WORTH = 2**27
 """Elements that Python quantizes, at some 100 million a second and more, in about the time that the compiler takes."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+NONE_LOST = 3
+"""bfloat16 where no value is lost without a trace: one too small for it becomes its smallest, not zero."""
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +123,7 @@ class Library:
     def extremes(self, x: Tensor, block: int, magnitude: bool) -> tuple[Tensor | None, Tensor]:
         """The lowest (None of magnitudes) and the highest value of each block of x [A, K]: [A, ceil(K / block)]."""
         rows, columns = x.shape
-        high = torch.empty(rows, -(-columns // block))
+        high = buffer(rows, -(-columns // block))
         low = None if magnitude else torch.empty_like(high)
         bfloat16, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
         self.raw.extremes(x.data_ptr(), bfloat16, rows, columns, block, _address(low), high.data_ptr(), threads)
@@ -137,7 +145,7 @@ class Library:
         `scaling` says how they are found, and they are written; else they are given. Without a scale the format is by
         itself, and what is too large becomes what it says.
         """
-        factor = torch.ones(1, 1) if scale is None else scale
+        factor = buffer(1, 1).fill_(1.0) if scale is None else scale
         task = Task(
             *x.shape,
             max(1, min(block, x.shape[1])),
@@ -151,7 +159,8 @@ class Library:
             scaling,
         )
         bfloat16, grid = x.dtype == torch.bfloat16, Grid.of(steps)
-        self.raw.round_to_grid(x.data_ptr(), bfloat16, out.data_ptr(), KINDS[out.dtype], task, grid)
+        kind = NONE_LOST if out.dtype == torch.bfloat16 and not bfloat16 else KINDS[out.dtype]
+        self.raw.round_to_grid(x.data_ptr(), bfloat16, out.data_ptr(), kind, task, grid)
         return out
 
     def any_below(self, x: Tensor, bound: float) -> bool:
@@ -174,6 +183,11 @@ class Library:
         given = row_scale, row_zero, column_sum, row_sum, column_zero, column_scale, bias
         self.raw.scale_sums(sums.data_ptr(), *sums.shape, *map(_address, given), torch.get_num_threads())
         return sums.view(torch.float32)
+
+
+def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory on the CPU, whatever torch's defaults are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _address(x: Tensor | None) -> int | None:
@@ -213,25 +227,46 @@ def only(wanted: bool) -> Iterator[None]:
         _waiting.wanted, _waiting.elements = before
 
 
-@functools.cache
 def load(build: bool) -> Library | None:
     """The library out of the cache, or built if that is asked for. None where there is none, or no compiler."""
+    with _lock:
+        return _load(build)
+
+
+_lock = threading.Lock()
+
+
+@functools.cache
+def _load(build: bool) -> Library | None:
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     digest = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, EXACT, compiler, _processor())).encode()).hexdigest()
-    path = cache() / "kernels" / f"{digest[:16]}.so"
     try:
+        path = cache() / "kernels" / f"{digest[:16]}.so"
         if not path.exists():
             if not build or compiler is None:
                 return None
-            _compile(compiler, path)
+            with _alone(path):
+                if not path.exists():  # another process may have been faster
+                    _compile(compiler, path)
         return Library(path)
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: nobody's home
         log.info("quantizing in Python: no kernels could be built (%s)", error)
         return None
 
 
-def _compile(compiler: str, path: Path) -> None:
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Inside, no other process builds the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    with path.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         part = Path(scratch) / path.name
         command = [compiler, *FLAGS, *EXACT, str(SOURCE), "-o", str(part)]

@@ -61,6 +61,8 @@ class Steps:
     @property
     def fits(self) -> bool:
         """Whether float32 holds every intermediate of rounding by a magic number as a normal, finite value."""
+        if self.fixed and self.bound > self.smallest * 2.0**22:
+            return False
         return _magic_fits(self.mantissa, self.min_exponent, self.bound)
 
 
@@ -150,6 +152,7 @@ def power_of_two_scale(magnitude: Tensor, rule: ScaleRule, largest: float, beyon
         exponent = exponent + (fraction >= 1 - 0.25 / steps)
     if rule != "rceil":
         exponent = exponent - top
+    exponent = torch.where(value.isinf(), 127, exponent)  # a quotient may overflow
     exponent = torch.where(value > 0, exponent, -149).clamp(-149, 127)
     return torch.where(magnitude.isfinite(), power_of_two(exponent).to(magnitude.dtype), torch.nan)
 

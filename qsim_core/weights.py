@@ -12,8 +12,9 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
+import weakref
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +47,14 @@ class Lowered(Protocol):
 class Form(Protocol):
     """How a weight's rows [N, K] take another form; None where that is not exact."""
 
+    @property
+    def path(self) -> str:
+        """The arithmetic that it is for."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """The path, and whatever else tells it from others of this path."""
+
     def new(self, rows: Tensor) -> Lowered | None:
         """Of rows that are to be quantized."""
 
@@ -64,11 +73,17 @@ class _Folded:
     copy: Tensor | None
     lowered: Any
     """The other form; of a parameter that was overwritten what its form keeps."""
-    identity: int
+    form: tuple[Any, ...] | None
+    """The key of that form."""
+    of: weakref.ref[Tensor] | None
+    """The parameter, as long as it lives; a new one may get its address and its id."""
     version: int
     address: int
     sums: tuple[float, float] | None = None
     """Of values that overwrote the parameter: they are known again in a copy, or when they are loaded back."""
+
+    def is_of(self, parameter: Tensor) -> bool:
+        return self.of is not None and self.of() is parameter
 
 
 class Weights:
@@ -89,7 +104,7 @@ class Weights:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are made anew in a copied model; that a parameter itself was overwritten has to be remembered."""
-        in_place = {key: folded for key, folded in self.folded.items() if folded.in_place}
+        in_place = {key: replace(folded, of=None) for key, folded in self.folded.items() if folded.in_place}
         return {**self.__dict__, "folded": in_place, "moves": Counter(), "lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -140,10 +155,12 @@ class Weights:
         with self.lock:
             folded = self._fold(weight, operand, layout, quantizer, form)
             if not folded.in_place:
-                if folded.lowered is None and (made := form.new(layout.rows(operand.detach()))) is not None:
-                    folded.lowered, folded.copy = made, None
-                return folded.lowered  # type: ignore[no-any-return]
-        return None if folded.lowered is None else form.again(layout.rows(operand.detach()), folded.lowered)
+                if folded.form != form.key and (made := form.new(layout.rows(operand.detach()))) is not None:
+                    folded.lowered, folded.form, folded.copy = made, form.key, None
+                return folded.lowered if folded.form == form.key else None
+        if folded.form is None or folded.form[0] != form.path:
+            return None
+        return form.again(layout.rows(operand.detach()), folded.lowered)
 
     @staticmethod
     def _value(folded: _Folded, operand: Tensor, layout: Layout) -> Tensor:
@@ -173,7 +190,7 @@ class Weights:
             )
         if folded is not None and self._holds(folded, parameter):
             return folded
-        if folded is not None and folded.identity != id(parameter):
+        if folded is not None and not folded.is_of(parameter):
             self.moves[weight.name] += 1
         with torch.no_grad():
             rows = layout.rows(operand.detach())
@@ -187,8 +204,16 @@ class Weights:
                 _give_back()
                 lowered = None if form is None or lowered is None else form.keep(lowered)
             copy = None if quantized is None else torch.empty_like(operand).copy_(layout.back(quantized))
-        made_from = id(parameter), _version(parameter), parameter.data_ptr()
-        folded = _Folded(in_place, copy, lowered, *made_from, _sums(parameter.detach()) if in_place else None)
+        folded = _Folded(
+            in_place,
+            copy,
+            lowered,
+            None if form is None or lowered is None else form.key,
+            weakref.ref(parameter),
+            _version(parameter),
+            parameter.data_ptr(),
+            _sums(parameter.detach()) if in_place else None,
+        )
         self.folded[key] = folded
         if weight.name in self.elsewhere or self.moves[weight.name] > MOVES:
             del self.folded[key]
@@ -197,12 +222,13 @@ class Weights:
     @staticmethod
     def _holds(folded: _Folded, parameter: Tensor) -> bool:
         """Whether the parameter still is (a copy), or still holds (in place), what was quantized."""
-        made_from = id(parameter), _version(parameter), parameter.data_ptr()
-        if made_from == (folded.identity, folded.version, folded.address):
+        made_from = _version(parameter), parameter.data_ptr()
+        if folded.is_of(parameter) and made_from == (folded.version, folded.address):
             return True
         held = folded.in_place and folded.sums == _sums(parameter.detach())
         if held:
-            folded.identity, folded.version, folded.address = made_from
+            folded.of = weakref.ref(parameter)
+            folded.version, folded.address = made_from
         return held
 
 

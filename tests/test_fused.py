@@ -48,6 +48,7 @@ SCHEMES = [
 ]
 FORMATS = ["int8", "uint4", "int(6, fraction=3)", "e4m3", "e5m2", "e4m3fnuz", "binary8p3", "e2m3"]
 FORMATS += ["float(5, mantissa=2, specials=ieee, saturate=true)", "float(4, mantissa=3, specials=fn, saturate=false)"]
+SCHEMES += ["mx(uint4)", "abfp(int(5, narrow=false, fraction=10), n=2, rule=rceil)"]
 WITHOUT_KERNELS = ["block(e4m3, n=[8, 8])", "token(int4, range=mse)", "token(int8(rounding=stochastic))", "token(e3m0)"]
 
 
@@ -196,7 +197,7 @@ def test_the_kernels_are_built_once_enough_was_quantized_and_loaded_by_the_next_
 
     assert run(PROGRAM.format(times=1), **cold) == "False\n"
     assert run(PROGRAM.format(times=2), **cold) == "True\n"
-    assert len(list((tmp_path / "kernels").iterdir())) == 1
+    assert len(list((tmp_path / "kernels").glob("*.so"))) == 1
     assert run(PROGRAM.format(times=1), **cold) == "True\n"
 
 
@@ -223,6 +224,48 @@ def test_a_format_that_inherits_steps_and_rounds_in_its_own_way_is_left_alone() 
 
     with native.only(True):
         assert Odd().quantize(torch.zeros(2, 2)).tolist() == [[3.0, 3.0], [3.0, 3.0]]
+
+
+def test_a_scheme_that_rounds_in_its_own_way_is_left_alone() -> None:
+    class Twice(type(qsim.parse("token(int8)"))):  # type: ignore[misc]
+        name = "twice"
+
+        def quantize(self, x: Tensor) -> Tensor:
+            return 2 * super().quantize(x)
+
+    x, scheme = values()[16:], Twice(element="int8")
+    simulation = qsim.simulate(torch.nn.Linear(200, 3).eval(), activations=scheme, weights="int8", example=x)
+    with native.only(True):
+        assert torch.equal(scheme.quantize(x), 2 * qsim.parse("token(int8)").quantize(x))  # type: ignore[attr-defined]
+        assert simulation.audit().sites[0].path == "float32"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("text", ["tensor(int4)", "nvfp4", "token(int8)"])
+def test_torchs_default_dtype_is_no_matter(text: str, dtype: torch.dtype) -> None:
+    x = values()
+    with native.only(True):
+        before = qsim.parse(text).quantize(x)  # type: ignore[attr-defined]
+        torch.set_default_dtype(dtype)
+        try:
+            assert_same_bits(qsim.parse(text).quantize(x), before)  # type: ignore[attr-defined]
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_static_scales_found_in_float64_are_used_in_float32() -> None:
+    scheme, x = qsim.parse("tensor(int8, static=true, symmetric=false)"), values()[16:]
+    scale, zero = scheme.fit(*scheme.static_blocks(x.double()))  # type: ignore[attr-defined]
+
+    assert_same_bits(*both(lambda: scheme.quantize_at(x, scale, zero)))  # type: ignore[attr-defined]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_holds_the_references_operators() -> None:
+    x = values()[16:]
+    with native.only(True):
+        traced = torch.jit.trace(lambda x: qsim.parse("token(int8)").quantize(x), x)  # type: ignore[attr-defined]
+        assert torch.equal(traced(x + 1), qsim.parse("token(int8)").quantize(x + 1))  # type: ignore[attr-defined]
 
 
 def test_integers_are_still_refused() -> None:

@@ -282,6 +282,109 @@ def test_a_training_model_stays_on_float32() -> None:
     assert simulation.audit().sites[0].path == "float32"
 
 
+def test_one_column_stays_on_float32() -> None:
+    assert simulated(Layer(columns=1), torch.randn(4, 1), "int8", weights="int8", activations="int8")[1] == "float32"
+
+
+@pytest.mark.parametrize("shape", [(1,), (), (51, 1), (51, 40)], ids=str)
+def test_what_is_added_to_addmm_is_a_row_or_takes_float32(shape: tuple[int, ...]) -> None:
+    class Added(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, x.view(-1, 96), self.weight.T)  # type: ignore[arg-type]
+
+    layer = Added()
+    layer.bias = nn.Parameter(torch.ones(shape))
+    y, path = simulated(layer, example(), "int8", weights="int8", activations="int8")
+
+    assert path == "float32" and torch.allclose(
+        y, simulated(layer, example(), "float32", weights="int8", activations="int8")[0]
+    )
+
+
+def test_a_bias_that_trains_alone_has_a_gradient() -> None:
+    layer = Layer()
+    layer.weight.requires_grad_(False)
+    qsim.simulate(layer, qsim.Recipe(path="int8", weights="int8", activations="int8"))  # type: ignore[arg-type]
+    layer(example()).sum().backward()
+
+    assert layer.bias is not None and layer.bias.grad is not None
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_one_weight_with_a_bias_and_without(keep: bool) -> None:
+    class Both(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight, self.bias) + F.linear(x, self.weight)
+
+    parts = {"weights": "mxfp4", "activations": "mxfp4", "outputs": "bf16"}
+    y, plain = (simulated(Both(), example(), path, keep, **parts)[0] for path in ("bf16", "float32"))
+
+    assert torch.allclose(y, plain, rtol=2**-7, atol=1e-2)
+
+
+@pytest.mark.parametrize("path", ["int8", "bf16"])
+def test_what_was_made_in_inference_mode_serves_without_it(path: str) -> None:
+    parts = {"weights": "channel(int4, rule=ceil)", "activations": "token(int8, rule=floor)", "outputs": "bf16"}
+    simulation = qsim.simulate(Layer(), qsim.Recipe(path=path, **parts))  # type: ignore[arg-type]
+    with torch.inference_mode():
+        first = simulation.model(example())
+    with torch.no_grad():
+        assert torch.equal(simulation.model(example()), first)
+
+
+def test_vmap_over_a_model_takes_float32() -> None:
+    layer, x = Layer(), example()
+    qsim.simulate(layer, qsim.Recipe(path="int8", weights="int8", activations="int8"), example=x)  # type: ignore[arg-type]
+    with torch.no_grad(), pytest.warns(UserWarning, match="performance drop"):
+        assert torch.allclose(torch.vmap(layer)(x), layer(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("rounding", ["zero", "away"])
+def test_overwritten_weights_give_the_codes_that_they_had(rounding: str) -> None:
+    parts = {"weights": f"channel(int(6, rounding={rounding}))", "activations": "int8"}
+    kept, overwritten = (simulated(Layer(), example(), "int8", keep, **parts)[0] for keep in (True, False))
+
+    assert torch.equal(kept, overwritten)
+
+
+@pytest.mark.parametrize("path", ["int8", "float32"])
+def test_a_parameter_that_got_anothers_address_is_not_taken_for_it(path: str) -> None:
+    layer, x = Layer(), example()
+    simulation = qsim.simulate(layer, qsim.Recipe(path=path, weights="int8", activations="int8"))  # type: ignore[arg-type]
+    for seed in range(20):
+        weight = torch.randn(40, 96, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            y = torch.func.functional_call(simulation.model, {"weight": weight}, x)
+        exact = F.linear(x, weight, layer.bias)
+        assert (y - exact).norm() < 0.1 * exact.norm()
+        del weight
+
+
+def test_what_bfloat16_cannot_hold_takes_float32() -> None:
+    layer = Layer(bias=False)
+    with torch.no_grad():
+        layer.weight.fill_(2.0**100)
+    parts = {"weights": "mxfp4", "activations": "mx(int4, scale=none)", "outputs": "bf16"}
+
+    assert simulated(layer, torch.full((2, 96), 2.0**-140), "bf16", **parts)[1] == "float32"
+
+
+@pytest.mark.parametrize("name", ["multi_query", "kv once", "3-D"])
+def test_heads_of_other_shapes_stay_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = {"multi_query": [(2, 4, 8, 16), (2, 1, 8, 16)], "kv once": [(2, 4, 8, 16), (1, 4, 8, 16)]}
+    query, key = (torch.randn(shape) for shape in shapes.get(name, [(2, 4, 8, 16), (4, 8, 16)]))
+
+    class Attention(nn.Module):
+        def forward(self, query: Tensor, key: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(query, key, key)
+
+    model = Attention().eval()
+    qsim.simulate(model, activations="token(int8)", example=(query, key))
+    monkeypatch.setattr("qsim_core.apart.TOGETHER", 1)
+    with torch.no_grad():
+        assert torch.allclose(model(query, key), F.scaled_dot_product_attention(query, key, key), atol=0.1)
+
+
 def test_a_gradient_takes_the_float32_path() -> None:
     layer, x = Layer(), example()
     simulation = qsim.simulate(layer, qsim.Recipe(path="int8", weights="int8", activations="int8"))  # type: ignore[arg-type]
