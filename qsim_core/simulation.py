@@ -15,6 +15,7 @@ from qsim_core.bases import Run
 from qsim_core.context import Context, LayerReport
 from qsim_core.errors import CalibrationWarning, QsimError, RecipeError
 from qsim_core.forward import Example, as_in_evaluation, call
+from qsim_core.learned import Steps
 from qsim_core.offload import at_hand, state
 from qsim_core.recipe import Plan, Recipe
 from qsim_core.sites import Sites, functional
@@ -66,6 +67,7 @@ class Simulation:
         for module in self.model.modules():
             if isinstance(vars(module).get("extra_repr"), SiteText):
                 del vars(module)["extra_repr"]
+        Steps.forget(self.model)
         before, self._before_transforms = self._before_transforms, {}
         with torch.no_grad():
             for path, module in self.model.named_modules() if before else ():
@@ -113,7 +115,12 @@ class Simulation:
         self.warnings += [warning for context in contexts for warning in context.warnings]
 
     def _fix(self, batches: list[Example] | None, run: Run) -> None:
-        """Choose static scales, if any are wanted, in one pass of the unquantized model over the calibration data."""
+        """Choose static scales, if any are wanted, in one pass of the unquantized model over the calibration data.
+
+        Scales that are trained start from the example, where there are no such data.
+        """
+        if not batches and self.recipe.learns and self.example is not None:
+            batches = [self.example]
         if not batches or not self.recipe.has_static:
             return
         fitter = Fitter()
@@ -126,7 +133,7 @@ class Simulation:
             self.sites.quantizing, self.sites.observer = True, None
         for site in self.sites.table.values():
             site.calls = 0
-        self.warnings += fitter.fix()
+        self.warnings += fitter.fix(self.model)
 
 
 def simulate(

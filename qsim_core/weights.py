@@ -44,6 +44,8 @@ class _Folded:
     address: int
     sums: tuple[float, float] | None = None
     """Of values that overwrote the parameter: they are known again in a copy, or when they are loaded back."""
+    steps: int = 0
+    """The version of the learned steps that it was made with."""
 
 
 class Weights:
@@ -88,8 +90,9 @@ class Weights:
         """The operand quantized: made now where it trains, else from what was made before."""
         if weight.name in self.pinned:
             return operand
-        differentiable = torch.is_grad_enabled() and operand.requires_grad
-        if differentiable and training:
+        learns = getattr(quantizer, "learns", False)
+        differentiable = torch.is_grad_enabled() and (operand.requires_grad or learns)
+        if differentiable and (training or learns):
             return layout.back(quantizer(layout.rows(operand)))
         with self.lock:
             value = self._fold(weight, operand, layout, quantizer)
@@ -106,7 +109,8 @@ class Weights:
                 f"{weight.name} is multiplied along two axes and was overwritten for the first; keep its original "
                 f"with keep=True, or give simulate an example, so that both uses are known beforehand"
             )
-        if folded is not None and self._holds(folded, parameter):
+        steps = getattr(quantizer, "version", 0)
+        if folded is not None and folded.steps == steps and self._holds(folded, parameter):
             return operand if folded.copy is None else folded.copy
         if folded is not None and folded.identity != id(parameter):
             self.moves[weight.name] += 1
@@ -120,7 +124,8 @@ class Weights:
             self.folded.pop(key, None)
         else:
             made_from = id(parameter), _version(parameter), parameter.data_ptr()
-            self.folded[key] = _Folded(None, *made_from, _sums(value)) if in_place else _Folded(value, *made_from)
+            copy, sums = (None, _sums(value)) if in_place else (value, None)
+            self.folded[key] = _Folded(copy, *made_from, sums, steps)
         return operand if in_place else value
 
     @staticmethod
