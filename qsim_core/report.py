@@ -25,6 +25,7 @@ from qsim_core.host import Host
 from qsim_core.recipe import Recipe, read_yaml
 from qsim_core.result import Result
 from qsim_core.tensorfile import quantize_file
+from qsim_core.trained import Trained
 
 SHOWN_WARNINGS = 4
 FREE_BESIDE_A_RECORD = frozenset({"record", "device", "dry_run", "work_dir", "samples", "allow_code_execution"})
@@ -108,7 +109,8 @@ def _recipe(options: dict[str, Any], host: Host) -> Recipe:
     recipe = compose(
         host, values, options["plugins"], options["precision"], texts, options["settings"], options["static"]
     )
-    if not recipe.quantizes and not recipe.transforms:
+    trained = recipe.model is not None and Trained.of(Path(recipe.model).expanduser()) is not None
+    if not recipe.quantizes and not recipe.transforms and not trained:
         raise RecipeError("nothing to do: say --plugin, --precision, --weights, --activations or --recipe")
     return recipe
 
