@@ -307,7 +307,7 @@ def test_components_lists_and_shows(qsim_: Qsim) -> None:
     assert "e4m3" in listing.stdout
     assert "perplexity" in listing.stdout
     assert one.stdout.split("\nquantizer of")[0].replace("\n", "") == (
-        "abfp(element=int4, n=64, scale=bf16, symmetric=true, range=minmax, rule=divide, static=false)"
+        "abfp(element=int4, n=64, scale=bf16, symmetric=true, range=minmax, rule=divide, static=false, gradient=clipped)"
     )
     assert data[0]["options"][1] == {
         "name": "n",
