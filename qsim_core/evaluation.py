@@ -169,7 +169,7 @@ def evaluate(
         intervals=intervals(baseline, simulated, run.seed),
         audit=audit,
         environment=Environment.here(device, dtype),
-        data=DataRecord(name=dataset.name, sha256=dataset.sha256, source=_from_anywhere(data)),
+        data=DataRecord(name=dataset.name, sha256=dataset.sha256, source=from_anywhere(data)),
         calibration=None if seen is None else _calibration_record(given, seen),
         transforms=simulation.reports,
         warnings=[*job.notes, *simulation.warnings],
@@ -195,13 +195,13 @@ def same_data(result: Result, rerun: Result) -> None:
 
 
 def _calibration_record(given: Calibration, seen: Data) -> CalibrationRecord:
-    source = _from_anywhere(given.source)
+    source = from_anywhere(given.source)
     return CalibrationRecord(
         name=seen.name, sha256=seen.sha256, source=source, samples=given.samples, length=given.length
     )
 
 
-def _from_anywhere(source: str | None) -> str | None:
+def from_anywhere(source: str | None) -> str | None:
     """A path that a record can be run again with from any directory; a name stays."""
     if source is None or not Path(source).expanduser().exists():
         return source
@@ -252,14 +252,14 @@ def _description(job: Job, loaded: LoadedModel, host: Host) -> dict[str, Any]:
     return {
         "model": job.located.name,
         "adapter": str(job.located.adapter),
-        "recipe": _recipe_record(job.recipe),
+        "recipe": recipe_record(job.recipe),
         "evaluator": str(job.evaluator),
         "protocol": job.evaluator.protocol(loaded),
         "plugins": _plugins(job, host),
     }
 
 
-def _recipe_record(recipe: Recipe) -> dict[str, Any]:
+def recipe_record(recipe: Recipe) -> dict[str, Any]:
     record = recipe.model_dump(mode="json", exclude={"model", "evaluate"})
     record["overrides"] = {p: o.model_dump(mode="json", exclude_unset=True) for p, o in recipe.overrides.items()}
     return record

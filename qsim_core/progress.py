@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -15,16 +15,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 def track(items: Iterable[Any], total: int, description: str) -> Iterator[Any]:
     """Show a bar on standard error while a loop runs."""
-    columns = (
-        TextColumn("{task.description:18}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with _bar() as progress:
         yield from progress.track(items, total=total, description=description)
+
+
+@contextmanager
+def count(total: int, done: int, description: str) -> Iterator[Callable[[str], None]]:
+    """Show a bar that each call moves on by a step, and what the call says of it."""
+    with _bar() as progress:
+        task = progress.add_task(description, total=total, completed=done)
+        yield lambda text: progress.update(task, advance=1, description=text)
 
 
 def stage(description: str) -> AbstractContextManager[Any]:
@@ -33,14 +33,27 @@ def stage(description: str) -> AbstractContextManager[Any]:
     return console.status(escape(description)) if console.is_terminal else nullcontext()
 
 
-SHOWN: dict[str, Any] = {"track": track, "stage": stage}
+SHOWN: dict[str, Any] = {"track": track, "stage": stage, "count": count}
+
+
+def _bar() -> Progress:
+    columns = (
+        TextColumn("{task.description:18}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def hush_libraries() -> None:
     """transformers, diffusers and accelerate draw bars and log hints of their own; a command shows qsim's."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for library in ("accelerate", "torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         from transformers.utils import logging as of_transformers
     except ImportError:

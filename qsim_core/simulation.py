@@ -73,6 +73,13 @@ class Simulation:
         """Take what `state_dict` gave under the same recipe. Raises `QsimError` if it does not fit."""
         site_state.spread(self.model, self.sites, state)
 
+    def folded_state_dict(self) -> tuple[dict[str, Tensor], list[str]]:
+        """The model's `state_dict` with weights quantized, and the names of quantized weights that could not be: tied
+        ones, which others see too, and those that are multiplied along two axes."""
+        with as_in_evaluation(self.model):
+            call(self.model, self.example)  # every quantized weight is at hand then
+        return self.sites.weights.folded_into(self.model.state_dict())
+
     def restore(self) -> nn.Module:
         """Take everything away; the model is what it was, bit for bit. Raises `QsimError` after `keep=False`."""
         if not self.keep:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from qsim_core.bases import Run
 from qsim_core.divergence import Watch
 from qsim_core.errors import ModelError
 from qsim_core.simulation import Simulation
 from qsim_core.trained import STATE, read_state, write_state
+
+if TYPE_CHECKING:
+    from qsim_core.finetuning import Training
+
+WARMUP = 0.05
+"""The share of the steps in which the learning rate goes up."""
 
 
 class SimulationCallback(TrainerCallback):  # type: ignore[misc]
@@ -53,3 +62,50 @@ class SimulationCallback(TrainerCallback):  # type: ignore[misc]
 
 def _checkpoint(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+class Shown(TrainerCallback):  # type: ignore[misc]
+    """Shows loss and learning rate while a run goes on."""
+
+    def __init__(self, run: Run, stack: ExitStack) -> None:
+        self.run, self.stack, self.text = run, stack, "training"
+        self.step: Callable[[str], None] = lambda text: None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Begin where the run begins."""
+        self.step = self.stack.enter_context(self.run.count(state.max_steps, state.global_step, self.text))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """One step more."""
+        if logs is not None and "loss" in logs:
+            self.step(f"loss {logs['loss']:.3f}, lr {logs['learning_rate']:.1e}")
+
+
+def trainer(
+    simulation: Simulation, samples: Any, training: Training, directory: Path, device: str, run: Run, stack: ExitStack
+) -> Trainer:
+    """transformers' `Trainer` for a simulated model; it logs every step and keeps the last two checkpoints."""
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        max_steps=training.steps or -1,
+        num_train_epochs=training.epochs,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.accumulate,
+        learning_rate=training.learning_rate,
+        warmup_steps=WARMUP,
+        seed=training.seed,
+        bf16=training.bf16,
+        use_cpu=device == "cpu",
+        save_steps=training.checkpoint_every,
+        save_total_limit=2,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=device != "cpu",
+        remove_unused_columns=False,
+        report_to="none",
+    )
+    callbacks = [SimulationCallback(simulation), Shown(run, stack)]
+    made = Trainer(simulation.model, arguments, train_dataset=samples, callbacks=callbacks)
+    made.remove_callback(PrinterCallback)
+    return made

@@ -128,6 +128,18 @@ class Weights:
             self.folded[key] = _Folded(copy, *made_from, sums, steps)
         return operand if in_place else value
 
+    def folded_into(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """A model's state with the quantized weights in it, and the names of those that others need as they are."""
+        copies = [(key, folded.copy) for key, folded in self.folded.items() if folded.copy is not None]
+        left = {key[0] for key, _ in copies if key[0] in self.tied or len(self.uses[key[0]]) > 1}
+        found = dict(state)
+        for (name, _, offset, shape, stride), copy in copies:
+            if name not in left:
+                if found[name] is state[name]:
+                    found[name] = state[name].clone()
+                found[name].as_strided(shape, stride, offset - state[name].storage_offset()).copy_(copy)
+        return found, sorted(left)
+
     @staticmethod
     def _holds(folded: _Folded, parameter: Tensor) -> bool:
         """Whether the parameter still is (a copy), or still holds (in place), what was quantized."""

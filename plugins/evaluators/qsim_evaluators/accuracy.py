@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,19 @@ from torch import Tensor
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_evaluators.fitting import check
 from qsim_evaluators.pixels import by, encoded, image_rows, pixels, sides
+
+
+class Samples(Sequence[dict[str, Tensor]]):
+    """So many samples, each made when it is asked for."""
+
+    def __init__(self, many: int, make: Callable[[int], dict[str, Tensor]]) -> None:
+        self.many, self.make = many, make
+
+    def __len__(self) -> int:
+        return self.many
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.make(range(self.many)[place])
 
 
 class Accuracy(Evaluator):
@@ -47,6 +60,14 @@ class Accuracy(Evaluator):
         many = len(data.content["image"])
         chosen = torch.randint(many, (samples,), generator=torch.Generator().manual_seed(seed)).tolist()
         return [{"pixel_values": self._pixels(loaded, data, [place])} for place in chosen]
+
+    def training(self, loaded: LoadedModel, data: Data, length: int | None) -> Sequence[dict[str, Tensor]]:
+        """The images as the processor makes them, when they are asked for, with their labels."""
+        if length is not None:
+            raise DataError("images have no length; leave --seqlen out")
+        many = len(data.content["image"])
+        labels = _labels(loaded, data.content["label"], many)
+        return Samples(many, lambda at: {"pixel_values": self._pixels(loaded, data, [at])[0], "labels": labels[at]})
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
         """The first image."""
