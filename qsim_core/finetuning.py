@@ -204,7 +204,7 @@ def _train(
     """Train and save; the log, and the weights that could not be folded."""
     from transformers.trainer_utils import get_last_checkpoint
 
-    from qsim_core.trainer import trainer
+    from qsim_core.trainer import Ended, trainer
 
     loaded = _loaded(job)
     samples = job.evaluator.training(loaded, taught, training.seqlen)
@@ -217,7 +217,8 @@ def _train(
     with contextlib.ExitStack() as shown, torch.random.fork_rng(devices=[]):
         at_work = trainer(simulation, samples, training, checkpoints, device, run, shown)
         try:
-            at_work.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)))
+            with contextlib.suppress(Ended):
+                at_work.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)))
         except TrainingError as error:
             last = get_last_checkpoint(str(checkpoints))
             kept = f"the last good checkpoint is {last}" if last else "there was no checkpoint yet"

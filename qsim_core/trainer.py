@@ -64,6 +64,10 @@ def _checkpoint(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
+class Ended(Exception):
+    """The checkpoint that was taken up is of the last step; the Trainer would train for one more."""
+
+
 class Shown(TrainerCallback):  # type: ignore[misc]
     """Shows loss and learning rate while a run goes on."""
 
@@ -72,7 +76,9 @@ class Shown(TrainerCallback):  # type: ignore[misc]
         self.step: Callable[[str], None] = lambda text: None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Begin where the run begins."""
+        """Begin where the run begins. Raises `Ended` if that is at its end."""
+        if state.global_step >= state.max_steps:
+            raise Ended
         self.step = self.stack.enter_context(self.run.count(state.max_steps, state.global_step, self.text))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:

@@ -43,16 +43,19 @@ def test_examples_in_docstrings_are_right() -> None:
     assert (outcome.failed, outcome.attempted) == (0, 2)
 
 
-def test_the_readmes_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+SHORT = "--limit 2 --steps 2 --batch-size 2 --calibration-samples 4"
+QUICK = {"evaluate": ["--limit", "2"], "finetune": SHORT.split()}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/finetuning.md"])
+def test_the_commands_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QSIM_CACHE", str(tmp_path / "cache"))
-    commands = [
-        shlex.split(line, comments=True) for block in blocks("README.md", "bash") for line in block.splitlines()
-    ]
+    commands = [shlex.split(line, comments=True) for block in blocks(page, "bash") for line in block.splitlines()]
 
     for program, *arguments in commands:
         assert program == "qsim"
-        quick = ["--limit", "2"] if arguments[0] == "evaluate" and "--from" not in arguments else []
+        quick = QUICK.get(arguments[0], []) if "--from" not in arguments else []
         outcome = CliRunner().invoke(main, [*arguments, *quick])
         assert outcome.exit_code == 0, f"{arguments}: {outcome.output}"
 

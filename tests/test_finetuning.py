@@ -200,6 +200,19 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_numbers(tmp_path: Path) 
     assert resumed.after.simulated == unbroken.after.simulated
 
 
+def test_a_run_that_was_interrupted_after_its_last_step_is_finished(
+    trained: tuple[Path, Finetuned], tmp_path: Path
+) -> None:
+    output, finetuned = trained
+    shutil.copytree(output, tmp_path / "run")
+    (tmp_path / "run" / "after.json").unlink()
+
+    resumed = result("opt-tiny", *LSQ, *QUICK, "--steps", 3, "--resume", "--output", tmp_path / "run")
+
+    assert resumed.log == finetuned.log
+    assert resumed.after.simulated == finetuned.after.simulated
+
+
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run that came to NaN in its third step, the first having a learning rate of 0."""
