@@ -12,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qsim_core.bases import Run
 from qsim_core.divergence import Watch
-from qsim_core.errors import ModelError
+from qsim_core.errors import ModelError, QsimError
 from qsim_core.simulation import Simulation
 from qsim_core.trained import STATE, read_state, write_state
 
@@ -27,7 +27,8 @@ class SimulationCallback(TrainerCallback):  # type: ignore[misc]
     """Keeps what the sites hold in every checkpoint, and takes it up again where a run is resumed from one.
 
     Stops with `TrainingError` at the first loss or gradient that is NaN or Inf, before it has reached a weight. Raises
-    `ModelError` for a model of which nothing trains, and `QsimError` for a simulation that cannot be saved.
+    `ModelError` for a model of which nothing trains, and `QsimError` for a simulation that cannot be saved or that
+    does not keep the weights.
     """
 
     def __init__(self, simulation: Simulation) -> None:
@@ -39,6 +40,8 @@ class SimulationCallback(TrainerCallback):  # type: ignore[misc]
         model = self.simulation.model
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ModelError(f"every parameter of this {type(model).__name__} is frozen: there is nothing to train")
+        if not self.simulation.keep:
+            raise QsimError("this simulation was made with keep=False, which overwrites the weights that are to train")
         self.simulation.state_dict()
         if state.global_step:
             self.simulation.load_state_dict(read_state(_checkpoint(args, state) / STATE))

@@ -134,6 +134,18 @@ def test_what_a_transform_leaves_beside_the_weights_cannot_be_saved(
         simulation.state_dict()
 
 
+@pytest.mark.parametrize("transform", ["smoothquant", "awq", "bias_correction"])
+def test_what_a_transform_does_to_weights_is_saved_with_them(make: Make, ids: Tensor, transform: str) -> None:
+    parts: dict[str, Any] = {"weights": "int4", "activations": "tensor(int8, static=true)"}
+    model, again, batch = make("opt"), make("opt"), {"input_ids": ids}
+    simulation = qsim.simulate(model, **parts, transforms=[transform], calibration=[batch] * 8)
+
+    again.load_state_dict(model.state_dict())
+    qsim.simulate(again, **parts, example=batch, state=simulation.state_dict())
+
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
 @pytest.fixture
 def trained(tmp_path: Path) -> Path:
     """opt-tiny as if it had been trained under static scales, some of which a training has moved."""

@@ -201,6 +201,15 @@ def test_a_frozen_model_is_refused(make: Make, ids: Tensor, tmp_path: Path) -> N
         trainer(simulation, tmp_path).train()
 
 
+def test_a_simulation_that_overwrites_its_weights_is_refused(make: Make, ids: Tensor, tmp_path: Path) -> None:
+    simulation = qsim.simulate(make("opt"), weights="int4", example={"input_ids": ids}, keep=False)
+
+    with pytest.raises(
+        qsim.QsimError, match=r"^this simulation was made with keep=False, which overwrites the weights"
+    ):
+        trainer(simulation, tmp_path).train()
+
+
 def test_a_checkpoint_without_what_the_sites_held_is_one_line(make: Make, ids: Tensor, tmp_path: Path) -> None:
     trainer(opt(make, ids), tmp_path, max_steps=3).train()
     (tmp_path / "checkpoint-3" / "sites.safetensors").unlink()
