@@ -51,6 +51,7 @@ _HOME = {
     "RecipeError": "errors",
     "ModelError": "errors",
     "DataError": "errors",
+    "TrainingError": "errors",
     "CalibrationWarning": "errors",
 }
 
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from qsim_core.errors import QsimError as QsimError
     from qsim_core.errors import RecipeError as RecipeError
     from qsim_core.errors import SpecError as SpecError
+    from qsim_core.errors import TrainingError as TrainingError
     from qsim_core.evaluation import evaluate as evaluate
     from qsim_core.format import Format as Format
     from qsim_core.hookspecs import hookimpl as hookimpl

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from qsim_core.attention import explicit_attention
+from qsim_core.fixed import scheme_of
 from qsim_core.fused import followed
 from qsim_core.running import Site
-from qsim_core.static import scheme_of
 
 if TYPE_CHECKING:
     from qsim_core.sites import Sites

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -71,6 +71,12 @@ class Calibration:
     length: int | None = None
 
 
+@contextmanager
+def no_count(total: int, done: int, description: str) -> Iterator[Callable[[str], None]]:
+    """What is called after each step, and shows nothing."""
+    yield lambda text: None
+
+
 def no_progress(items: Iterable[Any], total: int, description: str) -> Iterable[Any]:
     """The items, and nothing shown."""
     return items
@@ -88,6 +94,8 @@ class Run:
     """Wraps a loop to show its progress: `for x in run.track(items, total, "perplexity")`."""
     stage: Callable[[str], AbstractContextManager[Any]] = field(default=nullcontext)
     """Surrounds work without a count to show that it goes on: `with run.stage("loading opt-tiny"):`."""
+    count: Callable[[int, int, str], AbstractContextManager[Callable[[str], None]]] = field(default=no_count)
+    """Surrounds steps that count themselves: `with run.count(total, done, "training") as step: … step("loss 3.2")`."""
     work_dir: Path | None = None
     """Where finished blocks are kept, so that a run that died goes on from there."""
     reference: Any = None
@@ -165,6 +173,11 @@ class Evaluator(Component):
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
         """Batches of one sample each for transforms to look at, drawn by `seed`. Raises `DataError`."""
         raise DataError(f"{self.name} makes no calibration batches; use an evaluator that does, or Python")
+
+    def training(self, loaded: LoadedModel, data: Data, length: int | None) -> Sequence[dict[str, torch.Tensor]]:
+        """What the model is trained on: samples of `length` tokens (none: what the evaluator takes), each the keyword
+        arguments of a forward that gives a `loss`, without the axis of a batch. Raises `DataError`."""
+        raise DataError(f"{self.name} makes no training samples; use an evaluator that does, or Python")
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any] | None:
         """One small batch, as keyword arguments of the model's forward: finds the sites, feeds the audit."""

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsim_core import fused
+from qsim_core.fixed import Fixed, scheme_of
 from qsim_core.format import Format
 from qsim_core.native import library
 from qsim_core.ops import LINEAR, Call, Layout
 from qsim_core.quantizer import Quantizer
 from qsim_core.scaling import Scheme
-from qsim_core.static import Fixed, scheme_of
 
 SIGNIFICAND = 8
 """Bits of bfloat16's, the hidden one counted."""

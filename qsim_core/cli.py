@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.shell_completion import CompletionItem
 
 from qsim_core import __version__
 from qsim_core.errors import QsimError
 from qsim_core.new_plugin import new_plugin
+from qsim_core.options import CALIBRATION, FILE, RECIPE, complete_directory, with_options
 
 if TYPE_CHECKING:
     from qsim_core.host import Plugin
@@ -68,23 +68,6 @@ def _rows(found: Collection[Plugin]) -> list[str]:
     return [f"{p.name:{names}}  {p.distribution:{distributions}}  {p.version}" for p in found]
 
 
-def _complete_plugin(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Plugins by name, their distributions as help; none is imported, so that Tab is answered at once."""
-    from qsim_core.host import Host
-
-    found = Host().plugins.values()
-    return [CompletionItem(p.name, help=p.distribution) for p in found if p.name.startswith(incomplete)]
-
-
-def _complete_directory(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Let the shell complete directories: which models a plugin knows, only importing it would tell."""
-    return [CompletionItem(incomplete, type="dir")]
-
-
-FILE = click.Path(readable=False)
-"""A file's name that may be something else: text, and the shell completes it."""
-
-
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option(
     "--version",
@@ -100,53 +83,18 @@ def main() -> None:
     \b
     qsim evaluate --plugin abfp                     the zoo's OPT under ABFP, weights and activations INT4
     qsim evaluate MODEL --precision w4a8            per-channel INT4 weights, per-token INT8 activations
+    qsim finetune --plugin abfp --output DIR        train under that precision, and measure it before and after
     qsim components                                 every number format and method that is installed
     """
 
 
 @main.command()
-@click.argument("model", required=False, shell_complete=_complete_directory)
-@click.option(
-    "--plugin",
-    "plugins",
-    multiple=True,
-    metavar="NAME",
-    shell_complete=_complete_plugin,
-    help="Use the component of that name; repeatable.",
-)
-@click.option("--precision", metavar="wXaY", help="Bits of weights and activations, like w4a8.")
-@click.option("--weights", metavar="TEXT", help="Quantizer of weights, like 'abfp(int4, n=64)'; none for none.")
-@click.option("--activations", metavar="TEXT", help="Quantizer of every input of a matmul.")
-@click.option("--outputs", metavar="TEXT", help="Quantizer of every result of a matmul.")
-@click.option("--static", metavar="CALIBRATOR", help="One static scale for each activation, like mse or entropy.")
-@click.option("--value-axis", type=click.Choice(["tokens", "head"]), help="Along which axis v's scales are shared.")
-@click.option(
-    "--path",
-    type=click.Choice(["auto", "float32", "int8", "bf16"]),
-    help="Arithmetic of products that are exact in it; auto: what is fastest here.",
-)
-@click.option("--skip", multiple=True, metavar="PATTERN", help="Sites to leave alone; 'none' for none; repeatable.")
-@click.option(
-    "--set", "settings", multiple=True, metavar="NAME.OPTION=VALUE", help="Change an option, like abfp.n=128."
-)
-@click.option("--evaluator", metavar="TEXT", help="What to measure, like 'perplexity(seqlen=2048)'.")
-@click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="A recipe in YAML or JSON.")
+@with_options(RECIPE)
 @click.option("--from", "record", type=click.Path(path_type=Path), metavar="FILE", help="Run a result's record again.")
 @click.option(
     "--data", type=FILE, metavar="FILE|NAME", help="Data: a file, or a name for `datasets` (NAME[:CONFIG[:SPLIT]])."
 )
-@click.option(
-    "--calibration-data",
-    type=FILE,
-    metavar="FILE|NAME",
-    help="Data that transforms look at; default: the model's own.",
-)
-@click.option(
-    "--calibration-samples", metavar="N", type=click.IntRange(1), default=32, show_default=True, help="So many samples."
-)
-@click.option(
-    "--calibration-seqlen", metavar="N", type=click.IntRange(2), help="Tokens of a sample; default: a window's."
-)
+@with_options(CALIBRATION)
 @click.option(
     "--work-dir", type=click.Path(path_type=Path), metavar="DIR", help="Keep finished blocks, to go on after a failure."
 )
@@ -210,7 +158,58 @@ def evaluate(ctx: click.Context, /, output: str | None, quiet: bool, **options: 
 
 
 @main.command()
-@click.argument("model", required=False, shell_complete=_complete_directory)
+@with_options(RECIPE)
+@click.option("--data", metavar="FILE|NAME", help="Data to train on; default: the train split of the model's own.")
+@click.option("--eval-data", metavar="FILE|NAME", help="Data to measure on; default: the model's own, or a test split.")
+@with_options(CALIBRATION)
+@click.option(
+    "--output", type=click.Path(path_type=Path), metavar="DIR", required=True, help="Where the trained model goes."
+)
+@click.option("--steps", type=click.IntRange(1), help="Optimizer steps; default: as many as the epochs have.")
+@click.option("--epochs", type=float, default=1.0, show_default=True, help="Passes over the data.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Samples computed at a time.")
+@click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True, help="Batches in one step.")
+@click.option("--lr", "learning_rate", type=float, default=1e-4, show_default=True, help="Highest learning rate.")
+@click.option("--seqlen", type=click.IntRange(2), help="Tokens of a sample; default: what the evaluator takes.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order of samples and of dropout.")
+@click.option("--checkpoint-every", type=click.IntRange(1), default=100, show_default=True, help="Steps between them.")
+@click.option("--resume", is_flag=True, help="Go on with the interrupted run that --output holds.")
+@click.option("--gradient-checkpointing", is_flag=True, help="Compute activations again instead of keeping them.")
+@click.option("--bf16", is_flag=True, help="Autocast to bfloat16; weights and their rounding stay float32.")
+@click.option("--fold", is_flag=True, help="Save the model with quantized weights too, in DIR/folded.")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute."
+)
+@click.option("--limit", type=click.IntRange(1), help="Measure on so many samples only.")
+@click.option("--json", "output_json", metavar="FILE", help="Write the result as JSON; - for standard output.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress, no table.")
+def finetune(output_json: str | None, quiet: bool, **options: Any) -> None:
+    """Train MODEL under a recipe, and measure it before and after.
+
+    Weights stay float32 and are quantized anew in every step; transforms come first. `qsim evaluate DIR` then
+    gives the same number again.
+    """
+    from qsim_core import progress
+
+    with nullcontext() if quiet else progress.stage("starting"):  # torch takes its time to load
+        from qsim_core import finetuning_report
+
+    target = Path(output_json) if output_json not in (None, "-") else None
+    if target is not None:
+        from qsim_core.atomic import check_writable
+
+        check_writable(target)
+    finetuned = finetuning_report.run(options, quiet=quiet)
+    if target is not None:
+        finetuned.write(target)
+    if output_json == "-":
+        click.echo(finetuned.model_dump_json(indent=2))
+    elif not quiet:
+        finetuning_report.show(finetuned, options["output"])
+
+
+@main.command()
+@click.argument("model", required=False, shell_complete=complete_directory)
 @click.option("--data", type=FILE, metavar="FILE|NAME", help="Data to take the example from; default: the model's own.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def structure(model: str | None, data: str | None, as_json: bool) -> None:

@@ -40,6 +40,10 @@ class DataError(QsimError):
     """The data cannot be read, or is too little to measure anything on."""
 
 
+class TrainingError(QsimError):
+    """A training has come to NaN or Inf, or cannot go on where it was."""
+
+
 class CalibrationWarning(UserWarning):
     """A static scale, or what a transform did, can hardly be right."""
 

@@ -19,6 +19,7 @@ from qsim_core.models import Located, locate
 from qsim_core.recipe import Recipe
 from qsim_core.result import CalibrationRecord, DataRecord, Environment, PluginRecord, Result
 from qsim_core.simulation import simulate
+from qsim_core.trained import STATE, read_state
 
 DEFAULT_MODEL = "opt-tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -33,6 +34,8 @@ class Job:
     recipe: Recipe
     located: Located
     evaluator: Evaluator
+    trained_so: bool = False
+    """Whether the model was trained under this recipe: then its directory has what the sites hold."""
 
     @classmethod
     def of(cls, recipe: Recipe, host: Host) -> Job:
@@ -42,12 +45,19 @@ class Job:
         evaluator = recipe.evaluate or _evaluator(located, host)
         skip = adapter.skip if recipe.skip is None else recipe.skip
         filled = {**{key: getattr(recipe, key) for key in recipe.model_fields_set}, "model": located.name, "skip": skip}
-        return cls(Recipe.of({**filled, "evaluate": evaluator}, host), located, evaluator)
+        trained = located.trained
+        if trained is not None and not recipe.quantizes and not recipe.transforms:
+            filled |= trained.simulated(host)
+        complete = Recipe.of({**filled, "evaluate": evaluator}, host)
+        return cls(complete, located, evaluator, trained is not None and trained.fits(complete, host))
 
     def data(self, source: str | None) -> Data:
         """The data named by `source`, else the evaluator's own, else what goes with the model. Raises `DataError`."""
         if source is not None:
             return self.evaluator.read(source)
+        trained = self.located.trained
+        if trained is not None and trained.data is not None:
+            return self.evaluator.read(trained.data)
         found = self.evaluator.default_data()
         if found is None and self.located.data is not None:
             found = self.located.data()
@@ -55,9 +65,20 @@ class Job:
             raise DataError(f"{self.located.name} comes without data; name some with --data")
         return found
 
+    def state(self) -> dict[str, torch.Tensor] | None:
+        """What the sites held at the end of the training, if the model was trained under this recipe."""
+        return read_state(Path(self.located.source) / STATE) if self.trained_so else None
+
+    def notes(self, dtype: str) -> list[str]:
+        """What a reader must know about how the model was found, and is computed."""
+        notes = self.located.notes(dtype)
+        if self.located.trained is not None and not self.trained_so:
+            notes.append(f"{self.located.name} was trained under another recipe; what its sites learned is left aside")
+        return notes
+
     def calibration(self, given: Calibration) -> Data | None:
         """The data that the recipe's transforms look at, if it has any. Raises `DataError` if nothing is named."""
-        if not self.recipe.transforms and not self.recipe.has_static:
+        if self.trained_so or (not self.recipe.transforms and not self.recipe.has_static):
             return None
         if given.source is not None:
             return self.evaluator.read(given.source, split="train")
@@ -129,6 +150,7 @@ def evaluate(
             example=example,
             calibration=batches,
             structure=job.located.adapter.structure(loaded.model),
+            state=job.state(),
             keep=False,
             run=run,
         )
@@ -146,10 +168,10 @@ def evaluate(
         intervals=intervals(baseline, simulated, run.seed),
         audit=audit,
         environment=Environment.here(device, dtype),
-        data=DataRecord(name=dataset.name, sha256=dataset.sha256, source=_from_anywhere(data)),
+        data=DataRecord(name=dataset.name, sha256=dataset.sha256, source=from_anywhere(data)),
         calibration=None if seen is None else _calibration_record(given, seen),
         transforms=simulation.reports,
-        warnings=[*job.located.notes(dtype), *simulation.warnings],
+        warnings=[*job.notes(dtype), *simulation.warnings],
         batch_size=run.batch_size,
         limit=run.limit,
         seed=run.seed,
@@ -172,13 +194,13 @@ def same_data(result: Result, rerun: Result) -> None:
 
 
 def _calibration_record(given: Calibration, seen: Data) -> CalibrationRecord:
-    source = _from_anywhere(given.source)
+    source = from_anywhere(given.source)
     return CalibrationRecord(
         name=seen.name, sha256=seen.sha256, source=source, samples=given.samples, length=given.length
     )
 
 
-def _from_anywhere(source: str | None) -> str | None:
+def from_anywhere(source: str | None) -> str | None:
     """A path that a record can be run again with from any directory; a name stays."""
     if source is None or not Path(source).expanduser().exists():
         return source
@@ -229,14 +251,14 @@ def _description(job: Job, loaded: LoadedModel, host: Host) -> dict[str, Any]:
     return {
         "model": job.located.name,
         "adapter": str(job.located.adapter),
-        "recipe": _recipe_record(job.recipe),
+        "recipe": recipe_record(job.recipe),
         "evaluator": str(job.evaluator),
         "protocol": job.evaluator.protocol(loaded),
         "plugins": _plugins(job, host),
     }
 
 
-def _recipe_record(recipe: Recipe) -> dict[str, Any]:
+def recipe_record(recipe: Recipe) -> dict[str, Any]:
     record = recipe.model_dump(mode="json", exclude={"model", "evaluate"})
     record["overrides"] = {p: o.model_dump(mode="json", exclude_unset=True) for p, o in recipe.overrides.items()}
     return record

@@ -34,6 +34,13 @@ class Scales(NamedTuple):
     scale: Tensor
     zero: Tensor | None
 
+    @classmethod
+    def of(cls, scale: Tensor, zero: Tensor | None) -> Scales:
+        """Scales that a site holds, [..., B, 1], as a matrix."""
+        blocks = scale.shape[-2]
+        scale = scale.detach()
+        return cls(scale.reshape(-1, blocks), None if zero is None else zero.expand_as(scale).reshape(-1, blocks))
+
 
 def cast(format: Format, x: Tensor) -> Tensor | None:
     """`format.quantize(x)`, or None where the reference has to do it."""
@@ -63,7 +70,7 @@ def quantize(
     if out is not None:
         into(scheme, x.contiguous(), out, steps, kernels, static)
         return out
-    order = _memory_order(x)
+    order = None if static is not None and len(static.scale) > 1 else _memory_order(x)  # scales have rows in order
     source = x.contiguous() if order is None else x
     y = torch.empty_like(source, dtype=dtype)
     into(scheme, _matrix(source, order), _matrix(y, order), steps, kernels, static)

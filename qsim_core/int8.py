@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from qsim_core import fused
+from qsim_core.fixed import Fixed, scheme_of
 from qsim_core.fused import Scales
 from qsim_core.native import library
 from qsim_core.ops import Call
 from qsim_core.scaling import Scheme
-from qsim_core.static import Fixed, scheme_of
 
 ROWS = frozenset({"tensor", "channel", "token"})
 LONGEST = 2**17 - 1

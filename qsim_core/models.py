@@ -18,6 +18,7 @@ from qsim_core.configuration import family, stored_dtype
 from qsim_core.errors import ModelError, did_you_mean, file_did_you_mean
 from qsim_core.host import Host
 from qsim_core.pretrained import Generic
+from qsim_core.trained import Trained
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Located:
     calibration: Callable[[], Data] | None = None
     evaluator: str | None = None
     """Text of the evaluator that goes with these data."""
+    trained: Trained | None = None
+    """What it says about the training that it comes from, if it comes from one of qsim's."""
 
     def notes(self, dtype: str) -> list[str]:
         """What a reader must know about how it was found, and is computed."""
@@ -72,7 +75,19 @@ def locate(name: str, host: Host) -> Located:
         _check_it_may_be_on_the_hub(name, named, host)
     source = str(path.resolve()) if path.is_dir() else name  # a record must mean the same from any directory
     adapter = _adapter(source, name, host)
-    return Located(source, source, adapter, (adapter,))
+    trained = Trained.of(path) if path.is_dir() else None
+    return Located(source, source, adapter, (adapter,)) if trained is None else _as(trained, source, adapter, host)
+
+
+def _as(trained: Trained, source: str, adapter: Adapter, host: Host) -> Located:
+    """A trained model, with the data that go with the one that it was made from, if that is still there."""
+    try:
+        base = locate(trained.base, host)
+    except ModelError:
+        return Located(source, source, adapter, (adapter,), evaluator=trained.evaluator, trained=trained)
+    return Located(
+        source, source, adapter, (adapter, *base.components), base.data, base.calibration, trained.evaluator, trained
+    )
 
 
 def _check_it_may_be_on_the_hub(name: str, named: dict[str, Any], host: Host) -> None:

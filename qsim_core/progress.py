@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,16 +16,16 @@ from qsim_core.console import console
 
 def track(items: Iterable[Any], total: int, description: str) -> Iterator[Any]:
     """Show a bar on standard error while a loop runs."""
-    columns = (
-        TextColumn("{task.description:18}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    shown = console(stderr=True)
-    with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as progress:
+    with _bar() as progress:
         yield from progress.track(items, total=total, description=description)
+
+
+@contextmanager
+def count(total: int, done: int, description: str) -> Iterator[Callable[[str], None]]:
+    """Show a bar that each call moves on by a step, and what the call says of it."""
+    with _bar() as progress:
+        task = progress.add_task(description, total=total, completed=done)
+        yield lambda text: progress.update(task, advance=1, description=text)
 
 
 def stage(description: str) -> AbstractContextManager[Any]:
@@ -34,7 +34,19 @@ def stage(description: str) -> AbstractContextManager[Any]:
     return shown.status(Text(description)) if shown.is_terminal else nullcontext()
 
 
-SHOWN: dict[str, Any] = {"track": track, "stage": stage}
+SHOWN: dict[str, Any] = {"track": track, "stage": stage, "count": count}
+
+
+def _bar() -> Progress:
+    columns = (
+        TextColumn("{task.description:18}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    shown = console(stderr=True)
+    return Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal)
 
 
 def hush_libraries() -> None:

@@ -36,8 +36,8 @@ Granularity = Literal["tensor", "channel", "token", "element"] | int | tuple[int
 class Quantizer(Component):
     """What rounds a tensor. One method to write: `quantize`.
 
-    Calling a quantizer is `quantize` with a straight-through gradient: the identity, and zero where `passes`
-    says that the value lies outside what can be represented.
+    Calling a quantizer is `quantize` with a straight-through gradient: the identity, and zero where `gradient_passes`
+    says no; by default that is where the value lies outside what can be represented.
     """
 
     kind: ClassVar[str] = "quantizer"
@@ -47,8 +47,12 @@ class Quantizer(Component):
         """`x` rounded: same shape, same dtype, same device; `x` itself is left alone."""
 
     def passes(self, x: Tensor) -> Tensor | None:
-        """Where the straight-through gradient passes, as booleans; `None` means everywhere."""
+        """Where a value lies inside what can be represented, as booleans; `None` means everywhere."""
         return None
+
+    def gradient_passes(self, x: Tensor) -> Tensor | None:
+        """Where the straight-through gradient passes; by default where the value does."""
+        return self.passes(x)
 
     def encode(self, x: Tensor) -> Encoded:
         """`x` as codes and scales. Raises `QsimError` for a value without a code, or a quantizer without codes."""
@@ -132,8 +136,10 @@ class Stacked(Quantizer):
         return torch.stack([self.each.quantize(matrix) for matrix in x])
 
     def passes(self, x: Tensor) -> Tensor | None:
-        parts = [self.each.passes(matrix) for matrix in x]
-        return None if parts[0] is None else torch.stack(parts)  # type: ignore[arg-type]
+        return _stacked([self.each.passes(matrix) for matrix in x])
+
+    def gradient_passes(self, x: Tensor) -> Tensor | None:
+        return _stacked([self.each.gradient_passes(matrix) for matrix in x])
 
     def bits_per_element(self, shape: torch.Size) -> float | None:
         return self.each.bits_per_element(shape[1:])
@@ -152,17 +158,21 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        passes = ctx.quantizer.passes(x)
+        passes = ctx.quantizer.gradient_passes(x)
         return gradient if passes is None else torch.where(passes, gradient, 0.0), None, None
 
 
 def straight_through(x: Tensor, quantizer: Quantizer, value: Tensor | None = None) -> Tensor:
-    """`quantizer.quantize(x)` whose gradient is the identity where `quantizer.passes(x)`, else zero.
+    """`quantizer.quantize(x)` whose gradient is the identity where `quantizer.gradient_passes(x)`, else zero.
 
     `value` is the quantized tensor, if it is known already. Source: Bengio et al., arXiv 1308.3432, section 4.
     """
     result: Tensor = _StraightThrough.apply(x, quantizer, value)  # type: ignore[no-untyped-call]
     return result
+
+
+def _stacked(parts: list[Tensor | None]) -> Tensor | None:
+    return None if parts[0] is None else torch.stack(parts)  # type: ignore[arg-type]
 
 
 def floating(x: Tensor) -> Tensor:

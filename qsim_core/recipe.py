@@ -121,9 +121,15 @@ class Recipe(_Strict):
 
     @property
     def has_static(self) -> bool:
-        """Whether a quantizer of activations or outputs wants static scales."""
+        """Whether a quantizer of activations or outputs wants static scales, or any wants scales to learn."""
         named: list[Recipe | Override] = [self, *self.overrides.values()]
-        return any(getattr(q, "static", False) for r in named for q in (r.activations, r.outputs))
+        return self.learns or any(getattr(q, "static", False) for r in named for q in (r.activations, r.outputs))
+
+    @property
+    def learns(self) -> bool:
+        """Whether a quantizer trains its scales."""
+        named: list[Recipe | Override] = [self, *self.overrides.values()]
+        return any(getattr(q, "learns", False) for r in named for q in (r.weights, r.activations, r.outputs))
 
     def plan(self, names: Iterable[str]) -> Plan:
         """The quantizers of the matmul that goes by these names (its own and its aliases)."""

@@ -25,6 +25,7 @@ from qsim_core.host import Host
 from qsim_core.recipe import Recipe, read_yaml
 from qsim_core.result import Result
 from qsim_core.tensorfile import quantize_file
+from qsim_core.trained import Trained
 
 SHOWN_WARNINGS = 4
 FREE_BESIDE_A_RECORD = frozenset({"record", "device", "dry_run", "work_dir", "samples", "allow_code_execution"})
@@ -42,7 +43,7 @@ def run(options: dict[str, Any], given: set[str], quiet: bool) -> Result | None:
         recipe = evaluation.recipe_of(before, host)
         options = options | _recorded(before) | ({"device": options["device"]} if "device" in given else {})
     else:
-        recipe = _recipe(options, host)
+        recipe = recipe_of(options, host)
     if options["dry_run"]:
         click.echo(evaluation.Job.of(recipe, host).recipe.to_yaml(), nl=False)
         return None
@@ -94,7 +95,8 @@ def _recorded(before: Result) -> dict[str, Any]:
     return options
 
 
-def _recipe(options: dict[str, Any], host: Host) -> Recipe:
+def recipe_of(options: dict[str, Any], host: Host) -> Recipe:
+    """The recipe that the command line's options say. Raises a `QsimError`."""
     values = _recipe_file(options["recipe"]) if options["recipe"] is not None else {}
     texts = {role: options[role] for role in ("weights", "activations", "outputs")}
     for option, key in (("model", "model"), ("evaluator", "evaluate"), ("value_axis", "value_axis"), ("path", "path")):
@@ -108,7 +110,8 @@ def _recipe(options: dict[str, Any], host: Host) -> Recipe:
     recipe = compose(
         host, values, options["plugins"], options["precision"], texts, options["settings"], options["static"]
     )
-    if not recipe.quantizes and not recipe.transforms:
+    trained = recipe.model is not None and Trained.of(Path(recipe.model).expanduser()) is not None
+    if not recipe.quantizes and not recipe.transforms and not trained:
         raise RecipeError("nothing to do: say --plugin, --precision, --weights, --activations or --recipe")
     return recipe
 
@@ -154,10 +157,10 @@ def show(result: Result) -> None:
     table.add_section()
     spread = result.intervals.get(result.metric)
     before, after = result.baseline[result.metric], result.simulated[result.metric]
-    table.add_row(f"{result.environment.dtype} {result.metric}", _value(before, spread.baseline if spread else None))
-    table.add_row(f"simulated {result.metric}", Text(_value(after, spread.simulated if spread else None), "bold"))
+    table.add_row(f"{result.environment.dtype} {result.metric}", value(before, spread.baseline if spread else None))
+    table.add_row(f"simulated {result.metric}", Text(value(after, spread.simulated if spread else None), "bold"))
     if not isnan(result.ratio):
-        table.add_row("ratio", _value(result.ratio, spread.ratio if spread else None))
+        table.add_row("ratio", value(result.ratio, spread.ratio if spread else None))
     table.add_section()
     table.add_row("matmuls quantized", f"{audit.covered} of {audit.found}")
     table.add_row("bits per weight", _bits(audit.bits_per_weight))
@@ -213,11 +216,11 @@ def _change(key: str, before: float | None, after: float) -> str:
     return f"{key} {before:.4g} -> {after:.4g}"
 
 
-def _value(value: float, spread: tuple[float, float] | None) -> str:
+def value(number: float, spread: tuple[float, float] | None) -> str:
     """A number, and its confidence interval if that has two ends."""
     if spread is None or not (isfinite(spread[0]) and isfinite(spread[1])) or spread[0] == spread[1]:
-        return f"{value:.4g}"
-    return f"{value:.4g} [{spread[0]:.4g}, {spread[1]:.4g}]"
+        return f"{number:.4g}"
+    return f"{number:.4g} [{spread[0]:.4g}, {spread[1]:.4g}]"
 
 
 def _bits(bits: float | None) -> str:

@@ -59,7 +59,7 @@ class Site:
         planned = self.planned(role)
         if role in self.fixed:
             return self.fixed[role]
-        if getattr(planned, "static", False) and role != "weight":
+        if getattr(planned, "learns", False) or (getattr(planned, "static", False) and role != "weight"):
             raise RecipeError(
                 f"{self.name}: {planned} has no scale, as no calibration data reached it; give simulate(…, "
                 f"calibration=batches), or --calibration-data"

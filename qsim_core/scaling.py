@@ -20,6 +20,7 @@ from qsim_core import fused
 from qsim_core.encoding import Encoded, as_codes
 from qsim_core.errors import QsimError
 from qsim_core.format import Format
+from qsim_core.gradients import Gradient, passing
 from qsim_core.numerics import ScaleRule, power_of_two_scale, round_to_integer, working
 from qsim_core.quantizer import Granularity, Quantizer, floating, laid_out_as
 from qsim_core.ranges import Calibrator, MinMax
@@ -56,6 +57,9 @@ class Scheme(Quantizer):
     static: bool = Field(
         False, description="one scale for all data, found in calibration data; false: anew for each tensor"
     )
+    gradient: Gradient = Field(
+        "clipped", description="of rounding, in training: clipped, piecewise, identity, or lsq, which trains the scales"
+    )
 
     @property
     @abstractmethod
@@ -64,7 +68,7 @@ class Scheme(Quantizer):
 
     @property
     def sharing(self) -> frozenset[Granularity]:
-        if self.static:  # no other value has a say
+        if self.static or self.learns:  # no other value has a say
             return frozenset()
         return super().sharing | (self.scale.sharing if self.scale is not None else frozenset())
 
@@ -94,7 +98,14 @@ class Scheme(Quantizer):
             raise ValueError(f"{rival} leaves {element} no say in what a scale maps to; leave its convention out")
         if self.static and not (self.granularity == "tensor" or isinstance(self.granularity, int)):
             raise ValueError(f"a static scale is for the tensor or for n along the row, not for {self.granularity}")
+        if self.learns and self.granularity == "token":
+            raise ValueError("tokens come and go: gradient=lsq learns a scale for the tensor or for n along the row")
         return self
+
+    @property
+    def learns(self) -> bool:
+        """Whether the scales are trained: a site holds them, and `range` only says where they start."""
+        return self.gradient == "lsq"
 
     @functools.cached_property
     def coded(self) -> Format:
@@ -113,11 +124,17 @@ class Scheme(Quantizer):
 
     def passes(self, x: Tensor) -> Tensor:
         """True where x / scale is at most half a step outside the element format; NaN does not pass."""
+        return self._passing(x, "clipped")
+
+    def gradient_passes(self, x: Tensor) -> Tensor:
+        return self._passing(x, self.gradient)
+
+    def _passing(self, x: Tensor, gradient: Gradient) -> Tensor:
         if x.numel() == 0:
             return torch.ones_like(x, dtype=torch.bool)
         blocks, exact, zero = self._measured(x)
         units = blocks / divisor_of(self._rounded(exact).unsqueeze(-1))
-        return self.join(self.coded.passes(units if zero is None else units + zero), x)
+        return self.join(passing(self.coded, units if zero is None else units + zero, gradient), x)
 
     def encode(self, x: Tensor) -> Encoded:
         """Codes in the shape of `x`, scales and zero points one for each block. Where a scale is NaN no code counts."""
@@ -181,17 +198,16 @@ class Scheme(Quantizer):
         """`x` quantized with static scales, in its own dtype."""
         if floating(x).numel() == 0:
             return x.clone()
-        known = fused.Scales(scale.reshape(1, -1), None if zero is None else zero.reshape(1, -1))
-        if (fast := fused.quantize(self, x, known)) is not None:
+        if (fast := fused.quantize(self, x, fused.Scales.of(scale, zero))) is not None:
             return fast
         blocks = self.split(working(x))
         scale, zero = scale.to(blocks.dtype), None if zero is None else zero.to(blocks.dtype)
         return laid_out_as(x, self.join(self._units(blocks, scale, zero) * scale, x))
 
-    def passes_at(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        """`passes` with static scales."""
+    def passes_at(self, x: Tensor, scale: Tensor, zero: Tensor | None, gradient: Gradient = "clipped") -> Tensor:
+        """`passes`, or where another gradient does, with static scales."""
         units = self.split(working(x)) / divisor_of(scale)
-        return self.join(self.coded.passes(units if zero is None else units + zero), x)
+        return self.join(passing(self.coded, units if zero is None else units + zero, gradient), x)
 
     def _measured(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """`x` in blocks [..., B, n], their scales [..., B] before these are rounded, and their zero points."""

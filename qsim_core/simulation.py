@@ -11,15 +11,18 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qsim_core import audit as auditing
+from qsim_core import site_state
 from qsim_core.bases import Run
 from qsim_core.context import Context, LayerReport
 from qsim_core.errors import CalibrationWarning, QsimError, RecipeError
 from qsim_core.forward import Example, as_in_evaluation, call
-from qsim_core.offload import at_hand, state
+from qsim_core.learned import Steps
+from qsim_core.offload import at_hand
+from qsim_core.offload import state as state_of
 from qsim_core.recipe import Plan, Recipe
 from qsim_core.sites import Sites, functional
 from qsim_core.static import Fitter
-from qsim_core.transforming import apply_transforms
+from qsim_core.transforming import apply_transforms, left_behind
 
 
 class Simulation:
@@ -33,6 +36,7 @@ class Simulation:
         self.sites = Sites(model, recipe, keep)
         self._handles: list[RemovableHandle] = []
         self._before_transforms: dict[str, Tensor] = {}
+        self._left = ""
         self.reports: list[LayerReport] = []
         """What the transforms did, layer by layer."""
         self.warnings: list[str] = []
@@ -56,6 +60,26 @@ class Simulation:
         with as_in_evaluation(self.model):
             return auditing.audit(self.sites, lambda: call(self.model, batch))
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the sites hold beside the recipe: static scales, learned steps, zero points, places of random numbers.
+
+        Raises `QsimError` if a transform has left there what cannot be saved: rotations, hooks, weights that are final.
+        """
+        if self._left:
+            raise QsimError(f"{self._left}; a model that trains cannot be saved with it")
+        return site_state.gather(self.sites)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take what `state_dict` gave under the same recipe. Raises `QsimError` if it does not fit."""
+        site_state.spread(self.model, self.sites, state)
+
+    def folded_state_dict(self) -> tuple[dict[str, Tensor], list[str]]:
+        """The model's `state_dict` with weights quantized, and the names of quantized weights that could not be: tied
+        ones, which others see too, and those that are multiplied along two axes."""
+        with as_in_evaluation(self.model):
+            call(self.model, self.example)  # every quantized weight is at hand then
+        return self.sites.weights.folded_into(self.model.state_dict())
+
     def restore(self) -> nn.Module:
         """Take everything away; the model is what it was, bit for bit, but for training of what no transform changed.
 
@@ -69,6 +93,7 @@ class Simulation:
         for module in self.model.modules():
             if isinstance(vars(module).get("extra_repr"), SiteText):
                 del vars(module)["extra_repr"]
+        Steps.forget(self.model)
         before, self._before_transforms = self._before_transforms, {}
         with torch.no_grad():
             for path, module in self.model.named_modules() if before else ():
@@ -108,19 +133,26 @@ class Simulation:
             Context(self.model, self.sites, batches, run, str(transform), self.example, declared, self._handles)
             for transform in self.recipe.transforms
         ]
+        hooks = len(self._handles)
         self.sites.quantizing = False
         try:
             apply_transforms(zip(self.recipe.transforms, contexts, strict=True), self.model, self.sites)
         finally:
             self.sites.quantizing = True
-        for name, tensor in state(self.model):  # what no transform has changed may be trained, and stays so
+        for name, tensor in state_of(self.model):  # what no transform has changed may be trained, and stays so
             if name in self._before_transforms and torch.equal(self._before_transforms[name], tensor):
                 del self._before_transforms[name]
+        self._left = left_behind(self.sites, len(self._handles) - hooks)
         self.reports += [report for context in contexts for report in context.reports]
         self.warnings += [warning for context in contexts for warning in context.warnings]
 
     def _fix(self, batches: list[Example] | None, run: Run) -> None:
-        """Choose static scales, if any are wanted, in one pass of the unquantized model over the calibration data."""
+        """Choose static scales, if any are wanted, in one pass of the unquantized model over the calibration data.
+
+        Scales that are trained start from the example, where there are no such data.
+        """
+        if not batches and self.recipe.learns and self.example is not None:
+            batches = [self.example]
         if not batches or not self.recipe.has_static:
             return
         fitter = Fitter()
@@ -133,7 +165,7 @@ class Simulation:
             self.sites.quantizing, self.sites.observer = True, None
         for site in self.sites.table.values():
             site.calls = 0
-        self.warnings += fitter.fix()
+        self.warnings += fitter.fix(self.model)
 
 
 def simulate(
@@ -149,6 +181,7 @@ def simulate(
     transforms: Iterable[Any] | None = None,
     calibration: Iterable[Example] | None = None,
     structure: Mapping[str, Sequence[str]] | None = None,
+    state: Mapping[str, Tensor] | None = None,
     keep: bool = True,
     run: Run | None = None,
     host: Any = None,
@@ -160,7 +193,8 @@ def simulate(
     order in which they are applied. With none of them the sites are put in place and nothing is quantized.
 
     `calibration` is what transforms look at: batches, each like an example. `structure` declares which weights read
-    which norm (norm's path -> names of weights), where tracing does not find it by itself. `run` shows progress.
+    which norm (norm's path -> names of weights), where tracing does not find it by itself. `state`, the `state_dict` of
+    a simulation, has the scales that would be looked for. `run` shows progress.
 
     With an `example` (a mapping of keyword arguments, a tuple of positional ones, or one argument) all sites are
     known at once, else after the first forward; a pattern that matches none is then an error. `keep=False`
@@ -185,14 +219,19 @@ def simulate(
     try:
         simulation._attach()
         if recipe.transforms and keep:
-            simulation._before_transforms = {name: parameter.clone() for name, parameter in state(model)}
+            simulation._before_transforms = {name: parameter.clone() for name, parameter in state_of(model)}
         batches = None if calibration is None else list(calibration)
         if example is None and batches:
             example = batches[0]
         if example is not None:
             simulation._discover(example)
         simulation._transform(batches, run or Run(), structure)
-        simulation._fix(batches, run or Run())
+        if state is None:
+            simulation._fix(batches, run or Run())
+        elif example is None:
+            raise RecipeError("what sites held belongs to sites that are known; give simulate an example with state")
+        else:
+            simulation.load_state_dict(state)
         for line in simulation.warnings:
             warnings.warn(line, CalibrationWarning, stacklevel=2)
     except BaseException:

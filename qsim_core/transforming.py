@@ -45,6 +45,18 @@ def _digests(model: nn.Module) -> dict[str, str]:
     return {name: sha256([tensor]) for name, tensor in state(model)}
 
 
+def left_behind(sites: Sites, hooks: int) -> str:
+    """What transforms have left that is neither in the model's weights nor scales at its sites, in words."""
+    for name, plan, fixed, rotations in _standing(sites):
+        if plan or fixed or rotations:
+            return f"a transform has left {'rotations' if rotations else 'quantizers of its own'} at {name}"
+    if hooks:
+        return f"a transform has left {hooks} hooks on the model"
+    if sites.weights.pinned:
+        return f"a transform has put {min(sites.weights.pinned)} on its grid for good"
+    return ""
+
+
 def _standing(sites: Sites) -> list[Any]:
     """What stands at each site beside the recipe's quantizers."""
     stands = []

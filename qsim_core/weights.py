@@ -81,6 +81,8 @@ class _Folded:
     address: int
     sums: tuple[float, float] | None = None
     """Of values that overwrote the parameter: they are known again in a copy, or when they are loaded back."""
+    steps: int = 0
+    """The version of the learned steps that it was made with."""
 
     def is_of(self, parameter: Tensor) -> bool:
         return self.of is not None and self.of() is parameter
@@ -134,8 +136,9 @@ class Weights:
         """The operand quantized: made now where it trains, else from what was made before, in whatever form."""
         if weight.name in self.pinned:
             return operand
-        differentiable = torch.is_grad_enabled() and operand.requires_grad
-        if differentiable and training:
+        learns = getattr(quantizer, "learns", False)
+        differentiable = torch.is_grad_enabled() and (operand.requires_grad or learns)
+        if differentiable and (training or learns):
             return layout.back(quantizer(layout.rows(operand)))
         with self.lock:
             value = self._value(self._fold(weight, operand, layout, quantizer, form), operand, layout)
@@ -188,7 +191,8 @@ class Weights:
                 f"{weight.name} is multiplied along two axes and was overwritten for the first; keep its original "
                 f"with keep=True, or give simulate an example, so that both uses are known beforehand"
             )
-        if folded is not None and self._holds(folded, parameter):
+        steps = getattr(quantizer, "version", 0)
+        if folded is not None and folded.steps == steps and self._holds(folded, parameter):
             return folded
         if folded is not None and not folded.is_of(parameter):
             self.moves[weight.name] += 1
@@ -213,11 +217,24 @@ class Weights:
             _version(parameter),
             parameter.data_ptr(),
             _sums(parameter.detach()) if in_place else None,
+            steps,
         )
         self.folded[key] = folded
         if weight.name in self.elsewhere or self.moves[weight.name] > MOVES:
             del self.folded[key]
         return folded
+
+    def folded_into(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """A model's state with the quantized weights in it, and the names of those that others need as they are."""
+        copies = [(key, folded.copy) for key, folded in self.folded.items() if folded.copy is not None]
+        left = {key[0] for key, _ in copies if key[0] in self.tied or len(self.uses[key[0]]) > 1}
+        found = dict(state)
+        for (name, _, offset, shape, stride), copy in copies:
+            if name not in left:
+                if found[name] is state[name]:
+                    found[name] = state[name].clone()
+                found[name].as_strided(shape, stride, offset - state[name].storage_offset()).copy_(copy)
+        return found, sorted(left)
 
     @staticmethod
     def _holds(folded: _Folded, parameter: Tensor) -> bool:

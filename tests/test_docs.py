@@ -62,9 +62,11 @@ def test_examples_in_docstrings_are_right() -> None:
 
 def shortened(arguments: list[str]) -> list[str]:
     """A command as it stands on a page, on a few samples."""
-    if arguments[0] != "evaluate" or "--from" in arguments:
+    if arguments[0] not in ("evaluate", "finetune") or "--from" in arguments:
         return arguments
     few = {"--limit": "2", "--calibration-samples": "4"}
+    if arguments[0] == "finetune":
+        few |= {"--steps": "2", "--batch-size": "2"}
     return [*arguments, *(part for option, value in few.items() if option not in arguments for part in (option, value))]
 
 

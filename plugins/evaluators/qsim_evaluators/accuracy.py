@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,19 @@ from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_evaluators.fitting import check, longest, need
 from qsim_evaluators.pixels import by, encoded, image_rows, pixels, sides
 from qsim_evaluators.text import LONGEST, read_lines, read_rows, tokenized
+
+
+class Samples(Sequence[dict[str, Tensor]]):
+    """So many samples, each made when it is asked for."""
+
+    def __init__(self, many: int, make: Callable[[int], dict[str, Tensor]]) -> None:
+        self.many, self.make = many, make
+
+    def __len__(self) -> int:
+        return self.many
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.make(range(self.many)[place])
 
 
 class Accuracy(Evaluator):
@@ -62,6 +76,17 @@ class Accuracy(Evaluator):
         many = len(data.content["label"])
         chosen = torch.randint(many, (samples,), generator=torch.Generator().manual_seed(seed)).tolist()
         return [self._inputs(loaded, data, [place], length) for place in chosen]
+
+    def training(self, loaded: LoadedModel, data: Data, length: int | None) -> Sequence[dict[str, Tensor]]:
+        """The images as the processor makes them, when they are asked for, with their labels."""
+        if "text" in data.content:
+            raise DataError("a classifier of texts cannot be trained yet; from Python, simulate trains in any loop")
+        if length is not None:
+            raise DataError("images have no length; leave --seqlen out")
+        many = len(data.content["image"])
+        labels = _labels(loaded, data.content["label"], many, "image")
+        inputs = functools.partial(self._inputs, loaded, data)
+        return Samples(many, lambda at: {"pixel_values": inputs([at])["pixel_values"][0], "labels": labels[at]})
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
         """The first sample."""

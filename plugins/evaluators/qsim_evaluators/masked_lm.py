@@ -12,9 +12,11 @@ from torch import Tensor
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.metrics import Means
 from qsim_evaluators.fitting import check, device, longest
-from qsim_evaluators.text import draw, read_text
+from qsim_evaluators.text import cut, draw, read_text
 
 LONGEST = 512
+IGNORED = -100
+"""The label that transformers leaves out of a loss."""
 
 
 class MaskedLM(Evaluator):
@@ -41,6 +43,13 @@ class MaskedLM(Evaluator):
         windows = torch.cat(draw(self._tokens(loaded, data), samples, length - 2, seed, data.name))
         seen, _ = self._masked(loaded, windows, seed)
         return [self._batch(loaded, window) for window in seen.split(1)]
+
+    def training(self, loaded: LoadedModel, data: Data, length: int | None) -> list[dict[str, Tensor]]:
+        """Non-overlapping windows of the text, masked like those that are measured; what is masked is to be found."""
+        inner = self._length(loaded, length) - 2
+        seen, labels = self._masked(loaded, cut(self._tokens(loaded, data), inner, data.name), self.seed)
+        wanted = torch.where(labels < 0, IGNORED, labels)
+        return [{"input_ids": ids, "labels": of} for ids, of in zip(seen, wanted, strict=True)]
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
         """The first window, masked."""

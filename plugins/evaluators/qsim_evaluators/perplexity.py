@@ -14,7 +14,7 @@ from torch import Tensor
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.metrics import Means
 from qsim_evaluators.fitting import check, device, longest
-from qsim_evaluators.text import draw, read_text, tokens_of
+from qsim_evaluators.text import cut, draw, read_text, tokens_of
 
 LONGEST = 2048
 
@@ -55,6 +55,14 @@ class Perplexity(Evaluator):
             raise DataError(f"calibration windows of {length} tokens: the model takes 2 to {most}")
         windows = draw(self._tokens(loaded, data), samples, length, seed, data.name)
         return [{"input_ids": window.to(device(loaded)), "use_cache": False} for window in windows]
+
+    def training(self, loaded: LoadedModel, data: Data, length: int | None) -> list[dict[str, Tensor]]:
+        """Non-overlapping windows of the text; each token but the first is to be predicted."""
+        length, most = length or self._sizes(loaded)[0], longest(loaded, LONGEST)
+        if not 2 <= length <= most:
+            raise DataError(f"training windows of {length} tokens: the model takes 2 to {most}")
+        windows = cut(self._tokens(loaded, data), length, data.name)
+        return [{"input_ids": window, "labels": window} for window in windows]
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
         """The first window alone, without a cache."""

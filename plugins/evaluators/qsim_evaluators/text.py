@@ -75,6 +75,13 @@ def draw(tokens: Tensor, samples: int, length: int, seed: int, name: str) -> lis
     return [tokens[start : start + length].unsqueeze(0) for start in starts.tolist()]
 
 
+def cut(tokens: Tensor, length: int, name: str) -> Tensor:
+    """Windows `[many, length]` one after another, a rest left out. Raises `DataError` if there is not one."""
+    if len(tokens) < length:
+        raise DataError(f"{name} has {len(tokens)} tokens, fewer than one training window of {length}; lower --seqlen")
+    return tokens[: len(tokens) // length * length].view(-1, length)
+
+
 def read_file(path: Path) -> str:
     """A file's text. Raises `DataError`."""
     try:

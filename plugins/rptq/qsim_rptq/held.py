@@ -30,6 +30,10 @@ class Held(ABC):
     def passes(self, x: Tensor) -> Tensor:
         """Where `x` lies at most half a step outside of what can be represented."""
 
+    def gradient_passes(self, x: Tensor) -> Tensor:
+        """Where the gradient passes: where the value does."""
+        return self.passes(x)
+
     @abstractmethod
     def bits_per_element(self, shape: torch.Size) -> float:
         """Bits of a code; scales are stored once for all data."""
