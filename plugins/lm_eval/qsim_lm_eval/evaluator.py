@@ -92,14 +92,14 @@ class LMEval(Evaluator):
             from qsim_lm_eval.language_model import InMemory
             from qsim_lm_eval.scores import score
 
-            tasks.seed(run.seed)
             try:
-                results = lm_eval.evaluate(
-                    InMemory(loaded, run, self.max_length),
-                    {"tasks": tasks.tasks, "groups": tasks.groups},
-                    limit=run.limit,
-                    bootstrap_iters=0,
-                )
+                with tasks.seeded(run.seed):
+                    results = lm_eval.evaluate(
+                        InMemory(loaded, run, self.max_length),
+                        {"tasks": tasks.tasks, "groups": tasks.groups},
+                        limit=run.limit,
+                        bootstrap_iters=0,
+                    )
             except (AssertionError, ValueError) as error:  # how the harness refuses what it is asked for
                 raise DataError(f"lm-evaluation-harness: {' '.join(str(error).split())[:300]}") from None
             return score(results, tasks)

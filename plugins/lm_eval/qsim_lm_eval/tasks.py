@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,24 @@ class Tasks:
     first_text: str
     """The first request of the first task."""
 
-    def seed(self, seed: int) -> None:
-        """Let the examples shown and whatever else is drawn begin anew, the same for every model."""
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        for task in self.tasks.values():
-            task.set_fewshot_seed(seed)
+    @contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        """Inside, the examples shown and whatever else is drawn begin anew, the same for every model.
+
+        The harness draws from global generators; afterwards they are where they were.
+        """
+        states = random.getstate(), np.random.get_state()
+        try:
+            with torch.random.fork_rng():
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.manual_seed(seed)
+                for task in self.tasks.values():
+                    task.set_fewshot_seed(seed)
+                yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def load(names: tuple[str, ...], num_fewshot: int | None, include_path: Path | None) -> Data:
