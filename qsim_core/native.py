@@ -217,7 +217,7 @@ def only(wanted: bool) -> Iterator[None]:
 def load(build: bool) -> Library | None:
     """The library out of the cache, or built if that is asked for. None where there is none, or no compiler."""
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    digest = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, EXACT, compiler, _processor())).encode()).hexdigest()
+    digest = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, EXACT, compiler, processor())).encode()).hexdigest()
     path = cache() / "kernels" / f"{digest[:16]}.so"
     try:
         if not path.exists():
@@ -241,7 +241,7 @@ def _compile(compiler: str, path: Path) -> None:
         part.replace(path)
 
 
-def _processor() -> str:
+def processor() -> str:
     """What code made for this processor may rely on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qsim_core import audit as auditing
+from qsim_core import reuse, static
 from qsim_core.bases import Run
 from qsim_core.context import Context, LayerReport
 from qsim_core.errors import CalibrationWarning, QsimError, RecipeError
@@ -18,7 +19,6 @@ from qsim_core.forward import Example, as_in_evaluation, call
 from qsim_core.offload import at_hand, state
 from qsim_core.recipe import Plan, Recipe
 from qsim_core.sites import Sites, functional
-from qsim_core.static import Fitter
 from qsim_core.transforming import apply_transforms
 
 
@@ -37,6 +37,8 @@ class Simulation:
         """What the transforms did, layer by layer."""
         self.warnings: list[str] = []
         """What can hardly be right about static scales and what transforms did, each with its site."""
+        self.cached: list[str] = []
+        """What an earlier run with this work directory had computed."""
 
     def _attach(self) -> None:
         self.sites.attach(self.model, self._handles)
@@ -123,7 +125,22 @@ class Simulation:
         """Choose static scales, if any are wanted, in one pass of the unquantized model over the calibration data."""
         if not batches or not self.recipe.has_static:
             return
-        fitter = Fitter()
+        wanted = static.wanted(self.sites.table.values())
+        entry = None
+        if not self.recipe.transforms:  # what these leave at sites has no fingerprint
+            entry = reuse.Reusable.statistics(run.work_dir, self.model, self.recipe.value_axis, wanted, batches)
+        found = None if entry is None else entry.get()
+        if found is not None:
+            self.cached.append("statistics")
+        else:
+            found = self._gather(batches, run)
+            if entry is not None and found.keys() <= {(name, role) for name, role, _ in wanted}:
+                entry.put(found)  # of a site that the example has not met, its fingerprint knows nothing
+        self.warnings += static.fix(self.sites.table, found)
+
+    def _gather(self, batches: list[Example], run: Run) -> static.Statistics:
+        """Run the calibration data through the model as it is; what passes where static scales are wanted."""
+        fitter = static.Fitter()
         self.sites.quantizing, self.sites.observer = False, fitter
         try:
             for fitter.batch, batch in enumerate(run.track(batches, len(batches), "static scales")):
@@ -133,7 +150,7 @@ class Simulation:
             self.sites.quantizing, self.sites.observer = True, None
         for site in self.sites.table.values():
             site.calls = 0
-        self.warnings += fitter.fix()
+        return fitter.statistics()
 
 
 def simulate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -83,36 +83,65 @@ def _check_blocks(where: str, scheme: Scheme, known: int, here: int) -> None:
         )
 
 
+Place = tuple[str, str]
+"""A site's name and a role."""
+Statistics = dict[Place, tuple[Tensor, Tensor | None]]
+"""What stands for all that has passed each place: values [B, n], and how many each stands for."""
+Wanted = dict[tuple[str, str, str], Observer]
+"""A site's name, a role, and which elements share a scale -> what is to gather it."""
+
+
 class Fitter:
     """The observer of a calibration run: gathers what passes every site that wants static scales."""
 
     def __init__(self) -> None:
-        self.seen: dict[tuple[str, str], tuple[Site, Scheme, Observer, int]] = {}
+        self.seen: dict[Place, tuple[Scheme, Observer, int]] = {}
         self.batch = 0
 
     def __call__(self, site: Site, role: str, before: Tensor, after: Tensor, quantizer: Quantizer | None) -> None:
         """Called with every tensor before it is quantized; nothing is, meanwhile. Raises `DataError` on NaN and Inf."""
-        scheme = site.planned(role)
-        key = site.name, role
-        if not isinstance(scheme, Scheme) or not scheme.static or role == "weight":
-            return
-        if role in site.fixed and key not in self.seen:  # a transform has chosen
+        scheme, key = _wants(site, role), (site.name, role)
+        if scheme is None:
             return
         if not before.isfinite().all():
             raise DataError(f"calibration batch {self.batch} brings NaN or Inf to {site.name}; leave it out")
         if key not in self.seen:
-            self.seen[key] = site, scheme, scheme.range.observer(), scheme.blocks_of(before.shape)
-        _check_blocks(f"{site.name} ({role})", scheme, self.seen[key][3], scheme.blocks_of(before.shape))
-        self.seen[key][2].update(*scheme.static_blocks(before))
+            self.seen[key] = scheme, scheme.range.observer(), scheme.blocks_of(before.shape)
+        _check_blocks(f"{site.name} ({role})", scheme, self.seen[key][2], scheme.blocks_of(before.shape))
+        self.seen[key][1].update(*scheme.static_blocks(before))
 
-    def fix(self) -> list[str]:
-        """Choose the scales and leave them at the sites; gives a line for each that can hardly be right."""
-        suspicions = []
-        for (name, role), (site, scheme, observer, _) in self.seen.items():
-            values, counts = observer.values()
-            fixed = site.fixed[role] = Fixed(scheme, *scheme.fit(values, counts), f"{name} ({role})")
-            suspicions += [f"{name} ({role}) {what}" for what in _suspicions(fixed, values, counts)]
-        return suspicions
+    def statistics(self) -> Statistics:
+        """What was gathered at each place."""
+        return {key: observer.values() for key, (_, observer, _) in self.seen.items()}
+
+
+def wanted(sites: Iterable[Site]) -> Wanted:
+    """Where static scales are still to be found, by which scheme shares them, and an observer that has seen nothing."""
+    found = ((site, role, _wants(site, role)) for site in sites for role in ("input", "input2", "output"))
+    return {
+        (site.name, role, repr(scheme.granularity)): scheme.range.observer()
+        for site, role, scheme in found
+        if scheme is not None
+    }
+
+
+def fix(sites: Mapping[str, Site], statistics: Statistics) -> list[str]:
+    """Choose the scales and leave them at the sites; gives a line for each that can hardly be right."""
+    suspicions = []
+    for (name, role), (values, counts) in statistics.items():
+        site, where = sites[name], f"{name} ({role})"
+        scheme = _wants(site, role)
+        assert scheme is not None
+        fixed = site.fixed[role] = Fixed(scheme, *scheme.fit(values, counts), where)
+        suspicions += [f"{where} {what}" for what in _suspicions(fixed, values, counts)]
+    return suspicions
+
+
+def _wants(site: Site, role: str) -> Scheme | None:
+    """The scheme whose static scales are to be found; None where there is none, or a transform has chosen them."""
+    scheme = site.planned(role)
+    static = isinstance(scheme, Scheme) and scheme.static and role != "weight" and role not in site.fixed
+    return scheme if static else None  # type: ignore[return-value]
 
 
 def _suspicions(fixed: Fixed, values: Tensor, counts: Tensor | None) -> Iterator[str]:
