@@ -84,7 +84,7 @@ CLI = """# The command line
 | environment | |
 |---|---|
 | `NO_COLOR` | set to anything: no colours, no bold, no dim |
-| `QSIM_CACHE` | where the zoo keeps what it makes of its models; by default `qsim` in the user's cache directory |
+| `QSIM_CACHE` | where `qsim cache` finds compiled kernels and the zoo's models; by default `qsim` in the user's cache |
 | `HF_HUB_OFFLINE=1` | no hub is asked for models or data |
 
 Answers go to standard output; progress, warnings and errors to standard error. Progress is shown on a terminal only,

@@ -33,7 +33,7 @@ class Checkpoint:
     def of(cls, work_dir: Path, model: nn.Module, batches: Sequence[Any], *texts: str) -> Checkpoint:
         """The checkpoint of what these texts, the model as it is now and the data say. Raises `QsimError`."""
         tensors = (tensor for _, tensor in state(model))
-        made_from = sha256(itertools.chain((__version__, torch.__version__, *texts), tensors, _leaves(list(batches))))
+        made_from = sha256(itertools.chain((__version__, torch.__version__, *texts), tensors, leaves(list(batches))))
         directory = work_dir / made_from[:16]
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -44,6 +44,7 @@ class Checkpoint:
     def save(self, index: int, block: nn.Module, said: dict[str, Any]) -> None:
         """Keep a finished block's tensors, and what was said about it (plain data). Raises `QsimError`."""
         tensors = {name: tensor.detach().cpu() for name, tensor in block.state_dict().items()}
+        self.directory.mkdir(parents=True, exist_ok=True)  # `qsim cache --clear` may have taken it away
         with writing(self._file(index)) as file:
             torch.save({"tensors": tensors, "said": said}, file)
 
@@ -66,15 +67,15 @@ class Checkpoint:
         return self.directory / f"block-{index:03}.pt"
 
 
-def _leaves(tree: Any) -> Iterator[Any]:
+def leaves(tree: Any) -> Iterator[Any]:
     """What mappings (transformers' too), lists and tuples hold, with the keys."""
     if isinstance(tree, Mapping):
         for key, value in tree.items():
             yield key
-            yield from _leaves(value)
+            yield from leaves(value)
     elif isinstance(tree, list | tuple):
         for item in tree:
-            yield from _leaves(item)
+            yield from leaves(item)
     else:
         yield tree
 

@@ -96,7 +96,10 @@ def main() -> None:
 )
 @with_options(CALIBRATION)
 @click.option(
-    "--work-dir", type=click.Path(path_type=Path), metavar="DIR", help="Keep finished blocks, to go on after a failure."
+    "--work-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Keep there what other runs can use.",
 )
 @click.option(
     "--device",
@@ -265,6 +268,27 @@ def components(name: str | None, table: bool, as_json: bool) -> None:
         listing.codes(Host(), name, as_json)
     else:
         listing.components(Host(), name, as_json)
+
+
+@main.command()
+@click.option("--work-dir", type=click.Path(path_type=Path), metavar="DIR", help="What runs have kept there, too.")
+@click.option(
+    "--clear", is_flag=False, flag_value="all", metavar="[KIND]", help="Remove everything shown, or one kind of it."
+)
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def cache(work_dir: Path | None, clear: str | None, yes: bool, as_json: bool) -> None:
+    """Show what is kept to be used again, and remove it: compiled kernels, models that the zoo has made.
+
+    With --work-dir also what `qsim evaluate --work-dir DIR` has kept: baselines, statistics and blocks. All of it is
+    made again when it is needed.
+    """
+    from qsim_core import caches
+
+    if clear is None:
+        caches.show(work_dir, as_json)
+    else:
+        caches.clear(work_dir, clear, yes, as_json)
 
 
 @main.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -10,14 +11,17 @@ from typing import Any
 
 import torch
 
+from qsim_core import reuse, store
 from qsim_core.bases import Calibration, Data, Evaluator, LoadedModel, Run
 from qsim_core.component import components_in
 from qsim_core.errors import DataError, QsimError, RecipeError, SpecError, did_you_mean
+from qsim_core.fingerprint import of_component, of_machine, of_model, of_preparation, of_requirements
 from qsim_core.host import Host, installed
 from qsim_core.metrics import intervals
 from qsim_core.models import Located, locate
 from qsim_core.recipe import Recipe
 from qsim_core.result import CalibrationRecord, DataRecord, Environment, PluginRecord, Result
+from qsim_core.reuse import Reusable
 from qsim_core.simulation import simulate
 from qsim_core.trained import STATE, read_state
 
@@ -130,6 +134,8 @@ def evaluate(
     if not job.recipe.quantizes and not job.recipe.transforms:
         raise RecipeError("the recipe quantizes nothing; name weights, activations or outputs")
     _check_samples(job.evaluator, samples)
+    if run.work_dir is not None:
+        store.make(run.work_dir)
     with run.stage(f"loading {job.located.name}"):
         dataset = job.data(data)
         given = calibration or Calibration()
@@ -142,7 +148,8 @@ def evaluate(
     with run.stage("looking for matmuls"):
         if example is not None:  # a recipe that does not fit the model is told before the baseline has run for an hour
             simulate(loaded.model, job.recipe.model_copy(update={"transforms": ()}), example=example).restore()
-    baseline, baseline_seconds = _timed(job.evaluator, loaded, dataset, run, f"{dtype} baseline")
+    entry = None if samples is not None else _baseline_entry(job, host, loaded, dataset, run, device, dtype)
+    baseline, baseline_seconds, cached = _baseline(entry, job.evaluator, loaded, dataset, run, dtype)
     with run.stage("quantizing weights") if batches is None else nullcontext():  # transforms show their own progress
         simulation = simulate(
             loaded.model,
@@ -176,6 +183,7 @@ def evaluate(
         limit=run.limit,
         seed=run.seed,
         seconds=seconds,
+        cached=[*(["baseline"] if cached else []), *simulation.cached],
     )
 
 
@@ -244,6 +252,42 @@ def _timed(
     start = time.perf_counter()
     labelled = replace(run, track=lambda items, total, text: run.track(items, total, what))
     return evaluator.evaluate(loaded, data, labelled), time.perf_counter() - start
+
+
+def _baseline_entry(
+    job: Job, host: Host, loaded: LoadedModel, data: Data, run: Run, device: str, dtype: str
+) -> Reusable | None:
+    """Where the baseline is kept, by all that decides it. None without a work directory, or where not all is known."""
+    if run.work_dir is None:
+        return None
+    parts = [job.evaluator, *job.located.components]
+    plugins = {plugin for part in parts for c in components_in(part) if (plugin := host.plugin_of(c)) is not None}
+    options = (run.batch_size, run.limit, run.seed, run.allow_code_execution)
+    made_from = itertools.chain(
+        of_model(loaded.model),
+        of_preparation(loaded.tokenizer),
+        of_preparation(loaded.processor),
+        *map(of_component, parts),
+        (job.evaluator.protocol(loaded), data.sha256, *options),
+        of_machine(device, dtype),
+        of_requirements({"qsim-core", "transformers", *(plugin.distribution for plugin in plugins)}),
+    )
+    what = f"{job.evaluator}, {data.name}, {dtype}"
+    with run.stage("looking for an earlier baseline"):
+        return Reusable.of(run.work_dir, "baseline", made_from, model=job.located.name, what=what)
+
+
+def _baseline(
+    entry: Reusable | None, evaluator: Evaluator, loaded: LoadedModel, data: Data, run: Run, dtype: str
+) -> tuple[dict[str, float], float, bool]:
+    """The baseline's metrics, how long it took, and whether an earlier run had found them."""
+    start = time.perf_counter()
+
+    def evaluate() -> dict[str, float]:
+        return _timed(evaluator, loaded, data, run, f"{dtype} baseline")[0]
+
+    metrics, cached = (evaluate(), False) if entry is None else reuse.baseline(entry, run.seed, evaluate)
+    return metrics, time.perf_counter() - start, cached
 
 
 def _description(job: Job, loaded: LoadedModel, host: Host) -> dict[str, Any]:

@@ -68,6 +68,22 @@ class Metrics(dict[str, float]):
         return dict(self.of_means(dict(zip(self.samples, means.unbind(1), strict=True))))
 
 
+class Resampled(Metrics):
+    """Metrics of which only their draws are known: enough for intervals, and small, however many samples there were."""
+
+    def __init__(self, values: Mapping[str, float], size: int, draws: Mapping[str, Tensor]) -> None:
+        super().__init__({}, counts=values)
+        self._size, self._draws = size, dict(draws)
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def resampled(self, seed: int) -> dict[str, Tensor]:
+        """What was drawn with the seed of the run; there is no other."""
+        return self._draws
+
+
 def intervals(baseline: dict[str, float], simulated: dict[str, float], seed: int) -> dict[str, dict[str, Any]]:
     """For each metric the confidence intervals of `baseline`, `simulated`, their `ratio` and their `difference`.
 

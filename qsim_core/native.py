@@ -239,7 +239,7 @@ _lock = threading.Lock()
 @functools.cache
 def _load(build: bool) -> Library | None:
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    digest = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, EXACT, compiler, _processor())).encode()).hexdigest()
+    digest = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, EXACT, compiler, processor())).encode()).hexdigest()
     try:
         path = cache() / "kernels" / f"{digest[:16]}.so"
         if not path.exists():
@@ -276,7 +276,7 @@ def _compile(compiler: str, path: Path) -> None:
         part.replace(path)
 
 
-def _processor() -> str:
+def processor() -> str:
     """What code made for this processor may rely on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -166,7 +166,8 @@ def show(result: Result) -> None:
     table.add_row("bits per weight", _bits(audit.bits_per_weight))
     table.add_row("bits per activation", _bits(audit.bits_per_activation))
     table.add_section()
-    table.add_row("seconds, baseline", f"{result.seconds['baseline']:.1f}")
+    before_that = " (of an earlier run)" if "baseline" in result.cached else ""
+    table.add_row("seconds, baseline", f"{result.seconds['baseline']:.1f}{before_that}")
     table.add_row("seconds, simulated", f"{result.seconds['simulated']:.1f}")
     table.add_row("seconds, in all", f"{result.seconds['total']:.1f}")
     out = console()

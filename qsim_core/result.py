@@ -67,7 +67,7 @@ class Environment(_Record):
         return cls(
             python=platform.python_version(),
             platform=platform.platform(),
-            versions={name: v for name in ("qsim-core", "torch", "transformers") if (v := _version(name))},
+            versions={name: v for name in ("qsim-core", "torch", "transformers") if (v := version_of(name))},
             device=device,
             dtype=dtype,
             threads=torch.get_num_threads(),
@@ -98,6 +98,7 @@ class Result(_Record):
     limit: int | None
     seed: int
     seconds: dict[str, float] = Field(description="baseline, simulated, total")
+    cached: list[str] = Field(default=[], description="what an earlier run with this work directory had computed")
 
     @property
     def ratio(self) -> float:
@@ -127,7 +128,8 @@ class Result(_Record):
         return result
 
 
-def _version(distribution: str) -> str | None:
+def version_of(distribution: str) -> str | None:
+    """The installed version of a distribution; None where it is not installed."""
     try:
         return version(distribution)
     except PackageNotFoundError:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qsim_core import audit as auditing
-from qsim_core import site_state
+from qsim_core import reuse, site_state, static
 from qsim_core.bases import Run
 from qsim_core.context import Context, LayerReport
 from qsim_core.errors import CalibrationWarning, QsimError, RecipeError
@@ -21,7 +21,6 @@ from qsim_core.offload import at_hand
 from qsim_core.offload import state as state_of
 from qsim_core.recipe import Plan, Recipe
 from qsim_core.sites import Sites, functional
-from qsim_core.static import Fitter
 from qsim_core.transforming import apply_transforms, left_behind
 
 
@@ -41,6 +40,8 @@ class Simulation:
         """What the transforms did, layer by layer."""
         self.warnings: list[str] = []
         """What can hardly be right about static scales and what transforms did, each with its site."""
+        self.cached: list[str] = []
+        """What an earlier run with this work directory had computed."""
 
     def _attach(self) -> None:
         self.sites.attach(self.model, self._handles)
@@ -155,7 +156,23 @@ class Simulation:
             batches = [self.example]
         if not batches or not self.recipe.has_static:
             return
-        fitter = Fitter()
+        wanted = static.wanted(self.sites.table.values())
+        entry = None
+        if not self.recipe.transforms and not self.recipe.learns:  # what these leave at sites has no fingerprint
+            entry = reuse.Reusable.statistics(run.work_dir, self.model, self.recipe.value_axis, wanted, batches)
+        found, learning = None if entry is None else entry.get(), static.Learning()
+        if found is not None:
+            self.cached.append("statistics")
+        else:
+            fitter = self._gather(batches, run)
+            found, learning = fitter.statistics(), fitter.weights
+            if entry is not None and found.keys() <= {(name, role) for name, role, _ in wanted}:
+                entry.put(found)  # of a site that the example has not met, its fingerprint knows nothing
+        self.warnings += static.fix(self.model, self.sites.table, found, learning)
+
+    def _gather(self, batches: list[Example], run: Run) -> static.Fitter:
+        """Run the calibration data through the model as it is; who saw what passes where scales are wanted."""
+        fitter = static.Fitter()
         self.sites.quantizing, self.sites.observer = False, fitter
         try:
             for fitter.batch, batch in enumerate(run.track(batches, len(batches), "static scales")):
@@ -165,7 +182,7 @@ class Simulation:
             self.sites.quantizing, self.sites.observer = True, None
         for site in self.sites.table.values():
             site.calls = 0
-        self.warnings += fitter.fix(self.model)
+        return fitter
 
 
 def simulate(

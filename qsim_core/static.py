@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,21 +24,28 @@ CLIPPED = 0.01
 """More than this share of values outside the range is suspicious."""
 
 
+Place = tuple[str, str]
+"""A site's name and a role."""
+Statistics = dict[Place, tuple[Tensor, Tensor | None]]
+"""What stands for all that has passed each place: values [B, n], and how many each stands for."""
+Wanted = dict[tuple[str, str, str], Observer]
+"""A site's name, a role, and which elements share a scale -> what is to gather it."""
+Learning = dict[str, tuple["Site", Scheme, Tensor, Tensor | None]]
+"""A weight's site -> where its learned steps start."""
+
+
 class Fitter:
     """The observer of a calibration run: gathers what passes every site that wants static scales."""
 
     def __init__(self) -> None:
-        self.seen: dict[tuple[str, str], tuple[Site, Scheme, Observer, int]] = {}
-        self.weights: dict[str, tuple[Site, Scheme, Tensor, Tensor | None]] = {}
+        self.seen: dict[Place, tuple[Scheme, Observer, int]] = {}
+        self.weights = Learning()
         self.batch = 0
 
     def __call__(self, site: Site, role: str, before: Tensor, after: Tensor, quantizer: Quantizer | None) -> None:
         """Called with every tensor before it is quantized; nothing is, meanwhile. Raises `DataError` on NaN and Inf."""
-        scheme = site.planned(role)
-        key = site.name, role
-        if not isinstance(scheme, Scheme) or not (scheme.learns or (scheme.static and role != "weight")):
-            return
-        if role in site.fixed and key not in self.seen:  # a transform has chosen
+        scheme, key = _wants(site, role), (site.name, role)
+        if scheme is None:
             return
         if role == "weight":
             self.weights.setdefault(site.name, (site, scheme, *of_weight(scheme, before)))
@@ -51,20 +58,45 @@ class Fitter:
         if not before.isfinite().all():
             raise DataError(f"calibration batch {self.batch} brings NaN or Inf to {site.name}; leave it out")
         if key not in self.seen:
-            self.seen[key] = site, scheme, scheme.range.observer(), scheme.blocks_of(before.shape)
-        check_blocks(f"{site.name} ({role})", scheme, self.seen[key][3], scheme.blocks_of(before.shape))
-        self.seen[key][2].update(*scheme.static_blocks(before))
+            self.seen[key] = scheme, scheme.range.observer(), scheme.blocks_of(before.shape)
+        check_blocks(f"{site.name} ({role})", scheme, self.seen[key][2], scheme.blocks_of(before.shape))
+        self.seen[key][1].update(*scheme.static_blocks(before))
 
-    def fix(self, model: nn.Module) -> list[str]:
-        """Choose the scales and leave them at the model's sites; gives a line for each that can hardly be right."""
-        suspicions = []
-        for site, scheme, scale, zero in self.weights.values():
-            hold(model, site, "weight", scheme, scale, zero)
-        for (name, role), (site, scheme, observer, _) in self.seen.items():
-            values, counts = observer.values()
-            fixed = hold(model, site, role, scheme, *scheme.fit(values, counts))
-            suspicions += [f"{name} ({role}) {what}" for what in _suspicions(fixed, values, counts)]
-        return suspicions
+    def statistics(self) -> Statistics:
+        """What was gathered at each place."""
+        return {key: observer.values() for key, (_, observer, _) in self.seen.items()}
+
+
+def wanted(sites: Iterable[Site]) -> Wanted:
+    """Where static scales are still to be found, by which scheme shares them, and an observer that has seen nothing."""
+    found = ((site, role, _wants(site, role)) for site in sites for role in ("input", "input2", "output"))
+    return {
+        (site.name, role, repr(scheme.granularity)): scheme.range.observer()
+        for site, role, scheme in found
+        if scheme is not None
+    }
+
+
+def fix(model: nn.Module, sites: Mapping[str, Site], statistics: Statistics, weights: Learning) -> list[str]:
+    """Choose the scales and leave them at the model's sites; gives a line for each that can hardly be right."""
+    suspicions = []
+    for site, scheme, scale, zero in weights.values():
+        hold(model, site, "weight", scheme, scale, zero)
+    for (name, role), (values, counts) in statistics.items():
+        site = sites[name]
+        wants = _wants(site, role)
+        assert wants is not None
+        fixed = hold(model, site, role, wants, *wants.fit(values, counts))
+        suspicions += [f"{name} ({role}) {what}" for what in _suspicions(fixed, values, counts)]
+    return suspicions
+
+
+def _wants(site: Site, role: str) -> Scheme | None:
+    """The scheme whose static or learned scales are to be found; None: there is none, or a transform has chosen."""
+    scheme = site.planned(role)
+    if not isinstance(scheme, Scheme) or role in site.fixed:
+        return None
+    return scheme if scheme.learns or (scheme.static and role != "weight") else None
 
 
 def _suspicions(fixed: Fixed, values: Tensor, counts: Tensor | None) -> Iterator[str]:

@@ -29,7 +29,16 @@ def imported_by(program: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["plugins"], ["plugins", "--json"], ["evaluate", "-h"], ["finetune", "-h"]]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["plugins"],
+        ["plugins", "--json"],
+        ["cache", "--json"],
+        ["evaluate", "-h"],
+        ["finetune", "-h"],
+    ],
 )
 def test_help_and_the_list_of_plugins_import_nothing_heavy(arguments: list[str]) -> None:
     modules = imported_by(f"from qsim_core.cli import main; main({arguments!r}, standalone_mode=False)")

@@ -1,0 +1,154 @@
+"""`qsim cache` shows what is kept, and removes that and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from torch import nn
+
+from qsim_core.checkpoint import Checkpoint
+from qsim_core.cli import main
+from qsim_core.store import Store
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's cache with a compiled kernel and a model of the zoo, and with somebody else's files."""
+    folder = tmp_path / "cache"
+    for name in ("kernels/0123456789abcdef.so", "zoo/0123456789abcdef/opt-tiny-outliers/config.json", "zoo/mine.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("1234567")
+    monkeypatch.setenv("QSIM_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A work directory with a baseline, statistics and blocks, and with somebody else's files."""
+    folder = tmp_path / "work"
+    Store(folder, "baseline").put("digest", b"metrics", model="opt-tiny", what="perplexity, text, float32")
+    Store(folder, "statistics").put("digest", b"extremes", model="opt-tiny", what="24 tensors, 32 batches")
+    Checkpoint.of(folder, nn.Linear(2, 2), [torch.ones(1, 2)], "gptq").save(0, nn.Linear(2, 2), {})
+    (folder / "baseline" / "notes.txt").write_text("mine")
+    (folder / "feedfeedfeedfeed").mkdir()
+    return folder
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["cache", *map(str, arguments)])
+
+
+def rows(*arguments: object) -> list[tuple[str, str, str]]:
+    return [(row["kind"], row["model"], row["what"]) for row in json.loads(run(*arguments, "--json").stdout)]
+
+
+def test_everything_is_listed(work: Path) -> None:
+    assert rows("--work-dir", work) == [
+        ("baseline", "opt-tiny", "perplexity, text, float32"),
+        ("statistics", "opt-tiny", "24 tensors, 32 batches"),
+        ("blocks", "", "1 finished by a transform"),
+        ("kernels", "", "compiled kernels"),
+        ("zoo", "opt-tiny-outliers", "made of another model"),
+    ]
+
+
+def test_the_table_has_sizes_and_ages_and_says_where(cache: Path) -> None:
+    os.utime(cache / "kernels" / "0123456789abcdef.so", (0, 0))
+
+    lines = run().stdout.splitlines()
+
+    assert lines[0].split() == ["kind", "model", "what", "size", "age"]
+    assert lines[1].split()[:5] == ["kernels", "compiled", "kernels", "7", "bytes"]
+    assert int(lines[1].split()[5]) > 20_000
+    assert lines[3] == f"2 entries (14 bytes) in {cache}"
+
+
+def test_one_kind_is_cleared_and_the_rest_stays(work: Path) -> None:
+    outcome = run("--work-dir", work, "--clear", "baseline", "--yes")
+
+    assert outcome.stdout.startswith("removed 1 entry (")
+    assert [kind for kind, _, _ in rows("--work-dir", work)] == ["statistics", "blocks", "kernels", "zoo"]
+
+
+def test_all_is_cleared_but_what_others_have_put_there(work: Path, cache: Path) -> None:
+    outcome = run("--work-dir", work, "--clear", "--yes")
+
+    assert outcome.stdout.startswith("removed 5 entries (")
+    assert rows("--work-dir", work) == []
+    left = sorted(str(path.relative_to(work.parent)) for path in work.parent.rglob("*") if path.is_file())
+    assert left == ["cache/zoo/mine.txt", "work/baseline/notes.txt"]
+    assert (work / "feedfeedfeedfeed").is_dir()
+
+
+def test_without_a_terminal_nothing_is_removed_unasked(cache: Path) -> None:
+    outcome = run("--clear", "kernels")
+
+    assert (outcome.exit_code, outcome.stdout) == (1, "")
+    assert (
+        outcome.stderr == "Error: 1 entry (7 bytes) would be removed, and there is no terminal to ask on; say --yes\n"
+    )
+    assert len(rows()) == 2
+
+
+@pytest.mark.parametrize(("answer", "left"), [("n", 2), ("y", 1)])
+def test_on_a_terminal_it_asks(answer: str, left: int) -> None:
+    mine, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qsim_core", "cache", "--clear", "zoo"],
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    os.write(mine, f"{answer}\n".encode())
+    _, said = process.communicate()
+
+    assert (process.returncode, len(rows())) == (answer == "n", left)
+    assert said.startswith(b"Remove 1 entry (7 bytes)? [y/N]: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--clear", "kernel"],
+            "nothing of kind 'kernel' is kept; did you mean 'kernels'? "
+            "There are: all, baseline, blocks, kernels, statistics, zoo",
+        ),
+        (
+            ["--clear", "baseline"],
+            "--clear baseline needs the work directory; name it with --work-dir",
+        ),
+        (["--work-dir", "nowhere"], "there is no directory nowhere"),
+    ],
+)
+def test_what_cannot_be_done_is_said(arguments: list[str], message: str) -> None:
+    outcome = run(*arguments)
+
+    assert (outcome.exit_code, outcome.stderr) == (1, f"Error: {message}\n")
+
+
+def test_a_damaged_entry_is_listed_and_can_go(work: Path) -> None:
+    (file,) = (work / "baseline").glob("*.kept")
+    file.write_bytes(b"\xff\xfe")
+
+    assert rows("--work-dir", work)[0] == ("baseline", "", "damaged")
+    assert run("--work-dir", work, "--clear", "baseline", "-y").exit_code == 0
+
+
+def test_a_run_whose_blocks_are_cleared_keeps_the_next_ones(work: Path) -> None:
+    checkpoint = Checkpoint.of(work, nn.Linear(2, 2), [torch.zeros(1, 2)], "gptq")
+    checkpoint.save(0, nn.Linear(2, 2), {})
+    run("--work-dir", work, "--clear", "--yes")
+
+    checkpoint.save(1, nn.Linear(2, 2), {"reports": []})
+
+    assert checkpoint.restore(0, nn.Linear(2, 2)) is None
+    assert checkpoint.restore(1, nn.Linear(2, 2)) == {"reports": []}
