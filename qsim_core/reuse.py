@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qsim_core.checkpoint import leaves, sha256
 from qsim_core.fingerprint import Unknowable, of_code, of_machine, of_model
 from qsim_core.metrics import Metrics, Resampled
 from qsim_core.observers import Observer
-from qsim_core.offload import computes_on
 from qsim_core.static import Wanted
 from qsim_core.store import Store
 
@@ -33,7 +32,7 @@ class Reusable:
 
     def __init__(self, work_dir: Path, kind: str, made_from: Iterable[Any], **about: str) -> None:
         self.store, self.about = Store(work_dir, kind), about
-        self.digest = sha256([kind, *made_from])
+        self.digest = sha256(itertools.chain([kind], made_from))  # one after another: they may not fit into memory
 
     def get(self) -> Any:
         """What was kept, numbers, texts and tensors in mappings and lists; None if it is not there."""
@@ -65,11 +64,12 @@ class Reusable:
         """What passes the sites that want static scales, in a model that no transform has changed."""
         if work_dir is None:
             return None
-        device = str(computes_on(model))
+        given = [value_axis, *leaves(list(batches))]
+        tensors = itertools.chain(model.parameters(), (leaf for leaf in given if isinstance(leaf, Tensor)))
+        devices = sorted({str(tensor.device) for tensor in tensors})
         seen = [part for key, observer in wanted.items() for part in (key, *_told(observer))]
         code = of_code(*(type(observer) for observer in wanted.values()))
-        given = value_axis, *seen, *leaves(list(batches))
-        made_from = itertools.chain(of_model(model), code, of_machine(device, ""), given)
+        made_from = itertools.chain(of_model(model), code, of_machine(" ".join(devices), ""), seen, given)
         name = Path(getattr(model, "name_or_path", "")).name or type(model).__name__
         what = f"{len(wanted)} tensors, {len(batches)} batches"
         return cls.of(work_dir, "statistics", made_from, model=name, what=what)

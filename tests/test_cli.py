@@ -67,7 +67,7 @@ def test_a_result_has_everything_that_its_schema_promises(record: Path) -> None:
 
     assert set(result) == {
         "schema_version", "model", "adapter", "recipe", "evaluator", "protocol", "metric", "baseline", "simulated",
-        "intervals", "audit", "plugins", "environment", "data", "calibration", "transforms", "warnings", "batch_size", "limit", "seed", "seconds",
+        "intervals", "audit", "plugins", "environment", "data", "calibration", "transforms", "warnings", "batch_size", "limit", "seed", "seconds", "cached",
     }  # fmt: skip
     assert result["recipe"] == {
         "weights": "abfp(int4)",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,43 @@ def test_statistics_that_lie_damaged_are_gathered_again(tmp_path: Path) -> None:
 
     assert static(tmp_path, "tensor(int4").cached == []
     assert static(tmp_path, "tensor(int4").cached == ["statistics"]
+
+
+class Squares(nn.Module):
+    """A product, and no parameter."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ x.mT
+
+
+def test_statistics_of_a_model_without_parameters_serve_too(tmp_path: Path) -> None:
+    runs = [
+        qsim.simulate(
+            Squares(),
+            activations=f"tensor({format}, static=true)",
+            calibration=[torch.eye(3)],
+            run=Run(work_dir=tmp_path),
+        )
+        for format in ("int8", "int4")
+    ]
+
+    assert [run.cached for run in runs] == [[], ["statistics"]]
+
+
+def test_a_fingerprint_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive = []
+
+    def tensors() -> Iterator[torch.Tensor]:
+        for _ in range(4):
+            alive.append(sum(tensor() is not None for tensor in made))
+            tensor = torch.ones(4)
+            made.append(weakref.ref(tensor))
+            yield tensor
+
+    Reusable(tmp_path, "baseline", tensors())
+
+    assert max(alive) == 1
 
 
 def test_a_model_is_its_tensors_and_what_its_modules_say() -> None:
