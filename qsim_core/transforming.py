@@ -47,7 +47,7 @@ def _digests(model: nn.Module) -> dict[str, str]:
 
 def left_behind(sites: Sites, hooks: int) -> str:
     """What transforms have left that is neither in the model's weights nor scales at its sites, in words."""
-    for name, plan, fixed, rotations in _standing(sites):
+    for name, plan, fixed, rotations, _ in _standing(sites):  # noise in training is no part of what was trained
         if plan or fixed or rotations:
             return f"a transform has left {'rotations' if rotations else 'quantizers of its own'} at {name}"
     if hooks:
