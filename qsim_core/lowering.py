@@ -37,6 +37,8 @@ def choose(wanted: str, call: Call, roles: Sequence[str], quantizers: Sequence[A
     *operands, output = quantizers
     if any(getattr(quantizer, "multiplier", None) is not None for quantizer in operands):
         return None
+    if torch.is_grad_enabled() and any(getattr(quantizer, "learns", False) for quantizer in quantizers):
+        return None
     if wanted in ("int8", "auto" if _vnni() else "") and linear and all(map(int8.fits, operands)):
         return Int8(operands)
     bare = output.unscaled if isinstance(output, Quantizer) else None

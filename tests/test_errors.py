@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import qsim_core as qsim
 from qsim_core import errors
 from qsim_core.cli import main
+from qsim_core.finetuning import finetune
 
 Qsim = Callable[..., Result]
 
@@ -41,7 +42,7 @@ RAISED: dict[type[Exception], tuple[Callable[[], Any], str]] = {
     ),
     qsim.SpecError: (
         lambda: qsim.parse("abfp(int4, m=64)"),
-        "abfp has no option 'm'. There are: adc, element, gain, n, noise, range, rule, scale, seed, static, symmetric "
+        "abfp has no option 'm'. There are: adc, element, gain, gradient, n, noise, range, rule, scale, seed, static, symmetric "
         "(character 14 of 'abfp(int4, m=64)')",
     ),
     qsim.PluginError: (
@@ -59,6 +60,10 @@ RAISED: dict[type[Exception], tuple[Callable[[], Any], str]] = {
     qsim.DataError: (
         lambda: linear(weights="int4", transforms=["gptq"]),
         "gptq(0.01) needs calibration data; give simulate(…, calibration=batches), or --calibration-data",
+    ),
+    qsim.TrainingError: (
+        lambda: finetune(qsim.Recipe.of({"model": "opt-tiny", "weights": "int4"}), Path(__file__)),
+        f"{__file__} is no directory",
     ),
 }  # fmt: skip
 ON_THE_COMMAND_LINE: dict[type[Exception], tuple[list[str], str]] = {
@@ -80,7 +85,7 @@ def test_every_class_of_errors_has_its_text_here() -> None:
     defined = {cls for _, cls in inspect.getmembers(errors, inspect.isclass) if cls.__module__ == errors.__name__}
 
     assert defined == {*RAISED, qsim.CalibrationWarning}
-    assert ON_THE_COMMAND_LINE.keys() == RAISED.keys()
+    assert ON_THE_COMMAND_LINE.keys() == RAISED.keys() - {qsim.TrainingError}  # tests/test_finetuning.py has those
     assert all(issubclass(cls, qsim.QsimError) for cls in RAISED)
 
 

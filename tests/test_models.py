@@ -121,10 +121,10 @@ def test_a_family_without_an_adapter_is_loaded_as_the_class_that_it_names(
 
     adapter, loaded = located.adapter, located.adapter.load(located.source, torch.float32)
     assert (adapter.name, adapter.evaluator_of(located.source)) == ("generic", evaluator)
-    assert located.note == (
+    assert located.notes("float64") == [
         f"no adapter for {model.config.model_type!r} models is installed: loaded as {type(model).__name__}, and no site is "
         f"left alone unless --skip says so"
-    )
+    ]
     with as_in_evaluation(model):
         assert torch.equal(call(loaded.model, example)[0], call(model, example)[0])
 
