@@ -70,8 +70,6 @@ class Half:
 def half(quantizer: Any, rows: Tensor, beside: Tensor | None = None) -> Half | None:
     """Rows [..., K] quantized, in bfloat16, and `beside` them columns [rows or 1, PARTS] for a bias.
 
-    Without a quantizer they are quantized already.
-
     None where a product would meet a value that is flushed to zero.
     """
     rows = rows.detach()
@@ -91,7 +89,7 @@ def _rounded(quantizer: Any, rows: Tensor, out: Tensor | None) -> Tensor:
     fast = fused.quantize(scheme, rows, static, torch.bfloat16, out) if isinstance(scheme, Scheme) else None
     if fast is not None:
         return fast
-    values: Tensor = rows if quantizer is None else quantizer.quantize(rows)
+    values: Tensor = quantizer.quantize(rows)
     half = values.to(torch.bfloat16)
     half = torch.where((half == 0) & (values != 0), TINIEST, half)  # so that what was lost shows
     return half if out is None else out.copy_(half)
@@ -163,7 +161,12 @@ class BF16:
         return half(self.quantizers[1], rows, ONES if self.biased else None)
 
     def again(self, rows: Tensor, kept: bool) -> Half | None:
-        return half(None, rows, ONES if self.biased else None)
+        """Values that were found exact when they were made."""
+        if not self.biased:
+            return Half(rows.to(torch.bfloat16))
+        wide = torch.empty(len(rows), rows.shape[1] + PARTS, dtype=torch.bfloat16)
+        wide[:, :-PARTS].copy_(rows)
+        return Half(wide, wider=True)
 
     def keep(self, made: Half) -> bool:
         return True
