@@ -20,8 +20,8 @@ from qsim_core.running import Site
 if TYPE_CHECKING:
     from qsim_core.sites import Sites
 
-TOGETHER = 2**20
-"""Scores that are computed at a time: 4 MiB of float32."""
+TOGETHER = 2**21
+"""Scores that are computed at a time: 8 MiB of float32."""
 
 
 def attend(
