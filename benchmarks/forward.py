@@ -13,11 +13,10 @@ import argparse
 import copy
 import importlib.util
 import statistics
-import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
+from timing import seconds
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -120,12 +119,6 @@ OTHERS: dict[str, tuple[str, Callable[[nn.Module], nn.Module]]] = {
     "modelopt mxfp8": ("modelopt", modelopt("MXFP8_DEFAULT_CFG")),
     "microxcaling mxfp8": ("mx", microxcaling("fp8_e4m3")),
 }
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def main() -> None:

@@ -12,23 +12,15 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-import time
-from collections.abc import Callable
-from typing import Any
 
 import torch
+from timing import seconds
 
 import qsim_core as qsim
 from qsim_core import native
 
 TEXTS = ["token(int8)", "token(int8, symmetric=false)", "tensor(int8)", "abfp(int4, n=64)", "e4m3", "token(e4m3)"]
 TEXTS += ["mxfp8_e4m3", "mxfp4", "nvfp4"]
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def main() -> None:

@@ -112,12 +112,12 @@ def cli() -> str:
     """Every command, argument and option, from the records of which `--help` is made."""
     parts = [CLI.format(written=WRITTEN), *(part for part in _command("qsim", main, None))]
     for name, command in sorted(main.commands.items()):
-        parts += _command(f"qsim {name}", command, click.Context(main, info_name="qsim"))
+        parts += _command(f"qsim {name}", command, click.Context(main, info_name="qsim", **main.context_settings))
     return "\n".join(parts)
 
 
 def _command(name: str, command: click.Command, parent: click.Context | None) -> Iterator[str]:
-    context = click.Context(command, info_name=name.split()[-1], parent=parent, help_option_names=["-h", "--help"])
+    context = click.Context(command, info_name=name.split()[-1], parent=parent, **command.context_settings)
     yield f"## `{name}`\n"
     yield f"`{context.command_path} {' '.join(command.collect_usage_pieces(context))}`\n"
     yield f"{inspect.cleandoc(command.help or '').partition(chr(8))[0].strip()}\n"

@@ -18,7 +18,7 @@ from torch import Tensor
 from qsim_core import fused
 from qsim_core.fixed import Fixed, scheme_of
 from qsim_core.format import Format
-from qsim_core.native import library
+from qsim_core.native import buffer, library
 from qsim_core.ops import LINEAR, Call, Layout
 from qsim_core.quantizer import Quantizer
 from qsim_core.scaling import Scheme
@@ -77,7 +77,7 @@ def half(quantizer: Any, rows: Tensor, beside: Tensor | None = None) -> Half | N
         values = _rounded(quantizer, rows, None)
         return None if _flushed(scheme_of(quantizer), values) else Half(values)
     matrix = rows.reshape(-1, rows.shape[-1])
-    wide = torch.empty(len(matrix), matrix.shape[1] + PARTS, dtype=torch.bfloat16)
+    wide = buffer(len(matrix), matrix.shape[1] + PARTS, dtype=torch.bfloat16)
     _rounded(quantizer, matrix, wide[:, :-PARTS])
     wide[:, -PARTS:] = beside
     return None if _flushed(scheme_of(quantizer), wide) else Half(wide.view(*rows.shape[:-1], -1), wider=True)
@@ -164,7 +164,7 @@ class BF16:
         """Values that were found exact when they were made."""
         if not self.biased:
             return Half(rows.to(torch.bfloat16))
-        wide = torch.empty(len(rows), rows.shape[1] + PARTS, dtype=torch.bfloat16)
+        wide = buffer(len(rows), rows.shape[1] + PARTS, dtype=torch.bfloat16)
         wide[:, :-PARTS].copy_(rows)
         return Half(wide, wider=True)
 

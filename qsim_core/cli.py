@@ -15,7 +15,7 @@ import click
 from qsim_core import __version__
 from qsim_core.errors import QsimError
 from qsim_core.new_plugin import new_plugin
-from qsim_core.options import CALIBRATION, FILE, RECIPE, complete_directory, with_options
+from qsim_core.options import CALIBRATION, FILE, POSITIVE, RECIPE, SHOWN, complete_directory, with_options
 
 if TYPE_CHECKING:
     from qsim_core.host import Plugin
@@ -68,7 +68,20 @@ def _rows(found: Collection[Plugin]) -> list[str]:
     return [f"{p.name:{names}}  {p.distribution:{distributions}}  {p.version}" for p in found]
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def _target(json_file: str | None) -> Path | None:
+    """The file that --json names, if it names one. Raises `QsimError` before hours of work if it cannot be written."""
+    from qsim_core.atomic import check_writable
+
+    if json_file in (None, "-"):
+        return None
+    check_writable(path := Path(json_file))
+    return path
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True},
+)
 @click.option(
     "--version",
     is_flag=True,
@@ -95,45 +108,26 @@ def main() -> None:
     "--data", type=FILE, metavar="FILE|NAME", help="Data: a file, or a name for `datasets` (NAME[:CONFIG[:SPLIT]])."
 )
 @with_options(CALIBRATION)
-@click.option(
-    "--work-dir",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Keep there what other runs can use.",
-)
+@click.option("--work-dir", type=click.Path(path_type=Path), metavar="DIR", help="Keep there what other runs can use.")
 @click.option(
     "--device",
     default="cpu",
-    show_default=True,
     help="Where to compute: cpu, cuda, cuda:1, …; auto: weights on GPUs, in memory, on disk as they fit; disk.",
 )
-@click.option("--dtype", default="float32", show_default=True, help="Arithmetic of the model and the simulation.")
-@click.option(
-    "--batch-size",
-    metavar="N",
-    type=click.IntRange(1),
-    default=8,
-    show_default=True,
-    help="Samples computed at a time.",
-)
+@click.option("--dtype", default="float32", help="Arithmetic of the model and the simulation.")
+@click.option("--batch-size", metavar="N", type=click.IntRange(1), default=8, help="Samples computed at a time.")
 @click.option("--limit", metavar="N", type=click.IntRange(1), help="Evaluate so many samples only.")
 @click.option(
-    "--seed",
-    metavar="N",
-    type=int,
-    default=0,
-    show_default=True,
-    help="Seed of drawn samples; stochastic rounding has `seed=`.",
+    "--seed", metavar="N", type=int, default=0, help="Seed of drawn samples; stochastic rounding has `seed=`."
 )
 @click.option(
     "--save-samples", "samples", type=click.Path(path_type=Path), metavar="DIR", help="Write what there is to look at."
 )
 @click.option("--allow-code-execution", is_flag=True, help="Let an evaluator run programs that the model writes.")
 @click.option("--dry-run", is_flag=True, help="Print the recipe that would run, and stop.")
-@click.option("--json", "output", type=FILE, metavar="FILE", help="Write the result as JSON; - for standard output.")
-@click.option("--quiet", "-q", is_flag=True, help="No progress, no table.")
+@with_options(SHOWN)
 @click.pass_context
-def evaluate(ctx: click.Context, /, output: str | None, quiet: bool, **options: Any) -> None:
+def evaluate(ctx: click.Context, /, json_file: str | None, quiet: bool, **options: Any) -> None:
     """Measure MODEL as it is and in another precision.
 
     MODEL is a directory, a hub name, or a model of the zoo (default: opt-tiny).
@@ -143,18 +137,14 @@ def evaluate(ctx: click.Context, /, output: str | None, quiet: bool, **options: 
     with nullcontext() if quiet else progress.stage("starting"):  # torch takes its time to load
         from qsim_core import report
 
-    target = Path(output) if output not in (None, "-") else None
-    if target is not None:
-        from qsim_core.atomic import check_writable
-
-        check_writable(target)
+    target = _target(json_file)
     given = {name for name in options if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
     result = report.run(options, given, quiet=quiet)
     if result is None:
         return
     if target is not None:
         result.write(target)
-    if output == "-":
+    if json_file == "-":
         click.echo(result.model_dump_json(indent=2))
     elif not quiet:
         report.show(result)
@@ -162,31 +152,36 @@ def evaluate(ctx: click.Context, /, output: str | None, quiet: bool, **options: 
 
 @main.command()
 @with_options(RECIPE)
-@click.option("--data", metavar="FILE|NAME", help="Data to train on; default: the train split of the model's own.")
-@click.option("--eval-data", metavar="FILE|NAME", help="Data to measure on; default: the model's own, or a test split.")
+@click.option(
+    "--data", type=FILE, metavar="FILE|NAME", help="Data to train on; default: the train split of the model's own."
+)
+@click.option(
+    "--eval-data", type=FILE, metavar="FILE|NAME", help="Data to measure on; default: the model's own, or a test split."
+)
 @with_options(CALIBRATION)
 @click.option(
     "--output", type=click.Path(path_type=Path), metavar="DIR", required=True, help="Where the trained model goes."
 )
-@click.option("--steps", type=click.IntRange(1), help="Optimizer steps; default: as many as the epochs have.")
-@click.option("--epochs", type=float, default=1.0, show_default=True, help="Passes over the data.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Samples computed at a time.")
-@click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True, help="Batches in one step.")
-@click.option("--lr", "learning_rate", type=float, default=1e-4, show_default=True, help="Highest learning rate.")
-@click.option("--seqlen", type=click.IntRange(2), help="Tokens of a sample; default: what the evaluator takes.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order of samples and of dropout.")
-@click.option("--checkpoint-every", type=click.IntRange(1), default=100, show_default=True, help="Steps between them.")
+@click.option(
+    "--steps", metavar="N", type=click.IntRange(1), help="Optimizer steps; default: as many as the epochs have."
+)
+@click.option("--epochs", metavar="X", type=POSITIVE, default=1.0, help="Passes over the data.")
+@click.option("--batch-size", metavar="N", type=click.IntRange(1), default=8, help="Samples at a time.")
+@click.option("--accumulate", metavar="N", type=click.IntRange(1), default=1, help="Batches in one step.")
+@click.option("--lr", "learning_rate", metavar="X", type=POSITIVE, default=1e-4, help="Highest learning rate.")
+@click.option(
+    "--seqlen", metavar="N", type=click.IntRange(2), help="Tokens of a sample; default: what the evaluator takes."
+)
+@click.option("--seed", metavar="N", type=int, default=0, help="Seed of the order of samples and of dropout.")
+@click.option("--checkpoint-every", metavar="N", type=click.IntRange(1), default=100, help="Steps between them.")
 @click.option("--resume", is_flag=True, help="Go on with the interrupted run that --output holds.")
 @click.option("--gradient-checkpointing", is_flag=True, help="Compute activations again instead of keeping them.")
 @click.option("--bf16", is_flag=True, help="Autocast to bfloat16; weights and their rounding stay float32.")
 @click.option("--fold", is_flag=True, help="Save the model with quantized weights too, in DIR/folded.")
-@click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute."
-)
-@click.option("--limit", type=click.IntRange(1), help="Measure on so many samples only.")
-@click.option("--json", "output_json", metavar="FILE", help="Write the result as JSON; - for standard output.")
-@click.option("--quiet", "-q", is_flag=True, help="No progress, no table.")
-def finetune(output_json: str | None, quiet: bool, **options: Any) -> None:
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where to compute.")
+@click.option("--limit", metavar="N", type=click.IntRange(1), help="Measure on so many samples only.")
+@with_options(SHOWN)
+def finetune(json_file: str | None, quiet: bool, **options: Any) -> None:
     """Train MODEL under a recipe, and measure it before and after.
 
     Weights stay float32 and are quantized anew in every step; transforms come first. `qsim evaluate DIR` then
@@ -197,15 +192,11 @@ def finetune(output_json: str | None, quiet: bool, **options: Any) -> None:
     with nullcontext() if quiet else progress.stage("starting"):  # torch takes its time to load
         from qsim_core import finetuning_report
 
-    target = Path(output_json) if output_json not in (None, "-") else None
-    if target is not None:
-        from qsim_core.atomic import check_writable
-
-        check_writable(target)
+    target = _target(json_file)
     finetuned = finetuning_report.run(options, quiet=quiet)
     if target is not None:
         finetuned.write(target)
-    if output_json == "-":
+    if json_file == "-":
         click.echo(finetuned.model_dump_json(indent=2))
     elif not quiet:
         finetuning_report.show(finetuned, options["output"])

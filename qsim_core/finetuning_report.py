@@ -13,11 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from qsim_core import progress
-from qsim_core.bases import Calibration, Run
+from qsim_core.bases import Run
 from qsim_core.errors import CalibrationWarning
 from qsim_core.finetuning import CURVE, FOLDED, Finetuned, Training, finetune
 from qsim_core.host import Host
-from qsim_core.report import recipe_of, value
+from qsim_core.report import calibration_of, recipe_of, value
 from qsim_core.result import Result
 
 
@@ -35,9 +35,7 @@ def run(options: dict[str, Any], quiet: bool) -> Finetuned:
         data=options["data"],
         eval_data=options["eval_data"],
         device=options["device"],
-        calibration=Calibration(
-            options["calibration_data"], options["calibration_samples"], options["calibration_seqlen"]
-        ),
+        calibration=calibration_of(options),
         resume=options["resume"],
         fold=options["fold"],
         run=Run(limit=options["limit"], **({} if quiet else progress.SHOWN)),

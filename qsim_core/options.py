@@ -26,6 +26,15 @@ def complete_directory(ctx: click.Context, param: click.Parameter, incomplete: s
 FILE = click.Path(readable=False)
 """A file's name that may be something else: text, and the shell completes it."""
 
+POSITIVE = click.FloatRange(0, min_open=True)
+SHOWN = (
+    click.option(
+        "--json", "json_file", type=FILE, metavar="FILE", help="Write the result as JSON; - for standard output."
+    ),
+    click.option("--quiet", "-q", is_flag=True, help="No progress, no table."),
+)
+"""The options that say where a result goes."""
+
 RECIPE = (
     click.argument("model", required=False, shell_complete=complete_directory),
     click.option(
@@ -62,14 +71,7 @@ CALIBRATION = (
         metavar="FILE|NAME",
         help="Data that transforms look at; default: the model's own.",
     ),
-    click.option(
-        "--calibration-samples",
-        metavar="N",
-        type=click.IntRange(1),
-        default=32,
-        show_default=True,
-        help="So many samples.",
-    ),
+    click.option("--calibration-samples", metavar="N", type=click.IntRange(1), default=32, help="So many samples."),
     click.option(
         "--calibration-seqlen", metavar="N", type=click.IntRange(2), help="Tokens of a sample; default: a window's."
     ),

@@ -55,9 +55,7 @@ def run(options: dict[str, Any], given: set[str], quiet: bool) -> Result | None:
         data=options["data"],
         device=options["device"],
         dtype=options["dtype"],
-        calibration=Calibration(
-            options["calibration_data"], options["calibration_samples"], options["calibration_seqlen"]
-        ),
+        calibration=calibration_of(options),
         samples=options["samples"],
         run=Run(
             options["batch_size"],
@@ -93,6 +91,11 @@ def _recorded(before: Result) -> dict[str, Any]:
         options["calibration_data"] = looked_at.source
         options["calibration_samples"], options["calibration_seqlen"] = looked_at.samples, looked_at.length
     return options
+
+
+def calibration_of(options: dict[str, Any]) -> Calibration:
+    """The calibration data that the options name."""
+    return Calibration(options["calibration_data"], options["calibration_samples"], options["calibration_seqlen"])
 
 
 def recipe_of(options: dict[str, Any], host: Host) -> Recipe:

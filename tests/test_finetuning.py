@@ -231,6 +231,13 @@ def test_a_loss_that_is_nan_is_one_line_with_its_step_its_layer_and_the_last_che
     )
 
 
+@pytest.mark.parametrize("option", ["--lr", "--epochs"])
+def test_what_cannot_be_is_refused_before_anything_runs(option: str, tmp_path: Path) -> None:
+    outcome = qsim_("finetune", "opt-tiny", "--plugin", "abfp", "--output", tmp_path / "run", option, "-1")
+
+    assert outcome.output.endswith(f"Error: Invalid value for '{option}': -1.0 is not in the range x>0.\n")
+
+
 def again(output: Path, *changes: Any) -> str:
     outcome = qsim_("finetune", "opt-tiny", "--plugin", "abfp", *QUICK, "--steps", 3, "--output", output, *changes)
     assert outcome.exit_code == 1
