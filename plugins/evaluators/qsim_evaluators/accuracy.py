@@ -19,7 +19,7 @@ from torch import Tensor
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_evaluators.fitting import check, longest, need
 from qsim_evaluators.pixels import by, encoded, image_rows, pixels, sides
-from qsim_evaluators.text import LONGEST, read_lines, read_rows, tokenized
+from qsim_evaluators.text import LONGEST, holds_lines, read_lines, read_rows, tokenized
 
 
 class Samples(Sequence[dict[str, Tensor]]):
@@ -53,12 +53,12 @@ class Accuracy(Evaluator):
 
     def read(self, source: str, split: str = "test") -> Data:
         """Images or texts, and labels, from `datasets`: `NAME[:CONFIG[:SPLIT]]`, or a directory of data files; texts
-        from a file of JSON lines; images from a directory with one of images for each label.
+        from a file of rows; images from a directory with one of images for each label.
 
         The fingerprint is of the labels and of the texts or the encoded images.
         """
         path = Path(source).expanduser()
-        if path.is_file():
+        if holds_lines(path):
             return self._texts(source, read_lines(path))
         rows = read_rows(source, [self.label], split)
         if self.text in rows.column_names and self.image not in rows.column_names:

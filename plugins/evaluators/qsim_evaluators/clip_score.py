@@ -17,7 +17,7 @@ from qsim_evaluators.features import given
 from qsim_evaluators.fitting import check, device
 from qsim_evaluators.pictures import as_bytes, beside
 from qsim_evaluators.pixels import pixels
-from qsim_evaluators.text import read_file, read_rows
+from qsim_evaluators.text import ROWS, read_file, read_rows
 
 WEIGHT = 100
 """What the cosine is multiplied by: 100, as torchmetrics has it; the paper says 2.5."""
@@ -40,9 +40,12 @@ class ClipScore(Evaluator):
     column: str = Field("text", description="the column with prompts")
 
     def read(self, source: str, split: str = "test") -> Data:
-        """Prompts: the lines of a text file, or a column of `datasets`, `NAME[:CONFIG[:SPLIT]]`."""
+        """Prompts: the lines of a text file, or a column of rows: `NAME[:CONFIG[:SPLIT]]`, a file."""
         path = Path(source).expanduser()
-        found = read_file(path).splitlines() if path.is_file() else read_rows(source, [self.column], split)[self.column]
+        plain = path.is_file() and path.suffix not in ROWS
+        found = (
+            read_file(path).splitlines() if plain else map(str, read_rows(source, [self.column], split)[self.column])
+        )
         prompts = [text.strip() for text in found if text.strip()]
         if not prompts:
             raise DataError(f"{source} is empty: there is no prompt to make an image of")

@@ -63,8 +63,16 @@ class Fidelity(Evaluator):
         return self._inputs(loaded).calibration(loaded, data, samples, length, seed)
 
     def example(self, loaded: LoadedModel, data: Data) -> Any:
-        """The first input."""
-        return data.content[0] if isinstance(data.content, list) else self._inputs(loaded).example(loaded, data)
+        """The first input. Raises `DataError` if the model cannot run on what was given."""
+        if not isinstance(data.content, list):
+            return self._inputs(loaded).example(loaded, data)
+        try:
+            with torch.no_grad():
+                call(loaded.model, data.content[0])
+        except Exception as error:  # a model raises whatever it meets first
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"the model, {type(loaded.model).__name__}, cannot run on {data.name}: {reason}") from error
+        return data.content[0]
 
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
         """`sqnr_db`, `cosine`, of logits `kl` and `flips`, and the number of output `vectors`."""

@@ -16,7 +16,7 @@ from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, QsimErro
 from qsim_evaluators import sandbox
 from qsim_evaluators.completing import STOPS, Sampling, complete
 from qsim_evaluators.fitting import check, device, longest
-from qsim_evaluators.text import draw, read_lines, read_rows, tokens_of
+from qsim_evaluators.text import draw, holds_lines, read_lines, read_rows, tokens_of
 
 LONGEST = 2048
 NEEDED = ("prompt", "test", "entry_point")
@@ -56,9 +56,9 @@ class PassAtK(Evaluator):
         return self
 
     def read(self, source: str, split: str = "test") -> Data:
-        """Problems from a file of JSON lines, `.gz` too, or from `datasets`."""
+        """Problems from a file of rows, of JSON lines as `.gz` too, or from `datasets`."""
         path = Path(source).expanduser()
-        if path.is_file():
+        if holds_lines(path):
             return problems(source, read_lines(path))
         rows = read_rows(source, list(NEEDED), split)
         return problems(source, [dict(row) for row in rows])

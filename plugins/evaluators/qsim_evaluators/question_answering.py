@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_evaluators.fitting import check, device, longest
-from qsim_evaluators.text import read_rows
+from qsim_evaluators.text import ROWS, read_rows
 
 LONGEST = 512
 LIKELIEST = 20
@@ -40,12 +40,15 @@ class QuestionAnswering(Evaluator):
     longest_answer: PositiveInt = Field(30, description="tokens of an answer at most")
 
     def read(self, source: str, split: str = "test") -> Data:
-        """SQuAD's own JSON from a file, or its columns from `datasets`."""
+        """SQuAD's own JSON from a file, or its columns from a file of rows or from `datasets`."""
         path = Path(source).expanduser()
-        if path.is_file():
+        if path.is_file() and ROWS.get(path.suffix, "json") == "json" and path.suffix != ".jsonl":
             return _data(source, _official(path))
         rows = read_rows(source, list(COLUMNS), split)
-        return _data(source, [(row["question"], row["context"], list(row["answers"]["text"])) for row in rows])
+        try:
+            return _data(source, [(row["question"], row["context"], list(row["answers"]["text"])) for row in rows])
+        except (KeyError, TypeError):
+            raise DataError(f"{source}: 'answers' should hold 'text', a list, as SQuAD's does") from None
 
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
         """The first windows of questions drawn at random, one in a batch."""

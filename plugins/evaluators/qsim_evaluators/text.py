@@ -14,37 +14,46 @@ from qsim_core import Data, DataError, LoadedModel
 from qsim_core.errors import file_did_you_mean
 from qsim_evaluators.fitting import device, longest
 
+ROWS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+"""How files of rows end, and what `datasets` calls them."""
 LONGEST = 512
 """Tokens that a model of texts takes if it does not say."""
 
 
 def read_text(source: str, measure: str, split: str) -> Data:
-    """Text from a file, or from `datasets`: `NAME[:CONFIG[:SPLIT]]` or a directory of data files.
+    """Text from a file, or of the column `text` of a file of rows or of `datasets`: `NAME[:CONFIG[:SPLIT]]`.
 
-    A data set's rows are joined by blank lines, as GPTQ's evaluation joins them.
+    Rows are joined by blank lines, as GPTQ's evaluation joins them.
     """
     path = Path(source).expanduser()
-    text = read_file(path) if path.is_file() else "\n\n".join(read_rows(source, ["text"], split)["text"])
+    whole = path.is_file() and path.suffix not in ROWS
+    text = read_file(path) if whole else "\n\n".join(map(str, read_rows(source, ["text"], split)["text"]))
     if not text.strip():
         raise DataError(f"{source} is empty: there is no text to measure {measure} on")
     return Data.of_text(source, text)
 
 
 def read_rows(source: str, columns: list[str], split: str) -> Any:
-    """A data set with these columns, from `NAME[:CONFIG[:SPLIT]]` or a directory of data files; `split` unless another
-    is named."""
+    """A data set with these columns, from a file of rows, `NAME[:CONFIG[:SPLIT]]` or a directory of data files; `split`
+    unless another is named."""
     path = Path(source).expanduser()
+    if path.is_file() and path.suffix not in ROWS:
+        raise DataError(f"{source} holds no rows: their files end in {', '.join(ROWS)}")
     directory = Path(source.partition(":")[0]).expanduser()
-    if not directory.is_dir() and (source.startswith((".", "/", "~")) or path.suffix):
+    if not path.is_file() and not directory.is_dir() and (source.startswith((".", "/", "~")) or path.suffix):
         raise DataError(f"there is no file {source}{file_did_you_mean(path)}")
     from datasets import load_dataset
 
     name, config, named, *_ = (*source.split(":"), None, None, None)
     try:
-        rows = load_dataset(name, config or None, split=named or split)
+        if path.is_file():
+            rows = load_dataset(ROWS[path.suffix], data_files=str(path), split="train")
+        else:
+            rows = load_dataset(name, config or None, split=named or split)
     except Exception as error:  # datasets raises whatever its many loaders raise
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{source!r} is no file, and datasets cannot load it: {reason}") from None
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        no_file = "" if path.is_file() else f"{source!r} is no file, and "
+        raise DataError(f"{no_file}datasets cannot load {source if not no_file else 'it'}: {reason}") from None
     for column in columns:
         if column not in rows.column_names:
             raise DataError(f"{source!r} has no column {column!r}; it has {', '.join(rows.column_names)}")
@@ -88,6 +97,11 @@ def read_file(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
+
+
+def holds_lines(path: Path) -> bool:
+    """Whether it is a file, and of none of the kinds that are not JSON."""
+    return path.is_file() and ROWS.get(path.suffix, "json") == "json"
 
 
 def read_lines(path: Path) -> list[Any]:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from architectures import SIZES, pretrained, write
@@ -106,6 +107,14 @@ class TestRead:
         assert read.content == {"text": TEXTS, "label": NAMES}
         (tmp_path / "one.jsonl").write_text(ROWS)
         assert qsim.parse("accuracy").read(str(tmp_path / "one.jsonl")).sha256 == read.sha256
+
+    def test_a_table_is_read_as_lines_are(self, tmp_path: Path) -> None:
+        (tmp_path / "rows.jsonl").write_text(ROWS)
+        datasets.Dataset.from_dict({"text": TEXTS, "label": NAMES}).to_csv(tmp_path / "rows.csv")
+
+        lines, table = (qsim.parse("accuracy").read(str(tmp_path / f"rows.{end}")) for end in ("jsonl", "csv"))
+
+        assert table.sha256 == lines.sha256
 
     @pytest.mark.parametrize(
         ("content", "message"),

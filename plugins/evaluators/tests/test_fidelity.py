@@ -127,6 +127,17 @@ def test_arguments_from_a_file_of_tensors(tmp_path: Path) -> None:
     assert qsim.parse("fidelity").evaluate(qsim.LoadedModel(Classifier()), data, qsim.Run())["vectors"] == 5
 
 
+def test_tensors_that_are_of_another_model(tmp_path: Path) -> None:
+    save_file({"input_ids": torch.zeros(1, WIDTH)}, tmp_path / "inputs.safetensors")
+    data = qsim.parse("fidelity").read(str(tmp_path / "inputs.safetensors"))
+
+    with pytest.raises(
+        qsim.DataError,
+        match=r"^the model, Classifier, cannot run on .*inputs.safetensors: .* unexpected keyword argument 'input_ids'$",
+    ):
+        qsim.parse("fidelity").example(qsim.LoadedModel(Classifier()), data)
+
+
 def test_a_file_whose_arguments_differ_in_number(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(5, 2), "y": torch.zeros(4)}, tmp_path / "inputs.safetensors")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from torch import Tensor, nn
@@ -174,6 +175,25 @@ class TestRead:
 
         assert self.read(f"{tmp_path / 'set'}::train").content == "in train"
         assert qsim.parse("perplexity").read(str(tmp_path / "set"), split="train").content == "in train"
+
+    @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet"])
+    def test_a_file_of_rows(self, tmp_path: Path, name: str) -> None:
+        rows = datasets.Dataset.from_dict({"text": ["one", "two"], "label": [0, 1]})
+        {".csv": rows.to_csv, ".parquet": rows.to_parquet}.get(Path(name).suffix, rows.to_json)(tmp_path / name)
+
+        assert self.read(tmp_path / name).content == "one\n\ntwo"
+
+    def test_a_file_of_rows_without_text(self, tmp_path: Path) -> None:
+        (tmp_path / "rows.csv").write_text("x,y\n1,2\n")
+
+        with pytest.raises(qsim.DataError, match=r"rows.csv' has no column 'text'; it has x, y$"):
+            self.read(tmp_path / "rows.csv")
+
+    def test_a_file_of_rows_that_is_broken(self, tmp_path: Path) -> None:
+        (tmp_path / "rows.jsonl").write_text("{")
+
+        with pytest.raises(qsim.DataError, match=r"^datasets cannot load .*rows.jsonl: JSON parse error: "):
+            self.read(tmp_path / "rows.jsonl")
 
     @pytest.mark.parametrize("text", ["", " \n\n "])
     def test_an_empty_file(self, tmp_path: Path, text: str) -> None:

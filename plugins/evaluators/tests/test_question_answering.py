@@ -140,9 +140,16 @@ def test_squads_own_file_and_data_sets_read_the_same(tmp_path: Path) -> None:
 
     official, data_set = read(str(tmp_path / "dev.json")), read(str(tmp_path / "set"))
 
-    assert official.content == data_set.content
+    assert official.content == data_set.content == read(str(tmp_path / "set" / "test.jsonl")).content
     assert official.content["answers"] == [["cat"]] * 3
     assert official.sha256 == data_set.sha256
+
+
+def test_answers_that_are_not_as_squads(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "a", "context": "b", "answers": ["b"]}))
+
+    with pytest.raises(qsim.DataError, match=r"rows.jsonl: 'answers' should hold 'text', a list, as SQuAD's does$"):
+        qsim.parse("question_answering").read(str(tmp_path / "rows.jsonl"))
 
 
 @pytest.mark.parametrize("text", ["[]", "no json", '{"data": [{"title": "cats"}]}'])

@@ -112,6 +112,16 @@ def test_pairs_from_a_data_set(tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
     assert qsim.parse("retrieval").read(str(tmp_path)).content == pairs().content
+    assert qsim.parse("retrieval").read(str(tmp_path / "test.jsonl")).content == pairs().content
+
+
+def test_a_file_that_holds_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "pairs.txt").write_text("a b")
+
+    with pytest.raises(
+        qsim.DataError, match=r"pairs.txt holds no rows: their files end in .jsonl, .json, .csv, .parquet$"
+    ):
+        qsim.parse("retrieval").read(str(tmp_path / "pairs.txt"))
 
 
 @pytest.mark.parametrize(
