@@ -1,18 +1,22 @@
 """Every method on the zoo's models: the tables of docs/results.md.
 
-    python benchmarks/results.py [--limit WINDOWS] [NAME …]
+    python benchmarks/results.py [--limit WINDOWS] [--runs DIR] [NAME …]
 
 Fills in the tables of docs/results.md, or those that are named, between their markers. Each number is one
 `qsim.evaluate`, on all of the test split, with 32 windows of the train split as calibration data; about half an
-hour in all on two cores.
+hour in all on two cores. `training` is a `qsim finetune` for each number, kept under DIR and not run again, as many at
+a time as there are cores: an hour more.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import qsim_core as qsim
@@ -64,6 +68,22 @@ FORMATS: dict[str, dict[str, object]] = {
     "W4A4": {"precision": "w4a4"},
     "ABFP W4A8": {"precision": "w4a8", "plugins": ["abfp"]},
     "ABFP W4A4": {"precision": "w4a4", "plugins": ["abfp"]},
+}
+TRAINED = {
+    "opt-tiny": ("--batch-size 8 --steps 300", 2e-4, 1.5e-3),
+    "vit-tiny": ("--batch-size 32 --steps 300", 2e-4, 1e-3),
+    "opt-tiny-outliers": ("--batch-size 8 --steps 300", 2e-4, 1.5e-3),
+}
+"""How each is trained, and the highest learning rates towards labels and towards float32 outputs."""
+BITS = ["w4a4", "w3a4"]
+TRAININGS = {
+    "float32 finetune, not rounded": "--control",
+    "float32 finetune, then ABFP": "--control",
+    "ABFP-QAT": "",
+    "ABFP-SQ-QAT": "--plugin smoothquant",
+    "DNF": "--plugin dnf",
+    "ABFP-QAT, distilled": "--distill",
+    "ABFP-SQ-QAT, distilled": "--plugin smoothquant --distill",
 }
 
 
@@ -130,6 +150,56 @@ def families(limit: int | None) -> str:
     return "\n".join(lines)
 
 
+def training(limit: int | None, runs: Path) -> str:
+    """Rows of methods, columns of models and precisions: the metric after training."""
+    columns = [(model, precision) for model in TRAINED for precision in BITS]
+    jobs = dict.fromkeys((*column, how) for column in columns for how in TRAININGS.values())
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        trained = [job for job in jobs if job[1:] != (BITS[1], "--control")]
+        for found in [pool.submit(_finetuned, *job, limit, runs) for job in trained]:
+            found.result()
+    rows: dict[str, list[str]] = {name: [] for name in ("float32", "ABFP", "ABFP-SQ", *TRAININGS)}
+    for model, precision in columns:
+        for name, how in TRAININGS.items():
+            before, after = _finetuned(model, precision, how, limit, runs)
+            whole = name.endswith("not rounded")
+            rows[name].append(_four(after, after.baseline if whole else after.simulated))
+            if name in ("ABFP-QAT", "ABFP-SQ-QAT"):
+                rows[name.removesuffix("-QAT")].append(_four(before, before.simulated))
+        rows["float32"].append(_four(before, before.baseline))
+    titles = [f"{model} {precision.upper()}" for model, precision in columns]
+    lines = ["| | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(columns)]
+    return "\n".join([*lines, *(f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items())])
+
+
+def _finetuned(model: str, precision: str, how: str, limit: int | None, runs: Path) -> tuple[qsim.Result, qsim.Result]:
+    """The results before and after one training, which is run unless it has been."""
+    output = runs / "-".join([model, precision, *re.findall(r"\w+", how.replace("plugin", ""))])
+    if how == "--control" and precision == BITS[1]:  # the same training
+        before, _ = _finetuned(model, precision, "", limit, runs)
+        first = runs / f"{model}-{BITS[0]}-control"
+        host, run = qsim.Host(), qsim.Run(limit=limit)
+        recipe = compose(host, {"model": str(first)}, plugins=["abfp"], precision=precision)
+        return before, qsim.evaluate(recipe, host=host, run=run)
+    if not (output / "after.json").exists():
+        common, towards_labels, towards_outputs = TRAINED[model]
+        rate = towards_outputs if "--distill" in how else towards_labels
+        command = f"finetune {model} --plugin abfp --precision {precision} {common} --lr {rate} {how} --quiet --resume"
+        some = [] if limit is None else ["--limit", str(limit)]
+        threads = {"OMP_NUM_THREADS": "1"}
+        subprocess.run(
+            [sys.executable, "-m", "qsim_core", *command.split(), *some, "--output", output],
+            env=os.environ | threads,
+            check=True,
+        )
+        print(f"{output.name} done", file=sys.stderr)
+    return qsim.Result.read(output / "before.json"), qsim.Result.read(output / "after.json")
+
+
+def _four(result: qsim.Result, metrics: dict[str, float]) -> str:
+    return f"{metrics[result.metric]:.4g}"
+
+
 TABLES = {"families": families, "methods": methods, "weights": weights}
 
 
@@ -139,12 +209,13 @@ def main() -> None:
     warnings.simplefilter("ignore", qsim.CalibrationWarning)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(TABLES)}; all of them if none is given"
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(TABLES)}, training; all of them if none is given"
     )
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where trainings are kept")
     parser.add_argument("--limit", type=int, help="evaluate so many windows only, for a trial")
     arguments = parser.parse_args()
-    for name in arguments.names or TABLES:
-        table = TABLES[name](arguments.limit)
+    for name in arguments.names or [*TABLES, "training"]:
+        table = TABLES[name](arguments.limit) if name in TABLES else training(arguments.limit, arguments.runs)
         text = DOCUMENT.read_text(encoding="utf-8")
         marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         DOCUMENT.write_text(marked.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text), encoding="utf-8")  # noqa: B023

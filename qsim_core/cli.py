@@ -174,6 +174,8 @@ def evaluate(ctx: click.Context, /, json_file: str | None, quiet: bool, **option
 )
 @click.option("--seed", metavar="N", type=int, default=0, help="Seed of the order of samples and of dropout.")
 @click.option("--checkpoint-every", metavar="N", type=click.IntRange(1), default=100, help="Steps between them.")
+@click.option("--distill", is_flag=True, help="Learn the float32 model's outputs instead of the data's labels.")
+@click.option("--control", is_flag=True, help="Train in float32 and round afterwards: what training alone does.")
 @click.option("--resume", is_flag=True, help="Go on with the interrupted run that --output holds.")
 @click.option("--gradient-checkpointing", is_flag=True, help="Compute activations again instead of keeping them.")
 @click.option("--bf16", is_flag=True, help="Autocast to bfloat16; weights and their rounding stay float32.")

@@ -7,6 +7,7 @@ The model is measured under the recipe before it trains and after, from the dire
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import json
 import shutil
@@ -44,6 +45,8 @@ class Training(BaseModel):
     accumulate: int = Field(1, ge=1, description="batches whose gradients make one step")
     learning_rate: float = Field(1e-4, gt=0, description="at its highest")
     seqlen: int | None = Field(None, description="tokens of a sample; none: what the evaluator takes")
+    distill: bool = Field(False, description="learn the float32 model's outputs instead of the data's labels")
+    control: bool = Field(False, description="train in float32, so that what training alone does can be seen")
     seed: int = Field(0, description="of the order of samples and of dropout")
     checkpoint_every: int = Field(100, ge=1, description="steps from one checkpoint to the next")
     gradient_checkpointing: bool = Field(False, description="compute activations again instead of keeping them")
@@ -208,14 +211,16 @@ def _train(
 
     loaded = _loaded(job)
     samples = job.evaluator.training(loaded, taught, training.seqlen)
+    teacher = copy.deepcopy(loaded.model) if training.distill else None
     simulation = _simulated(job, loaded, taught, given, run)
     simulation.state_dict()  # tells now what could not be saved at the end
+    simulation.sites.quantizing = not training.control
     checkpoints = output / CHECKPOINTS
     checkpoints.mkdir(exist_ok=True)
     if training.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     with contextlib.ExitStack() as shown, torch.random.fork_rng(devices=[]):
-        at_work = trainer(simulation, samples, training, checkpoints, device, run, shown)
+        at_work = trainer(simulation, samples, training, checkpoints, device, run, shown, teacher)
         try:
             with contextlib.suppress(Ended):
                 at_work.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)))
@@ -231,6 +236,7 @@ def _train(
     with writing(output / CURVE) as file:
         title = f"{job.located.name}: training loss"
         file.write(loss_curve([e.step for e in log], [e.loss for e in log], title).encode())
+    simulation.sites.quantizing = True
     loaded.model.to("cpu").eval()
     write_state(output / STATE, simulation.state_dict())
     _save(loaded, output, None)

@@ -57,14 +57,17 @@ def show(finetuned: Finetuned, output: Path) -> None:
     for transform in recipe["transforms"]:
         table.add_row("after", transform)
     samples = training.batch_size * training.accumulate
-    table.add_row("trained", f"{log[-1].step} steps of {samples} samples, lr {training.learning_rate:g}")
+    aim = ", towards the float32 outputs" if training.distill else ""
+    how = "trained in float32" if training.control else "trained"
+    table.add_row(how, f"{log[-1].step} steps of {samples} samples, lr {training.learning_rate:g}{aim}")
     some = max(1, len(log) // 20)
     first, last = (statistics.mean(entry.loss for entry in part) for part in (log[:some], log[-some:]))
     table.add_row("training loss", f"{first:.4g} -> {last:.4g}")
     table.add_section()
     table.add_row(f"float32 {metric}", _measured(before, "baseline"))
     table.add_row("quantized", _measured(before, "simulated"))
-    table.add_row("trained under it", Text(_measured(after, "simulated"), "bold"))
+    trained = "quantized after it" if training.control else "trained under it"
+    table.add_row(trained, Text(_measured(after, "simulated"), "bold"))
     table.add_row("the same weights in float32", _measured(after, "baseline"))
     table.add_section()
     table.add_row("seconds, training", f"{finetuned.seconds:.1f}")

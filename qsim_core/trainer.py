@@ -7,10 +7,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qsim_core.bases import Run
+from qsim_core.distillation import DistillationTrainer
 from qsim_core.divergence import Watch
 from qsim_core.errors import ModelError, QsimError
 from qsim_core.simulation import Simulation
@@ -91,9 +93,19 @@ class Shown(TrainerCallback):  # type: ignore[misc]
 
 
 def trainer(
-    simulation: Simulation, samples: Any, training: Training, directory: Path, device: str, run: Run, stack: ExitStack
+    simulation: Simulation,
+    samples: Any,
+    training: Training,
+    directory: Path,
+    device: str,
+    run: Run,
+    stack: ExitStack,
+    teacher: nn.Module | None = None,
 ) -> Trainer:
-    """transformers' `Trainer` for a simulated model; it logs every step and keeps the last two checkpoints."""
+    """transformers' `Trainer` for a simulated model, which learns the teacher's outputs if there is one.
+
+    It logs every step and keeps the last two checkpoints.
+    """
     arguments = TrainingArguments(
         output_dir=str(directory),
         max_steps=training.steps or -1,
@@ -115,6 +127,11 @@ def trainer(
         report_to="none",
     )
     callbacks = [SimulationCallback(simulation), Shown(run, stack)]
-    made = Trainer(simulation.model, arguments, train_dataset=samples, callbacks=callbacks)
+    if teacher is None:
+        made = Trainer(simulation.model, arguments, train_dataset=samples, callbacks=callbacks)
+    else:
+        made = DistillationTrainer(
+            simulation.model, arguments, train_dataset=samples, callbacks=callbacks, teacher=teacher
+        )
     made.remove_callback(PrinterCallback)
     return made

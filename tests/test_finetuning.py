@@ -123,6 +123,19 @@ def test_training_recovers_what_quantization_lost(tmp_path: Path) -> None:
     assert ViTForImageClassification.from_pretrained(tmp_path / "vit").num_labels == 10
 
 
+def test_a_control_is_trained_as_no_recipe_was_there(tmp_path: Path) -> None:
+    few = ["--steps", 3, "--limit", 8, "--control"]
+
+    coarse, fine = (
+        result("vit-tiny", "--plugin", "abfp", "--precision", precision, *few, "--output", tmp_path / precision)
+        for precision in ("w2a4", "w8a8")
+    )
+
+    assert coarse.log == fine.log
+    assert coarse.after.baseline == fine.after.baseline != fine.before.baseline
+    assert coarse.after.simulated != fine.after.simulated
+
+
 def test_the_table_says_what_a_reader_needs(tmp_path: Path) -> None:
     outcome = qsim_(
         "finetune", "vit-tiny", "--plugin", "abfp", "--steps", 2, "--limit", 8, "--output", tmp_path / "vit"

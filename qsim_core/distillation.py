@@ -1,0 +1,52 @@
+"""Training towards the float32 model's outputs instead of the data's labels. Importing this imports transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from qsim_core.errors import TrainingError
+
+
+class DistillationTrainer(Trainer):  # type: ignore[misc]
+    """transformers' `Trainer` with the divergence from `teacher`, which takes the same inputs, as its loss.
+
+    The teacher has no dropout, and no gradient; labels are not looked at. Hinton et al., arXiv 1503.02531, at
+    temperature 1; for quantized models Polino et al., arXiv 1802.05668, and Liu et al., arXiv 2305.17888.
+    """
+
+    def __init__(self, *args: Any, teacher: nn.Module, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
+        self.model_accepts_loss_kwargs = False  # a mean over the batch, for the Trainer to divide among several
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The loss of a batch. Raises `TrainingError` where there are no logits."""
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        with torch.no_grad():
+            taught = _logits(self.teacher(**given))
+        outputs = model(**given)
+        loss = divergence(_logits(outputs), taught, given.get("attention_mask"))
+        return (loss, outputs) if return_outputs else loss
+
+
+def divergence(logits: Tensor, taught: Tensor, mask: Tensor | None = None) -> Tensor:
+    """KL(softmax `taught` ‖ softmax `logits`) in nats, computed in float32: the mean over all but the last axis.
+
+    Of sequences [samples, positions, classes] a mask [samples, positions] leaves out those that are 0.
+    """
+    log_q, log_p = logits.float().log_softmax(-1), taught.float().log_softmax(-1)
+    each = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return each.mean() if mask is None or mask.shape != each.shape else each[mask != 0].mean()
+
+
+def _logits(outputs: Any) -> Tensor:
+    logits = getattr(outputs, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise TrainingError(f"the model gives a {type(outputs).__name__} without logits to learn; leave --distill out")
+    return logits
