@@ -14,6 +14,7 @@ import click
 
 from qsim_core import __version__
 from qsim_core.errors import QsimError
+from qsim_core.hub import offline_unless_reachable
 from qsim_core.new_plugin import new_plugin
 from qsim_core.options import CALIBRATION, FILE, POSITIVE, RECIPE, SHOWN, complete_directory, with_options
 
@@ -134,6 +135,7 @@ def evaluate(ctx: click.Context, /, json_file: str | None, quiet: bool, **option
     """
     from qsim_core import progress
 
+    offline_unless_reachable(options["model"], options["data"], options["calibration_data"])
     with nullcontext() if quiet else progress.stage("starting"):  # torch takes its time to load
         from qsim_core import report
 
@@ -191,6 +193,7 @@ def finetune(json_file: str | None, quiet: bool, **options: Any) -> None:
     """
     from qsim_core import progress
 
+    offline_unless_reachable(options["model"], *(options[f"{which}data"] for which in ("", "eval_", "calibration_")))
     with nullcontext() if quiet else progress.stage("starting"):  # torch takes its time to load
         from qsim_core import finetuning_report
 
@@ -213,6 +216,7 @@ def structure(model: str | None, data: str | None, as_json: bool) -> None:
 
     Found by running one example; what the model's adapter declares is marked.
     """
+    offline_unless_reachable(model, data)
     from qsim_core import listing
     from qsim_core.host import Host
 

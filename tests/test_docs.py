@@ -84,6 +84,32 @@ def test_the_commands_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pyte
         assert outcome.exit_code == 0, f"{arguments}: {outcome.output}"
 
 
+LOCAL = {"facebook/opt-125m": "opt-tiny", "google-bert/bert-base-uncased": "bert-tiny", "google/vit-base-patch16-224": "vit-tiny",
+         "Salesforce/codegen-350M-mono": "codegen-tiny", "Qwen/Qwen3-0.6B": "opt-tiny", "./my-pipeline": "ddpm-tiny",
+         "./stable-diffusion": "opt-tiny"}  # fmt: skip
+"""Models of the hub that commands in READMEs of plugins name -> one of the zoo that takes the same options."""
+INDENTED = {
+    path.parent.name: re.findall(r"^    (qsim (?:.*\\\n)*.*)$", path.read_text(), re.MULTILINE)
+    for path in sorted((ROOT / "plugins").glob("*/README.md"))
+}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(command, id=f"{plugin}-{i}") for plugin in INDENTED for i, command in enumerate(INDENTED[plugin])],
+)
+def test_the_commands_of_a_plugins_readme_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a model of the zoo and its own data; those that need other data, or many images, as far as the recipe."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QSIM_CACHE", str(tmp_path / "cache"))
+    arguments = [LOCAL.get(word, word) for word in shlex.split(command.replace("\\\n", " "), comments=True)[1:]]
+    foreign = {"--data", "lm_eval", "frechet"} & {word.partition("(")[0] for word in arguments}
+
+    outcome = CliRunner().invoke(main, [*arguments, "--dry-run"] if foreign else shortened(arguments))
+
+    assert outcome.exit_code == 0, outcome.output
+
+
 def test_the_readme_has_the_two_commands() -> None:
     assert "    pip install -r requirements.txt && qsim evaluate --plugin abfp " in PAGES["README.md"]
     assert "    pip install tox && tox " in PAGES["README.md"]
