@@ -1,4 +1,4 @@
-"""Attention written out, a few heads at a time: their scores stay in the processor's cache.
+"""Attention written out, a few heads (of a few samples, if they are small) at a time: their scores stay in the cache.
 
 Heads have nothing to do with each other, unless a quantizer sees more than its rows, or somebody wants to see all of
 them: then all are computed at once, as without this module.
@@ -87,9 +87,10 @@ def _heads(
     query, key = query.contiguous(), key.contiguous()
     value = value.transpose(-1, -2).contiguous().transpose(-1, -2)  # PV is summed over tokens: so they come last
     heads = max(1, TOGETHER // max(1, query.shape[-2] * key.shape[-2]))
-    for sample in range(query.shape[0]):
+    samples = max(1, heads // query.shape[1])
+    for sample in range(0, query.shape[0], samples):
         for head in range(0, query.shape[1], heads):
-            place = slice(sample, sample + 1), slice(head, head + heads)
+            place = slice(sample, sample + samples), slice(head, head + heads)
             own = None
             if mask is not None:
                 own = mask[tuple(at if size > 1 else slice(None) for at, size in zip(place, mask.shape, strict=False))]

@@ -13,6 +13,7 @@ from torch import nn
 
 import qsim_core as qsim
 from qsim_core import Run
+from qsim_core.checkpoint import sha256
 from qsim_core.context import Context
 
 PROGRAM = """
@@ -104,3 +105,11 @@ def test_a_work_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(qsim.QsimError, match=r"cannot use .*file as work directory: "):
         simulate(file, weights="int4")
+
+
+def test_the_digest_of_a_tensor_is_of_its_values_wherever_they_lie() -> None:
+    numbers = torch.arange(6.0)
+
+    assert sha256([numbers[2::2]]) == sha256([torch.tensor([2.0, 4.0])])
+    assert sha256([numbers[2::2][:1]]) == sha256([torch.tensor([2.0])])  # one element, stride 2
+    assert sha256([numbers[2:3]]) != sha256([numbers[2]])

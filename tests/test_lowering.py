@@ -424,10 +424,12 @@ def test_q_k_and_v_share_their_codes(make: Any, ids: Tensor, monkeypatch: pytest
 
 @pytest.mark.parametrize("family", ["opt", "llama"])
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "padding"])
+@pytest.mark.parametrize("together", [300, 2100], ids=["a head", "two samples"])
 def test_heads_apart_give_what_all_at_once_give(
-    family: str, masked: bool, make: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+    together: int, family: str, masked: bool, make: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make(family, "sdpa")
+    ids = torch.cat([ids, ids + 1])[:3]
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
     batch = {"input_ids": ids, "attention_mask": mask} if masked else {"input_ids": ids}
@@ -436,7 +438,7 @@ def test_heads_apart_give_what_all_at_once_give(
     results = []
     for alone in (True, False):
         monkeypatch.setattr("qsim_core.apart._alone", lambda query, alone=alone: alone and not torch.is_grad_enabled())
-        monkeypatch.setattr("qsim_core.apart.TOGETHER", 300)
+        monkeypatch.setattr("qsim_core.apart.TOGETHER", together)
         with torch.no_grad():
             results.append(model(**batch).logits)
     counts = {site.calls for site in simulation.sites.table.values() if site.weight is None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import operator
@@ -78,15 +77,18 @@ class Accuracy(Evaluator):
         return [self._inputs(loaded, data, [place], length) for place in chosen]
 
     def training(self, loaded: LoadedModel, data: Data, length: int | None) -> Sequence[dict[str, Tensor]]:
-        """The images as the processor makes them, when they are asked for, with their labels."""
-        if "text" in data.content:
-            raise DataError("a classifier of texts cannot be trained yet; from Python, simulate trains in any loop")
-        if length is not None:
+        """What processor or tokenizer make of each, when it is asked for, with its label; texts padded to `length`."""
+        kind = "text" if "text" in data.content else "image"
+        if length is not None and kind == "image":
             raise DataError("images have no length; leave --seqlen out")
-        many = len(data.content["image"])
-        labels = _labels(loaded, data.content["label"], many, "image")
-        inputs = functools.partial(self._inputs, loaded, data)
-        return Samples(many, lambda at: {"pixel_values": inputs([at])["pixel_values"][0], "labels": labels[at]})
+        many = len(data.content["label"])
+        labels = _labels(loaded, data.content["label"], many, kind)
+
+        def sample(at: int) -> dict[str, Tensor]:
+            inputs = self._inputs(loaded, data, [at], length, padded=True)
+            return {**{name: value[0] for name, value in inputs.items()}, "labels": labels[at]}
+
+        return Samples(many, sample)
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
         """The first sample."""
@@ -123,12 +125,14 @@ class Accuracy(Evaluator):
             made = f"texts cut off after {self._length(loaded)} tokens and padded to the longest of a batch"
         return f"top-1 accuracy over {config.num_labels} classes, {made}"
 
-    def _inputs(self, loaded: LoadedModel, data: Data, places: list[int], length: int | None = None) -> dict[str, Any]:
+    def _inputs(
+        self, loaded: LoadedModel, data: Data, places: list[int], length: int | None = None, padded: bool = False
+    ) -> dict[str, Any]:
         check(self.name, loaded)
         if "text" in data.content:
             need("accuracy of texts", loaded, "tokenizer", "a tokenizer")
             texts = [data.content["text"][place] for place in places]
-            return tokenized(loaded, texts, length or self._length(loaded))
+            return tokenized(loaded, texts, length or self._length(loaded), padded)
         need(self.name, loaded, "processor", "an image processor")
         return {"pixel_values": pixels(loaded, [data.content["image"][place] for place in places], places[0])}
 

@@ -22,6 +22,9 @@ from qsim_evaluators.fitting import device
 from qsim_evaluators.pictures import as_bytes, beside
 from qsim_evaluators.pixels import encoded, image_files, image_rows
 
+GROUPS = 20
+"""Into so many the images are divided, to see how sure their distance is."""
+
 
 @dataclass(frozen=True)
 class Made:
@@ -86,16 +89,16 @@ class Frechet(ddim.FromNoise):
                 finite = finite and bool(end.isfinite().all())
                 images.append(as_bytes(end))
                 found.append(of_images(_pictures(images[-1])))
-        distance = frechet_distance(reference, torch.cat(found)) if finite else math.nan
-        counts = {self.metric: distance, "images": float(many), "reference_images": float(len(reference))}
-        return Metrics({}, counts=counts, outputs=Made(torch.cat(images), reference))
+        shares = contributions(reference, torch.cat(found)) if finite else torch.full((GROUPS,), math.nan)
+        counts = {"images": float(many), "reference_images": float(len(reference))}
+        return Metrics({self.metric: shares}, counts=counts, outputs=Made(torch.cat(images), reference))
 
     def protocol(self, loaded: LoadedModel) -> str:
-        """Which images, which features, and why there is no interval."""
+        """Which images, which features, and what the interval is of."""
         return (
             f"Fréchet distance of {self.samples} images at most, after {self.steps} steps of DDIM from one noise, to "
-            f"the reference images; features: {described(self.features)}; it shrinks with more images, and has no "
-            f"confidence interval, as images drawn again repeat themselves, which alone makes it larger"
+            f"the reference images; features: {described(self.features)}; it shrinks with more images; its interval is "
+            f"that of as many images, by a jackknife with {GROUPS} groups, against these references"
         )
 
     def save_samples(self, baseline: Made, simulated: Made, directory: Path) -> None:
@@ -119,6 +122,21 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     distance.update(a.double(), real=True)
     distance.update(b.double(), real=False)
     return float(distance.compute())
+
+
+def contributions(reference: Tensor, made: Tensor) -> Tensor:
+    """What each of `GROUPS` groups of the rows of `made` contributes to their distance, which is the mean: [groups].
+
+    Pseudo-values of the delete-a-group jackknife, around the distance: D + (G - 1) (mean of D₋ - D₋ᵍ), D₋ᵍ being the
+    distance without group g; as many groups as rows where these are fewer. Samples drawn again would repeat images,
+    which alone makes the distance larger; the contributions can be drawn again as those of any mean. Efron and
+    Tibshirani, *An Introduction to the Bootstrap*, 1993, §11.5.
+    """
+    many = min(GROUPS, len(made))
+    groups = torch.arange(len(made)) % many
+    left = [frechet_distance(reference, made[groups != group]) for group in range(many)]
+    without = torch.tensor(left, dtype=torch.float64)
+    return frechet_distance(reference, made) + (many - 1) * (without.mean() - without)
 
 
 def _reference(of_images: Features, data: Data, run: Run) -> Tensor:

@@ -60,13 +60,17 @@ def read_rows(source: str, columns: list[str], split: str) -> Any:
     return rows
 
 
-def tokenized(loaded: LoadedModel, texts: list[str], length: int) -> dict[str, Any]:
-    """Texts as the model's inputs, cut off after `length` tokens and padded to the longest. Raises `DataError`."""
+def tokenized(loaded: LoadedModel, texts: list[str], length: int, padded: bool = False) -> dict[str, Any]:
+    """Texts as the model's inputs, cut off after `length` tokens; padded to the longest or, `padded`, to `length`.
+
+    Raises `DataError`.
+    """
     if length > longest(loaded, LONGEST):
         raise DataError(f"the model takes {longest(loaded, LONGEST)} tokens at most, not {length}")
-    padding = len(texts) > 1
+    padding = "max_length" if padded else len(texts) > 1
     if padding and loaded.tokenizer.pad_token_id is None:
-        raise DataError("the tokenizer has no padding token, so that a batch holds one text; give --batch-size 1")
+        hint = "which training needs" if padded else "so that a batch holds one text; give --batch-size 1"
+        raise DataError(f"the tokenizer has no padding token, {hint}")
     inputs = loaded.tokenizer(texts, padding=padding, truncation=True, max_length=length, return_tensors="pt")
     return {key: value.to(device(loaded)) for key, value in inputs.items()}
 

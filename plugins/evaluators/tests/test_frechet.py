@@ -16,7 +16,7 @@ import torch
 import transformers
 from PIL import Image
 from qsim_evaluators.features import features
-from qsim_evaluators.frechet import Made, frechet_distance
+from qsim_evaluators.frechet import GROUPS, Made, contributions, frechet_distance
 from torch import Tensor, nn
 
 import qsim_core as qsim
@@ -95,6 +95,27 @@ def test_of_covariances_that_do_not_commute_it_is_the_formula_for_two_features()
     means = float((a.double().mean(0) - b.double().mean(0)).square().sum())
     expected = means + np.trace(first) + np.trace(second) - 2 * cross
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-10)
+
+
+def test_contributions_vary_as_the_distance_does_from_one_set_of_images_to_another() -> None:
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randn(400, 8, generator=generator, dtype=torch.float64)
+    sets = [contributions(reference, torch.randn(200, 8, generator=generator).double() + 0.5) for _ in range(60)]
+
+    distances = torch.stack([shares.mean() for shares in sets])
+    foreseen = torch.stack([shares.std() / math.sqrt(len(shares)) for shares in sets]).mean()
+
+    assert float(foreseen / distances.std()) == pytest.approx(1, abs=0.2)
+
+
+def test_contributions_add_up_to_the_distance() -> None:
+    reference, made = torch.randn(40, 3).double(), torch.randn(30, 3).double() + 1
+
+    shares = contributions(reference, made)
+
+    assert len(shares) == GROUPS
+    assert float(shares.mean()) == pytest.approx(frechet_distance(reference, made), rel=1e-12)
+    assert len(contributions(reference, made[:7])) == 7
 
 
 def test_what_is_not_finite_has_no_distance() -> None:
@@ -176,7 +197,8 @@ def test_a_run_from_the_zoos_digits_to_the_saved_picture(tmp_path: Path) -> None
     assert "features: the last hidden states of vit-tiny, averaged over positions" in result.protocol
     assert result.metric == "frechet_distance"
     assert 0 < result.baseline["frechet_distance"] != result.simulated["frechet_distance"] > 0
-    assert result.intervals == {}
+    low, high = result.intervals["frechet_distance"].baseline
+    assert low < result.baseline["frechet_distance"] < high
     assert [file.name for file in tmp_path.iterdir()] == ["samples.png"]
 
 

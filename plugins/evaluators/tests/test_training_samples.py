@@ -12,7 +12,15 @@ FOX = qsim.Data.of_text("fox", "The quick brown fox jumps over the lazy dog, and
 SHORT = qsim.Data.of_text("short", "A few words.")
 NOISE = np.random.default_rng(0).integers(0, 256, (5, 8, 8), dtype=np.uint8)
 IMAGES = qsim.Data("noise", {"image": list(NOISE), "label": [3, 1, 4, 1, 5]}, "0" * 64)
-CASES = [("opt-tiny", "perplexity(32)", FOX), ("bert-tiny", "masked_lm(32)", FOX), ("vit-tiny", "accuracy", IMAGES)]
+WORDS = qsim.Data(
+    "words", {"text": ["A module.", "Return the sum of a and b.", "A class"], "label": [0, 2, 1]}, "0" * 64
+)
+CASES = [
+    ("opt-tiny", "perplexity(32)", FOX),
+    ("bert-tiny", "masked_lm(32)", FOX),
+    ("vit-tiny", "accuracy", IMAGES),
+    ("bert-tiny-classifier", "accuracy(seqlen=16)", WORDS),
+]
 
 
 def load(model: str) -> qsim.LoadedModel:
