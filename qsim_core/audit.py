@@ -250,6 +250,8 @@ def _notes(site: Site, value_axis: str) -> list[str]:
     notes += [f"its {role} is rotated by {rotation}" for role, rotation in site.rotations.items()]
     for role, quantizer in (*(("input", quantizer) for quantizer in site.inputs), ("output", site.plan.output)):
         sharing = quantizer.sharing if quantizer is not None else frozenset()
+        if isinstance(quantizer, Quantizer) and quantizer.granularity is None and not quantizer.by_rows:
+            notes.append(f"{quantizer} does not say what shares a scale: its {role} may depend on later tokens")
         if "tensor" in sharing:
             notes.append(f"one {role} scale for the whole tensor: it depends on the batch and sees later tokens")
         for rows in sorted(block[0] for block in sharing if isinstance(block, tuple) and block[0] > 1):

@@ -13,9 +13,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from qsim_core.bases import Evaluator, Transform
+from qsim_core.bases import Adapter, Evaluator, Transform
 from qsim_core.component import Component, Preset, components_in, explain, read_value
-from qsim_core.errors import PluginError, RecipeError, did_you_mean
+from qsim_core.errors import PluginError, RecipeError, did_you_mean, with_article
 from qsim_core.format import Format
 from qsim_core.host import Host
 from qsim_core.quantizer import Quantizer
@@ -24,8 +24,19 @@ from qsim_core.recipe import Recipe
 from qsim_core.schemes import Tensorwise
 
 PLUGIN_OUTPUTS = "fp.bf16"
+SAID: dict[type[Component], str] = {
+    Format: "say --weights {name}, --activations {name} or --outputs {name}",
+    Quantizer: "say --weights {name}, --activations {name} or --outputs {name}",
+    Calibrator: "say --static {name}",
+    Evaluator: "say --evaluator {name}",
+    Adapter: "it is found by itself for the models it knows, and needs no --plugin",
+}
+"""How components are chosen that `--plugin` does not choose."""
 WIDE = {"16": "cast(fp.bf16)", "32": None}
 """Widths that name no integers: 16 is bfloat16 and 32 the float32 that is simulated in."""
+
+WIDTHS = range(2, 16)
+"""Bits of the others, which are integers."""
 
 
 def compose(
@@ -39,18 +50,29 @@ def compose(
 ) -> Recipe:
     """A recipe from a file's `values`, changed by the options in the order given above."""
     chosen: dict[str, Any] = dict(values)
-    scheme: Quantizer | None = None
+    named: Quantizer | None = None
     for plugin in plugins:
         component = bearing_name(host, plugin)
         if isinstance(component, Quantizer):
-            scheme = None if isinstance(component, Format) else component
+            if named is not None:
+                raise RecipeError(
+                    f"--plugin {named.name} and --plugin {plugin} both bring a quantizer of everything; name one of "
+                    f"them, or say --weights and --activations"
+                )
+            named = component
             chosen |= {"weights": component, "activations": component}
             chosen.setdefault("outputs", PLUGIN_OUTPUTS)
         elif isinstance(component, Transform):
             chosen["transforms"] = [*chosen.get("transforms", ()), component]
         else:
             chosen["evaluate"] = component
+    scheme = None if isinstance(named, Format) else named
     if precision is not None:
+        if named is not None and (scheme is None or "element" not in type(scheme).model_fields):
+            raise RecipeError(
+                f"--precision {precision}: {named.name} has no width to change; leave --precision out, or say "
+                f"--weights and --activations"
+            )
         chosen |= _precision(host, precision, scheme)
     for role, text in (texts or {}).items():
         if text is not None:
@@ -67,16 +89,28 @@ def compose(
 
 def bearing_name(host: Host, plugin: str) -> Component:
     """The component that bears its plugin's name. Raises `PluginError`, listing what there is, if none does."""
+    if plugin not in host.plugins and (said := _said_otherwise(host, plugin)):
+        raise PluginError(said)
     offers = host.load(plugin)
     fitting = [item for item in offers.items() if item.name == plugin]
     made: Any = host.parse(f"{plugin}.{plugin}") if fitting else None
     if isinstance(made, Quantizer | Transform | Evaluator):
         return made
+    if said := _said_otherwise(host, plugin):
+        raise PluginError(said)
     names = ", ".join(sorted(item.name for item in offers.items())) or "nothing"
     raise PluginError(
         f"{offers.plugin} has no quantizer, transform or evaluator called {plugin!r}, so --plugin cannot say what to "
         f"do with it; it offers: {names}"
     )
+
+
+def _said_otherwise(host: Host, name: str) -> str:
+    """How a component that no plugin is called after, or that is of another kind, is said; empty if there is none."""
+    for kind, how in SAID.items():
+        if name in host.components(kind):
+            return f"{name!r} is {with_article(kind.__name__.lower())}: {how.format(name=name)}"
+    return ""
 
 
 def _precision(host: Host, precision: str, scheme: Quantizer | None) -> dict[str, Any]:
@@ -86,6 +120,11 @@ def _precision(host: Host, precision: str, scheme: Quantizer | None) -> dict[str
         raise RecipeError(f"--precision is written w4a8: the bits of weights and of activations, not {precision!r}")
     chosen: dict[str, Any] = {}
     for role, bits in zip(("weights", "activations"), found.groups(), strict=True):
+        if bits not in WIDE and int(bits) not in WIDTHS:
+            raise RecipeError(
+                f"--precision {precision}: {role} may have {WIDTHS[0]} to {WIDTHS[-1]} bits, 16 for bfloat16 or 32 for "
+                f"float32, not {int(bits)}"
+            )
         chosen[role] = WIDE[bits] if bits in WIDE else _in_scheme(host, role, f"int.int{int(bits)}", scheme)
     return chosen
 

@@ -85,5 +85,6 @@ def file_did_you_mean(path: Path) -> str:
 
 
 def _closest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+    close = [other for other in known if other.casefold() == name.casefold()]
+    close = close or difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

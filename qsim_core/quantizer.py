@@ -106,14 +106,17 @@ class Quantizer(Component):
 
 
 class Function(Quantizer):
-    """A plain callable tensor -> tensor in a quantizer's place; its text form names it but cannot be read back."""
+    """A plain callable tensor -> tensor in a quantizer's place; its text form names it but cannot be read back.
+
+    It may work in place: what it is handed is its own.
+    """
 
     name = "function"
     call: Callable[[Any], Any]
 
     def quantize(self, x: Tensor) -> Tensor:
-        """What the callable makes of `x`. Raises `QsimError` unless shape and dtype are those of `x`."""
-        y = self.call(x)
+        """What the callable makes of a copy of `x`. Raises `QsimError` unless shape and dtype are those of `x`."""
+        y = self.call(x.clone())
         if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
             found = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else repr(type(y).__name__)
             raise QsimError(f"{self} turned a tensor {tuple(x.shape)} {x.dtype} into {found}; both must stay")

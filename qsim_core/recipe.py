@@ -167,10 +167,24 @@ def _check_keys(what: str, values: Any, of: type[_Strict]) -> None:
             raise RecipeError(f"{what} has no key {str(key)!r}{did_you_mean(str(key), of.model_fields)}")
 
 
+class _OnceEach(yaml.SafeLoader):
+    """A mapping that has a key twice would silently lose the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and names.count(key.value) > 1:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} stands there twice", problem_mark=key.start_mark
+                )
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
 def read_yaml(text: str) -> Any:
     """YAML as plain data. Raises `RecipeError` with line and column where it is none."""
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _OnceEach)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""

@@ -127,6 +127,8 @@ def _recipe_file(path: Path) -> dict[str, Any]:
         raise RecipeError(f"cannot read {path}: {why}{file_did_you_mean(path)}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path} is no recipe: expected keys and values like `weights: abfp(int4)`")
+    if "schema_version" in values:
+        raise RecipeError(f"{path} is a result, not a recipe; --from {path} runs it again")
     Recipe.of({key: None for key in values if key not in Recipe.model_fields})  # an unknown key is an error by name
     return values
 
@@ -182,7 +184,11 @@ def show(result: Result) -> None:
 def _lines(result: Result) -> Iterator[str]:
     """What a careful reader must know beside the numbers."""
     audit = result.audit
-    yield f"{result.protocol}; {result.data.name} (sha256 {result.data.sha256[:12]})"
+    some = "" if result.limit is None else f"; of {result.limit} samples only (--limit)"
+    yield f"{result.protocol}; {result.data.name} (sha256 {result.data.sha256[:12]}){some}"
+    for pattern, exception in result.recipe.get("overrides", {}).items():
+        said = ", ".join(f"{role} {text or 'as they are'}" for role, text in exception.items())
+        yield f"otherwise at {pattern}: {said}"
     if result.metric in result.intervals:
         yield "in brackets: 95% confidence intervals over the samples, the ratio's over the same ones before and after"
     others = [key for key in result.simulated if key != result.metric]

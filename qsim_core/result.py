@@ -122,7 +122,8 @@ class Result(_Record):
         try:
             result = cls.model_validate_json(text)
         except ValidationError as error:
-            raise QsimError(f"{path} is no qsim result: {explain(error)}") from None
+            broken = error.errors()[0]["type"] == "json_invalid"
+            raise QsimError(f"{path} is no qsim result: {'it is not JSON' if broken else explain(error)}") from None
         if result.schema_version != SCHEMA_VERSION:
             raise QsimError(f"{path} has schema {result.schema_version}; this qsim reads schema {SCHEMA_VERSION}")
         return result

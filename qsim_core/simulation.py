@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ class Simulation:
         The batch is `example`, or the one that `simulate` was given; without any, the audit tells what has been
         met so far and measures nothing.
         """
+        if not self._handles:
+            raise QsimError("there is nothing to audit: this simulation was restored")
         batch = self.example if example is None else example
         if batch is None:
             return auditing.audit(self.sites, None)
@@ -287,7 +290,8 @@ class SiteText:
 
     def _products(self) -> Iterator[str]:
         for site in functional(self.sites, self.path):
-            yield from _texts(site.plan, site.inputs, (site.aliases or [site.name])[0].rpartition(":")[2])
+            plan = replace(site.plan, weight=None)
+            yield from _texts(plan, site.inputs, (site.aliases or [site.name])[0].rpartition(":")[2])
 
 
 def _tells(module: nn.Module | None) -> bool:

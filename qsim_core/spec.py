@@ -87,7 +87,10 @@ class _Reader:
                 return Node(self.text, position, value=[self.node(item, depth + 1) for item in items])
             case ast.Call():
                 arguments = tuple(self.node(argument, depth + 1) for argument in tree.args)
-                options = {self.option(k, position): self.node(k.value, depth + 1) for k in tree.keywords}
+                given = [self.option(keyword, position) for keyword in tree.keywords]
+                if twice := [name for name in given if given.count(name) > 1]:
+                    raise SpecError(f"given {twice[0]!r} twice", self.text, position)
+                options = {name: self.node(k.value, depth + 1) for name, k in zip(given, tree.keywords, strict=True)}
                 return Node(self.text, position, self.name(tree.func, position), None, arguments, options, self.scope)
         found = ast.get_source_segment(self.text, tree) or self.text
         raise SpecError(f"expected a name, a number, a string or a call, found {found!r}", self.text, position)

@@ -45,6 +45,29 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+def test_the_table_names_exceptions(qsim_: Qsim, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("weights: int4\noverrides: {'*.fc2': {weights: int8}, '*.fc1': {weights: null}}")
+
+    outcome = qsim_("evaluate", "opt-tiny", "--recipe", str(tmp_path / "r.yaml"), "--limit", "1")
+
+    assert "otherwise at *.fc2: weights channel(int8)\notherwise at *.fc1: weights as they are\n" in outcome.stdout
+
+
+def test_a_result_is_no_recipe_and_a_recipe_no_result(qsim_: Qsim, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("weights: int4")
+    (tmp_path / "r.json").write_text('{"schema_version": 1}')
+
+    swapped = (
+        qsim_("evaluate", "--recipe", str(tmp_path / "r.json")),
+        qsim_("evaluate", "--from", str(tmp_path / "r.yaml")),
+    )
+
+    assert [outcome.stderr for outcome in swapped] == [
+        f"Error: {tmp_path}/r.json is a result, not a recipe; --from {tmp_path}/r.json runs it again\n",
+        f"Error: {tmp_path}/r.yaml is no qsim result: it is not JSON\n",
+    ]
+
+
 def test_the_table_says_what_a_reader_needs(qsim_: Qsim) -> None:
     outcome = qsim_("evaluate", "opt-tiny", "--plugin", "abfp", "--limit", "8")
 
@@ -57,6 +80,7 @@ def test_the_table_says_what_a_reader_needs(qsim_: Qsim) -> None:
         ["activations", "abfp(int4)"],
         ["outputs", "cast(bf16)"],
     ]
+    assert "; of 8 samples only (--limit)" in outcome.stdout
     assert "left alone: lm_head (--skip none quantizes everything)" in outcome.stdout
     assert "v's scales are shared over tokens" in outcome.stdout
     assert "\x1b[" not in outcome.stdout

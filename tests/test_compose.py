@@ -81,6 +81,24 @@ def test_set_changes_an_option_wherever_the_component_stands(host: qsim.Host) ->
     assert recipe["overrides"]["*.fc2"]["weights"] == "abfp(int(8, narrow=false), n=128, scale=none)"
 
 
+def test_a_quantizer_without_a_width_is_not_lost_under_a_precision(host: qsim.Host) -> None:
+    class Signs(qsim.Quantizer):
+        """The sign of each value."""
+
+        name = "signs"
+
+        def quantize(self, x: Any) -> Any:
+            return x.sign()
+
+    host.register(Signs, name="signs")
+
+    with pytest.raises(
+        qsim.RecipeError,
+        match=r"^--precision w4a8: signs has no width to change; leave --precision out, or say --weights and --activations$",
+    ):
+        compose(host, {}, plugins=["signs"], precision="w4a8")
+
+
 def test_plugins_keep_their_order(host: qsim.Host) -> None:
     class Rotate(Smooth):
         """Another one."""
@@ -98,10 +116,16 @@ def test_plugins_keep_their_order(host: qsim.Host) -> None:
         ({"plugins": ["abpf"]}, "no plugin 'abpf' is installed; did you mean 'abfp'? There are "),
         ({"plugins": ["fp"]}, "plugin 'fp' (qsim-fp 0.1.0) has no quantizer, transform or evaluator called 'fp', so "
          "--plugin cannot say what to do with it; it offers: bf16, binary8p1, "),
-        ({"plugins": ["opt"]}, "plugin 'opt' (qsim-opt 0.1.0) has no quantizer, transform or evaluator called 'opt'"),
+        ({"plugins": ["opt"]}, "'opt' is an adapter: it is found by itself for the models it knows, and needs no --plug"),
+        ({"plugins": ["mxfp4"]}, "'mxfp4' is a quantizer: say --weights mxfp4, --activations mxfp4 or --outputs mxfp4"),
+        ({"plugins": ["e4m3"]}, "'e4m3' is a format: say --weights e4m3, --activations e4m3 or --outputs e4m3"),
+        ({"plugins": ["mse"]}, "'mse' is a calibrator: say --static mse"),
+        ({"plugins": ["perplexity"]}, "'perplexity' is an evaluator: say --evaluator perplexity"),
+        ({"plugins": ["abfp", "mx"]}, "--plugin abfp and --plugin mx both bring a quantizer of everything; name one of "
+         "them, or say --weights and --activations"),
         ({"plugins": ["smooth"]}, "a transform alone quantizes nothing; say --weights or --precision with it"),
         ({"precision": "4x8"}, "--precision is written w4a8: the bits of weights and of activations, not '4x8'"),
-        ({"precision": "w1a8"}, "no quantizer 'int.int1'"),
+        ({"precision": "w1a8"}, "--precision w1a8: weights may have 2 to 15 bits, 16 for bfloat16 or 32 for float32, not 1"),
         ({"settings": ["abfp.n"]}, "--set is written COMPONENT.OPTION=VALUE, like abfp.n=128, not 'abfp.n'"),
         ({"settings": ["mx.n=3"], "plugins": ["abfp"]}, "--set mx.n=3: the recipe has no component 'mx'"),
         ({"settings": ["abfp.m=3"], "plugins": ["abfp"]}, "abfp has no option 'm'. There are: adc, element, gain, gradient, n, noise, range, rule, scale, seed, static, symmetric"),

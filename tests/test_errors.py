@@ -71,8 +71,7 @@ ON_THE_COMMAND_LINE: dict[type[Exception], tuple[list[str], str]] = {
         "no dtype 'int8'. There are: bfloat16, float16, float32, float64"),
     qsim.SpecError: (["--weights", "abfp(int4, 64"], "cannot be read: '(' was never closed (character 5 of 'abfp(int4, 64')"),
     qsim.PluginError: (["--plugin", "opt"],
-        f"plugin 'opt' (qsim-opt {qsim.__version__}) has no quantizer, transform or evaluator called 'opt', so --plugin "
-        "cannot say what to do with it; it offers: opt"),
+        "'opt' is an adapter: it is found by itself for the models it knows, and needs no --plugin"),
     qsim.RecipeError: (["--precision", "4bit"],
         "--precision is written w4a8: the bits of weights and of activations, not '4bit'"),
     qsim.ModelError: (["./nowhere", "--weights", "int8"], "there is no directory ./nowhere"),

@@ -230,6 +230,17 @@ def test_bits_count_the_scales() -> None:
     assert bits("cast(bf16)") == 16
 
 
+def test_a_callable_may_work_in_place() -> None:
+    model, x = torch.nn.Linear(4, 4), torch.randn(2, 4) * 3
+    before = x.clone(), model.weight.detach().clone()
+
+    simulation = qsim.simulate(model, weights=lambda t: t.clamp_(-0.1, 0.1), activations=lambda t: t.clamp_(-1, 1))
+    model(x)
+
+    assert torch.equal(x, before[0])
+    assert torch.equal(simulation.restore().weight, before[1])
+
+
 def test_a_callable_is_a_quantizer_wherever_one_is_expected() -> None:
     recipe = qsim.Recipe(weights=torch.trunc)  # type: ignore[arg-type]
 

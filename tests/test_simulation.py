@@ -379,6 +379,19 @@ class TestAudit:
         assert audit.bits_per_weight is None
         assert audit.sites[0].weight == "function(trunc)"
 
+    def test_a_callable_may_see_anything(self) -> None:
+        audit = qsim.simulate(perceptron(), activations=torch.trunc, example=X).audit()
+
+        (note,) = {note for site in audit.sites for note in site.notes}
+        assert note == "function(trunc) does not say what shares a scale: its input may depend on later tokens"
+
+    def test_after_restore_there_is_nothing_to_look_at(self) -> None:
+        simulation = qsim.simulate(perceptron(), weights="int4", example=X)
+        simulation.restore()
+
+        with pytest.raises(qsim.QsimError, match=r"^there is nothing to audit: this simulation was restored$"):
+            simulation.audit()
+
     def test_it_leaves_no_trace(self) -> None:
         model = perceptron()
         simulation = qsim.simulate(model, weights="int4", example=X)

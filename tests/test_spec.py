@@ -123,6 +123,7 @@ def test_json_and_yaml_carry_the_same_text() -> None:
             "abfp has no option 'elemnt'; did you mean 'element'? There are: adc, element, gain, gradient, n, noise, range, rule, scale, seed, static, symmetric "
             "(character 13 of 'abfp(elemnt=int4)')",
         ),
+        ("abfp(int4, n=32, n=64)", "given 'n' twice (character 1 of 'abfp(int4, n=32, n=64)')"),
         ("abfp(int4, element=int8)", "abfp is given 'element' twice (character 20 of 'abfp(int4, element=int8)')"),
         ("cast(int4, 3)", "cast takes at most 1 option (character 12 of 'cast(int4, 3)')"),
         ("abfp(abfp)", "'abfp' is a quantizer, not a format (character 6 of 'abfp(abfp)')"),
