@@ -1,6 +1,6 @@
 """Every method on the zoo's models: the tables of docs/results.md.
 
-    python benchmarks/results.py [--limit WINDOWS] [--runs DIR] [NAME …]
+    python benchmarks/results.py [--limit WINDOWS] [--runs DIR [--finished]] [NAME …]
 
 Fills in the tables of docs/results.md, or those that are named, between their markers. Each number is one
 `qsim.evaluate`, on all of the test split, with 32 windows of the train split as calibration data; about half an
@@ -150,54 +150,67 @@ def families(limit: int | None) -> str:
     return "\n".join(lines)
 
 
-def training(limit: int | None, runs: Path) -> str:
+def training(limit: int | None, runs: Path, finished: bool) -> str:
     """Rows of methods, columns of models and precisions: the metric after training."""
     columns = [(model, precision) for model in TRAINED for precision in BITS]
-    jobs = dict.fromkeys((*column, how) for column in columns for how in TRAININGS.values())
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        trained = [job for job in jobs if job[1:] != (BITS[1], "--control")]
-        for found in [pool.submit(_finetuned, *job, limit, runs) for job in trained]:
-            found.result()
+    if not finished:
+        jobs = dict.fromkeys((*column, how) for how in TRAININGS.values() for column in columns)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            trained = [job for job in jobs if job[1:] != (BITS[1], "--control")]  # the same training
+            for job in [pool.submit(_finetune, *job, limit, runs) for job in trained]:
+                job.result()
     rows: dict[str, list[str]] = {name: [] for name in ("float32", "ABFP", "ABFP-SQ", *TRAININGS)}
     for model, precision in columns:
+        plain = _read(_directory(model, precision, "", runs) / "before.json")
+        smoothed = _read(_directory(model, precision, TRAININGS["ABFP-SQ-QAT"], runs) / "before.json")
+        rows["float32"].append(_four(plain, "baseline"))
+        rows["ABFP"].append(_four(plain, "simulated"))
+        rows["ABFP-SQ"].append(_four(smoothed, "simulated"))
         for name, how in TRAININGS.items():
-            before, after = _finetuned(model, precision, how, limit, runs)
-            whole = name.endswith("not rounded")
-            rows[name].append(_four(after, after.baseline if whole else after.simulated))
-            if name in ("ABFP-QAT", "ABFP-SQ-QAT"):
-                rows[name.removesuffix("-QAT")].append(_four(before, before.simulated))
-        rows["float32"].append(_four(before, before.baseline))
+            if how == "--control":
+                after = _control(model, precision, limit, runs)
+            else:
+                after = _read(_directory(model, precision, how, runs) / "after.json")
+            rows[name].append(_four(after, "baseline" if name.endswith("not rounded") else "simulated"))
     titles = [f"{model} {precision.upper()}" for model, precision in columns]
     lines = ["| | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(columns)]
     return "\n".join([*lines, *(f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items())])
 
 
-def _finetuned(model: str, precision: str, how: str, limit: int | None, runs: Path) -> tuple[qsim.Result, qsim.Result]:
-    """The results before and after one training, which is run unless it has been."""
-    output = runs / "-".join([model, precision, *re.findall(r"\w+", how.replace("plugin", ""))])
-    if how == "--control" and precision == BITS[1]:  # the same training
-        before, _ = _finetuned(model, precision, "", limit, runs)
-        first = runs / f"{model}-{BITS[0]}-control"
-        host, run = qsim.Host(), qsim.Run(limit=limit)
-        recipe = compose(host, {"model": str(first)}, plugins=["abfp"], precision=precision)
-        return before, qsim.evaluate(recipe, host=host, run=run)
-    if not (output / "after.json").exists():
-        common, towards_labels, towards_outputs = TRAINED[model]
-        rate = towards_outputs if "--distill" in how else towards_labels
-        command = f"finetune {model} --plugin abfp --precision {precision} {common} --lr {rate} {how} --quiet --resume"
-        some = [] if limit is None else ["--limit", str(limit)]
-        threads = {"OMP_NUM_THREADS": "1"}
-        subprocess.run(
-            [sys.executable, "-m", "qsim_core", *command.split(), *some, "--output", output],
-            env=os.environ | threads,
-            check=True,
-        )
-        print(f"{output.name} done", file=sys.stderr)
-    return qsim.Result.read(output / "before.json"), qsim.Result.read(output / "after.json")
+def _directory(model: str, precision: str, how: str, runs: Path) -> Path:
+    return runs / "-".join([model, precision, *re.findall(r"\w+", how.replace("plugin", ""))])
 
 
-def _four(result: qsim.Result, metrics: dict[str, float]) -> str:
-    return f"{metrics[result.metric]:.4g}"
+def _finetune(model: str, precision: str, how: str, limit: int | None, runs: Path) -> None:
+    """Run one training, unless it has been."""
+    output = _directory(model, precision, how, runs)
+    if (output / "after.json").exists():
+        return
+    common, towards_labels, towards_outputs = TRAINED[model]
+    rate = towards_outputs if "--distill" in how else towards_labels
+    command = f"finetune {model} --plugin abfp --precision {precision} {common} --lr {rate} {how} --quiet --resume"
+    some = [] if limit is None else ["--limit", str(limit)]
+    arguments = [sys.executable, "-m", "qsim_core", *command.split(), *some, "--output", str(output)]
+    subprocess.run(arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+    print(f"{output.name} done", file=sys.stderr)
+
+
+def _control(model: str, precision: str, limit: int | None, runs: Path) -> qsim.Result | None:
+    """What was trained in float32, under a precision."""
+    directory = _directory(model, BITS[0], "--control", runs)
+    if (after := _read(directory / "after.json")) is None or precision == BITS[0]:
+        return after
+    host = qsim.Host()
+    recipe = compose(host, {"model": str(directory)}, plugins=["abfp"], precision=precision)
+    return qsim.evaluate(recipe, host=host, run=qsim.Run(limit=limit))
+
+
+def _read(path: Path) -> qsim.Result | None:
+    return qsim.Result.read(path) if path.exists() else None
+
+
+def _four(result: qsim.Result | None, which: str) -> str:
+    return "—" if result is None else f"{getattr(result, which)[result.metric]:.4g}"
 
 
 TABLES = {"families": families, "methods": methods, "weights": weights}
@@ -212,10 +225,15 @@ def main() -> None:
         "names", nargs="*", metavar="NAME", help=f"of {', '.join(TABLES)}, training; all of them if none is given"
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where trainings are kept")
+    parser.add_argument("--finished", action="store_true", help="train nothing: a table of the runs that have ended")
     parser.add_argument("--limit", type=int, help="evaluate so many windows only, for a trial")
     arguments = parser.parse_args()
     for name in arguments.names or [*TABLES, "training"]:
-        table = TABLES[name](arguments.limit) if name in TABLES else training(arguments.limit, arguments.runs)
+        table = (
+            TABLES[name](arguments.limit)
+            if name in TABLES
+            else training(arguments.limit, arguments.runs, arguments.finished)
+        )
         text = DOCUMENT.read_text(encoding="utf-8")
         marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         DOCUMENT.write_text(marked.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text), encoding="utf-8")  # noqa: B023
