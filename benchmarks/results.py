@@ -11,6 +11,7 @@ a time as there are cores: an hour more.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import subprocess
@@ -228,12 +229,9 @@ def main() -> None:
     parser.add_argument("--finished", action="store_true", help="train nothing: a table of the runs that have ended")
     parser.add_argument("--limit", type=int, help="evaluate so many windows only, for a trial")
     arguments = parser.parse_args()
-    for name in arguments.names or [*TABLES, "training"]:
-        table = (
-            TABLES[name](arguments.limit)
-            if name in TABLES
-            else training(arguments.limit, arguments.runs, arguments.finished)
-        )
+    tables = TABLES | {"training": functools.partial(training, runs=arguments.runs, finished=arguments.finished)}
+    for name in arguments.names or tables:
+        table = tables[name](arguments.limit)
         text = DOCUMENT.read_text(encoding="utf-8")
         marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         DOCUMENT.write_text(marked.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text), encoding="utf-8")  # noqa: B023

@@ -34,7 +34,7 @@ from qsim_core.atomic import cache
 from qsim_core.numerics import FLOAT32_MANTISSA, Steps
 
 SOURCE = Path(__file__).parent / "kernels.cpp"
-FLAGS = ["-O2", "-ftree-vectorize", "-march=native", "-std=c++17", "-fPIC", "-shared"]
+FLAGS = ["-O2", "-ftree-vectorize", "-funswitch-loops", "-march=native", "-std=c++17", "-fPIC", "-shared"]
 EXACT = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"]
 WORTH = 2**27
 """Elements that Python quantizes, at some 100 million a second and more, in about the time that the compiler takes."""

@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_evaluators.fitting import check, device, longest
-from qsim_evaluators.text import ROWS, read_rows
+from qsim_evaluators.text import holds_lines, read_rows
 
 LONGEST = 512
 LIKELIEST = 20
@@ -42,7 +42,7 @@ class QuestionAnswering(Evaluator):
     def read(self, source: str, split: str = "test") -> Data:
         """SQuAD's own JSON from a file, or its columns from a file of rows or from `datasets`."""
         path = Path(source).expanduser()
-        if path.is_file() and ROWS.get(path.suffix, "json") == "json" and path.suffix != ".jsonl":
+        if holds_lines(path) and path.suffix != ".jsonl":
             return _data(source, _official(path))
         rows = read_rows(source, list(COLUMNS), split)
         try:

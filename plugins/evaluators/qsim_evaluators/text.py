@@ -52,8 +52,9 @@ def read_rows(source: str, columns: list[str], split: str) -> Any:
             rows = load_dataset(name, config or None, split=named or split)
     except Exception as error:  # datasets raises whatever its many loaders raise
         reason = " ".join(str(error.__cause__ or error).split())[:200]
-        no_file = "" if path.is_file() else f"{source!r} is no file, and "
-        raise DataError(f"{no_file}datasets cannot load {source if not no_file else 'it'}: {reason}") from None
+        cannot = "datasets cannot load"
+        what = f"{cannot} {source}" if path.is_file() else f"{source!r} is no file, and {cannot} it"
+        raise DataError(f"{what}: {reason}") from None
     for column in columns:
         if column not in rows.column_names:
             raise DataError(f"{source!r} has no column {column!r}; it has {', '.join(rows.column_names)}")
