@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from qsim_core.bases import Adapter, LoadedModel
 from qsim_core.configuration import DIFFUSERS, architecture, evaluator_of, family, line
@@ -36,8 +37,6 @@ class Pretrained(Adapter):
 
     def load_dispatched(self, model: str, dtype: torch.dtype, to: str) -> LoadedModel:
         """With accelerate: "auto" fills GPUs, then memory, then disk; "disk" leaves every weight in its file."""
-        if importlib.util.find_spec("accelerate") is None:
-            raise ModelError(f"--device {to} needs accelerate; pip install accelerate")
         return load_pretrained(self.model_class(model), model, dtype, to)
 
     def evaluator_of(self, model: str) -> str:
@@ -100,11 +99,16 @@ def load_model(model_class: Any, source: str, dtype: torch.dtype, subfolder: str
         how["trust_remote_code"] = False  # diffusers has no remote code for single models
     folder = None
     if to != "cpu":
+        if importlib.util.find_spec("accelerate") is None:
+            raise ModelError(f"--device {to} needs accelerate; pip install accelerate")
         folder = tempfile.TemporaryDirectory(prefix="qsim-")  # what no safetensors file holds in this dtype goes there
-        how |= {"device_map": "auto" if to == "auto" else {"": to}, "offload_folder": folder.name}
-        how |= {"offload_buffers": True}
-    read = functools.partial(model_class.from_pretrained, source, subfolder=subfolder, output_loading_info=True, **how)
+        how |= {"device_map": {"": to}, "offload_folder": folder.name, "offload_buffers": True}
     try:
+        if to == "auto":
+            how["device_map"] = _device_map(model_class, source, subfolder, dtype)
+        read = functools.partial(
+            model_class.from_pretrained, source, subfolder=subfolder, output_loading_info=True, **how
+        )
         model, report = read()
         if report["missing_keys"] and all(name.startswith("pooler.") for name in report["missing_keys"]):
             model, report = read(add_pooling_layer=False)  # saved without, as the pooler was not trained
@@ -126,6 +130,19 @@ def load_model(model_class: Any, source: str, dtype: torch.dtype, subfolder: str
     return model.eval()
 
 
+def _device_map(model_class: Any, source: str, subfolder: str, dtype: torch.dtype) -> Any:
+    """ "auto"; for a model of diffusers that does not say which modules stay together a map that splits no block."""
+    if not _of_diffusers(model_class) or model_class._no_split_modules is not None:
+        return "auto"
+    from accelerate import infer_auto_device_map, init_empty_weights
+
+    with init_empty_weights():
+        model = model_class.from_config(model_class.load_config(source, subfolder=subfolder))
+    parts = [block for part in model.children() for block in (part if isinstance(part, nn.ModuleList) else [part])]
+    together = sorted({type(part).__name__ for part in parts})
+    return infer_auto_device_map(model, dtype=dtype, no_split_module_classes=together)
+
+
 def _preparation(model_class: Any, source: str) -> tuple[Any, Any]:
     """Tokenizer and processor: what the model's main input needs, and the other if it lies beside it."""
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
@@ -141,7 +158,7 @@ def _preparation(model_class: Any, source: str) -> tuple[Any, Any]:
     return tokenizer, processor
 
 
-def check_finite(model: torch.nn.Module) -> None:
+def check_finite(model: nn.Module) -> None:
     """Raise `ModelError`, naming the parameter, if a weight is NaN or Inf."""
     names = {name for name, _ in model.named_parameters()}
     bad = [name for name, tensor in state(model) if name in names and not tensor.isfinite().all()]

@@ -424,8 +424,6 @@ WRONG: dict[str, tuple[list[str], str]] = {
                                       "perplexity does not fit a ViTForImageClassification; accuracy and fidelity do"),
     "an evaluator of images": (["--weights", "int8", "--evaluator", "accuracy"],
                                "accuracy does not fit an OPTForCausalLM; perplexity, pass_at_k and fidelity do"),
-    "weights of diffusion on disk": (["ddpm-tiny", "--weights", "int8", "--device", "disk"],
-                                     "adapter diffusion cannot put weights elsewhere; name a --device"),
     "what a model wrote": (["--weights", "int8", "--evaluator", "pass_at_k", "--data", "problems.jsonl"], "--allow-code-execution"),
     "samples of a perplexity": (["--weights", "int8", "--save-samples", "pictures"], "perplexity makes no samples that could be saved"),
     "precision": (["--precision", "4bit"], "--precision is written w4a8"),

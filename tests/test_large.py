@@ -76,9 +76,15 @@ def test_where_weights_are_kept_changes_no_number(device: str) -> None:
     assert elsewhere.simulated == here.simulated
 
 
-def test_a_family_whose_adapter_cannot_do_it_says_so() -> None:
-    with pytest.raises(qsim.ModelError, match="^adapter diffusion cannot put weights elsewhere; name a --device$"):
-        qsim.evaluate(qsim.Recipe.of({"model": "ddpm-tiny", "weights": "int4"}), device="disk")
+def test_an_adapter_that_cannot_do_it_says_so() -> None:
+    class Own(qsim.Adapter):
+        name = "own"
+
+        def load(self, model: str, dtype: torch.dtype) -> qsim.LoadedModel:
+            return qsim.LoadedModel(torch.nn.Linear(2, 2))
+
+    with pytest.raises(qsim.ModelError, match="^adapter own cannot put weights elsewhere; name a --device$"):
+        Own().load_dispatched("model", torch.float32, "disk")
 
 
 def test_the_command_line_says_nothing_but_qsims_own() -> None:

@@ -39,13 +39,17 @@ class Diffusion(Adapter):
     def load(self, model: str, dtype: torch.dtype) -> LoadedModel:
         """A model, or a `Pipeline` with its tokenizer and its scheduler inside, in eval mode; of a pipeline with one
         network that network, with the scheduler as processor. Raises `ModelError`."""
+        return self.load_dispatched(model, dtype, "cpu")
+
+    def load_dispatched(self, model: str, dtype: torch.dtype, to: str) -> LoadedModel:
+        """The same with the weights of each network where accelerate puts them."""
         import diffusers
 
         name = architecture(model)
         if _is(getattr(diffusers, name, None), diffusers.DiffusionPipeline):
-            return _load_pipeline(getattr(diffusers, name), model, dtype)
+            return _load_pipeline(getattr(diffusers, name), model, dtype, to)
         if _is(getattr(diffusers, name, None), diffusers.ModelMixin):
-            return LoadedModel(load_model(getattr(diffusers, name), model, dtype))
+            return LoadedModel(load_model(getattr(diffusers, name), model, dtype, to=to))
         raise ModelError(
             f"{model} is of class {name}, which is no model and no pipeline of diffusers {diffusers.__version__}"
         )
@@ -56,14 +60,14 @@ class Diffusion(Adapter):
         return self.evaluator if parts == {"scheduler", "unet"} else "fidelity"
 
 
-def _load_pipeline(pipeline_class: Any, source: str, dtype: torch.dtype) -> LoadedModel:
+def _load_pipeline(pipeline_class: Any, source: str, dtype: torch.dtype, to: str) -> LoadedModel:
     """The networks one by one, each held to its weights, then the pipeline around them."""
     import diffusers
 
     said = {part: of for part, of in configuration(source).items() if isinstance(of, list) and len(of) == 2}
     classes = {part: _class_of(part, of[0], of[1], source) for part, of in said.items() if isinstance(of[1], str)}
     networks = {
-        name: load_model(found, source, dtype, name) for name, found in classes.items() if _is(found, nn.Module)
+        name: load_model(found, source, dtype, name, to) for name, found in classes.items() if _is(found, nn.Module)
     }
     log = diffusers.utils.logging
     bars = log.is_progress_bar_enabled()

@@ -94,6 +94,34 @@ def test_every_network_of_a_pipeline_is_quantized_under_its_name(stable_diffusio
     assert loaded.tokenizer("a cat").input_ids[0] == 0
 
 
+@pytest.mark.parametrize("to", ["auto", "disk"])
+def test_where_the_weights_of_a_pipeline_are_kept_changes_no_image(to: str, stable_diffusion: Path) -> None:
+    here = load(stable_diffusion).model
+    there = qsim.parse("diffusion").load_dispatched(str(stable_diffusion), torch.float32, to).model
+
+    for model in (here, there):
+        qsim.simulate(model, weights="int4", activations="int8", example=PROMPT)
+
+    assert torch.equal(images(there), images(here))
+
+
+def test_what_does_not_fit_into_memory_goes_to_the_disk_by_whole_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, example = build("UNet2D"), FAMILIES["UNet2D"].example
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    less = sum(parameter.nbytes for parameter in model.parameters()) * 9 // 10
+    monkeypatch.setattr("accelerate.utils.modeling.get_max_memory", lambda max_memory=None: {"cpu": less})
+
+    there = qsim.parse("diffusion").load_dispatched(str(tmp_path), torch.float32, "auto").model
+
+    blocks = [*there.down_blocks, there.mid_block, *there.up_blocks]
+    kept = [{parameter.device.type for parameter in block.parameters()} for block in blocks]
+    assert kept == [{"cpu"}, {"cpu"}, {"meta"}, {"cpu"}, {"meta"}]
+    with as_in_evaluation(model):
+        assert torch.equal(call(there, example)[0], call(model, example)[0])
+
+
 def test_a_part_of_a_pipeline_can_be_left_alone(stable_diffusion: Path) -> None:
     model = load(stable_diffusion).model
 
