@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Generator, nn
+from torch.utils._pytree import tree_leaves
 
 Example = Any
 """One batch: a mapping of keyword arguments, a tuple of positional ones, or a single argument."""
@@ -33,7 +34,23 @@ def as_in_evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def call(model: nn.Module, example: Example) -> Any:
-    """Run the model on one batch, given as `Example` says."""
-    if isinstance(example, Mapping):
-        return model(**example)
-    return model(*example) if isinstance(example, tuple) else model(example)
+    """Run the model on one batch, given as `Example` says. What it draws at random is the same each time."""
+    with _drawing_the_same(example):
+        if isinstance(example, Mapping):
+            return model(**example)
+        return model(*example) if isinstance(example, tuple) else model(example)
+
+
+@contextlib.contextmanager
+def _drawing_the_same(example: Example) -> Iterator[None]:
+    """torch's generators start from 0 inside, the batch's own from where they are; all are left as they were."""
+    shared = [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else [])]
+    own = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Generator)]
+    states = [(generator, generator.get_state()) for generator in (*shared, *own)]
+    try:
+        for generator in shared:
+            generator.manual_seed(0)
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)

@@ -76,8 +76,10 @@ def _settled(sites: Sites, names: Iterable[str]) -> set[str]:
 
 def _why(context: Context) -> str:
     """Why a transform did nothing, and what may help."""
-    reasons = dict.fromkeys(report.note for report in context.reports if report.note)
-    why = "; ".join(reasons) or "it found nothing to do"
+    reasons = list(dict.fromkeys(report.note for report in context.reports if report.note))
+    why = "; ".join(reasons[:3]) or "it found nothing to do"
+    if len(reasons) > 3:
+        why += f"; and {len(reasons) - 3} more"
     if "structure" in vars(context):
         why += "; `qsim structure` shows what tracing found, simulate(…, structure={norm: [weights]}) declares the rest"
     return why

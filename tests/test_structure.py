@@ -207,3 +207,26 @@ def test_a_trace_leaves_the_model_as_it_was() -> None:
 
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Noisy(nn.Module):
+    """A model that draws noise, as a pipeline that makes images does: by torch's generator, or by one that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Any:
+        return self.linear(self.norm(x + torch.randn(x.shape, generator=generator)))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_what_a_model_draws_at_random_hides_nothing(own: bool) -> None:
+    model, generator = Noisy(), torch.Generator().manual_seed(5)
+    example = {"x": torch.ones(2, 8)} | ({"generator": generator} if own else {})
+    before = torch.get_rng_state(), generator.get_state()
+
+    structure = trace(model, example)
+
+    assert [group.norm for group in structure.groups] == ["norm"]
+    assert all(torch.equal(a, b) for a, b in zip(before, (torch.get_rng_state(), generator.get_state()), strict=True))

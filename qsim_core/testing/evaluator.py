@@ -171,7 +171,13 @@ def _state(loaded: LoadedModel) -> dict[str, Tensor]:
 def _same(first: Any, second: Any) -> bool:
     """Whether two nested collections hold the same tensors and values."""
     pairs = list(zip(*map(tree_leaves, (first, second)), strict=True))
-    return all(identical(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+    return all(
+        identical(a, b) if isinstance(a, Tensor) else a == b for a, b in (map(_state_of, pair) for pair in pairs)
+    )
+
+
+def _state_of(leaf: Any) -> Any:
+    return leaf.get_state() if isinstance(leaf, torch.Generator) else leaf
 
 
 def _modes(loaded: LoadedModel) -> dict[str, Any]:

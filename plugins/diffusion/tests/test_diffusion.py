@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import FAMILIES, build
+from pipelines import write_stable_diffusion
 from safetensors.torch import load_file, save_file
 
 import qsim_core as qsim
@@ -23,32 +24,7 @@ PROMPT = {"prompt": "a cat", "num_inference_steps": 2, "output_type": "pt"}
 
 @pytest.fixture
 def stable_diffusion(tmp_path: Path) -> Path:
-    """A tiny Stable Diffusion: text encoder, UNet, autoencoder."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    letters = [chr(97 + n) for n in range(26)]
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    tokenizer = CLIPTokenizer(vocab={word: n for n, word in enumerate(words)}, merges=[], model_max_length=8)
-    sizes = {
-        "vocab_size": 64,
-        "hidden_size": 24,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    text = CLIPTextConfig(**sizes, max_position_embeddings=8, pad_token_id=1, bos_token_id=0, eos_token_id=1)
-    StableDiffusionPipeline(
-        vae=build("AutoencoderKL"),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=build("UNet2DCondition"),
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(tmp_path)
-    return tmp_path
+    return write_stable_diffusion(tmp_path)
 
 
 def load(folder: Path) -> qsim.LoadedModel:

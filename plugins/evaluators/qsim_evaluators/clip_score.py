@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch import Tensor
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.errors import with_article
 from qsim_evaluators.features import given
-from qsim_evaluators.fitting import check, device
+from qsim_evaluators.fitting import device
 from qsim_evaluators.pictures import as_bytes, beside
 from qsim_evaluators.pixels import pixels
+from qsim_evaluators.prompts import FromTexts
 from qsim_evaluators.text import ROWS, read_file, read_rows
 
 WEIGHT = 100
@@ -53,21 +54,22 @@ class ClipScore(Evaluator):
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
         """The first prompt, with few steps."""
-        return self._arguments(loaded, data.content[:1], [0]) | {"num_inference_steps": min(self.steps, 2)}
+        return self._made().example(loaded, data.content)
+
+    def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
+        """So many prompts, drawn with their noise, each for a run of all the steps."""
+        return list(self._made().calibration(loaded, data.content, samples, length, seed))
 
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
         """`clip_score`, NaN if an image is not finite, and the number of `prompts`."""
         prompts = data.content[: run.limit]
-        seeds = torch.randint(2**31, (len(prompts),), generator=torch.Generator().manual_seed(run.seed)).tolist()
         judge = _Judge(self.clip, device(loaded))
-        places = [slice(start, start + run.batch_size) for start in range(0, len(prompts), run.batch_size)]
-        images, scores = [], []
-        with torch.no_grad():
-            for batch in run.track(places, len(places), "prompts"):
-                made = loaded.model(**self._arguments(loaded, prompts[batch], seeds[batch])).images.float().cpu()
-                images.append(as_bytes(2 * made - 1))
-                cosine = judge.cosine(images[-1], prompts[batch])
-                scores.append(cosine.where(made.flatten(1).isfinite().all(1), torch.nan))
+        images, scores, texts = [], [], iter(prompts)
+        for made in self._made().images(loaded, prompts, run):
+            images.append(as_bytes(made))
+            with torch.no_grad():
+                cosine = judge.cosine(images[-1], list(islice(texts, len(made))))
+            scores.append(cosine.where(made.flatten(1).isfinite().all(1), torch.nan))
         samples = {self.metric: WEIGHT * torch.cat(scores).clamp(min=0)}
         return Metrics(samples, counts={"prompts": float(len(prompts))}, outputs=torch.cat(images))
 
@@ -82,24 +84,8 @@ class ClipScore(Evaluator):
         """`samples.png`: the baseline's images on the left, the simulated model's on the right, in the same order."""
         beside(baseline, simulated, directory / "samples.png")
 
-    def _arguments(self, loaded: LoadedModel, prompts: list[str], seeds: list[int]) -> dict[str, Any]:
-        """What the pipeline takes. Raises `DataError` if the model makes no images of texts."""
-        check(self.name, loaded)
-        model: Any = loaded.model
-        pipeline = getattr(model, "pipeline", None)
-        known = set() if pipeline is None else set(inspect.signature(type(pipeline).__call__).parameters)
-        if not {"prompt", "generator", "num_inference_steps", "output_type"} <= known:
-            raise DataError(
-                f"clip_score needs a pipeline that makes images of texts, not {with_article(type(model).__name__)}"
-            )
-        if self.guidance is not None and "guidance_scale" not in known:
-            raise DataError(f"{type(pipeline).__name__} takes no scale of guidance; leave guidance out")
-        return {
-            "prompt": list(prompts),
-            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
-            "num_inference_steps": self.steps,
-            "output_type": "pt",
-        } | ({} if self.guidance is None else {"guidance_scale": self.guidance})
+    def _made(self) -> FromTexts:
+        return FromTexts(self.name, self.steps, self.guidance)
 
 
 class _Judge:

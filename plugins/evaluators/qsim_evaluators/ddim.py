@@ -73,6 +73,15 @@ def paths(loaded: LoadedModel, start: Tensor, scheduler: Any, run: Run) -> Tenso
     return torch.cat(found, 1)
 
 
+def images(loaded: LoadedModel, start: Tensor, scheduler: Any, run: Run) -> Iterator[Tensor]:
+    """The ends of the paths, `[images, …]` batch by batch."""
+    batches = start.split(run.batch_size)
+    for batch in run.track(batches, len(batches), "images"):
+        with torch.no_grad():
+            *_, end = walk(loaded, batch, scheduler)
+        yield end
+
+
 def drawn(loaded: LoadedModel, scheduler: Any, samples: int, seed: int) -> list[Any]:
     """Places on the model's own paths, each at a step of its own, as Q-Diffusion draws them (arXiv 2302.04304)."""
     path, times = paths(loaded, noise(loaded, samples, seed), scheduler, Run()), scheduler.timesteps.tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from qsim_evaluators.features import Features, described, features
 from qsim_evaluators.fitting import device
 from qsim_evaluators.pictures import as_bytes, beside
 from qsim_evaluators.pixels import encoded, image_files, image_rows
+from qsim_evaluators.prompts import FromTexts, makes_images_of_texts
 
 GROUPS = 20
 """Into so many the images are divided, to see how sure their distance is."""
@@ -37,12 +38,14 @@ class Made:
 
 
 class Frechet(ddim.FromNoise):
-    """The Fréchet distance between images that the model makes of noise and reference images (arXiv 1706.08500).
+    """The Fréchet distance between images that the model makes and reference images (arXiv 1706.08500).
 
     Both sets become features of a given model, and of each set the Gaussian of the same mean and covariance is taken;
     with Inception's features it is FID. The images come down DDIM's path, as `denoising`'s do, from noise that the
-    run's seed draws: the same for the model as it is and for the simulated one. Data are a mapping with `image`, PIL
-    images or uint8 arrays `[height, width]` or `[height, width, 3]`; a classifier's will do, without their labels.
+    run's seed draws: the same for the model as it is and for the simulated one. A pipeline that takes prompts makes one
+    image of each text instead, by its own scheduler. Data are a mapping with `image`, PIL images or uint8 arrays
+    `[height, width]` or `[height, width, 3]`; a classifier's will do, without their labels; and, for such a pipeline,
+    `text`.
     """
 
     name = "frechet"
@@ -53,9 +56,14 @@ class Frechet(ddim.FromNoise):
     steps: PositiveInt = Field(25, description="of the path from noise to image")
     samples: PositiveInt = Field(256, description="images that are made")
     image: str = Field("image", description="the column with reference images")
+    text: str = Field("text", description="the column with prompts, for a pipeline that makes images of texts")
+    guidance: float | None = Field(
+        None, description="a pipeline's scale of classifier-free guidance; none: the pipeline's own"
+    )
 
     def read(self, source: str, split: str = "test") -> Data:
-        """Reference images: the files in a directory, or a column of `datasets`, `NAME[:CONFIG[:SPLIT]]`."""
+        """Reference images: the files in a directory, or a column of `datasets`, `NAME[:CONFIG[:SPLIT]]`; and the
+        prompts beside them, if there are any."""
         path = Path(source).expanduser()
         rows, column = image_files(path) if path.is_dir() else None, "image"
         if rows is None:
@@ -63,7 +71,11 @@ class Frechet(ddim.FromNoise):
         digest = hashlib.sha256()
         for image in encoded(rows, column):
             digest.update(image)
-        return Data(source, {"image": rows[column]}, digest.hexdigest())
+        content = {"image": rows[column]}
+        if self.text in rows.column_names:
+            content["text"] = [str(text) for text in rows[self.text]]
+            digest.update("\n".join(content["text"]).encode())
+        return Data(source, content, digest.hexdigest())
 
     def default_data(self) -> Data | None:
         """The images that the model of features is evaluated on itself, if it comes with any."""
@@ -72,8 +84,7 @@ class Frechet(ddim.FromNoise):
 
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
         """`frechet_distance`, NaN if an image is not finite; the number of `images` and of `reference_images`."""
-        scheduler, of_images = self.scheduler(loaded), features(self.features, device(loaded))
-        many = min(self.samples, run.limit or self.samples)
+        of_images, (many, batches) = features(self.features, device(loaded)), self._made(loaded, data, run)
         reference = _reference(of_images, data, run) if run.reference is None else run.reference.reference_features
         for what, count in (("made", many), ("reference", len(reference))):
             if count <= reference.shape[1]:
@@ -81,22 +92,46 @@ class Frechet(ddim.FromNoise):
                     f"{count} {what} images are too few for the covariance of {reference.shape[1]} features: it takes "
                     f"more images than features"
                 )
-        batches = ddim.noise(loaded, many, run.seed).split(run.batch_size)
         images, found, finite = [], [], True
-        with torch.no_grad():
-            for batch in run.track(batches, len(batches), "images"):
-                *_, end = ddim.walk(loaded, batch, scheduler)
-                finite = finite and bool(end.isfinite().all())
-                images.append(as_bytes(end))
-                found.append(of_images(_pictures(images[-1])))
+        for made in batches:
+            finite = finite and bool(made.isfinite().all())
+            images.append(as_bytes(made))
+            found.append(of_images(_pictures(images[-1])))
         shares = contributions(reference, torch.cat(found)) if finite else torch.full((GROUPS,), math.nan)
         counts = {"images": float(many), "reference_images": float(len(reference))}
         return Metrics({self.metric: shares}, counts=counts, outputs=Made(torch.cat(images), reference))
 
+    def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
+        """Places on a denoiser's own paths, or prompts with their noise."""
+        if not makes_images_of_texts(loaded):
+            return super().calibration(loaded, data, samples, length, seed)
+        return list(self._of_texts().calibration(loaded, _prompts(data), samples, length, seed))
+
+    def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
+        """One image's noise at the first step, or the first prompt with few steps."""
+        if not makes_images_of_texts(loaded):
+            return super().example(loaded, data)
+        return self._of_texts().example(loaded, _prompts(data))
+
+    def _made(self, loaded: LoadedModel, data: Data, run: Run) -> tuple[int, Iterator[Tensor]]:
+        """How many images will be made, and they themselves, in batches, from -1 to 1."""
+        most = min(self.samples, run.limit or self.samples)
+        if makes_images_of_texts(loaded):
+            prompts = _prompts(data)[:most]
+            return len(prompts), self._of_texts().images(loaded, prompts, run)
+        return most, ddim.images(loaded, ddim.noise(loaded, most, run.seed), self.scheduler(loaded), run)
+
+    def _of_texts(self) -> FromTexts:
+        return FromTexts(self.name, self.steps, self.guidance)
+
     def protocol(self, loaded: LoadedModel) -> str:
         """Which images, which features, and what the interval is of."""
+        made = f"after {self.steps} steps of DDIM from one noise"
+        if makes_images_of_texts(loaded):
+            guidance = "the pipeline's own guidance" if self.guidance is None else f"guidance {self.guidance:g}"
+            made = f"one for each prompt, {self.steps} steps, {guidance}"
         return (
-            f"Fréchet distance of {self.samples} images at most, after {self.steps} steps of DDIM from one noise, to "
+            f"Fréchet distance of {self.samples} images at most, {made}, to "
             f"the reference images; features: {described(self.features)}; it shrinks with more images; its interval is "
             f"that of as many images, by a jackknife with {GROUPS} groups, against these references"
         )
@@ -153,6 +188,15 @@ def _reference(of_images: Features, data: Data, run: Run) -> Tensor:
     except OSError as error:
         raise DataError(f"a reference image of {data.name} cannot be read: {error}") from None
     return torch.cat(found)
+
+
+def _prompts(data: Data) -> list[str]:
+    """Raises `DataError` if there are none."""
+    if not isinstance(data.content, Mapping) or not data.content.get("text"):
+        raise DataError(
+            f"frechet needs a prompt for each image of this pipeline, and {data.name} has no column of texts"
+        )
+    return list(data.content["text"])
 
 
 def _pictures(images: Tensor) -> list[Any]:

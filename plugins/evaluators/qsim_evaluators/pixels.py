@@ -24,11 +24,16 @@ def image_rows(source: str, columns: list[str], split: str) -> Any:
 
 
 def image_files(directory: Path) -> Any:
-    """The image files that lie in a directory, by name, as a data set with the column `image`; none: None."""
+    """The image files that lie in a directory, by name, as a data set with the column `image`.
+
+    None if there are none, or a `metadata` file tells `datasets` what goes with each.
+    """
     import datasets
     from PIL import Image
 
     endings = Image.registered_extensions()
+    if next(directory.glob("metadata.*"), None) is not None:
+        return None
     files = sorted(str(file) for file in directory.iterdir() if file.suffix.lower() in endings)
     return datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image()) if files else None
 

@@ -8,33 +8,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 import transformers
 from PIL import Image
+from pipelines import LAYERS, LONGEST, SIZE, TEXT, tokenizer, write_stable_diffusion
 from torch import Tensor
 
 import qsim_core as qsim
 from qsim_core.testing import EvaluatorSuite
 
-SIZE, LONGEST = 8, 8
 PROMPTS = ["a cat", "two dogs", "a very long line that is cut"]
 DATA = qsim.Data("prompts", PROMPTS, "0" * 64)
-LAYERS = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 MEAN, DEVIATION = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
-
-
-def tokenizer() -> Any:
-    letters = [chr(97 + n) for n in range(26)]
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    vocabulary = {word: n for n, word in enumerate(words)}
-    return transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=LONGEST)
-
-
-def text_config() -> dict[str, Any]:
-    special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 1}
-    return LAYERS | special | {"vocab_size": 54, "max_position_embeddings": LONGEST}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +30,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     vision = LAYERS | {"image_size": SIZE, "patch_size": 4}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        config = transformers.CLIPConfig(text_config=text_config(), vision_config=vision, projection_dim=3)
+        config = transformers.CLIPConfig(text_config=TEXT, vision_config=vision, projection_dim=3)
         transformers.CLIPModel(config).save_pretrained(directory)
     processor: Any = transformers.CLIPImageProcessorPil
     processor(size={"shortest_edge": SIZE}, crop_size=SIZE, image_mean=MEAN, image_std=DEVIATION).save_pretrained(
@@ -56,24 +42,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny Stable Diffusion with random weights, which makes images of 8 by 8."""
-    directory = str(tmp_path_factory.mktemp("pipeline"))
-    library: Any = diffusers
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        library.StableDiffusionPipeline(
-            vae=library.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4),
-            text_encoder=transformers.CLIPTextModel(transformers.CLIPTextConfig(**text_config())),
-            tokenizer=tokenizer(),
-            unet=library.UNet2DConditionModel(
-                sample_size=SIZE, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=24,
-                attention_head_dim=4, norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            ),
-            scheduler=library.DDIMScheduler(clip_sample=False, steps_offset=1),
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        ).save_pretrained(directory)  # fmt: skip
-    return directory
+    return str(write_stable_diffusion(tmp_path_factory.mktemp("pipeline")))
 
 
 def load(pipeline: str) -> qsim.LoadedModel:

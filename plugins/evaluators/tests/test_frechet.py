@@ -15,6 +15,7 @@ import scipy.linalg
 import torch
 import transformers
 from PIL import Image
+from pipelines import write_stable_diffusion
 from qsim_evaluators.features import features
 from qsim_evaluators.frechet import GROUPS, Made, contributions, frechet_distance
 from torch import Tensor, nn
@@ -68,6 +69,12 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> str:
     example = torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8)
     torch.export.save(torch.export.export(Sides(), (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)), file)
     return file
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> qsim.LoadedModel:
+    directory = write_stable_diffusion(tmp_path_factory.mktemp("pipeline"))
+    return qsim.parse("diffusion").load(str(directory), torch.float32)  # type: ignore[no-any-return]
 
 
 def corners(mean: list[float], deviation: list[float]) -> Tensor:
@@ -225,6 +232,64 @@ def test_the_picture_has_both_runs_images(tmp_path: Path, program: str) -> None:
 
     with Image.open(tmp_path / "samples.png") as image:
         assert (image.getpixel((20, 20)), image.getpixel((90, 20))) == (0, 255)
+
+
+class TestOfTexts:
+    """A pipeline that makes images of texts."""
+
+    DATA = qsim.Data(
+        "captions", {"image": list(np.repeat(SHADES[..., None], 3, 3)), "text": ["a cat", "two dogs"] * 6}, ""
+    )
+
+    @pytest.mark.parametrize("batch_size", [2, 100])
+    def test_its_images_are_those_of_the_prompts(self, pipeline: Any, program: str, batch_size: int) -> None:
+        evaluator = qsim.parse(f'frechet("{program}", steps=2, samples=5, guidance=3)')
+
+        found = evaluator.evaluate(pipeline, self.DATA, qsim.Run(seed=3, batch_size=batch_size))
+
+        seeds = torch.randint(2**31, (5,), generator=torch.Generator().manual_seed(3)).tolist()
+        own = pipeline.model.pipeline(
+            prompt=self.DATA.content["text"][:5],
+            num_inference_steps=2,
+            guidance_scale=3,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="np",
+        ).images
+        assert (found.outputs.images.movedim(1, 3) - torch.tensor(own * 255)).abs().max() <= 1
+        assert (found["images"], found["reference_images"]) == (5, 12)
+        assert evaluator.protocol(pipeline).startswith(
+            "Fréchet distance of 5 images at most, one for each prompt, 2 steps, guidance 3, to the reference images; "
+        )
+
+    def test_captions_lie_beside_the_images(self, tmp_path: Path) -> None:
+        lines = []
+        for place, caption in enumerate(self.DATA.content["text"][:3]):
+            Image.new("RGB", (SIZE, SIZE), (place, 0, 0)).save(tmp_path / f"{place}.png")
+            lines.append(json.dumps({"file_name": f"{place}.png", "caption": caption}))
+        (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+
+        read = qsim.parse("frechet(x, text=caption)").read(f"{tmp_path}::train")
+
+        assert list(read.content["text"]) == ["a cat", "two dogs", "a cat"]
+        assert [image.getpixel((0, 0))[0] for image in read.content["image"]] == [0, 1, 2]
+
+    def test_smoothquant_on_the_prompts(self, pipeline: Any, program: str) -> None:
+        evaluator = qsim.parse(f'frechet("{program}", steps=2, samples=4)')
+        batches = evaluator.calibration(pipeline, self.DATA, 2, None, 0)
+
+        simulation = qsim.simulate(
+            pipeline.model, weights="int4", activations="int4", transforms=["smoothquant"], calibration=batches
+        )
+
+        smoothed = {report.layer.partition(".")[0] for report in simulation.reports if not report.note}
+        simulation.restore()
+        assert smoothed == {"text_encoder", "unet", "vae"}
+
+    def test_without_prompts(self, pipeline: Any, program: str) -> None:
+        message = "^frechet needs a prompt for each image of this pipeline, and shades has no column of texts$"
+
+        with pytest.raises(qsim.DataError, match=message):
+            qsim.parse(f'frechet("{program}")').evaluate(pipeline, REFERENCE, qsim.Run())
 
 
 class TestRead:

@@ -1,0 +1,86 @@
+"""Images that a pipeline makes of texts, each of noise of its own that a seed draws."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsim_core import DataError, LoadedModel, Run
+from qsim_core.errors import with_article
+from qsim_evaluators.fitting import check
+
+TAKES = {"prompt", "generator", "num_inference_steps", "output_type"}
+
+
+@dataclass(frozen=True)
+class FromTexts:
+    """What an evaluator asks of a pipeline."""
+
+    evaluator: str
+    steps: int
+    guidance: float | None
+    """Scale of classifier-free guidance; none: the pipeline's own."""
+
+    def images(self, loaded: LoadedModel, prompts: Sequence[str], run: Run) -> Iterator[Tensor]:
+        """Batches `[images, channels, height, width]` in float32 on the CPU, from -1 to 1, one image for each prompt.
+
+        An image's noise does not depend on how many there are. Raises `DataError`.
+        """
+        seeds = _seeds(len(prompts), run.seed)
+        places = [slice(start, start + run.batch_size) for start in range(0, len(prompts), run.batch_size)]
+        for batch in run.track(places, len(places), "prompts"):
+            with torch.no_grad():
+                made = loaded.model(**self._arguments(loaded, prompts[batch], seeds[batch])).images
+            yield 2 * made.float().cpu() - 1
+
+    def example(self, loaded: LoadedModel, prompts: Sequence[str]) -> dict[str, Any]:
+        """The first prompt, with few steps. Raises `DataError`."""
+        return self._arguments(loaded, prompts[:1], [0]) | {"num_inference_steps": min(self.steps, 2)}
+
+    def calibration(
+        self, loaded: LoadedModel, prompts: Sequence[str], samples: int, length: int | None, seed: int
+    ) -> list[dict[str, Any]]:
+        """So many prompts, drawn with their noise, each for a run of all the steps. Raises `DataError`."""
+        if length is not None:
+            raise DataError("images have no length; leave --calibration-seqlen out")
+        drawn = torch.randint(len(prompts), (samples,), generator=torch.Generator().manual_seed(seed)).tolist()
+        noise = _seeds(samples, seed)
+        return [self._arguments(loaded, [prompts[place]], [noise[i]]) for i, place in enumerate(drawn)]
+
+    def _arguments(self, loaded: LoadedModel, prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+        """What the pipeline takes. Raises `DataError` if the model makes no images of texts."""
+        if not makes_images_of_texts(loaded):
+            check(self.evaluator, loaded)
+            name = with_article(type(loaded.model).__name__)
+            raise DataError(f"{self.evaluator} needs a pipeline that makes images of texts, not {name}")
+        if self.guidance is not None and "guidance_scale" not in _parameters(loaded):
+            raise DataError(f"{_class(loaded).__name__} takes no scale of guidance; leave guidance out")
+        return {
+            "prompt": list(prompts),
+            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+            "num_inference_steps": self.steps,
+            "output_type": "pt",
+        } | ({} if self.guidance is None else {"guidance_scale": self.guidance})
+
+
+def makes_images_of_texts(loaded: LoadedModel) -> bool:
+    """Whether it is a pipeline of diffusers that takes prompts."""
+    return _parameters(loaded) >= TAKES
+
+
+def _parameters(loaded: LoadedModel) -> set[str]:
+    return set(inspect.signature(_class(loaded).__call__).parameters)
+
+
+def _class(loaded: LoadedModel) -> Any:
+    return type(getattr(loaded.model, "pipeline", loaded.model))
+
+
+def _seeds(many: int, seed: int) -> list[int]:
+    found: list[int] = torch.randint(2**31, (many,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return found
