@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 LISTED = 24
@@ -57,16 +57,22 @@ def with_article(noun: str) -> str:
     return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], words: Mapping[str, str] | None = None) -> str:
     """`; did you mean 'x'?` where a known name is close, and the list of what exists, or the likeliest of very many.
+
+    Those are meant of which `words` about them say the name.
 
     >>> did_you_mean("abpf", ["abfp", "int"])
     "; did you mean 'abfp'? There are: abfp, int"
+    >>> did_you_mean("fp8", ["e4m3", "e5m2"], {"e4m3": "OCP FP8", "e5m2": "OCP FP8, wider"})
+    "; did you mean 'e4m3' or 'e5m2'? There are: e4m3, e5m2"
     """
     names = sorted(
         known, key=lambda n: [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in re.split(r"(\d+)", n)]
     )
-    hint = _closest(name, names) or "."
+    whole = re.compile(rf"\b{re.escape(name)}\b", re.IGNORECASE)
+    said = [other for other, about in sorted((words or {}).items()) if whole.search(about)]
+    hint = (f"; did you mean {' or '.join(map(repr, said[:3]))}?" if said else _closest(name, names)) or "."
     if not names:
         return f"{hint} There are none."
     if len(names) <= LISTED:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,7 +115,7 @@ def _evaluator(located: Located, host: Host) -> Evaluator:
 
 
 def evaluate(
-    recipe: Recipe,
+    recipe: Recipe | Mapping[str, Any],
     *,
     host: Host | None = None,
     data: str | None = None,
@@ -129,6 +130,7 @@ def evaluate(
     Raises a `QsimError` that says what to do.
     """
     host, run, start = host or installed(), run or Run(), time.perf_counter()
+    recipe = Recipe.of(recipe, host)
     with run.stage(f"looking for {recipe.model or DEFAULT_MODEL}"):
         job = Job.of(recipe, host)
     if not job.recipe.quantizes and not job.recipe.transforms:

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class Finetuned(BaseModel):
 
 
 def finetune(
-    recipe: Recipe,
+    recipe: Recipe | Mapping[str, Any],
     output: Path,
     training: Training | None = None,
     *,
@@ -101,7 +102,7 @@ def finetune(
     host, run, training = host or installed(), run or Run(), training or Training()
     _check_trainer()
     with run.stage("looking at model and data"):
-        job = Job.of(recipe, host)
+        job = Job.of(Recipe.of(recipe, host), host)
         if not job.recipe.quantizes:
             raise RecipeError("the recipe quantizes nothing; name weights, activations or outputs")
         taught = _taught(job, data)

@@ -144,7 +144,7 @@ class Host:
         self, name: str, kind: type[Component] | None, scope: frozenset[str]
     ) -> tuple[str, type[Component] | Preset]:
         """The plugin and what it offers under a name; of several, the one in `scope`."""
-        from qsim_core.component import Component
+        from qsim_core.component import Component, Preset
 
         kind = kind or Component
         plugin, _, bare = name.rpartition(".")
@@ -169,8 +169,10 @@ class Host:
         failures = self.check()
         if bare in failures:  # the plugin of that name may well offer it
             raise failures[bare]
-        names = [item.name for item in self.load(plugin).items()] if plugin else list(self.components(kind))
-        raise QsimError(f"no {kind.kind} {name!r}{did_you_mean(bare, names)}{self.not_looked_at()}")
+        known = list(self.load(plugin).items()) if plugin else [of for [(_, of), *_] in self.components(kind).values()]
+        words = {of.name: of.doc for of in known if isinstance(of, Preset)}
+        hint = did_you_mean(bare, [of.name for of in known], words)
+        raise QsimError(f"no {kind.kind} {name!r}{hint}{self.not_looked_at()}")
 
     def scope(self, plugin: str) -> frozenset[str]:
         """A plugin, the core, and the plugins among its distribution's dependencies: what its author relies on."""

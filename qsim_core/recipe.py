@@ -90,7 +90,9 @@ class Recipe(_Strict):
 
     @classmethod
     def of(cls, values: Any, host: Any = None) -> Recipe:
-        """A recipe from plain data. Raises `RecipeError` or `SpecError` with the first thing that is wrong."""
+        """A recipe from plain data; a recipe is one. Raises `RecipeError` or `SpecError` with the first thing wrong."""
+        if isinstance(values, cls):
+            return values
         _check_keys("a recipe", values, cls)
         overrides = values.get("overrides")
         for pattern, override in overrides.items() if isinstance(overrides, dict) else ():

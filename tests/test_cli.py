@@ -400,7 +400,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no recipe": (["--recipe", "nowhere.yaml"], "cannot read nowhere.yaml: No such file or directory"),
     "text as recipe": (["--recipe", "text.txt"], "text.txt is no recipe: expected keys and values"),
     "empty data": (["--weights", "int8", "--data", "empty.txt"], "empty.txt is empty: there is no text"),
-    "short data": (["--weights", "int8", "--data", "text.txt"], "fewer than one window of 256; lower seqlen"),
+    "short data": (["--weights", "int8", "--data", "text.txt"], "fewer than one window of 256; lower it: --set perplexity.seqlen=N"),
     "missing data": (["--weights", "int8", "--data", "nowhere.txt"], "there is no file nowhere.txt"),
     "output is a directory": (["--weights", "int8", "--json", "empty"], "cannot write empty: it is a directory; give a file's name"),
     "output is a device": (["--weights", "int8", "--json", "/dev/null"], "cannot write /dev/null: it is no regular file; `--json -` writes"),

@@ -57,7 +57,7 @@ def test_the_programs_of_an_embedder_run(title: str, tmp_path: Path) -> None:
 def test_examples_in_docstrings_are_right() -> None:
     outcome = doctest.testmod(errors)
 
-    assert (outcome.failed, outcome.attempted) == (0, 2)
+    assert (outcome.failed, outcome.attempted) == (0, 3)
 
 
 def shortened(arguments: list[str]) -> list[str]:

@@ -91,3 +91,13 @@ def test_yaml_runs_no_code() -> None:
 
 def test_one_pattern_may_stand_alone() -> None:
     assert qsim.Recipe.from_yaml("skip: lm_head").skip == ("lm_head",)
+
+
+def test_plain_data_are_evaluated_as_the_recipe_that_they_say() -> None:
+    said = {"model": "opt-tiny", "weights": "int4"}
+
+    plain, recipe = (qsim.evaluate(given, run=qsim.Run(limit=1)) for given in (said, qsim.Recipe.of(said)))
+
+    assert plain.simulated == recipe.simulated
+    with pytest.raises(qsim.RecipeError, match="^a recipe is a mapping of keys to values, not str$"):
+        qsim.evaluate("opt-tiny")  # type: ignore[arg-type]

@@ -169,10 +169,10 @@ class E8M0(Format):
 
 NAMED = [
     Preset("bf16", "float(8, mantissa=7, specials=ieee)", "bfloat16"),
-    Preset("fp16", "float(5, mantissa=10, specials=ieee)", "IEEE 754 binary16"),
+    Preset("fp16", "float(5, mantissa=10, specials=ieee)", "IEEE 754 binary16 (float16)"),
     Preset("tf32", "float(8, mantissa=10, specials=ieee)", "NVIDIA TF32, 19 bits"),
-    Preset("e4m3", "float(4, mantissa=3, specials=fn)", "OCP 8-bit FP v1.0 E4M3, largest 448, saturating"),
-    Preset("e5m2", "float(5, mantissa=2, specials=ieee)", "OCP 8-bit FP v1.0 E5M2, largest 57344, then Inf"),
+    Preset("e4m3", "float(4, mantissa=3, specials=fn)", "OCP FP8 v1.0 E4M3 (float8_e4m3fn), largest 448, saturating"),
+    Preset("e5m2", "float(5, mantissa=2, specials=ieee)", "OCP FP8 v1.0 E5M2 (float8_e5m2), largest 57344, then Inf"),
     Preset("e4m3fnuz", "float(4, mantissa=3, specials=fnuz)", "no Inf, no -0, bias 8, largest 240, saturating"),
     Preset("e5m2fnuz", "float(5, mantissa=2, specials=fnuz)", "no Inf, no -0, bias 16, largest 57344, saturating"),
     Preset("e4m3b11fnuz", "float(4, mantissa=3, specials=fnuz, bias=11)", "as e4m3fnuz with bias 11, largest 30"),

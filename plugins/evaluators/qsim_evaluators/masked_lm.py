@@ -99,7 +99,10 @@ class MaskedLM(Evaluator):
         """`[windows, seqlen]` tokens with masks among them, and the answers, -1 where there is none."""
         inner, tokens = self._length(loaded) - 2, self._tokens(loaded, data)
         if len(tokens) < inner:
-            raise DataError(f"{data.name} has {len(tokens)} tokens, fewer than one window of {inner}; lower seqlen")
+            raise DataError(
+                f"{data.name} has {len(tokens)} tokens, fewer than one window of {inner}; "
+                f"lower it: --set {self.name}.seqlen=N"
+            )
         return self._masked(loaded, tokens[: len(tokens) // inner * inner].view(-1, inner), self.seed)
 
     def _masked(self, loaded: LoadedModel, windows: Tensor, seed: int) -> tuple[Tensor, Tensor]:

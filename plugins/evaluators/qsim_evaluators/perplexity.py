@@ -125,7 +125,10 @@ class Perplexity(Evaluator):
         """`[windows, seqlen]` token ids, and the stride."""
         seqlen, stride = self._sizes(loaded)
         if len(tokens) < seqlen:
-            raise DataError(f"{name} has {len(tokens)} tokens, fewer than one window of {seqlen}; lower seqlen")
+            raise DataError(
+                f"{name} has {len(tokens)} tokens, fewer than one window of {seqlen}; "
+                f"lower it: --set {self.name}.seqlen=N"
+            )
         return tokens.unfold(0, seqlen, stride), stride
 
 

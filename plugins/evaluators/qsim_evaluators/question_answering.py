@@ -107,7 +107,10 @@ class QuestionAnswering(Evaluator):
         check(self.name, loaded)
         length = length or self.seqlen
         if length > longest(loaded, LONGEST):
-            raise DataError(f"the model takes {longest(loaded, LONGEST)} tokens at most, not {length}; lower seqlen")
+            raise DataError(
+                f"the model takes {longest(loaded, LONGEST)} tokens at most, not {length}; "
+                f"lower it: --set {self.name}.seqlen=N"
+            )
         question, context = (data.content[column][place] for column in ("question", "context"))
         try:
             return loaded.tokenizer(

@@ -109,7 +109,7 @@ def test_calibration_windows_are_masked_too(loaded: qsim.LoadedModel) -> None:
     ("evaluator", "text", "message"),
     [
         ("masked_lm(33)", TEXT, "windows of 33 tokens: the model takes 3 to 32"),
-        ("masked_lm(32)", "fox", "fox has 3 tokens, fewer than one window of 30; lower seqlen"),
+        ("masked_lm(32)", "fox", "fox has 3 tokens, fewer than one window of 30; lower it: --set masked_lm.seqlen=N"),
     ],
 )
 def test_windows_that_do_not_fit(loaded: qsim.LoadedModel, evaluator: str, text: str, message: str) -> None:

@@ -121,7 +121,9 @@ def test_a_hopeless_model_has_infinite_perplexity(loaded: qsim.LoadedModel) -> N
 
 
 def test_text_shorter_than_a_window_is_an_error(loaded: qsim.LoadedModel) -> None:
-    with pytest.raises(qsim.DataError, match=r"^fox has 3 tokens, fewer than one window of 64; lower seqlen$"):
+    with pytest.raises(
+        qsim.DataError, match=r"^fox has 3 tokens, fewer than one window of 64; lower it: --set perplexity.seqlen=N$"
+    ):
         qsim.parse("perplexity").evaluate(loaded, qsim.Data.of_text("fox", "fox"), qsim.Run())
 
 

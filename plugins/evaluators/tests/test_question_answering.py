@@ -163,7 +163,10 @@ def test_a_file_that_is_not_squads(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("evaluator", "message"),
     [
-        ("question_answering", "^the model takes 64 tokens at most, not 384; lower seqlen$"),
+        (
+            "question_answering",
+            "^the model takes 64 tokens at most, not 384; lower it: --set question_answering.seqlen=N$",
+        ),
         ("question_answering(8, stride=8)", "^question 0 does not fit windows of 8 tokens that share 8: "),
     ],
 )

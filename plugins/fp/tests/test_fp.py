@@ -373,3 +373,12 @@ class TestFloat(QuantizerSuite):
         "float(4, 3, subnormals=false)",
         "e8m0",
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("fp8", "'e4m3' or 'e5m2'"), ("fp4", "'e2m1'"), ("float8_e4m3fn", "'e4m3'"), ("bfloat16", "'bf16'")],
+)
+def test_the_names_of_other_projects_lead_to_ours(name: str, meant: str) -> None:
+    with pytest.raises(qsim.SpecError, match=f"^no quantizer '{name}'; did you mean {meant}[?] There are "):
+        qsim.Host().parse(name, qsim.Quantizer)
