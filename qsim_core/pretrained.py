@@ -116,6 +116,15 @@ def load_model(model_class: Any, source: str, dtype: torch.dtype, subfolder: str
         raise ModelError(f"the weights of {where} are corrupt: {line(error)}; fetch or save them again") from None
     except Exception as error:  # a configuration can be wrong in as many ways as a library has layers
         raise ModelError(f"{where} cannot be loaded: {line(error)}") from None
+    _check_all_weights_there(report, where)
+    check_finite(model)
+    if folder is not None:
+        weakref.finalize(model, folder.cleanup)
+    return model.eval()
+
+
+def _check_all_weights_there(report: Any, where: str) -> None:
+    """Raise `ModelError` for what a library filled in at random, as it found no weight or one of another shape."""
     if report["mismatched_keys"]:
         name, stored, expected = sorted(report["mismatched_keys"])[0]
         raise ModelError(
@@ -124,10 +133,6 @@ def load_model(model_class: Any, source: str, dtype: torch.dtype, subfolder: str
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelError(f"the weights of {where} lack {missing[0]}{_more(missing)}")
-    check_finite(model)
-    if folder is not None:
-        weakref.finalize(model, folder.cleanup)
-    return model.eval()
 
 
 def _device_map(model_class: Any, source: str, subfolder: str, dtype: torch.dtype) -> Any:
