@@ -28,6 +28,8 @@ from qsim_core.tensorfile import quantize_file
 from qsim_core.trained import Trained
 
 SHOWN_WARNINGS = 4
+FEW = 10
+"""Of fewer samples a bootstrap's intervals are not to be trusted: they are drawn from too few values."""
 FREE_BESIDE_A_RECORD = frozenset({"record", "device", "dry_run", "work_dir", "samples", "allow_code_execution"})
 """The options that say nothing that a record says; a record allows nothing."""
 
@@ -184,13 +186,16 @@ def show(result: Result) -> None:
 def _lines(result: Result) -> Iterator[str]:
     """What a careful reader must know beside the numbers."""
     audit = result.audit
-    some = "" if result.limit is None else f"; of {result.limit} samples only (--limit)"
+    limit = result.limit
+    some = "" if limit is None else f"; of {limit} sample{'s' if limit > 1 else ''} only (--limit)"
     yield f"{result.protocol}; {result.data.name} (sha256 {result.data.sha256[:12]}){some}"
     for pattern, exception in result.recipe.get("overrides", {}).items():
         said = ", ".join(f"{role} {text or 'as they are'}" for role, text in exception.items())
         yield f"otherwise at {pattern}: {said}"
     if result.metric in result.intervals:
-        yield "in brackets: 95% confidence intervals over the samples, the ratio's over the same ones before and after"
+        narrow = "" if limit is None or limit >= FEW else "; too narrow, of so few samples"
+        over = "over the samples, the ratio's over the same ones before and after"
+        yield f"in brackets: 95% confidence intervals {over}{narrow}"
     others = [key for key in result.simulated if key != result.metric]
     if others:
         yield "; ".join(_change(key, result.baseline.get(key), result.simulated[key]) for key in others)

@@ -81,6 +81,7 @@ def test_the_table_says_what_a_reader_needs(qsim_: Qsim) -> None:
         ["outputs", "cast(bf16)"],
     ]
     assert "; of 8 samples only (--limit)" in outcome.stdout
+    assert "before and after; too narrow, of so few samples\n" in outcome.stdout
     assert "left alone: lm_head (--skip none quantizes everything)" in outcome.stdout
     assert "v's scales are shared over tokens" in outcome.stdout
     assert "\x1b[" not in outcome.stdout
