@@ -7,21 +7,19 @@ them: then all are computed at once, as without this module.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from qsim_core.attention import explicit_attention
+from qsim_core.causal import ROWS, TOGETHER, can_be_cut, causal_attention
 from qsim_core.fixed import scheme_of
 from qsim_core.fused import followed
 from qsim_core.running import Site
 
 if TYPE_CHECKING:
     from qsim_core.sites import Sites
-
-TOGETHER = 2**21
-"""Scores that are computed at a time: 8 MiB of float32."""
 
 
 def attend(
@@ -43,13 +41,20 @@ def attend(
     shapes = {tuple(t.shape[: 2 - enable_gqa]) if t.dim() == 4 else None for t in (query, key, value)}
     matching = len(shapes) == 1 and None not in shapes and key.shape[1] == value.shape[1]
     possible = len(met) == 2 and matching and masked and not dropout_p
-    if not possible or not _alone(query) or not _by_heads(sites, met):
+    if not possible or not _alone(query) or not _unseen(sites, met):
         return explicit_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     calls = [site.calls + 1 for site in met]
-    result = query.new_empty(*query.shape[:-1], value.shape[-1])
-    for place, operands in _heads(query, key, value, attn_mask, enable_gqa):
-        frame.products = first
-        result[place] = explicit_attention(*operands, 0.0, is_causal, scale)
+    triangular = is_causal and attn_mask is None and query.shape[-2] == key.shape[-2] > ROWS
+    if triangular and can_be_cut(*met):
+        result = causal_attention(sites, met, query, key, value, scale)
+    elif _by_heads(met):
+        result = query.new_empty(*query.shape[:-1], value.shape[-1])
+        for place, operands in _heads(query, key, value, attn_mask, enable_gqa):
+            frame.products = first
+            result[place] = explicit_attention(*operands, 0.0, is_causal, scale)
+    else:
+        return explicit_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    frame.products = first + len(met)
     for site, count in zip(met, calls, strict=True):
         site.calls = count
     return result
@@ -61,21 +66,30 @@ def _alone(query: Tensor) -> bool:
     return large and not torch.is_grad_enabled() and not followed(query)
 
 
-def _by_heads(sites: Sites, met: list[Site]) -> bool:
-    """Whether every quantizer rounds row by row, the same wherever a row stands, and nobody looks on."""
+def _unseen(sites: Sites, met: list[Site]) -> bool:
+    """Whether nobody looks on, and nothing is drawn for the two products as a whole."""
     looked_at = sites.observer is not None or sites.watcher is not None
     training = sites.thread.stack[-1].module.training
     if looked_at or training or not sites.quantizing or any(site.rotations for site in met):
         return False
-    for quantizer in (site.quantizer(role) for site in met for role in ("input", "input2", "output")):
+    schemes = [scheme_of(quantizer) for quantizer in _quantizers(met)]
+    return not any("stochastic" in str(s) or getattr(s, "multiplier", None) is not None for s in schemes)
+
+
+def _by_heads(met: list[Site]) -> bool:
+    """Whether every quantizer rounds row by row, the same wherever a row stands."""
+    for quantizer in _quantizers(met):
         scheme = scheme_of(quantizer)
-        if scheme is None:
-            continue
         fixed = quantizer is not scheme and scheme.granularity == "tensor"
-        drawn = "stochastic" in str(scheme) or getattr(scheme, "multiplier", None) is not None
-        if drawn or not (fixed or getattr(scheme, "by_rows", False)):
+        if not (fixed or getattr(scheme, "by_rows", False)):
             return False
     return True
+
+
+def _quantizers(met: list[Site]) -> list[Any]:
+    """Those at two products, each of which may stand at several places."""
+    found = (site.quantizer(role) for site in met for role in ("input", "input2", "output"))
+    return [quantizer for quantizer in found if quantizer is not None]
 
 
 def _heads(

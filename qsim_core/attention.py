@@ -37,15 +37,20 @@ def explicit_attention(
     product = torch.matmul(query, key.transpose(-1, -2))
     scores = _times(product, query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
-        scores = _within(scores, torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril())
+        scores = within(scores, torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril())
     if attn_mask is not None:
-        scores = _within(scores, attn_mask) if attn_mask.dtype == torch.bool else scores + attn_mask
-    probabilities = torch.softmax(scores, -1, dtype=torch.promote_types(torch.float32, scores.dtype)).to(query.dtype)
+        scores = within(scores, attn_mask) if attn_mask.dtype == torch.bool else scores + attn_mask
+    shares = probabilities(scores, query.dtype)
     if attn_mask is not None:
         nothing = scores.amax(-1, keepdim=True) == -torch.inf
         if torch.compiler.is_compiling() or bool(nothing.any()):
-            probabilities = probabilities.masked_fill(nothing, 0.0)
-    return torch.matmul(F.dropout(probabilities, dropout_p, training=dropout_p > 0), value)
+            shares = shares.masked_fill(nothing, 0.0)
+    return torch.matmul(F.dropout(shares, dropout_p, training=dropout_p > 0), value)
+
+
+def probabilities(scores: Tensor, dtype: torch.dtype) -> Tensor:
+    """The softmax of scores along their last axis, computed in float32 at least."""
+    return torch.softmax(scores, -1, dtype=torch.promote_types(torch.float32, scores.dtype)).to(dtype)
 
 
 def _times(scores: Tensor, scale: float) -> Tensor:
@@ -53,7 +58,7 @@ def _times(scores: Tensor, scale: float) -> Tensor:
     return scores * scale if torch.is_grad_enabled() else scores.mul_(scale)
 
 
-def _within(scores: Tensor, allowed: Tensor) -> Tensor:
+def within(scores: Tensor, allowed: Tensor) -> Tensor:
     """Scores where they are allowed, else -Inf, likewise. Of NaN nothing is hidden."""
     bound = torch.where(allowed, torch.inf, -torch.inf).to(scores.dtype)
     return torch.minimum(scores, bound) if torch.is_grad_enabled() else torch.minimum(scores, bound, out=scores)

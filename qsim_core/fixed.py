@@ -1,4 +1,4 @@
-"""A scheme with scales that its site holds."""
+"""A scheme with scales that its site holds, or whose tensor is there in parts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qsim_core import fused
 from qsim_core.errors import DataError
 from qsim_core.fused import Scales
-from qsim_core.quantizer import Granularity, straight_through
+from qsim_core.quantizer import Granularity, laid_out_as, straight_through
 from qsim_core.scaling import Scheme
 
 
@@ -60,6 +61,42 @@ class Fixed:
         """Scale and zero point on the device of `x`. Raises `DataError` if its rows have more or fewer blocks."""
         check_blocks(self.where, self.scheme, self.scale.shape[-2], self.scheme.blocks_of(x.shape))
         return self.scale.to(x.device), None if self.zero is None else self.zero.to(x.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Within:
+    """A scheme on part of a tensor: what all of it shares follows from the highest magnitude there, which is known."""
+
+    scheme: Scheme
+    highest: Tensor
+    """A number."""
+
+    @staticmethod
+    def fits(scheme: Any) -> bool:
+        """Whether one scale, of the whole tensor or of its scales, is all that depends on the other parts."""
+        if not isinstance(scheme, Scheme) or scheme.static or scheme.learns or not scheme.symmetric:
+            return False
+        if not fused.plain(scheme):
+            return False
+        if scheme.granularity == "tensor":
+            return scheme.scale is None or scheme.scale.granularity == "element"
+        return fused.above(scheme) is not None
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """What `scheme.quantize` makes of this part of the whole."""
+        scheme, (exact, _) = self.scheme, self.scheme._covering(-self.highest, self.highest)
+        if scheme.granularity == "tensor":
+            return scheme.quantize_at(x, scheme._rounded(exact).view(1, 1), None)
+        above = fused.above(scheme)
+        assert above is not None
+        second, _ = above._covering(-exact, exact)
+        if (fast := fused.quantize(scheme, x, second=float(second))) is not None:
+            return fast
+        blocks, own, _ = scheme._measured(x)
+        scale = above.quantize_at(own, second.view(1, 1), None).unsqueeze(-1)
+        return laid_out_as(x, scheme.join(scheme.round_at(blocks, scale, None), x))
+
+    __call__ = quantize
 
 
 def scheme_of(quantizer: Any) -> Any:

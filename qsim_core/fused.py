@@ -59,12 +59,15 @@ def quantize(
     static: Scales | None = None,
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    second: float | None = None,
 ) -> Tensor | None:
     """`scheme.quantize(x)`, or `quantize_at` with static scales; None where the reference has to do it.
 
     `dtype`, where it holds every value, saves another pass: the result is then in it, in any memory layout, or in
-    `out`, part of the rows of another matrix.
+    `out`, part of the rows of another matrix. `second` is the scale of the scales, where it is known.
     """
+    if second is not None and not _scaling(scheme).rule:
+        return None
     if (steps := _steps(scheme.coded, x)) is None or not plain(scheme) or (kernels := library(x.numel())) is None:
         return None
     if out is not None:
@@ -73,7 +76,7 @@ def quantize(
     order = None if static is not None and len(static.scale) > 1 else _memory_order(x)  # scales have rows in order
     source = x.contiguous() if order is None else x
     y = torch.empty_like(source, dtype=dtype)
-    into(scheme, _matrix(source, order), _matrix(y, order), steps, kernels, static)
+    into(scheme, _matrix(source, order), _matrix(y, order), steps, kernels, static, second=second)
     return y if order is not None or dtype is not None else torch.empty_like(x).copy_(y)
 
 
@@ -87,7 +90,14 @@ def encode(scheme: Scheme, x: Tensor, static: Scales | None, shift: float) -> tu
 
 
 def into(
-    scheme: Scheme, x: Tensor, out: Tensor, steps: Steps, kernels: Library, static: Scales | None, shift: float = 0.0
+    scheme: Scheme,
+    x: Tensor,
+    out: Tensor,
+    steps: Steps,
+    kernels: Library,
+    static: Scales | None,
+    shift: float = 0.0,
+    second: float | None = None,
 ) -> Scales:
     """x [A, K] rounded into `out`, as values or as codes less `shift`; gives the scales."""
     block = scheme.granularity if isinstance(scheme.granularity, int) else x.shape[-1]
@@ -95,7 +105,7 @@ def into(
     if known is None:
         shape = len(x), -(-x.shape[1] // block)
         known = Scales(buffer(*shape), None if scheme.symmetric else buffer(*shape))
-        kernels.round(x, out, steps, block, *known, shift, _for_all(scheme, x, kernels))
+        kernels.round(x, out, steps, block, *known, shift, _for_all(scheme, x, kernels, second))
     else:
         kernels.round(x, out, steps, block, *known, shift)
     return known
@@ -131,33 +141,36 @@ def _given(scheme: Scheme, x: Tensor, block: int, kernels: Library) -> Scales | 
     return Scales(scheme._rounded(exact).contiguous(), None if zero is None else zero.squeeze(-1).contiguous())
 
 
-def _for_all(scheme: Scheme, x: Tensor, kernels: Library) -> Scaling:
-    """How the kernels find the scales; where these have a scale of their own, with that of this tensor."""
-    scaling, above = _scaling(scheme), _above(scheme)
-    if above is None:
+def _for_all(scheme: Scheme, x: Tensor, kernels: Library, second: float | None) -> Scaling:
+    """How the kernels find the scales; where these have a scale of their own, with that: `second`, or this tensor's."""
+    scaling, scheme_above = _scaling(scheme), above(scheme)
+    if scheme_above is None:
         return scaling
-    (_, high), found = kernels.extremes(x, x.shape[1], magnitude=scaling.magnitude), Scaling.from_buffer_copy(scaling)
-    exact, _ = scheme._covering(-high.amax(), high.amax())
-    found.second = float(above._covering(-exact, exact)[0])
+    found = Scaling.from_buffer_copy(scaling)
+    if second is None:
+        _, high = kernels.extremes(x, x.shape[1], magnitude=scaling.magnitude)
+        exact, _ = scheme._covering(-high.amax(), high.amax())
+        second = float(scheme_above._covering(-exact, exact)[0])
+    found.second = second
     return found
 
 
-def _above(scheme: Scheme) -> Scheme | None:
+def above(scheme: Scheme) -> Scheme | None:
     """The scheme of its scales, if that is one scale for all of them, of the kind that the kernels know."""
     from qsim_core.scaling import Scheme
 
-    above = scheme.scale
-    if not isinstance(above, Scheme) or above.granularity != "tensor" or above.scale is not None or above.static:
+    found = scheme.scale
+    if not isinstance(found, Scheme) or found.granularity != "tensor" or found.scale is not None or found.static:
         return None
-    usual = above.symmetric and above.rule == "divide" and plain(above) and above.element.rounding == "even"
-    return above if usual and scheme.symmetric and scheme.element.min < 0 <= -above.element.min else None
+    usual = found.symmetric and found.rule == "divide" and plain(found) and found.element.rounding == "even"
+    return found if usual and scheme.symmetric and scheme.element.min < 0 <= -found.element.min else None
 
 
 @functools.lru_cache(maxsize=256)
 def _scaling(scheme: Scheme) -> Scaling:
     """How the kernels find the scales of a scheme; rule 0 if they cannot."""
-    above = _above(scheme)
-    bare = above.element if above else None if scheme.scale is None else scheme.scale.unscaled
+    second = above(scheme)
+    bare = second.element if second else None if scheme.scale is None else scheme.scale.unscaled
     rounding = _rounding(scheme, bare)
     if rounding is None:
         return GIVEN
@@ -172,7 +185,7 @@ def _scaling(scheme: Scheme) -> Scaling:
         largest=element.max,
         top=math.frexp(element.max)[1] - 1,
         tie=1 - 0.25 * (element.beyond - element.max) / 2.0 ** (math.frexp(element.max)[1] - 1),
-        limit=math.inf if above or bare is None else bare.max,
+        limit=math.inf if second or bare is None else bare.max,
         second=1.0,
         grid=Grid() if steps is None else Grid.of(steps),
     )

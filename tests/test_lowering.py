@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qsim_core as qsim
-from qsim_core import bf16, int8, native
+from qsim_core import bf16, causal, int8, native
 from qsim_core.quantizer import Quantizer
 
 INT8 = [
@@ -445,6 +445,65 @@ def test_heads_apart_give_what_all_at_once_give(
 
     assert torch.allclose(*results, atol=1e-5, rtol=1e-5)
     assert counts == {2}
+
+
+CUT = {
+    "a row's scale": {"activations": "token(int8)"},
+    "blocks": {"activations": "abfp(int4, n=4)"},
+    "bfloat16": {"activations": "mx(e4m3, n=4)", "outputs": "bf16", "path": "bf16"},
+    "v along the head": {"activations": "mx(e4m3, n=4)", "outputs": "bf16", "path": "bf16", "value_axis": "head"},
+    "a format as it is": {"activations": "e4m3", "outputs": "fp16"},
+    "static": {"activations": "tensor(int8, static=true)"},
+    "results only": {"outputs": "fp16"},
+    "the tensor's scale": {"activations": "tensor(int8)"},
+    "the tensor's rounded scale": {"activations": "tensor(int8, scale=bf16)"},
+    "scales with a scale": {"activations": "scaled(e2m1, block=4, scale=scaled(e4m3))"},
+}
+NOT_CUT = {
+    "a zero point": {"activations": "token(int8, symmetric=false)"},
+    "a quantile": {"activations": "token(int8, range=percentile)"},
+    "blocks across the cut": {"activations": "abfp(int4, n=3)"},
+    "blocks' scales with one, across": {"activations": "scaled(e2m1, block=3, scale=scaled(e4m3))"},
+    "the tensor's zero point": {"activations": "tensor(int8, symmetric=false)"},
+    "results of a tensor": {"activations": "abfp(int4, n=4)", "outputs": "tensor(int8)"},
+    "scores that share a scale": {"activations": "abfp(int4, n=4)", "outputs": "token(int8)"},
+}
+
+
+@pytest.mark.parametrize("parts", [*CUT.values(), *NOT_CUT.values()], ids=[*CUT, *NOT_CUT])
+@pytest.mark.parametrize("grouped", [False, True], ids=["each", "grouped"])
+@pytest.mark.parametrize("fast", ["0", "1"], ids=["reference", "kernels"])
+def test_what_a_causal_mask_covers_is_left_out(
+    fast: str, grouped: bool, parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Attention(nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, 22, heads, width, generator=generator).transpose(1, 2)
+        for heads, width in ((4, 8), (2 if grouped else 4, 8), (2 if grouped else 4, 6))
+    )
+    model, cut, computed = Attention().eval(), causal.causal_attention, []
+    monkeypatch.setattr(native._waiting, "wanted", fast == "1")
+    monkeypatch.setattr("qsim_core.apart.causal_attention", lambda *given: computed.append(given) or cut(*given))
+    monkeypatch.setattr("qsim_core.causal.ROWS", 4)
+    monkeypatch.setattr("qsim_core.causal.TOGETHER", 3 * 4 * 22)
+    simulation = qsim.simulate(
+        model, qsim.Recipe.of(parts), example=(query, key, value), calibration=[(query, key, value)]
+    )
+    results = []
+    for rows in (4, 1000):
+        monkeypatch.setattr("qsim_core.apart.ROWS", rows)
+        with torch.no_grad():
+            results.append(model(query, key, value))
+
+    found = simulation.sites.table.values()
+    assert torch.allclose(*results, atol=1e-6, rtol=2**-8 if parts.get("outputs") == "bf16" else 1e-6)
+    assert bool(computed) == (parts in CUT.values())
+    assert {site.calls for site in found} == {2}
+    assert {site.path for site in found} == {parts.get("path", "float32")}
 
 
 def test_a_scale_for_the_whole_tensor_keeps_the_heads_together(make: Any, ids: Tensor) -> None:
