@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qsim_core import fused
+from qsim_core import fused, scratch
 from qsim_core.fixed import Fixed, scheme_of
 from qsim_core.format import Format
 from qsim_core.native import buffer, library
@@ -77,7 +77,7 @@ def half(quantizer: Any, rows: Tensor, beside: Tensor | None = None) -> Half | N
         values = _rounded(quantizer, rows, None)
         return None if _flushed(scheme_of(quantizer), values) else Half(values)
     matrix = rows.reshape(-1, rows.shape[-1])
-    wide = buffer(len(matrix), matrix.shape[1] + PARTS, dtype=torch.bfloat16)
+    wide = scratch.empty(len(matrix), matrix.shape[1] + PARTS, dtype=torch.bfloat16)
     _rounded(quantizer, matrix, wide[:, :-PARTS])
     wide[:, -PARTS:] = beside
     return None if _flushed(scheme_of(quantizer), wide) else Half(wide.view(*rows.shape[:-1], -1), wider=True)

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from qsim_core import lowering
 from qsim_core.attention import probabilities, within
-from qsim_core.bf16 import BF16, Half, matmul
+from qsim_core.bf16 import BF16, Half
 from qsim_core.fixed import Fixed, Within, scheme_of
 from qsim_core.ops import LAST, SECOND_LAST, Call, Layout
 from qsim_core.ranges import AbsMax, MinMax
 from qsim_core.running import Site
 from qsim_core.scaling import Scheme
+from qsim_core.scratch import Scratch
 
 if TYPE_CHECKING:
     from qsim_core.sites import Sites
@@ -64,6 +65,7 @@ def causal_attention(
     scale, length = query.shape[-1] ** -0.5 if scale is None else scale, query.shape[-2]
     result = query.new_empty(*query.shape[:-1], value.shape[-1])
     allowed = torch.ones(ROWS, ROWS, dtype=torch.bool, device=query.device).tril()
+    scratch = sites.thread.scratch
     sites.thread.inside = True  # these are the products, no others are to be met
     try:
         along_head = sites.recipe.value_axis == "head" and met[1].is_value_product
@@ -76,10 +78,13 @@ def causal_attention(
             some = slice(head, head + heads)
             for first in range(0, length, ROWS):
                 here, so_far = slice(first, min(first + ROWS, length)), slice(min(first + ROWS, length))
-                scores = scores_of.times(_part(queries, some, here), _part(keys, some, so_far)).mul_(scale)
+                scores = scores_of.times(_part(queries, some, here), _part(keys, some, so_far), "scores").mul_(scale)
                 within(scores[..., here], allowed[: scores.shape[-2], : scores.shape[-2]])  # in its own memory
                 met_values = _part(values, some, so_far) if along_head else _part(values, some, slice(None), so_far)
-                found[some, here] = values_of.times(values_of.left(probabilities(scores, query.dtype)), met_values)
+                shares = _shares(scores, query.dtype, scratch)
+                with scratch.wanted("P, quantized"):
+                    left = values_of.left(shares)
+                found[some, here] = values_of.times(left, met_values, "result")
     finally:
         sites.thread.inside = False
     return result
@@ -97,7 +102,7 @@ class _Product:
         quantizers = [site.quantizer(role) for role in ("input", "input2", "output")]
         if site.is_value_product and not (_elementwise(quantizers[0]) or quantizers[0].by_rows):
             quantizers[0] = Within(quantizers[0], HIGHEST)
-        self._quantizers = quantizers
+        self._quantizers, self._scratch = quantizers, sites.thread.scratch
         call = Call(torch.matmul, (), {}, (query, right), self._layouts, (0, 1))  # P is like the queries in what counts
         form = lowering.choose(sites.recipe.path, call, ("input", "input2"), quantizers)
         self._form = form if isinstance(form, BF16) else None
@@ -118,16 +123,27 @@ class _Product:
         values: Tensor = rows if quantizer is None else quantizer(rows)
         return values
 
-    def times(self, left: Operand, right: Operand) -> Tensor:
-        """Their product [..., R, N], quantized, and the path that it took."""
-        if isinstance(left, Half) and isinstance(right, Half):
-            self._site.path = BF16.path
-            return matmul(self._layouts, left, right)
-        self._site.path = "float32"
-        left, right = (operand.values() if isinstance(operand, Half) else operand for operand in (left, right))
-        product, output = torch.matmul(left, self._layouts[1].back(right)), self._quantizers[2]
+    def times(self, left: Operand, right: Operand, use: str) -> Tensor:
+        """Their product [heads, R, N], quantized, in the memory for this use; and the path that it took."""
+        if halves := isinstance(left, Half) and isinstance(right, Half):
+            first, second = left.rows, right.rows
+        else:
+            first, second = (operand.values() if isinstance(operand, Half) else operand for operand in (left, right))
+        self._site.path = BF16.path if halves else "float32"
+        second, output = self._layouts[1].back(second), self._quantizers[2]
+        shape = *first.shape[:-1], second.shape[-1]
+        product = torch.bmm(first, second, out=self._scratch.empty(use, shape, first.dtype))
+        if halves:  # and rounded already
+            return self._scratch.empty(use, shape).copy_(product)
         result: Tensor = product if output is None else output(product)
         return result
+
+
+def _shares(scores: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
+    """P, in memory that is used again."""
+    if scores.dtype == dtype == torch.float32:
+        return torch.softmax(scores, -1, out=scratch.empty("P", scores.shape))
+    return probabilities(scores, dtype)
 
 
 def _by_heads(operand: Operand, heads: int) -> Operand:

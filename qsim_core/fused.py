@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from qsim_core import scratch
 from qsim_core.native import GIVEN, Grid, Library, Scaling, buffer, library
 from qsim_core.numerics import Steps
 from qsim_core.ranges import AbsMax, MinMax
@@ -48,7 +49,7 @@ def cast(format: Format, x: Tensor) -> Tensor | None:
         return None
     if (kernels := library(x.numel())) is None:
         return None
-    y = torch.empty_like(x)
+    y = scratch.like(x)
     kernels.round(_matrix(x, order), _matrix(y, order), steps, x.shape[-1])
     return y
 
@@ -75,7 +76,7 @@ def quantize(
         return out
     order = None if static is not None and len(static.scale) > 1 else _memory_order(x)  # scales have rows in order
     source = x.contiguous() if order is None else x
-    y = torch.empty_like(source, dtype=dtype)
+    y = scratch.like(source, dtype)
     into(scheme, _matrix(source, order), _matrix(y, order), steps, kernels, static, second=second)
     return y if order is not None or dtype is not None else torch.empty_like(x).copy_(y)
 
@@ -85,7 +86,7 @@ def encode(scheme: Scheme, x: Tensor, static: Scales | None, shift: float) -> tu
     if (steps := _steps(scheme.coded, x)) is None or not plain(scheme) or (kernels := library(x.numel())) is None:
         return None
     x = x.contiguous()
-    codes = buffer(*x.shape, dtype=torch.int8)
+    codes = scratch.like(x, torch.int8)
     return codes, into(scheme, x, codes, steps, kernels, static, shift)
 
 

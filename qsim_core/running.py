@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -15,9 +16,13 @@ from torch._C import _len_torch_function_stack
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from qsim_core.errors import RecipeError
+from qsim_core.fixed import scheme_of
+from qsim_core.fused import as_written
 from qsim_core.ops import LAST, Call, Layout
 from qsim_core.quantizer import Quantizer
 from qsim_core.recipe import Plan
+from qsim_core.scaling import Scheme
+from qsim_core.scratch import Scratch
 
 
 @dataclass
@@ -134,13 +139,23 @@ class Thread(threading.local):
         self.quantized: Last | None = None
         self.lowered: Last | None = None
         self.rotated: Last | None = None
+        self.scratch = Scratch()
 
     def clear(self) -> None:
         self.stack, self.caller, self.inside = [], None, False
         self.quantized = self.lowered = self.rotated = None
+        self.scratch.clear()
         mode, self.mode = self.mode, None
         if mode is not None:
             leave(mode)
+
+    def own_memory(self, site: Site, quantizer: Any, use: str) -> AbstractContextManager[None]:
+        """Inside, an input that is quantized for a product with a weight, and seen by nobody else, is in memory that
+        the next one uses again."""
+        written_here = isinstance(scheme := scheme_of(quantizer), Scheme) and as_written(type(scheme))
+        if site.weight is None or not written_here or torch.is_grad_enabled():
+            return nullcontext()
+        return self.scratch.wanted(use)
 
     def running(self) -> bool:
         """Whether the outermost module's call is still on the Python stack: Ctrl-C leaves without any hook."""

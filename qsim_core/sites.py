@@ -177,8 +177,9 @@ class Sites:
     ) -> list[Tensor]:
         """The operands' values, quantized."""
         training = self.thread.stack[-1].module.training
+        alone = len(roles) == 2  # an einsum may have more operands
         return [
-            self._input(site, role, operand, layout)
+            self._input(site, role, operand, layout, alone)
             if weight is None
             else self._weight(site, weight, operand, layout, training, form)
             for role, operand, weight, layout in zip(roles, call.operands, weights, call.layouts, strict=True)
@@ -196,7 +197,8 @@ class Sites:
             if layout is LAST and Last.holds(last, key, operand):
                 taken.append(last.value)  # type: ignore[union-attr]
             else:
-                taken.append(form.take(place, layout.rows(operand)))
+                with self.thread.own_memory(site, form.quantizers[place], "lowered"):
+                    taken.append(form.take(place, layout.rows(operand)))
                 self.thread.lowered = last_of(key, operand, taken[-1], layout)
         return None if any(operand is None for operand in taken) else form.product(call, *taken)
 
@@ -229,7 +231,7 @@ class Sites:
         self.thread.rotated = last_of(rotation, operand, value, layout)
         return value
 
-    def _input(self, site: Site, role: str, operand: Tensor, layout: Layout) -> Tensor:
+    def _input(self, site: Site, role: str, operand: Tensor, layout: Layout, alone: bool) -> Tensor:
         """The operand quantized; one that the call before this had too (q, k and v's) is not computed again, unless
         numbers are drawn for it: those are every site's own, with a gradient and without."""
         quantizer, value = self._quantizer(site, role), operand
@@ -237,10 +239,10 @@ class Sites:
             if layout is LAST and Last.holds(self.thread.quantized, quantizer, operand):
                 value = self.thread.quantized.value  # type: ignore[union-attr]
             else:
-                with at(f"{site.name}:{role}", site.calls) as place:
+                mine = quantizer if alone and self.observer is None else None
+                with at(f"{site.name}:{role}", site.calls) as place, self.thread.own_memory(site, mine, "quantized"):
                     value = layout.back(quantizer(layout.rows(operand)))
-                    last = None if place.drawn else last_of(quantizer, operand, value, layout)
-                self.thread.quantized = last
+                self.thread.quantized = None if place.drawn else last_of(quantizer, operand, value, layout)
         self._observe(site, role, operand, value, layout, quantizer)
         return value
 

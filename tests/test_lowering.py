@@ -514,3 +514,47 @@ def test_a_scale_for_the_whole_tensor_keeps_the_heads_together(make: Any, ids: T
         one = model(ids[:1]).logits
 
     assert not torch.equal(one, two)
+
+
+class Twice(nn.Module):
+    """Three operands, of which one is a weight, between two products whose input is the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
+        self.eval()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        first = F.linear(y, self.weight)
+        both = torch.einsum("bi,bi,oi->bo", y, x, self.weight)
+        return first + both + F.linear(y, self.weight)
+
+
+def test_inputs_that_are_needed_together_do_not_share_their_memory() -> None:
+    x, y = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1))
+    model = Twice()
+    qsim.simulate(model, weights="int8", activations="token(int8)")
+
+    with torch.no_grad():
+        found = model(x, y)
+
+    own = model(x, y).detach()  # where gradients are recorded, all is in memory of its own
+    assert torch.allclose(found, own, atol=1e-5)
+
+
+def test_what_is_quantized_for_one_model_is_not_touched_by_another() -> None:
+    class Meanwhile(Twice):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            first = F.linear(y, self.weight)
+            other(x)
+            return first + F.linear(y, self.weight)
+
+    other, model = nn.Linear(8, 8).eval(), Meanwhile()
+    x, y = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1))
+    for each in (other, model):
+        qsim.simulate(each, qsim.Recipe.of({"weights": "int8", "activations": "token(int8)", "path": "float32"}))
+
+    with torch.no_grad():
+        found = model(x, y)
+
+    assert torch.equal(found, model(x, y).detach())
