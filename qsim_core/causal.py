@@ -66,8 +66,7 @@ def causal_attention(
     result = query.new_empty(*query.shape[:-1], value.shape[-1])
     allowed = torch.ones(ROWS, ROWS, dtype=torch.bool, device=query.device).tril()
     scratch = sites.thread.scratch
-    sites.thread.inside = True  # these are the products, no others are to be met
-    try:
+    with torch._C.DisableTorchFunction():  # these are the products, no others are to be met
         along_head = sites.recipe.value_axis == "head" and met[1].is_value_product
         scores_of = _Product(sites, met[0], query, key.transpose(-1, -2), SECOND_LAST)
         values_of = _Product(sites, met[1], query, value, LAST if along_head else SECOND_LAST)
@@ -85,8 +84,6 @@ def causal_attention(
                 with scratch.wanted("P, quantized"):
                     left = values_of.left(shares)
                 found[some, here] = values_of.times(left, met_values, "result")
-    finally:
-        sites.thread.inside = False
     return result
 
 

@@ -109,12 +109,12 @@ class Sites:
 
     def meet(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute a matmul with its operands and result quantized, and remember what a softmax connects."""
-        thread = self.thread
-        if function in SOFTMAX and not thread.inside:
+        if function in SOFTMAX:
             self._connect(args[0] if args else kwargs["input"])
             return function(*args, **kwargs)
-        call = None if thread.inside else read_call(function, args, kwargs)
-        if call is None or not all(operand.is_floating_point() for operand in call.operands):
+        call = read_call(function, args, kwargs)
+        thread = self.thread
+        if call is None or thread.inside or not all(operand.is_floating_point() for operand in call.operands):
             return function(*args, **kwargs)
         thread.inside = True
         try:
