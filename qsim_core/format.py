@@ -91,12 +91,12 @@ class Format(Quantizer):
         """Bits of one code."""
         return grid(self).width
 
-    @property
+    @functools.cached_property
     def max(self) -> float:
         """The largest finite value."""
         return grid(self).max
 
-    @property
+    @functools.cached_property
     def min(self) -> float:
         """The lowest finite value."""
         return grid(self).min

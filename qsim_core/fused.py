@@ -207,9 +207,15 @@ def _rounding(scheme: Scheme, bare: Format | None) -> int | None:
 
 def _steps(format: Format, x: Tensor) -> Steps | None:
     """The rule of a format, where the kernels can follow it on such a tensor."""
-    if x.dtype not in DTYPES or x.device.type != "cpu" or x.dim() == 0 or x.numel() == 0:
+    if x.dtype not in DTYPES or x.device.type != "cpu" or x.dim() == 0 or x.numel() == 0 or followed(x):
         return None
-    if format.rounding != "even" or not by_steps(type(format)) or followed(x):
+    return _rule(format)
+
+
+@functools.lru_cache(maxsize=256)
+def _rule(format: Format) -> Steps | None:
+    """The rule of a format, where the kernels can follow it."""
+    if format.rounding != "even" or not by_steps(type(format)):
         return None
     steps = format.steps
     return steps if steps is not None and steps.fits else None
@@ -245,10 +251,12 @@ def followed(x: Tensor) -> bool:
 
 def _memory_order(x: Tensor) -> list[int] | None:
     """The axes of `x` in the order in which memory holds them, rows one after another; None if it holds no rows."""
+    if x.is_contiguous():
+        return [*range(x.dim())]
     order = sorted(range(x.dim() - 1), key=lambda axis: (x.stride(axis), x.shape[axis]), reverse=True)
     return [*order, x.dim() - 1] if x.permute(*order, -1).is_contiguous() else None
 
 
 def _matrix(x: Tensor, order: list[int] | None) -> Tensor:
     """`x` as rows x columns, a view."""
-    return (x if order is None else x.permute(order)).view(-1, x.shape[-1])
+    return (x if order is None or x.is_contiguous() else x.permute(order)).view(-1, x.shape[-1])
