@@ -21,6 +21,7 @@ from qsim_gptq.grids import grids
 from torch import Tensor, nn
 
 import qsim_core as qsim
+from qsim_core import native
 
 SHAPES = [(768, 3072), (3072, 768)]
 SCHEMES = {"channel(int4)": 0, "block(int4, 128)": 128}
@@ -102,10 +103,11 @@ def measured(weight: Tensor, x: Tensor, text: str, group: int, rounds: int) -> s
 def main(rounds: int) -> None:
     """Measure and print."""
     torch.set_num_threads(2)
-    for rows, columns in SHAPES:
-        weight, x = layer(rows, columns)
-        for text, group in SCHEMES.items():
-            print(f"{rows:4} x {columns:4}  {text:16}  {measured(weight, x, text, group, rounds)}", flush=True)
+    with native.only(True):
+        for rows, columns in SHAPES:
+            weight, x = layer(rows, columns)
+            for text, group in SCHEMES.items():
+                print(f"{rows:4} x {columns:4}  {text:16}  {measured(weight, x, text, group, rounds)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -205,6 +205,11 @@ def _rounding(scheme: Scheme, bare: Format | None) -> int | None:
     return BY_GRID if bare.steps is not None and bare.steps.fits else None
 
 
+def rule_at(scheme: Scheme, x: Tensor) -> Steps | None:
+    """The rule by which `scheme.round_at` rounds such a tensor; None where only the scheme knows."""
+    return _steps(scheme.coded, x) if x.dtype == torch.float32 and as_written(type(scheme)) else None
+
+
 def _steps(format: Format, x: Tensor) -> Steps | None:
     """The rule of a format, where the kernels can follow it on such a tensor."""
     if x.dtype not in DTYPES or x.device.type != "cpu" or x.dim() == 0 or x.numel() == 0 or followed(x):

@@ -119,6 +119,7 @@ class Library:
         self.raw.round_to_grid.argtypes = [c_void_p, c_int32, c_void_p, c_int32, POINTER(Task), POINTER(Grid)]
         self.raw.any_below.argtypes = [c_void_p, c_int64, c_int32, c_int32]
         self.raw.scale_sums.argtypes = [c_void_p, c_int64, c_int64, *[c_void_p] * 7, c_int32]
+        self.raw.feed_back.argtypes = [*[c_void_p] * 5, *[c_int64] * 4, *[c_void_p] * 3, POINTER(Grid), c_int32]
 
     def extremes(self, x: Tensor, block: int, magnitude: bool) -> tuple[Tensor | None, Tensor]:
         """The lowest (None of magnitudes) and the highest value of each block of x [A, K]: [A, ceil(K / block)]."""
@@ -167,6 +168,24 @@ class Library:
         """Whether a bfloat16 tensor holds a value other than zero whose magnitude is below a power of two."""
         bits = int(torch.tensor(bound, dtype=torch.bfloat16).view(torch.int16))
         return bool(self.raw.any_below(x.data_ptr(), x.numel(), bits, torch.get_num_threads()))
+
+    def feed_back(
+        self,
+        start: Tensor,
+        moved: Tensor,
+        change: Tensor,
+        rounded: Tensor,
+        shares: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        groups: Tensor,
+        steps: Steps,
+    ) -> None:
+        """A run of GPTQ's columns, [n, N] each: `moved` has all that came before them, `change` and `rounded` are
+        written. Scales and zero points [groups, N]; the group of each column, int64 [n]; shares [n, n]."""
+        given = [t.data_ptr() for t in (start, moved, change, rounded, shares)]
+        held = scales.data_ptr(), _address(zeros), groups.data_ptr()
+        self.raw.feed_back(*given, *shares.stride(), *start.shape, *held, Grid.of(steps), torch.get_num_threads())
 
     def scale_sums(
         self,

@@ -57,12 +57,12 @@ def factorize(hessian: Tensor, percdamp: float, act_order: bool) -> Factor:
     dead = diagonal == 0
     diagonal = torch.where(dead, 1.0, diagonal)
     order = diagonal.argsort(descending=True, stable=True) if act_order else None
-    turned = (hessian if order is None else hessian[order][:, order]).flip(0, 1).double()
     turned_diagonal = (diagonal if order is None else diagonal[order]).flip(0)
-    mean, damping = float(diagonal.mean()), percdamp
+    mean, damping, failed = float(diagonal.mean()), percdamp, torch.empty((), dtype=torch.int32, device=hessian.device)
     for attempt in range(RETRIES + 1):
-        turned.diagonal().copy_(turned_diagonal + damping * mean)
-        upper, failed = torch.linalg.cholesky_ex(turned, upper=True)
+        upper = (hessian if order is None else hessian[order][:, order]).flip(0, 1).double().mT
+        upper.diagonal().copy_(turned_diagonal + damping * mean)
+        torch.linalg.cholesky_ex(upper, upper=True, out=(upper, failed))  # in place, as LAPACK lays it out
         if not failed:
             shares = upper.div_(upper.diagonal().clone().unsqueeze(1)).to(hessian.dtype).flip(0, 1)
             notes = [f"no Cholesky factor with percdamp={percdamp:g}: damped by {damping:g}"] if attempt else []
@@ -106,6 +106,8 @@ def _round_columns(
     grid: Grid, first: int, start: Tensor, moved: Tensor, change: Tensor, quantized: Tensor, shares: Tensor
 ) -> None:
     """Round columns from `first` on, [n, N] each: `moved` has all that came before them, `change` is written."""
+    if grid.round_run(first, start, moved, change, quantized, shares):
+        return
     rounded, so_far = [], change.T
     for place, (now, before, changed) in enumerate(zip(moved, start, change, strict=True)):
         if place:

@@ -10,6 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from qsim_core import fused
+from qsim_core.native import library
 from qsim_core.numerics import working
 from qsim_core.quantizer import Quantizer
 from qsim_core.randomness import at
@@ -57,6 +59,19 @@ class Grid:
                 scheme = cast(Scheme, self.quantizer)
                 rounded = scheme.round_at(values, self.scale[group], zero, self.divisor[group])
         return rounded if rounded.dtype == self.dtype else rounded.to(self.dtype).to(values.dtype)
+
+    def round_run(
+        self, first: int, start: Tensor, moved: Tensor, change: Tensor, rounded: Tensor, shares: Tensor
+    ) -> bool:
+        """Round columns [n, N] from `first` on, each after those before it, by the native kernels, if they can."""
+        if self.scale is None or self.place is not None or self.dtype != torch.float32:
+            return False
+        steps = fused.rule_at(cast(Scheme, self.quantizer), moved)
+        if steps is None or (kernels := library(4 * moved.numel())) is None:
+            return False
+        groups = torch.tensor(self.groups[first : first + len(moved)])
+        kernels.feed_back(start, moved, change, rounded, shares, self.scale, self.zero, groups, steps)
+        return True
 
     def fit(self, first: int, current: Tensor) -> None:
         """Find the scales of the group of columns from `first` on, from what its columns [n, N] are by now."""

@@ -13,6 +13,7 @@ from qsim_gptq.inputs import samples
 from torch import Tensor, nn
 
 import qsim_core as qsim
+from qsim_core import native
 from qsim_core.ops import read_call
 from qsim_core.testing import TransformSuite
 
@@ -128,6 +129,27 @@ SCALES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mxfp4": lambda scale, weight: qsim.parse("e8m0")(scale),
     "nvfp4": lambda scale, weight: qsim.parse("e4m3")(scale / nvfp4_global(weight)) * nvfp4_global(weight),
 }
+
+
+@pytest.mark.parametrize(
+    "weights",
+    ["channel(int4)", "channel(int3, symmetric=false)", "block(int4, 16, symmetric=false)", "abfp(int4, n=16)", "mxfp4",
+     "nvfp4", "block(nf4, 16)"],
+)  # fmt: skip
+@pytest.mark.parametrize("option", ["", "act_order=true", "static_groups=true"])
+def test_the_kernels_round_as_python_does(option: str, weights: str) -> None:
+    weight, x = noise(300, 96, dtype=torch.float32), inputs(500, 96, dtype=torch.float32)
+    found = []
+    for native_ones in (True, False):
+        model = linear(weight)
+        with native.only(native_ones):
+            gptq(model, [x], weights, f"gptq({option})")
+        found.append(model.weight.detach())
+
+    one, other = found
+    same = torch.isclose(one, other, rtol=1e-6, atol=0)
+    assert same.float().mean() > 0.995, "but for what lies at a tie after sums in another order, and what follows"
+    assert output_error(x, weight, one) == pytest.approx(output_error(x, weight, other), rel=1e-3)
 
 
 def nvfp4_global(weight: Tensor) -> Tensor:
