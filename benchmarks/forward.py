@@ -61,7 +61,6 @@ def torchao_int8(model: nn.Module) -> nn.Module:
 def brevitas_int8(model: nn.Module) -> nn.Module:
     """Brevitas' QuantLinear with dynamic per-row int8 activations and per-channel int8 weights."""
     from brevitas.nn import QuantLinear
-    from brevitas.quant.experimental.float_quant_fnuz import Fp8e4m3FNUZActPerTensorFloat  # noqa: F401
     from brevitas.quant.scaled_int import Int8ActPerTensorFloat, Int8WeightPerChannelFloat
 
     for name, child in model.named_children():
@@ -148,8 +147,16 @@ def main() -> None:
             models[name](ids[:1])
         paths[name] = ", ".join(sorted({site.path for site in simulation.audit().sites if not site.skipped}))
     for name, (package, make) in OTHERS.items() if given.others else ():
-        if importlib.util.find_spec(package) is not None:
-            models[name] = make(copy.deepcopy(base))
+        if importlib.util.find_spec(package) is None:
+            continue
+        other = copy.deepcopy(base)
+        try:
+            with torch.no_grad():
+                make(other)(ids[:1])
+        except Exception as error:  # made for a GPU, or for another torch
+            print(f"{name} cannot run here: {' '.join(str(error).split())[:100]}")
+        else:
+            models[name] = other
 
     def forward(model: nn.Module) -> Tensor:
         return model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
