@@ -77,6 +77,12 @@ TRAINED = {
 }
 """How each is trained, and the highest learning rates towards labels and towards float32 outputs."""
 BITS = ["w4a4", "w3a4"]
+UNTRAINED: dict[str, list[str]] = {
+    "PTQ: rounding to nearest": [],
+    "PTQ: SmoothQuant, GPTQ": ["smoothquant", "gptq"],
+    "ABFP": ["abfp"],
+    "ABFP-SQ": ["abfp", "smoothquant"],
+}
 TRAININGS = {
     "float32 finetune, not rounded": "--control",
     "float32 finetune, then ABFP": "--control",
@@ -160,13 +166,12 @@ def training(limit: int | None, runs: Path, finished: bool) -> str:
             trained = [job for job in jobs if job[1:] != (BITS[1], "--control")]  # the same training
             for job in [pool.submit(_finetune, *job, limit, runs) for job in trained]:
                 job.result()
-    rows: dict[str, list[str]] = {name: [] for name in ("float32", "ABFP", "ABFP-SQ", *TRAININGS)}
+    rows: dict[str, list[str]] = {name: [] for name in ("float32", *UNTRAINED, *TRAININGS)}
     for model, precision in columns:
-        plain = _read(_directory(model, precision, "", runs) / "before.json")
-        smoothed = _read(_directory(model, precision, TRAININGS["ABFP-SQ-QAT"], runs) / "before.json")
-        rows["float32"].append(_four(plain, "baseline"))
-        rows["ABFP"].append(_four(plain, "simulated"))
-        rows["ABFP-SQ"].append(_four(smoothed, "simulated"))
+        for name, plugins in UNTRAINED.items():
+            before = _evaluated(model, precision, plugins, limit)
+            rows[name].append(_four(before, "simulated"))
+        rows["float32"].append(_four(before, "baseline"))
         for name, how in TRAININGS.items():
             if how == "--control":
                 after = _control(model, precision, limit, runs)
@@ -201,8 +206,12 @@ def _control(model: str, precision: str, limit: int | None, runs: Path) -> qsim.
     directory = _directory(model, BITS[0], "--control", runs)
     if (after := _read(directory / "after.json")) is None or precision == BITS[0]:
         return after
+    return _evaluated(str(directory), precision, ["abfp"], limit)
+
+
+def _evaluated(model: str, precision: str, plugins: list[str], limit: int | None) -> qsim.Result:
     host = qsim.Host()
-    recipe = compose(host, {"model": str(directory)}, plugins=["abfp"], precision=precision)
+    recipe = compose(host, {"model": model}, plugins=plugins, precision=precision)
     return qsim.evaluate(recipe, host=host, run=qsim.Run(limit=limit))
 
 

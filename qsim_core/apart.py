@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from qsim_core.attention import explicit_attention
 from qsim_core.causal import ROWS, TOGETHER, can_be_cut, causal_attention
@@ -45,14 +46,17 @@ def attend(
         return explicit_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     calls = [site.calls + 1 for site in met]
     triangular = is_causal and attn_mask is None and query.shape[-2] == key.shape[-2] > ROWS
-    if triangular and can_be_cut(*met):
+    result = None
+    if triangular and _usual(query, key, value) and can_be_cut(*met):
         result = causal_attention(sites, met, query, key, value, scale)
-    elif _by_heads(met):
+        if not bool(result.sum().isfinite()):  # what is no number may reach, by a scale, what was computed without it
+            result = None
+    if result is None and _by_heads(met):
         result = query.new_empty(*query.shape[:-1], value.shape[-1])
         for place, operands in _heads(query, key, value, attn_mask, enable_gqa):
             frame.products = first
             result[place] = explicit_attention(*operands, 0.0, is_causal, scale)
-    else:
+    if result is None:
         return explicit_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     frame.products = first + len(met)
     for site, count in zip(met, calls, strict=True):
@@ -64,6 +68,12 @@ def _alone(query: Tensor) -> bool:
     """Whether it pays, and no gradient has to find its way back."""
     large = query.shape[0] * query.shape[1] > 1 and query.device.type == "cpu"
     return large and not torch.is_grad_enabled() and not followed(query)
+
+
+def _usual(*operands: Tensor) -> bool:
+    """Whether nobody looks on below torch's functions, nor chooses dtypes, and no operand is a parameter."""
+    plain = not torch.is_autocast_enabled("cpu") and torch._C._len_torch_dispatch_stack() == 0
+    return plain and len({x.dtype for x in operands}) == 1 and not any(isinstance(x, Parameter) for x in operands)
 
 
 def _unseen(sites: Sites, met: list[Site]) -> bool:

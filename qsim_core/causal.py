@@ -35,9 +35,10 @@ HIGHEST = torch.tensor(1.0)
 
 def can_be_cut(scores: Site, values: Site) -> bool:
     """Whether each block of P, and of the two results, can be rounded without the others, zeros at its end left out."""
+    attention = any(alias.endswith(":qk") for alias in scores.aliases) and values.is_value_product
     p, q, result = values.quantizer("input"), scores.quantizer("output"), values.quantizer("output")
     rows_apart = getattr(scheme_of(result), "by_rows", True) or _fixed_for_all(result)
-    return _elementwise(q) and rows_apart and (_elementwise(p) or (_cut(p) and (p.by_rows or Within.fits(p))))
+    return attention and _elementwise(q) and rows_apart and _keeps_zero(p) and (_elementwise(p) or _cut(p))
 
 
 def _elementwise(quantizer: Any) -> bool:
@@ -49,12 +50,18 @@ def _fixed_for_all(quantizer: Any) -> bool:
     return isinstance(quantizer, Fixed) and quantizer.granularity == "tensor"
 
 
+def _keeps_zero(quantizer: Any) -> bool:
+    """Whether zeros beside other values stay zeros."""
+    return quantizer is None or not bool(quantizer(torch.tensor([[0.0, 1.0]]))[0, 0])
+
+
 def _cut(quantizer: Any) -> bool:
     """Whether zeros left out at the end of a row, from a multiple of ROWS on, have no say in other values' scales."""
     if not isinstance(quantizer, Scheme) or not quantizer.symmetric or type(quantizer.range) not in (MinMax, AbsMax):
         return False
-    shared = quantizer.granularity
-    return shared in ("token", "channel", "tensor") or (isinstance(shared, int) and ROWS % shared == 0)
+    shared, scales_apart = quantizer.granularity, _elementwise(quantizer.scale)
+    ends = shared in ("token", "channel", "tensor") or (isinstance(shared, int) and ROWS % shared == 0)
+    return ends and ((quantizer.by_rows and scales_apart) or Within.fits(quantizer))
 
 
 def causal_attention(

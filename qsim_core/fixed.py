@@ -11,6 +11,7 @@ from torch import Tensor
 from qsim_core import fused
 from qsim_core.errors import DataError
 from qsim_core.fused import Scales
+from qsim_core.numerics import working
 from qsim_core.quantizer import Granularity, laid_out_as, straight_through
 from qsim_core.scaling import Scheme
 
@@ -84,7 +85,8 @@ class Within:
 
     def quantize(self, x: Tensor) -> Tensor:
         """What `scheme.quantize` makes of this part of the whole."""
-        scheme, (exact, _) = self.scheme, self.scheme._covering(-self.highest, self.highest)
+        scheme, highest = self.scheme, self.highest.to(working(x).dtype)
+        exact, _ = scheme._covering(-highest, highest)
         if scheme.granularity == "tensor":
             return scheme.quantize_at(x, scheme._rounded(exact).view(1, 1), None)
         above = fused.above(scheme)

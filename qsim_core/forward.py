@@ -45,7 +45,8 @@ def call(model: nn.Module, example: Example) -> Any:
 def _drawing_the_same(example: Example) -> Iterator[None]:
     """torch's generators start from 0 inside, the batch's own from where they are; all are left as they were."""
     shared = [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else [])]
-    own = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Generator)]
+    values = dict(example) if isinstance(example, Mapping) else example
+    own = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Generator)]
     states = [(generator, generator.get_state()) for generator in (*shared, *own)]
     try:
         for generator in shared:

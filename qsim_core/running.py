@@ -123,8 +123,8 @@ class Last:
 
     @staticmethod
     def holds(last: Last | None, function: Any, x: Tensor) -> bool:
-        if last is None or last.of is not x or last.version != x._version:
-            return False
+        if last is None or last.of is not x or last.version != x._version or torch.is_grad_enabled():
+            return False  # with gradients x may want one, and the value may be in memory that is used again
         return last.function is function or bool(last.function == function)
 
 
@@ -153,7 +153,8 @@ class Thread(threading.local):
         """Inside, an input that is quantized for a product with a weight, and seen by nobody else, is in memory that
         the next one uses again."""
         written_here = isinstance(scheme := scheme_of(quantizer), Scheme) and as_written(type(scheme))
-        if site.weight is None or not written_here or torch.is_grad_enabled():
+        followed = torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() > 0
+        if site.weight is None or not written_here or followed:
             return nullcontext()
         return self.scratch.wanted(use)
 

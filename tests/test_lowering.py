@@ -466,6 +466,8 @@ NOT_CUT = {
     "blocks' scales with one, across": {"activations": "scaled(e2m1, block=3, scale=scaled(e4m3))"},
     "the tensor's zero point": {"activations": "tensor(int8, symmetric=false)"},
     "results of a tensor": {"activations": "abfp(int4, n=4)", "outputs": "tensor(int8)"},
+    "a codebook without zero": {"activations": "token(codebook([-1, -0.3, 0.3, 1]))"},
+    "scales with a quantile": {"activations": "block(int4, 4, scale=channel(int8, range=percentile(90)))"},
     "scores that share a scale": {"activations": "abfp(int4, n=4)", "outputs": "token(int8)"},
 }
 
@@ -514,6 +516,107 @@ def test_a_scale_for_the_whole_tensor_keeps_the_heads_together(make: Any, ids: T
         one = model(ids[:1]).logits
 
     assert not torch.equal(one, two)
+
+
+class Causal(nn.Module):
+    """Attention of queries, keys and values, with two other products before it if there is a fourth argument."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, other: Tensor | None = None) -> Tensor:
+        if other is not None:
+            return (other @ other) @ other
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+@pytest.fixture
+def heads(monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of ten tokens, in blocks of four."""
+    for module in ("apart", "causal"):
+        monkeypatch.setattr(f"qsim_core.{module}.ROWS", 4)
+    query, key, value = torch.randn(3, 1, 2, 10, 8, generator=torch.Generator().manual_seed(0))
+    return query, key, value
+
+
+def by_explicit_attention(model: nn.Module, *given: Tensor) -> Tensor:
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr("qsim_core.apart.ROWS", 1000)
+        return model(*given)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("activations", ["token(int8)", "tensor(int8)"])
+@pytest.mark.parametrize(("operand", "value"), [(1, torch.nan), (2, torch.inf)], ids=["a key", "a value"])
+def test_what_is_no_number_reaches_as_much_as_it_does_without_cutting(
+    operand: int, value: float, activations: str, heads: tuple[Tensor, ...]
+) -> None:
+    model = Causal().eval()
+    qsim.simulate(model, activations=activations, example=heads)
+    heads[operand][0, 0, 7, 0] = value
+
+    with torch.no_grad():
+        found = model(*heads)
+
+    assert torch.equal(found.isnan(), by_explicit_attention(model, *heads).isnan())
+    assert found.isnan().any()
+
+
+def test_products_that_were_first_met_as_something_else_are_no_attention(heads: tuple[Tensor, ...]) -> None:
+    model = Causal().eval()
+    qsim.simulate(model, activations="tensor(int8)", example=(*heads, torch.ones(1, 2, 3, 3)))
+
+    with torch.no_grad():
+        found = model(*heads)
+
+    assert torch.allclose(found, by_explicit_attention(model, *heads), atol=1e-6)
+
+
+def test_autocast_chooses_its_own_dtypes(heads: tuple[Tensor, ...]) -> None:
+    model = Causal().eval()
+    qsim.simulate(model, activations="token(int8)", example=heads)
+    mixed = heads[0], heads[1], heads[2].bfloat16()
+
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found = model(*mixed)
+        assert torch.equal(found, by_explicit_attention(model, *mixed))
+
+
+def test_float64_has_scales_of_its_own(heads: tuple[Tensor, ...]) -> None:
+    wide = tuple(operand.double() for operand in heads)
+    model = Causal().eval()
+    qsim.simulate(model, activations="scaled(e2m1, block=4, scale=scaled(e4m3))", example=wide)
+
+    with torch.no_grad():
+        found = model(*wide)
+
+    assert torch.allclose(found, by_explicit_attention(model, *wide), rtol=1e-12, atol=1e-14)
+
+
+def test_a_gradient_is_that_of_what_was_computed() -> None:
+    """What was quantized where no gradient is recorded is not used again where one is."""
+
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, y: Tensor, alone: bool = False) -> Tensor:
+            if alone:
+                return self.b(x)  # type: ignore[no-any-return]
+            with torch.no_grad():
+                self.a(x)
+            out: Tensor = self.b(x)
+            with torch.no_grad():
+                self.c(y)
+            return out
+
+    model, found = Half().eval(), []
+    qsim.simulate(model, qsim.Recipe.of({"weights": "int8", "activations": "token(int8)", "path": "float32"}))
+    for alone in (False, True):
+        x, y = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1)).unbind()
+        x.requires_grad_()
+        model.zero_grad()
+        model(x, y, alone).sum().backward()
+        found.append((model.b.weight.grad.clone(), x.grad.clone()))  # type: ignore[union-attr]
+
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 class Twice(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -226,7 +227,7 @@ def test_what_a_model_draws_at_random_hides_nothing(own: bool) -> None:
     example = {"x": torch.ones(2, 8)} | ({"generator": generator} if own else {})
     before = torch.get_rng_state(), generator.get_state()
 
-    structure = trace(model, example)
+    structure = trace(model, UserDict(example))
 
     assert [group.norm for group in structure.groups] == ["norm"]
     assert all(torch.equal(a, b) for a, b in zip(before, (torch.get_rng_state(), generator.get_state()), strict=True))

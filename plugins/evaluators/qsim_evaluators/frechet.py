@@ -97,7 +97,7 @@ class Frechet(ddim.FromNoise):
             finite = finite and bool(made.isfinite().all())
             images.append(as_bytes(made))
             found.append(of_images(_pictures(images[-1])))
-        shares = contributions(reference, torch.cat(found)) if finite else torch.full((GROUPS,), math.nan)
+        shares = contributions(reference, torch.cat(found)) if finite else torch.full((min(GROUPS, many),), math.nan)
         counts = {"images": float(many), "reference_images": float(len(reference))}
         return Metrics({self.metric: shares}, counts=counts, outputs=Made(torch.cat(images), reference))
 

@@ -24,16 +24,19 @@ def image_rows(source: str, columns: list[str], split: str) -> Any:
 
 
 def image_files(directory: Path) -> Any:
-    """The image files that lie in a directory, by name, as a data set with the column `image`.
+    """The image files that lie in a directory, by name, as a data set with the column `image`; none: None.
 
-    None if there are none, or a `metadata` file tells `datasets` what goes with each.
+    A file `metadata` in CSV, JSON lines or Parquet says what goes with each `file_name`, in more columns.
     """
     import datasets
     from PIL import Image
 
     endings = Image.registered_extensions()
-    if next(directory.glob("metadata.*"), None) is not None:
-        return None
+    if any((directory / f"metadata.{kind}").exists() for kind in ("csv", "jsonl", "parquet")):
+        try:
+            return datasets.load_dataset("imagefolder", data_dir=str(directory), split="train")
+        except Exception as error:  # datasets raises whatever its many loaders raise
+            raise DataError(f"datasets cannot load {directory}: {' '.join(str(error).split())[:200]}") from None
     files = sorted(str(file) for file in directory.iterdir() if file.suffix.lower() in endings)
     return datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image()) if files else None
 

@@ -48,8 +48,9 @@ class FromTexts:
         """So many prompts, drawn with their noise, each for a run of all the steps. Raises `DataError`."""
         if length is not None:
             raise DataError("images have no length; leave --calibration-seqlen out")
-        drawn = torch.randint(len(prompts), (samples,), generator=torch.Generator().manual_seed(seed)).tolist()
-        noise = _seeds(samples, seed)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(len(prompts), (samples,), generator=generator).tolist()
+        noise = torch.randint(2**31, (samples,), generator=generator).tolist()  # another than what `images` starts from
         return [self._arguments(loaded, [prompts[place]], [noise[i]]) for i, place in enumerate(drawn)]
 
     def _arguments(self, loaded: LoadedModel, prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:

@@ -268,7 +268,7 @@ class TestOfTexts:
             lines.append(json.dumps({"file_name": f"{place}.png", "caption": caption}))
         (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
 
-        read = qsim.parse("frechet(x, text=caption)").read(f"{tmp_path}::train")
+        read = qsim.parse("frechet(x, text=caption)").read(str(tmp_path))
 
         assert list(read.content["text"]) == ["a cat", "two dogs", "a cat"]
         assert [image.getpixel((0, 0))[0] for image in read.content["image"]] == [0, 1, 2]
