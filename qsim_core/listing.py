@@ -46,7 +46,10 @@ def components(host: Host, name: str | None, as_json: bool) -> None:
         table = Table("component", "kind", "plugin", "what it is", box=None, pad_edge=False)
         for row in texts:
             table.add_row(row["name"], row["kind"], row["plugin"], row["summary"])
-        console().print(table)
+        out = console(rows=True)
+        with out.capture() as shown:
+            out.print(table)
+        click.echo("\n".join(line.rstrip() for line in shown.get().splitlines()))
 
 
 def described(host: Host, plugin: str, offered: type[Component] | Preset) -> dict[str, Any]:

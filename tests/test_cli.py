@@ -333,8 +333,11 @@ def test_structure_shows_what_was_found_and_what_was_refused(qsim_: Qsim) -> Non
     assert (len(data["blocks"]), len(data["groups"]), len(data["pairs"]), len(data["refused"])) == (4, 8, 8, 1)
 
 
-def test_components_lists_and_shows(qsim_: Qsim) -> None:
+def test_components_lists_and_shows(qsim_: Qsim, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     listing, one = qsim_("components"), qsim_("components", "abfp")
+    rows = [line for line in listing.stdout.splitlines() if line.startswith("e4m3 ")]
+    assert [row.endswith("largest 448, saturating") for row in rows] == [True], "a row is one line, for grep"
     data = json.loads(qsim_("components", "abfp", "--json").stdout)
 
     assert "e4m3" in listing.stdout
