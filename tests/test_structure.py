@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import qsim_core as qsim
+from qsim_core import checking
 from qsim_core.folding import permute_rows, scale_group, scale_pair
 from qsim_core.structure import Structure, trace
 
@@ -231,3 +232,22 @@ def test_what_a_model_draws_at_random_hides_nothing(own: bool) -> None:
 
     assert [group.norm for group in structure.groups] == ["norm"]
     assert all(torch.equal(a, b) for a, b in zip(before, (torch.get_rng_state(), generator.get_state()), strict=True))
+
+
+@pytest.mark.parametrize("name", ["opt-350m style", "bloom, residual after norm", "mixtral", "gemma2"])
+def test_edits_that_are_tried_a_few_at_a_time_are_disposed_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = build(name), torch.arange(4, 20).unsqueeze(0)
+    tried: list[int] = []
+    original = checking._holds
+    monkeypatch.setattr(checking, "_holds", lambda *given: tried.append(len(given[2])) or original(*given))
+    together = trace(model, {"input_ids": ids})
+    monkeypatch.setattr(checking, "PORTION", 1)
+    once = len(tried)
+
+    apart = trace(model, {"input_ids": ids})
+
+    assert len(tried) - once > once, "more of them, smaller ones"
+    assert [group.norm for group in apart.groups] == [group.norm for group in together.groups]
+    assert [pair.producer for pair in apart.pairs] == [pair.producer for pair in together.pairs]
+    assert {refused.name for refused in apart.refused} == {refused.name for refused in together.refused}
+    assert {refused.name for refused in apart.ordered} == {refused.name for refused in together.ordered}
