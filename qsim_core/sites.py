@@ -240,7 +240,8 @@ class Sites:
                 mine = quantizer if alone and self.observer is None else None
                 with at(f"{site.name}:{role}", site.calls) as place, self.thread.own_memory(site, mine, "quantized"):
                     value = layout.back(quantizer(layout.rows(operand)))
-                self.thread.quantized = None if place.drawn else last_of(quantizer, operand, value, layout)
+                    last = None if place.drawn else last_of(quantizer, operand, value, layout)
+                self.thread.quantized = last
         self._observe(site, role, operand, value, layout, quantizer)
         return value
 

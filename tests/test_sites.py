@@ -701,6 +701,24 @@ def test_explicit_attention_is_torchs(mask: str | None, heads: int) -> None:
     assert torch.allclose(explicit_attention(q, k, v, **options), expected, atol=1e-6)
 
 
+def test_numbers_that_are_drawn_for_one_site_are_not_anothers() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.b.load_state_dict(self.a.state_dict())
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.a(x), self.b(x)
+
+    model = Two().eval()
+    qsim.simulate(model, activations="token(int4(rounding=stochastic))")
+    with torch.no_grad():
+        one, other = model(noise(4, 8))
+
+    assert not torch.equal(one, other)
+
+
 def test_an_activation_shared_by_q_k_and_v_is_quantized_once(make: Make, ids: Tensor) -> None:
     calls = 0
 
