@@ -1,6 +1,6 @@
 """How long a simulated forward takes, against the float32 model's and a bfloat16 copy's.
 
-    python benchmarks/forward.py [--shape 125m|1.3b] [--batch N] [--layers N] [--rounds N] [FORMAT …]
+    python benchmarks/forward.py [--shape 125m|1.3b] [--batch N] [--layers N] [--rounds N] [--device cuda] [FORMAT …]
 
 OPT blocks with the hidden size, heads and FFN of OPT-125M or OPT-1.3B, random weights, BATCH x 512 tokens, attention
 as transformers computes it by default (`sdpa`). Each round runs all in turn, in one process; medians are printed, as
@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from timing import seconds
+from timing import machine, seconds
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -130,13 +130,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--others", action="store_true", help="other simulators too, where they are installed")
     parser.add_argument("--path", default="auto", help="qsim's arithmetic: auto, float32")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
     given = parser.parse_args()
     wrong = [name for name in given.formats if name not in FORMATS]
     if wrong:
         parser.error(f"no format {wrong[0]!r}; there are {', '.join(FORMATS)}")
 
-    base = model_of(given.shape, given.layers)
-    ids = torch.randint(0, 512, (given.batch, 512), generator=torch.Generator().manual_seed(0))
+    base = model_of(given.shape, given.layers).to(given.device)
+    ids = torch.randint(0, 512, (given.batch, 512), generator=torch.Generator().manual_seed(0)).to(given.device)
     models: dict[str, nn.Module] = {"float32": base, "bfloat16": copy.deepcopy(base).bfloat16()}
     paths: dict[str, str] = {}
     for name in given.formats or FORMATS:
@@ -167,10 +168,9 @@ def main() -> None:
             for name, model in models.items():
                 times[name].append(seconds(lambda model=model: forward(model)))  # type: ignore[misc]
     medians = {name: statistics.median(measured[1:]) for name, measured in times.items()}
-    threads = torch.get_num_threads()
-    print(f"{given.layers} blocks of OPT-{given.shape.upper()}, {given.batch} x 512 tokens, {threads} threads")
+    print(f"{given.layers} blocks of OPT-{given.shape.upper()}, {given.batch} x 512 tokens, {machine(given.device)}")
     for name, median in medians.items():
-        print(f"{name:20} {median:7.3f} s  {median / medians['float32']:.2f}  {paths.get(name, '')}")
+        print(f"{name:20} {median:7.4f} s  {median / medians['float32']:.2f}  {paths.get(name, '')}")
 
 
 if __name__ == "__main__":

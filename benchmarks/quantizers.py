@@ -1,6 +1,6 @@
 """How fast quantizers are, against `x.clone()`.
 
-    python benchmarks/quantizers.py [--sizes MB,MB,…] [--rounds N] [TEXT …]
+    python benchmarks/quantizers.py [--sizes MB,MB,…] [--rounds N] [--device cuda] [TEXT …]
 
 For each size of a float32 tensor (rows of 1,024), and the same elements in bfloat16, each round runs `clone`, the
 kernels and the reference in Python in turn, in one process; medians of the ratios clone / quantizer are printed: 1.00
@@ -14,7 +14,7 @@ import functools
 import statistics
 
 import torch
-from timing import seconds
+from timing import machine, seconds
 
 import qsim_core as qsim
 from qsim_core import native
@@ -29,11 +29,13 @@ def main() -> None:
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="quantizers, like 'abfp(int4)'")
     parser.add_argument("--sizes", default="1,16,128,1024", help="megabytes of float32")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
     given = parser.parse_args()
-    print(f"{torch.get_num_threads()} threads; ratios to x.clone(): kernels (Python)")
+    times = 1 if given.device == "cpu" else 20  # to keep a GPU busy
+    print(f"{machine(given.device)}; ratios to x.clone(): kernels (Python)")
     sizes = [int(size) for size in given.sizes.split(",")]
     for dtype in (torch.float32, torch.bfloat16):
-        tensors = {size: torch.randn(size * 256, 1024).to(dtype) for size in sizes}
+        tensors = {size: torch.randn(size * 256, 1024).to(given.device, dtype) for size in sizes}
         heads = "".join(f"{f'{size} MB':>16}" for size in sizes)
         print(f"{str(dtype).removeprefix('torch.'):32}{heads}")
         for text in given.texts or TEXTS:
@@ -43,9 +45,9 @@ def main() -> None:
                 fast, slow = [], []
                 quantize = functools.partial(quantizer.quantize, x)  # type: ignore[attr-defined]
                 for round_ in range(given.rounds + 1):
-                    copy = seconds(x.clone)
+                    copy = seconds(x.clone, times)
                     with native.only(True):
-                        fast.append(copy / seconds(quantize))
+                        fast.append(copy / seconds(quantize, times))
                     if round_ < 3:  # the reference takes its time
                         with native.only(False):
                             slow.append(copy / seconds(quantize))

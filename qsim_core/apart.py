@@ -17,6 +17,7 @@ from qsim_core.attention import explicit_attention
 from qsim_core.causal import ROWS, TOGETHER, can_be_cut, causal_attention
 from qsim_core.fixed import scheme_of
 from qsim_core.fused import followed
+from qsim_core.remember import remembered
 from qsim_core.running import Site
 
 if TYPE_CHECKING:
@@ -82,8 +83,12 @@ def _unseen(sites: Sites, met: list[Site]) -> bool:
     training = sites.thread.stack[-1].module.training
     if looked_at or training or not sites.quantizing or any(site.rotations for site in met):
         return False
-    schemes = [scheme_of(quantizer) for quantizer in _quantizers(met)]
-    return not any("stochastic" in str(s) or getattr(s, "multiplier", None) is not None for s in schemes)
+    return not any(_draws_or_multiplies(scheme_of(quantizer)) for quantizer in _quantizers(met))
+
+
+@remembered
+def _draws_or_multiplies(scheme: Any) -> bool:
+    return "stochastic" in str(scheme) or getattr(scheme, "multiplier", None) is not None
 
 
 def _by_heads(met: list[Site]) -> bool:

@@ -3,10 +3,13 @@
 One matmul accumulates in float32 and rounds once. A bias goes through it, as three more columns that hold its upper,
 middle and lower bits: added afterwards it would meet a result that is rounded already. Only the order of summation
 differs from the float32 path's; products that would be subnormal are flushed to zero, so such operands are refused.
+
+A GPU gives the sums in float32, whatever they are rounded to afterwards, if anything.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +20,14 @@ from torch import Tensor
 
 from qsim_core import fused, scratch
 from qsim_core.fixed import Fixed, scheme_of
-from qsim_core.format import Format
-from qsim_core.native import buffer, library
+from qsim_core.kernels import buffer
+from qsim_core.native import library
 from qsim_core.ops import LINEAR, Call, Layout
-from qsim_core.quantizer import Quantizer
 from qsim_core.scaling import Scheme
+from qsim_core.significands import SMALLEST, significand_apart, significand_of, smallest_of
 
 SIGNIFICAND = 8
 """Bits of bfloat16's, the hidden one counted."""
-SMALLEST = 2.0**-63
-"""Products of values from here on are normal."""
 PARTS = 3
 """A float32 number is the sum of so many bfloat16 numbers."""
 TINIEST = torch.tensor(2.0**-133, dtype=torch.bfloat16)
@@ -35,24 +36,12 @@ ONES = torch.ones(1, PARTS, dtype=torch.bfloat16)
 
 def fits(quantizer: Any) -> bool:
     """Whether a quantizer's values have bfloat16's significand; their exponents are looked at when they are there."""
-    scheme = scheme_of(quantizer)
-    if isinstance(scheme, Scheme):
-        if not fused.as_written(type(scheme)):
-            return False
-        exact = scheme.rule != "divide" and (scheme.scale is None or _significand(scheme.scale.unscaled) == 1)
-        return exact and scheme.symmetric and _significand(scheme.element) <= SIGNIFICAND
-    return isinstance(scheme, Quantizer) and _significand(scheme.unscaled) <= SIGNIFICAND
+    return significand_of(quantizer) <= SIGNIFICAND
 
 
-def _significand(format: Format | None) -> float:
-    """Bits of a format's significands, the hidden one counted; infinite where that is not known, or not the same."""
-    if format is None or format.rounding == "stochastic":
-        return float("inf")
-    if format.powers_of_two:
-        return 1
-    if not fused.by_steps(type(format)):
-        return float("inf")
-    return format.steps.significand if format.steps is not None else float("inf")
+def fits_apart(quantizer: Any) -> bool:
+    """Whether it has it without the scale that all of its scales have (NVFP4's)."""
+    return fits(quantizer) or significand_apart(quantizer) <= SIGNIFICAND
 
 
 @dataclass(frozen=True)
@@ -61,10 +50,13 @@ class Half:
 
     rows: Tensor
     wider: bool = False
+    factor: Tensor | None = None
+    """What all of them are still to be multiplied by, a number."""
 
     def values(self) -> Tensor:
         """The same in float32, without the bias."""
-        return (self.rows[..., :-PARTS] if self.wider else self.rows).float()
+        values = (self.rows[..., :-PARTS] if self.wider else self.rows).float()
+        return values if self.factor is None else values.mul_(self.factor)
 
 
 def half(quantizer: Any, rows: Tensor, beside: Tensor | None = None) -> Half | None:
@@ -73,14 +65,17 @@ def half(quantizer: Any, rows: Tensor, beside: Tensor | None = None) -> Half | N
     None where a product would meet a value that is flushed to zero.
     """
     rows = rows.detach()
+    if not fits(quantizer):
+        values, factor = fused.apart(quantizer, rows)
+        return None if _flushed(quantizer, values) else Half(values, factor=factor)
     if beside is None:
         values = _rounded(quantizer, rows, None)
-        return None if _flushed(scheme_of(quantizer), values) else Half(values)
+        return None if _flushed(quantizer, values) else Half(values)
     matrix = rows.reshape(-1, rows.shape[-1])
-    wide = scratch.empty(len(matrix), matrix.shape[1] + PARTS, dtype=torch.bfloat16)
+    wide = scratch.empty(len(matrix), matrix.shape[1] + PARTS, dtype=torch.bfloat16, device=rows.device)
     _rounded(quantizer, matrix, wide[:, :-PARTS])
     wide[:, -PARTS:] = beside
-    return None if _flushed(scheme_of(quantizer), wide) else Half(wide.view(*rows.shape[:-1], -1), wider=True)
+    return None if _flushed(quantizer, wide) else Half(wide.view(*rows.shape[:-1], -1), wider=True)
 
 
 def _rounded(quantizer: Any, rows: Tensor, out: Tensor | None) -> Tensor:
@@ -104,12 +99,11 @@ def in_parts(bias: Tensor) -> Tensor | None:
     return None if bool(rest.any()) else torch.stack(parts, -1)
 
 
-def _flushed(scheme: Any, values: Tensor) -> bool:
+def _flushed(quantizer: Any, values: Tensor) -> bool:
     """Whether a value other than zero is so small that a product with it may be flushed."""
-    bare = scheme.unscaled if isinstance(scheme, Quantizer) else None
-    if bare is not None and bare.steps is not None and bare.steps.smallest >= SMALLEST:
+    if smallest_of(quantizer) >= SMALLEST:
         return False
-    if (kernels := library(values.numel())) is not None and _dense(values):
+    if (kernels := library(values.numel(), values.device)) is not None and _dense(values):
         return kernels.any_below(values, SMALLEST)
     return bool(((values != 0) & (values.abs() < SMALLEST)).any())
 
@@ -133,6 +127,23 @@ def linear(x: Half, weight: Half, bias: Tensor | None) -> Tensor | None:
     return F.linear(x.rows, weight.rows).float()
 
 
+def unrounded(layouts: Sequence[Layout], first: Half, second: Half, bias: Tensor | None) -> Tensor:
+    """The product of two operands on a GPU, and a bias, in float32."""
+    factors = [operand.factor for operand in (first, second) if operand.factor is not None]
+    left, right = first.rows, layouts[1].back(second.rows) if second.rows.dim() > 2 else second.rows.T
+    if right.dim() > 2:
+        batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+        left, right = (x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (left, right))
+        y: Tensor = torch.bmm(left, right, out_dtype=torch.float32).unflatten(0, batch)
+    else:
+        matrix = left.reshape(-1, left.shape[-1])
+        y = torch.mm(matrix, right, out_dtype=torch.float32).unflatten(0, left.shape[:-1])
+    if factors:
+        factor = math.prod(factors[1:], start=factors[0])
+        return y.mul_(factor) if bias is None else torch.addcmul(bias, y, factor)
+    return y if bias is None else y.add_(bias)
+
+
 def matmul(layouts: Sequence[Layout], first: Half, second: Half) -> Tensor:
     """The product of two operands, rounded once, in float32."""
     left, right = (layout.back(operand.rows) for layout, operand in zip(layouts, (first, second), strict=True))
@@ -144,8 +155,8 @@ class BF16:
 
     path = "bf16"
 
-    def __init__(self, quantizers: Sequence[Any], biased: bool) -> None:
-        self.quantizers, self.biased = quantizers, biased
+    def __init__(self, quantizers: Sequence[Any], biased: bool, rounds: bool = True) -> None:
+        self.quantizers, self.biased, self.rounds = quantizers, biased and rounds, rounds
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -158,20 +169,25 @@ class BF16:
         return half(self.quantizers[place], rows, ONES if self.biased else None)
 
     def new(self, rows: Tensor) -> Half | None:
-        return half(self.quantizers[1], rows, ONES if self.biased else None)
+        made = half(self.quantizers[1], rows, ONES if self.biased else None)
+        tiny = made is not None and made.factor is not None and float(made.factor) < SMALLEST
+        return None if tiny else made  # what is subnormal could not be made again
 
-    def again(self, rows: Tensor, kept: bool) -> Half | None:
+    def again(self, rows: Tensor, kept: bool | Tensor) -> Half | None:
         """Values that were found exact when they were made."""
+        if isinstance(kept, Tensor):
+            return Half(fused.without(kept, rows), factor=kept)
         if not self.biased:
             return Half(rows.to(torch.bfloat16))
         wide = buffer(len(rows), rows.shape[1] + PARTS, dtype=torch.bfloat16)
         wide[:, :-PARTS].copy_(rows)
         return Half(wide, wider=True)
 
-    def keep(self, made: Half) -> bool:
-        return True
+    def keep(self, made: Half) -> bool | Tensor:
+        return True if made.factor is None else made.factor
 
     def product(self, call: Call, first: Half, second: Half) -> Tensor | None:
-        if call.function in LINEAR:
-            return linear(first, second, call.bias)
-        return matmul(call.layouts, first, second)
+        bias = call.bias if call.function in LINEAR else None
+        if not self.rounds:
+            return unrounded(call.layouts, first, second, bias)
+        return linear(first, second, bias) if call.function in LINEAR else matmul(call.layouts, first, second)

@@ -86,13 +86,13 @@ class Within:
     def quantize(self, x: Tensor) -> Tensor:
         """What `scheme.quantize` makes of this part of the whole."""
         scheme, highest = self.scheme, self.highest.to(working(x).dtype)
-        exact, _ = scheme._covering(-highest, highest)
         if scheme.granularity == "tensor":
+            exact, _ = scheme._covering(-highest, highest)
             return scheme.quantize_at(x, scheme._rounded(exact).view(1, 1), None)
         above = fused.above(scheme)
         assert above is not None
-        second, _ = above._covering(-exact, exact)
-        if (fast := fused.quantize(scheme, x, second=float(second))) is not None:
+        second = fused.scale_of_scales(scheme, highest)
+        if (fast := fused.quantize(scheme, x, second=second)) is not None:
             return fast
         blocks, own, _ = scheme._measured(x)
         scale = above.quantize_at(own, second.view(1, 1), None).unsqueeze(-1)

@@ -16,15 +16,18 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from qsim_core import scratch
-from qsim_core.native import GIVEN, Grid, Library, Scaling, buffer, library
+from qsim_core.kernels import GIVEN, Grid, Kernels, Part, Scaling, buffer
+from qsim_core.native import library
 from qsim_core.numerics import Steps
 from qsim_core.ranges import AbsMax, MinMax
+from qsim_core.remember import remembered
 
 if TYPE_CHECKING:
     from qsim_core.format import Format
     from qsim_core.scaling import Scheme
 
 DTYPES = (torch.float32, torch.bfloat16)
+DEVICES = ("cpu", "cuda")
 RULES = [None, "divide", "floor", "ceil", "even", "rceil"]
 BY_GRID = 3
 
@@ -47,7 +50,7 @@ def cast(format: Format, x: Tensor) -> Tensor | None:
     """`format.quantize(x)`, or None where the reference has to do it."""
     if (steps := _steps(format, x)) is None or (order := _memory_order(x)) is None:
         return None
-    if (kernels := library(x.numel())) is None:
+    if (kernels := library(x.numel(), x.device)) is None:
         return None
     y = scratch.like(x)
     kernels.round(_matrix(x, order), _matrix(y, order), steps, x.shape[-1])
@@ -60,7 +63,7 @@ def quantize(
     static: Scales | None = None,
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
-    second: float | None = None,
+    second: float | Tensor | None = None,
 ) -> Tensor | None:
     """`scheme.quantize(x)`, or `quantize_at` with static scales; None where the reference has to do it.
 
@@ -69,7 +72,9 @@ def quantize(
     """
     if second is not None and not _scaling(scheme).rule:
         return None
-    if (steps := _steps(scheme.coded, x)) is None or not plain(scheme) or (kernels := library(x.numel())) is None:
+    if (steps := _steps(scheme.coded, x)) is None or not plain(scheme):
+        return None
+    if (kernels := library(x.numel(), x.device)) is None:
         return None
     if out is not None:
         into(scheme, x.contiguous(), out, steps, kernels, static)
@@ -81,13 +86,42 @@ def quantize(
     return y if order is not None or dtype is not None else torch.empty_like(x).copy_(y)
 
 
-def encode(scheme: Scheme, x: Tensor, static: Scales | None, shift: float) -> tuple[Tensor, Scales] | None:
-    """x [A, K] as int8 codes less `shift`, and scales and zero points; None where the reference has to do it."""
-    if (steps := _steps(scheme.coded, x)) is None or not plain(scheme) or (kernels := library(x.numel())) is None:
+def encode(
+    scheme: Scheme, x: Tensor, static: Scales | None, shift: float, dtype: torch.dtype = torch.int8
+) -> tuple[Tensor, Scales] | None:
+    """x [A, K] as int8 codes less `shift`, or in units of its scales; and these, with zero points.
+
+    None where the reference has to do it.
+    """
+    if (steps := _steps(scheme.coded, x)) is None or not plain(scheme):
+        return None
+    kernels = library(x.numel(), x.device)
+    if kernels is None or (dtype != torch.int8 and not kernels.parts):
         return None
     x = x.contiguous()
-    codes = scratch.like(x, torch.int8)
-    return codes, into(scheme, x, codes, steps, kernels, static, shift)
+    codes = scratch.like(x, dtype)
+    return codes, into(scheme, x, codes, steps, kernels, static, shift, without="scale")
+
+
+def apart(scheme: Scheme, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x quantized without the scale that all scales have, in bfloat16, which must hold that; and this scale, a number.
+
+    The scheme has one `above`. Rows come contiguous.
+    """
+    steps, matrix = _steps(scheme.coded, x), x.contiguous().view(-1, x.shape[-1])
+    kernels = None if steps is None else library(x.numel(), x.device)
+    if steps is not None and kernels is not None and kernels.parts and plain(scheme):
+        second = scale_of_scales(scheme, _highest(scheme, matrix, kernels))
+        y = torch.empty_like(matrix, dtype=torch.bfloat16)
+        into(scheme, matrix, y, steps, kernels, None, second=second, without="second")
+        return y.view(x.shape), second
+    second = scale_of_scales(scheme, matrix.abs().amax())
+    return without(second, scheme.quantize(matrix)).view(x.shape), second
+
+
+def without(second: Tensor, values: Tensor) -> Tensor:
+    """Values divided by the scale of their scales again, in bfloat16: few bits, which rounding to it finds again."""
+    return (values / torch.where(second == 0, 1.0, second)).to(torch.bfloat16)
 
 
 def into(
@@ -95,20 +129,24 @@ def into(
     x: Tensor,
     out: Tensor,
     steps: Steps,
-    kernels: Library,
+    kernels: Kernels,
     static: Scales | None,
     shift: float = 0.0,
-    second: float | None = None,
+    second: float | Tensor | None = None,
+    without: Part = "",
 ) -> Scales:
     """x [A, K] rounded into `out`, as values or as codes less `shift`; gives the scales."""
     block = scheme.granularity if isinstance(scheme.granularity, int) else x.shape[-1]
     known = _given(scheme, x, block, kernels) if static is None else _fit(static)
     if known is None:
         shape = len(x), -(-x.shape[1] // block)
-        known = Scales(buffer(*shape), None if scheme.symmetric else buffer(*shape))
-        kernels.round(x, out, steps, block, *known, shift, _for_all(scheme, x, kernels, second))
+        own = buffer(*shape, device=x.device)
+        known = Scales(own, None if scheme.symmetric else torch.empty_like(own))
+        if second is None:
+            second = 1.0 if above(scheme) is None else scale_of_scales(scheme, _highest(scheme, x, kernels))
+        kernels.round(x, out, steps, block, *known, shift, _scaling(scheme), second, without)
     else:
-        kernels.round(x, out, steps, block, *known, shift)
+        kernels.round(x, out, steps, block, *known, shift, without=without)
     return known
 
 
@@ -118,6 +156,7 @@ def _fit(static: Scales) -> Scales:
     return Scales(scale, None if static.zero is None else static.zero.float().expand_as(scale).contiguous())
 
 
+@remembered
 def plain(scheme: Scheme) -> bool:
     """Whether the kernels know what shares a scale, and how its range is found, and no subclass knows better."""
     if not as_written(type(scheme)):
@@ -125,9 +164,9 @@ def plain(scheme: Scheme) -> bool:
     return not isinstance(scheme.granularity, tuple) and type(scheme.range) in (MinMax, AbsMax)
 
 
-def _given(scheme: Scheme, x: Tensor, block: int, kernels: Library) -> Scales | None:
+def _given(scheme: Scheme, x: Tensor, block: int, kernels: Kernels) -> Scales | None:
     """Scales and zero points of x [A, K], [A, B] each or [1, 1] for all of it; None: the kernels find them."""
-    if scheme.granularity != "tensor" and _scaling(scheme).rule:
+    if scheme.granularity != "tensor" and _scaling(scheme).rule and block <= kernels.longest:
         return None
     low, high = kernels.extremes(x, block, magnitude=scheme.symmetric and scheme.element.min < 0)
     low = -high if low is None else low
@@ -142,20 +181,20 @@ def _given(scheme: Scheme, x: Tensor, block: int, kernels: Library) -> Scales | 
     return Scales(scheme._rounded(exact).contiguous(), None if zero is None else zero.squeeze(-1).contiguous())
 
 
-def _for_all(scheme: Scheme, x: Tensor, kernels: Library, second: float | None) -> Scaling:
-    """How the kernels find the scales; where these have a scale of their own, with that: `second`, or this tensor's."""
-    scaling, scheme_above = _scaling(scheme), above(scheme)
-    if scheme_above is None:
-        return scaling
-    found = Scaling.from_buffer_copy(scaling)
-    if second is None:
-        _, high = kernels.extremes(x, x.shape[1], magnitude=scaling.magnitude)
-        exact, _ = scheme._covering(-high.amax(), high.amax())
-        second = float(scheme_above._covering(-exact, exact)[0])
-    found.second = second
-    return found
+def _highest(scheme: Scheme, x: Tensor, kernels: Kernels) -> Tensor:
+    """The highest magnitude of x [A, K], a number."""
+    return kernels.extremes(x, x.shape[1], magnitude=bool(_scaling(scheme).magnitude))[1].amax()
 
 
+def scale_of_scales(scheme: Scheme, highest: Tensor) -> Tensor:
+    """The scale that all scales have of a scheme with one `above`, where the highest magnitude is known; a number."""
+    scheme_above = above(scheme)
+    assert scheme_above is not None
+    exact, _ = scheme._covering(-highest, highest)
+    return scheme_above._covering(-exact, exact)[0]
+
+
+@remembered
 def above(scheme: Scheme) -> Scheme | None:
     """The scheme of its scales, if that is one scale for all of them, of the kind that the kernels know."""
     from qsim_core.scaling import Scheme
@@ -167,7 +206,7 @@ def above(scheme: Scheme) -> Scheme | None:
     return found if usual and scheme.symmetric and scheme.element.min < 0 <= -found.element.min else None
 
 
-@functools.lru_cache(maxsize=256)
+@remembered
 def _scaling(scheme: Scheme) -> Scaling:
     """How the kernels find the scales of a scheme; rule 0 if they cannot."""
     second = above(scheme)
@@ -207,18 +246,19 @@ def _rounding(scheme: Scheme, bare: Format | None) -> int | None:
 
 def rule_at(scheme: Scheme, x: Tensor) -> Steps | None:
     """The rule by which `scheme.round_at` rounds such a tensor; None where only the scheme knows."""
-    return _steps(scheme.coded, x) if x.dtype == torch.float32 and as_written(type(scheme)) else None
+    here = x.dtype == torch.float32 and x.device.type == "cpu"
+    return _steps(scheme.coded, x) if here and as_written(type(scheme)) else None
 
 
 def _steps(format: Format, x: Tensor) -> Steps | None:
     """The rule of a format, where the kernels can follow it on such a tensor."""
-    if x.dtype not in DTYPES or x.device.type != "cpu" or x.dim() == 0 or x.numel() == 0 or followed(x):
+    if x.dtype not in DTYPES or x.device.type not in DEVICES or x.dim() == 0 or x.numel() == 0 or followed(x):
         return None
-    return _rule(format)
+    return rule(format)
 
 
-@functools.lru_cache(maxsize=256)
-def _rule(format: Format) -> Steps | None:
+@remembered
+def rule(format: Format) -> Steps | None:
     """The rule of a format, where the kernels can follow it."""
     if format.rounding != "even" or not by_steps(type(format)):
         return None

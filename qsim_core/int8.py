@@ -22,6 +22,7 @@ from qsim_core.fixed import Fixed, scheme_of
 from qsim_core.fused import Scales
 from qsim_core.native import library
 from qsim_core.ops import Call
+from qsim_core.remember import remembered
 from qsim_core.scaling import Scheme
 
 ROWS = frozenset({"tensor", "channel", "token"})
@@ -29,6 +30,7 @@ LONGEST = 2**17 - 1
 """So many products of two 8-bit integers stay within int32."""
 
 
+@remembered
 def fits(quantizer: Any) -> bool:
     """Whether a quantizer makes codes of at most 8 bits whose scales factor out of a product of rows."""
     scheme = scheme_of(quantizer)
@@ -37,6 +39,12 @@ def fits(quantizer: Any) -> bool:
     if scheme.element.rounding == "stochastic" or not fused.as_written(type(scheme)):
         return False
     return scheme.coded.max - scheme.coded.min <= 255
+
+
+def possible(call: Call) -> bool:
+    """Whether a GPU's integer matmul takes operands of these shapes: more than 16 rows, and eights."""
+    rows, (outputs, inner) = call.operands[0], call.layouts[1].rows(call.operands[1]).shape
+    return rows.numel() > 16 * inner and inner % 8 == 0 and outputs % 8 == 0
 
 
 @dataclass(frozen=True)
@@ -73,24 +81,32 @@ def code(quantizer: Any, rows: Tensor, known: Scales | None = None) -> Codes | N
     if static is not known and bool(matrix.isnan().any()):
         return None
     shift = (scheme.coded.max + scheme.coded.min + 1) // 2  # unsigned codes are moved into int8's range
-    codes, scales = fused.encode(scheme, matrix, static, shift) or _encoded(scheme, matrix, static, shift)
+    codes, scales = fused.encode(scheme, matrix, static, shift) or encoded(scheme, matrix, static, shift)
     scale, zero = scales
     offset = (0.0 if zero is None else zero.double()) - shift
     if not isinstance(offset, Tensor):
-        offset = torch.full((1,), offset, dtype=torch.float64) if offset else None
+        offset = matrix.new_full((1,), offset, dtype=torch.float64) if offset else None
     each = [None if t is None else t.reshape(-1).expand(len(matrix)).contiguous() for t in (scale, offset)]
     return Codes(codes, scales, *each)  # type: ignore[arg-type]
 
 
-def _encoded(scheme: Scheme, matrix: Tensor, static: Scales | None, shift: float) -> tuple[Tensor, Scales]:
+def encoded(
+    scheme: Scheme, matrix: Tensor, static: Scales | None, shift: float, dtype: torch.dtype = torch.int8
+) -> tuple[Tensor, Scales]:
     """The reference of `fused.encode`."""
+    blocks = scheme.split(matrix)
     if static is None:
         _, exact, zero = scheme._measured(matrix)
-        static = Scales(scheme._rounded(exact).view(-1, 1), None if zero is None else zero.view(-1, 1))
-    scale, zero = static
-    units = scheme._units(matrix, scale, zero)
+        found = scheme._rounded(exact)
+        static = Scales(found.reshape(-1, found.shape[-1]), None if zero is None else zero.reshape(-1, zero.shape[-2]))
+    scale, zero = (None if t is None else t.unsqueeze(-1) for t in static)
+    assert scale is not None
+    units = scheme._units(blocks, scale, zero)
     codes = (units if zero is None else units + zero) - shift
-    return torch.where(scale.isnan(), 0.0, codes).to(torch.int8), static  # whatever the code is, the result is NaN
+    codes = (
+        codes if dtype.is_floating_point else torch.where(scale.isnan(), 0.0, codes)
+    )  # the result is NaN in any case
+    return scheme.join(codes, matrix).to(dtype), static
 
 
 def product(x: Codes, weight: Codes, bias: Tensor | None) -> Tensor:
@@ -99,7 +115,7 @@ def product(x: Codes, weight: Codes, bias: Tensor | None) -> Tensor:
     row_zero, column_zero, inner = x.zero, weight.zero, x.codes.shape[1]
     row_sum = None if column_zero is None else x.sums if row_zero is None else x.sums - inner * row_zero
     column_sum = None if row_zero is None else weight.sums
-    if (kernels := library(sums.numel())) is not None:
+    if (kernels := library(sums.numel(), sums.device)) is not None:
         bias = None if bias is None else bias.detach().float().contiguous()
         return kernels.scale_sums(sums, (x.scale, row_zero, row_sum), (weight.scale, column_zero, column_sum), bias)
     value = sums.double()
@@ -111,8 +127,8 @@ def product(x: Codes, weight: Codes, bias: Tensor | None) -> Tensor:
     return (value if bias is None else value.add_(bias)).float()
 
 
-@functools.lru_cache(maxsize=256)
-def _to_nearest(scheme: Scheme) -> Scheme:
+@remembered
+def to_nearest(scheme: Scheme) -> Scheme:
     """The same scheme, rounding to nearest: what is a code times a scale is divided by it again, with an error."""
     return scheme.replace(element=scheme.element.replace(rounding="even"))
 
@@ -139,7 +155,7 @@ class Int8:
         return code(self.quantizers[1], rows)
 
     def again(self, rows: Tensor, kept: Scales) -> Codes | None:
-        return code(_to_nearest(scheme_of(self.quantizers[1])), rows, kept)
+        return code(to_nearest(scheme_of(self.quantizers[1])), rows, kept)
 
     def keep(self, made: Codes) -> Scales:
         return made.scales

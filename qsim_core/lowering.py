@@ -1,8 +1,9 @@
 """Products in another arithmetic than the model's float32, where that gives the same numbers, and sooner.
 
 What float32 adds up in some order, with a rounding at each step, has none in `qsim_core.int8` but the last, and in
-`qsim_core.bf16` the same ones in another order. Where nothing is gained the path is `float32`: the operands' values,
-multiplied as the model does it.
+`qsim_core.bf16` and, on GPUs, `qsim_core.blockwise` the same ones in another order. Where nothing is gained the path is
+`float32`: the operands' values, multiplied as the model does it. What gives other numbers has to be asked for by name
+(`qsim_core.named`).
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsim_core import bf16, int8
+from qsim_core import bf16, blockwise, gpu, int8
 from qsim_core.bf16 import BF16
-from qsim_core.fused import followed
+from qsim_core.blockwise import Blockwise
+from qsim_core.fused import DEVICES, followed
 from qsim_core.int8 import Int8
+from qsim_core.named import TF32, Native8
 from qsim_core.ops import LINEAR, Call
 from qsim_core.quantizer import Quantizer
 
-Form = Int8 | BF16
+Form = Int8 | BF16 | Blockwise | TF32 | Native8
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm)
 
 
@@ -39,11 +42,30 @@ def choose(wanted: str, call: Call, roles: Sequence[str], quantizers: Sequence[A
         return None
     if torch.is_grad_enabled() and any(getattr(quantizer, "learns", False) for quantizer in quantizers):
         return None
+    choice = _on_a_gpu if gpu.used_for(call.operands[0]) else _on_a_cpu
+    return choice(wanted, call, linear, operands, output)
+
+
+def _on_a_cpu(wanted: str, call: Call, linear: bool, operands: Sequence[Any], output: Any) -> Form | None:
     if wanted in ("int8", "auto" if _vnni() else "") and linear and all(map(int8.fits, operands)):
         return Int8(operands)
     bare = output.unscaled if isinstance(output, Quantizer) else None
     if wanted in ("bf16", "auto" if _bf16() else "") and bare is not None and bare.native is torch.bfloat16:
         return BF16(operands, linear and call.bias is not None) if all(map(bf16.fits, operands)) else None
+    return None
+
+
+def _on_a_gpu(wanted: str, call: Call, linear: bool, operands: Sequence[Any], output: Any) -> Form | None:
+    if wanted in ("int8", "auto") and linear and all(map(int8.fits, operands)) and int8.possible(call):
+        return Int8(operands)
+    if wanted in ("bf16", "auto") and all(map(bf16.fits_apart, operands)):
+        return BF16(operands, biased=False, rounds=False)
+    if wanted in ("blockwise", "auto") and all(map(blockwise.fits, operands)) and gpu.found() is not None:
+        return Blockwise(operands) if blockwise.possible(call, operands) else None
+    if wanted == "tf32" and all(map(TF32.fits, operands)):
+        return TF32(operands)
+    if wanted == "fp8" and linear and all(map(Native8.fits, operands)):
+        return Native8(operands) if Native8.possible(call, operands) else None
     return None
 
 
@@ -53,13 +75,15 @@ def _plain(call: Call) -> bool:
         return False
     if not _fitting(call):
         return False
+    device = call.operands[0].device
     for operand in call.operands:
-        if operand.dtype != torch.float32 or operand.device.type != "cpu" or operand.dim() < 2 or not operand.numel():
+        if operand.dtype != torch.float32 or operand.device != device or operand.dim() < 2 or not operand.numel():
             return False
         if followed(operand):
             return False
     inner = call.layouts[0].rows(call.operands[0]).shape[-1]
-    return 1 < inner <= int8.LONGEST and not torch.is_autocast_enabled("cpu")  # torch._int_mm is wrong for one column
+    known = device.type in DEVICES and not torch.is_autocast_enabled(device.type)
+    return known and 1 < inner <= int8.LONGEST  # torch._int_mm is wrong for one column
 
 
 def _fitting(call: Call) -> bool:
@@ -67,7 +91,7 @@ def _fitting(call: Call) -> bool:
     if call.function not in LINEAR or (bias := call.bias) is None:
         return True
     outputs = call.layouts[1].rows(call.operands[1]).shape[0]
-    return bias.shape == (outputs,) and bias.device.type == "cpu" and not followed(bias)
+    return bias.shape == (outputs,) and bias.device == call.operands[0].device and not followed(bias)
 
 
 @functools.cache

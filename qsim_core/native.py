@@ -12,6 +12,7 @@ import ctypes
 import functools
 import hashlib
 import logging
+import math
 import os
 import platform
 import shutil
@@ -19,7 +20,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
-from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import torch
@@ -31,13 +32,16 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 from qsim_core.atomic import cache
-from qsim_core.numerics import FLOAT32_MANTISSA, Steps
+from qsim_core.kernels import CPU, GIVEN, Grid, Kernels, Part, Scaling, Task, buffer
+from qsim_core.numerics import Steps
 
 SOURCE = Path(__file__).parent / "kernels.cpp"
 FLAGS = ["-O2", "-ftree-vectorize", "-funswitch-loops", "-march=native", "-std=c++17", "-fPIC", "-shared"]
 EXACT = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"]
 WORTH = 2**27
 """Elements that Python quantizes, at some 100 million a second and more, in about the time that the compiler takes."""
+AT_ONCE, PER_CALL = 64, 2**15
+"""A GPU does as much 64 times as fast, but starts the reference's operators no sooner: so many elements for a call."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 NONE_LOST = 3
 """bfloat16 where no value is lost without a trace: one too small for it becomes its smallest, not zero."""
@@ -45,72 +49,11 @@ NONE_LOST = 3
 log = logging.getLogger(__name__)
 
 
-class Grid(ctypes.Structure):
-    """`Grid` in kernels.cpp."""
-
-    _fields_ = [
-        ("low", c_float),
-        ("high", c_float),
-        ("overflow", c_float),
-        ("bound", c_float),
-        ("smallest", c_float),
-        ("magic", c_float),
-        ("fixed", c_int32),
-        ("signed_zero", c_int32),
-    ]
-
-    @classmethod
-    @functools.lru_cache(maxsize=256)
-    def of(cls, steps: Steps) -> Grid:
-        overflow = steps.high if steps.overflow is None else steps.overflow
-        magic, smallest = 1.5 * 2.0 ** (FLOAT32_MANTISSA - steps.mantissa), 2.0**steps.min_exponent
-        return cls(steps.low, steps.high, overflow, steps.bound, smallest, magic, steps.fixed, steps.signed_zero)
-
-
-class Scaling(ctypes.Structure):
-    """`Scaling` in kernels.cpp."""
-
-    _fields_ = [
-        ("rule", c_int32),
-        ("rounding", c_int32),
-        ("zero_points", c_int32),
-        ("magnitude", c_int32),
-        ("absmax", c_int32),
-        ("reach", c_float),
-        ("largest", c_float),
-        ("top", c_int32),
-        ("tie", c_double),
-        ("limit", c_float),
-        ("second", c_float),
-        ("grid", Grid),
-    ]
-
-
-class Task(ctypes.Structure):
-    """`Task` in kernels.cpp."""
-
-    _fields_ = [
-        ("rows", c_int64),
-        ("columns", c_int64),
-        ("block", c_int64),
-        ("scale", c_void_p),
-        ("scale_row", c_int64),
-        ("scale_block", c_int64),
-        ("zero", c_void_p),
-        ("shift", c_float),
-        ("out_row", c_int64),
-        ("threads", c_int32),
-        ("saturate", c_int32),
-        ("scaling", Scaling),
-    ]
-
-
-GIVEN = Scaling(rule=0)
-"""Scales are given, or there are none."""
-
-
 class Library:
     """The kernels, with tensors for pointers. Every tensor is contiguous and on the CPU."""
+
+    longest = math.inf
+    parts = False
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -140,13 +83,18 @@ class Library:
         zero: Tensor | None = None,
         shift: float = 0.0,
         scaling: Scaling = GIVEN,
+        second: float | Tensor = 1.0,
+        without: Part = "",
     ) -> Tensor:
         """x [A, K] rounded into `out`, as values of its dtype or as int8 codes; scales and zeros [A or 1, B or 1].
 
-        `scaling` says how they are found, and they are written; else they are given. Without a scale the format is by
-        itself, and what is too large becomes what it says.
+        `scaling` says how they are found, and they are written; else they are given. `second` is the scale of the
+        scales. Without a scale the format is by itself, and what is too large becomes what it says.
         """
         factor = buffer(1, 1).fill_(1.0) if scale is None else scale
+        if isinstance(second, Tensor) or second != 1.0:
+            scaling = Scaling.from_buffer_copy(scaling)
+            scaling.second = float(second)
         task = Task(
             *x.shape,
             max(1, min(block, x.shape[1])),
@@ -204,11 +152,6 @@ class Library:
         return sums.view(torch.float32)
 
 
-def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Memory on the CPU, whatever torch's defaults are."""
-    return torch.empty(shape, dtype=dtype, device="cpu")
-
-
 def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
@@ -218,17 +161,24 @@ class _Waiting:
 
     def __init__(self) -> None:
         self.elements = 0
-        self.wanted = os.environ.get("QSIM_NATIVE") != "0"
+        self.wanted: bool | Kernels = os.environ.get("QSIM_NATIVE") != "0"
         self.library: Library | None = None
 
 
 _waiting = _Waiting()
 
 
-def library(elements: int) -> Library | None:
-    """The kernels, for work on so many elements; None: Python shall do it."""
+def library(elements: int, device: torch.device = CPU) -> Kernels | None:
+    """The kernels, for work on so many elements there; None: Python shall do it."""
+    if not isinstance(_waiting.wanted, bool):
+        return _waiting.wanted
     if not _waiting.wanted:
         return None
+    if device.type == "cuda":
+        from qsim_core import gpu
+
+        _waiting.elements += elements // AT_ONCE + PER_CALL
+        return gpu.found() if _waiting.elements >= WORTH else None
     if _waiting.library is None:
         _waiting.elements += elements
         _waiting.library = load(build=_waiting.elements >= WORTH)
@@ -236,8 +186,8 @@ def library(elements: int) -> Library | None:
 
 
 @contextlib.contextmanager
-def only(wanted: bool) -> Iterator[None]:
-    """Inside, the kernels for everything, built at once (True), or Python for everything (False)."""
+def only(wanted: bool | Kernels) -> Iterator[None]:
+    """Inside, kernels for everything, built at once (True, or these ones), or Python for everything (False)."""
     before = _waiting.wanted, _waiting.elements
     _waiting.wanted, _waiting.elements = wanted, WORTH
     try:

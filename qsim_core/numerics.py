@@ -71,6 +71,11 @@ def working(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def divided(x: Tensor, by: float) -> Tensor:
+    """x / by, rounded once. Of a number torch takes the reciprocal on a GPU and multiplies, which rounds twice."""
+    return x / torch.full((), by, dtype=x.dtype, device=x.device) if x.is_cuda else x / by
+
+
 def whole(x: Tensor, rounding: Rounding = "even", seed: int = 0) -> Tensor:
     """`x` rounded to whole numbers, without bounds; ±Inf stays. What every rounding mode means is said here."""
     if rounding == "even":
@@ -142,7 +147,7 @@ def power_of_two_scale(magnitude: Tensor, rule: ScaleRule, largest: float, beyon
     Clamped to 2^-149 … 2^127. Zero gives 2^-149, Inf and NaN give NaN. Shape and dtype are kept.
     """
     top = math.frexp(largest)[1] - 1
-    value = magnitude / largest if rule == "rceil" else magnitude
+    value = divided(magnitude, largest) if rule == "rceil" else magnitude
     fraction, exponent = torch.frexp(value)  # 0.5 <= fraction < 1
     exponent = exponent - 1
     if rule in ("ceil", "rceil"):

@@ -53,8 +53,8 @@ RECIPE = (
     click.option("--value-axis", type=click.Choice(["tokens", "head"]), help="Along which axis v's scales are shared."),
     click.option(
         "--path",
-        type=click.Choice(["auto", "float32", "int8", "bf16"]),
-        help="Arithmetic of products that are exact in it; auto: what is fastest here.",
+        type=click.Choice(["auto", "float32", "int8", "bf16", "blockwise", "tf32", "fp8"]),
+        help="Arithmetic of products; auto: what is exact and fastest here.",
     ),
     click.option("--skip", multiple=True, metavar="PATTERN", help="Sites to leave alone; 'none' for none; repeatable."),
     click.option(

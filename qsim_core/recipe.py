@@ -76,10 +76,11 @@ class Recipe(_Strict):
         description="along which axis v's scales are shared: tokens, the reduction axis of PV, which sees later "
         "tokens, or head, which does not",
     )
-    path: Literal["auto", "float32", "int8", "bf16"] = Field(
+    path: Literal["auto", "float32", "int8", "bf16", "blockwise", "tf32", "fp8"] = Field(
         "auto",
         description="in which arithmetic a product may be computed that is exact in it: whichever is fastest here, or "
-        "this one; float32 for all",
+        "this one (int8, bf16, on GPUs blockwise too); float32 for all; GPUs' tf32 and fp8, whose sums are not "
+        "float32's, only where they are named",
     )
     transforms: tuple[Transform, ...] = Field((), description="methods that rewrite the model first, in this order")
     skip: Annotated[tuple[str, ...] | None, BeforeValidator(_several)] = Field(

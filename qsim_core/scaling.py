@@ -21,7 +21,7 @@ from qsim_core.encoding import Encoded, as_codes
 from qsim_core.errors import QsimError
 from qsim_core.format import Format
 from qsim_core.gradients import Gradient, passing
-from qsim_core.numerics import ScaleRule, power_of_two_scale, round_to_integer, working
+from qsim_core.numerics import ScaleRule, divided, power_of_two_scale, round_to_integer, working
 from qsim_core.quantizer import Granularity, Quantizer, floating, laid_out_as
 from qsim_core.ranges import Calibrator, MinMax
 
@@ -238,13 +238,13 @@ class Scheme(Quantizer):
         if not self.symmetric:
             low, high = low.clamp(max=0), high.clamp(min=0)
             steps = element.max - element.min
-            exact = (high - low) / steps
-            exact = torch.where(exact.isinf(), high / steps - low / steps, exact)  # the difference may overflow
-            exact = _finite(exact)
+            exact = divided(high - low, steps)
+            apart = divided(high, steps) - divided(low, steps)  # the difference may overflow
+            exact = _finite(torch.where(exact.isinf(), apart, exact))
             offset = (low / divisor_of(self._rounded(exact))).round()
             return exact, (element.min - offset).clamp(element.min, element.max).unsqueeze(-1)
         if self.rule == "divide":
-            return _finite((high + 0.0) / element.reach), None  # the highest of -0 and 0 may be either
+            return _finite(divided(high + 0.0, element.reach)), None  # the highest of -0 and 0 may be either
         return power_of_two_scale(high, self.rule, element.max, element.beyond), None
 
     def _limited(self, exact: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ _wanted = _Wanted()
 
 
 class Scratch:
-    """Memory on the CPU by the name of its use; for one thread, and one model."""
+    """Memory on the CPU by the name of its use; for one thread, and one model. On a GPU torch keeps what is freed."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -53,16 +53,16 @@ class Scratch:
 def like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Memory for a result in the shape and the strides of `x`, whose values lie dense; fresh, unless some is wanted."""
     by, _wanted.by = _wanted.by, None
-    if by is None:
+    if by is None or x.device.type != "cpu":
         return torch.empty_like(x, dtype=dtype)
     scratch, use = by
     return scratch.empty(use, (x.numel(),), dtype or x.dtype).as_strided(x.shape, x.stride())
 
 
-def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The same for a contiguous result."""
     by, _wanted.by = _wanted.by, None
-    if by is None:
-        return torch.empty(shape, dtype=dtype, device="cpu")
+    if by is None or device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
     scratch, use = by
     return scratch.empty(use, shape, dtype)

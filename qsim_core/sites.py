@@ -252,7 +252,7 @@ class Sites:
             result: Tensor = call.run(operands) if lowered is None else lowered
             self._observe(site, "output", result, result, call.result, None)
             return result
-        if lowered is not None and site.path == "bf16":  # it is rounded already
+        if lowered is not None and site.path == "bf16" and not lowered.is_cuda:  # it is rounded already
             if self.observer is not None:
                 self._observe(site, "output", call.run(operands), lowered, call.result, quantizer)
             return lowered

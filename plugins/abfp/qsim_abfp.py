@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from torch import Tensor
 
 from qsim_core import Format, Quantizer, Scheme, hookimpl
-from qsim_core.numerics import working
+from qsim_core.numerics import divided, working
 from qsim_core.randomness import part, uniform
 
 
@@ -104,7 +104,7 @@ def _in_units(tile: Tensor, highest: float) -> tuple[Tensor, Tensor]:
 
     A scale in bfloat16 is within 2^-9 of max|x| / max(element), and so the largest code of a tile is max(element).
     """
-    scale = tile.abs().amax(-1, keepdim=True) / highest
+    scale = divided(tile.abs().amax(-1, keepdim=True), highest)
     return tile / torch.where(scale == 0, 1.0, scale), scale
 
 

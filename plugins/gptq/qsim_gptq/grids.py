@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qsim_core import fused
-from qsim_core.native import library
+from qsim_core.native import Library, library
 from qsim_core.numerics import working
 from qsim_core.quantizer import Quantizer
 from qsim_core.randomness import at
@@ -67,7 +67,8 @@ class Grid:
         if self.scale is None or self.place is not None or self.dtype != torch.float32:
             return False
         steps = fused.rule_at(cast(Scheme, self.quantizer), moved)
-        if steps is None or (kernels := library(4 * moved.numel())) is None:
+        kernels = None if steps is None else library(4 * moved.numel())
+        if steps is None or not isinstance(kernels, Library):
             return False
         groups = torch.tensor(self.groups[first : first + len(moved)])
         kernels.feed_back(start, moved, change, rounded, shares, self.scale, self.zero, groups, steps)

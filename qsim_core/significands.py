@@ -1,0 +1,66 @@
+"""How many bits the significands of a quantizer's values have: what narrower arithmetic must hold to be exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qsim_core import fused
+from qsim_core.fixed import scheme_of
+from qsim_core.format import Format
+from qsim_core.quantizer import Quantizer
+from qsim_core.remember import remembered
+from qsim_core.scaling import Scheme
+
+SMALLEST = 2.0**-63
+"""Products of values from here on are normal."""
+
+
+@remembered
+def significand(format: Format | None) -> float:
+    """Bits of a format's significands, the hidden one counted; infinite where that is not known, or not the same."""
+    if format is None or format.rounding == "stochastic":
+        return float("inf")
+    if format.powers_of_two:
+        return 1
+    if not fused.by_steps(type(format)):
+        return float("inf")
+    return format.steps.significand if format.steps is not None else float("inf")
+
+
+@remembered
+def significand_apart(scheme: Any) -> float:
+    """The same of its values without the scale that all of its scales have; infinite where there is none."""
+    above = fused.above(scheme) if isinstance(scheme, Scheme) and fused.as_written(type(scheme)) else None
+    if above is None or scheme.static or scheme.learns or not fused.plain(scheme):
+        return float("inf")
+    return significand(scheme.element) + significand(above.element)
+
+
+@remembered
+def smallest_of(quantizer: Any) -> float:
+    """A bound from below for the magnitudes of its values (less a scale that all scales have) that are not zero."""
+    scheme = scheme_of(quantizer)
+    if isinstance(scheme, Scheme):
+        above = fused.above(scheme)
+        bare = above.element if above is not None else None if scheme.scale is None else scheme.scale.unscaled
+        return 0.0 if scheme.learns else _smallest(scheme.element) * _smallest(bare)
+    return _smallest(scheme.unscaled) if isinstance(scheme, Quantizer) else 0.0
+
+
+def _smallest(format: Format | None) -> float:
+    return 0.0 if format is None or format.steps is None else format.steps.smallest
+
+
+@remembered
+def significand_of(quantizer: Any) -> float:
+    """The same of a quantizer's values: those of an element, times a scale's where that is no power of two."""
+    scheme = scheme_of(quantizer)
+    if not isinstance(scheme, Scheme):
+        return significand(scheme.unscaled) if isinstance(scheme, Quantizer) else float("inf")
+    if not fused.as_written(type(scheme)) or not scheme.symmetric or scheme.learns:
+        return float("inf")
+    if scheme.scale is None:
+        scale: float = 1 if scheme.rule != "divide" else float("inf")
+    else:
+        scale = significand(scheme.scale.unscaled)
+    return significand(scheme.element) + (0 if scale == 1 else scale)
