@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsim_core import fused, scratch
+from qsim_core.convolution import Convolution, ran
 from qsim_core.fixed import Fixed, scheme_of
 from qsim_core.kernels import buffer
 from qsim_core.native import library
@@ -71,23 +72,24 @@ def half(quantizer: Any, rows: Tensor, beside: Tensor | None = None) -> Half | N
     if beside is None:
         values = _rounded(quantizer, rows, None)
         return None if _flushed(quantizer, values) else Half(values)
-    matrix = rows.reshape(-1, rows.shape[-1])
-    wide = scratch.empty(len(matrix), matrix.shape[1] + PARTS, dtype=torch.bfloat16, device=rows.device)
-    _rounded(quantizer, matrix, wide[:, :-PARTS])
+    length = rows.shape[-1]
+    wide = scratch.empty(rows.numel() // length, length + PARTS, dtype=torch.bfloat16, device=rows.device)
+    _rounded(quantizer, rows, wide[:, :-PARTS])
     wide[:, -PARTS:] = beside
     return None if _flushed(quantizer, wide) else Half(wide.view(*rows.shape[:-1], -1), wider=True)
 
 
 def _rounded(quantizer: Any, rows: Tensor, out: Tensor | None) -> Tensor:
-    """Rows quantized in bfloat16, into `out` if there is one."""
+    """Rows [..., K] quantized in bfloat16, into `out` [rows, K] if there is one."""
     scheme, static = scheme_of(quantizer), quantizer.scales(rows) if isinstance(quantizer, Fixed) else None
-    fast = fused.quantize(scheme, rows, static, torch.bfloat16, out) if isinstance(scheme, Scheme) else None
-    if fast is not None:
-        return fast
+    if isinstance(scheme, Scheme):
+        matrix = rows if out is None else rows.reshape(out.shape)
+        if (fast := fused.quantize(scheme, matrix, static, torch.bfloat16, out)) is not None:
+            return fast
     values: Tensor = quantizer.quantize(rows)
     half = values.to(torch.bfloat16)
     half = torch.where((half == 0) & (values != 0), TINIEST, half)  # so that what was lost shows
-    return half if out is None else out.copy_(half)
+    return half if out is None else out.copy_(half.reshape(out.shape))
 
 
 def in_parts(bias: Tensor) -> Tensor | None:
@@ -191,3 +193,24 @@ class BF16:
         if not self.rounds:
             return unrounded(call.layouts, first, second, bias)
         return linear(first, second, bias) if call.function in LINEAR else matmul(call.layouts, first, second)
+
+
+class Convolved(BF16):
+    """The same of a convolution: its bias comes in as three more channels, at a tap that always meets the image."""
+
+    def new(self, rows: Tensor) -> Half | None:
+        return half(self.quantizers[1], rows)
+
+    def again(self, rows: Tensor, kept: bool | Tensor) -> Half | None:
+        return Half(rows.to(torch.bfloat16))
+
+    def product(self, call: Call, first: Half, second: Half) -> Tensor | None:
+        image, kernel = (layout.back(x.rows) for layout, x in zip(call.layouts, (first, second), strict=True))
+        if call.bias is not None:
+            tap, parts = Convolution.of(call).tap_inside, in_parts(call.bias)
+            if tap is None or parts is None:
+                return None
+            kernel = F.pad(kernel, [0, 0] * len(tap) + [0, PARTS])
+            place: Any = slice(None), slice(-PARTS, None), *tap
+            kernel[place] = parts
+        return ran(call, image, kernel).to(torch.float32, memory_format=torch.contiguous_format)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from qsim_core import bf16, blockwise, gpu, int8
-from qsim_core.bf16 import BF16
+from qsim_core.bf16 import BF16, Convolved
 from qsim_core.blockwise import Blockwise
+from qsim_core.convolution import CONVOLUTIONS
 from qsim_core.fused import DEVICES, followed
 from qsim_core.int8 import Int8
 from qsim_core.named import TF32, Native8
@@ -35,27 +36,28 @@ def choose(wanted: str, call: Call, roles: Sequence[str], quantizers: Sequence[A
     """
     linear = call.function in LINEAR and list(roles) == ["input", "weight"]
     products = call.function in PRODUCTS and "weight" not in roles
-    if wanted == "float32" or not (linear or products) or not _plain(call):
+    convolution = call.function in CONVOLUTIONS and list(roles) == ["input", "weight"]
+    if wanted == "float32" or not (linear or products or convolution) or not _plain(call):
         return None
     *operands, output = quantizers
     if any(getattr(quantizer, "multiplier", None) is not None for quantizer in operands):
         return None
     if torch.is_grad_enabled() and any(getattr(quantizer, "learns", False) for quantizer in quantizers):
         return None
-    choice = _on_a_gpu if gpu.used_for(call.operands[0]) else _on_a_cpu
-    return choice(wanted, call, linear, operands, output)
-
-
-def _on_a_cpu(wanted: str, call: Call, linear: bool, operands: Sequence[Any], output: Any) -> Form | None:
+    on_a_gpu = gpu.used_for(call.operands[0])
+    bare = output.unscaled if isinstance(output, Quantizer) else None
+    if on_a_gpu and not convolution:
+        return _on_a_gpu(wanted, call, linear, operands)
     if wanted in ("int8", "auto" if _vnni() else "") and linear and all(map(int8.fits, operands)):
         return Int8(operands)
-    bare = output.unscaled if isinstance(output, Quantizer) else None
-    if wanted in ("bf16", "auto" if _bf16() else "") and bare is not None and bare.native is torch.bfloat16:
-        return BF16(operands, linear and call.bias is not None) if all(map(bf16.fits, operands)) else None
+    faster = on_a_gpu or _bf16()
+    if wanted in ("bf16", "auto" if faster else "") and bare is not None and bare.native is torch.bfloat16:
+        form = Convolved if convolution else BF16
+        return form(operands, not products and call.bias is not None) if all(map(bf16.fits, operands)) else None
     return None
 
 
-def _on_a_gpu(wanted: str, call: Call, linear: bool, operands: Sequence[Any], output: Any) -> Form | None:
+def _on_a_gpu(wanted: str, call: Call, linear: bool, operands: Sequence[Any]) -> Form | None:
     if wanted in ("int8", "auto") and linear and all(map(int8.fits, operands)) and int8.possible(call):
         return Int8(operands)
     if wanted in ("bf16", "auto") and all(map(bf16.fits_apart, operands)):
@@ -88,10 +90,10 @@ def _plain(call: Call) -> bool:
 
 def _fitting(call: Call) -> bool:
     """Whether what a linear call adds is a row of numbers, one for each output, and wants no gradient."""
-    if call.function not in LINEAR or (bias := call.bias) is None:
+    if call.function in PRODUCTS or (bias := call.bias) is None:
         return True
-    outputs = call.layouts[1].rows(call.operands[1]).shape[0]
-    return bias.shape == (outputs,) and bias.device == call.operands[0].device and not followed(bias)
+    kernel = call.operands[1] if call.function in CONVOLUTIONS else call.layouts[1].rows(call.operands[1])
+    return bias.shape == (len(kernel),) and bias.device == call.operands[0].device and not followed(bias)
 
 
 @functools.cache

@@ -68,7 +68,7 @@ class Call:
 
     @property
     def bias(self) -> Tensor | None:
-        """What a call of `LINEAR` adds to its product."""
+        """What a call of `LINEAR`, or a convolution, adds to its product."""
         if self.function is torch.addmm:
             return self.addend
         bias: Tensor | None = self.kwargs.get("bias", self.args[2] if len(self.args) > 2 else None)

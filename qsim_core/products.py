@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qsim_core.convolution import Convolution
 from qsim_core.errors import RecipeError
 from qsim_core.ops import Call
 from qsim_core.quantizer import Function, Multiplier, Quantizer, straight_through
@@ -44,7 +45,7 @@ class Multiplied(Call):
         if self.addend is not None:
             alpha, beta = self.kwargs.get("alpha", 1), self.kwargs.get("beta", 1)
             product = alpha * product if beta == 0 else beta * self.addend + alpha * product
-        bias = self._argument("bias", 2) if self.operation == "linear" else None
+        bias = self.bias if self.operation == "linear" else None
         product = product if bias is None else product + bias
         return product if self.kwargs.get("out") is None else self.kwargs["out"].copy_(product)
 
@@ -77,20 +78,9 @@ class Multiplied(Call):
         space = kernel.dim() - 2
         batched = image.dim() == kernel.dim()
         image = image if batched else image.unsqueeze(0)
-        stride, padding, dilation, groups = (
-            self._argument(name, place, default)
-            for place, (name, default) in enumerate(
-                (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1)), start=3
-            )
-        )
-        taps, stride, dilation = tuple(kernel.shape[2:]), _each(stride, space), _each(dilation, space)
-        spans = [reach * (tap - 1) for reach, tap in zip(dilation, taps, strict=True)]
-        if padding == "same":
-            sides = [(span // 2, span - span // 2) for span in spans]
-        else:
-            sides = [(pad, pad) for pad in _each(0 if padding == "valid" else padding, space)]
-        image = F.pad(image, [pad for side in reversed(sides) for pad in side])
-        shape = [(size - span - 1) // step + 1 for size, span, step in zip(image.shape[2:], spans, stride, strict=True)]
+        over = Convolution.of(self)
+        taps, stride, dilation, groups = over.taps, over.stride, over.dilation, over.groups
+        image = F.pad(image, [pad for side in reversed(over.sides) for pad in side])
         if space == 1:  # as an image of one line
             image, taps, stride, dilation = image.unsqueeze(2), (1, *taps), (1, *stride), (1, *dilation)
         patches = F.unfold(image, taps, dilation=dilation, stride=stride)
@@ -98,14 +88,11 @@ class Multiplied(Call):
         with at(f"{self.site}:input", self.step):
             rows = self.quantizers[0](grouped)
         product = self._product(rows, self.layouts[1].rows(kernel))
-        found = product.transpose(2, 3).flatten(1, 2).unflatten(2, shape)
-        bias = self._argument("bias", 2)
+        found = product.transpose(2, 3).flatten(1, 2).unflatten(2, over.shape)
+        bias = self.bias
         found = found if bias is None else found + bias.view(-1, *(1,) * space)
         result: Tensor = found if batched else found.squeeze(0)
         return result
-
-    def _argument(self, name: str, place: int, default: Any = None) -> Any:
-        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
 
 
 def multiplied(site: Site, call: Call, roles: Sequence[str], value_axis: str, quantizing: bool) -> Call:
@@ -137,8 +124,3 @@ def multiplied(site: Site, call: Call, roles: Sequence[str], value_axis: str, qu
         return call
     own = {field.name: getattr(call, field.name) for field in fields(Call)}
     return Multiplied(**own, multiplier=multiplier, quantizers=tuple(quantizers), site=site.name, step=site.calls)
-
-
-def _each(value: Any, space: int) -> tuple[int, ...]:
-    """One number for each spatial dimension."""
-    return tuple(value) if isinstance(value, Sequence) else (value,) * space

@@ -230,6 +230,56 @@ def test_a_bias_is_added_before_the_rounding() -> None:
     assert (y.item(), path) == (1.0078125, "bf16")
 
 
+class Convolution(nn.Module):
+    """A convolution of any number of dimensions, by torch's function."""
+
+    def __init__(self, space: int, groups: int = 1, bias: bool = True, taps: int = 3, **options: Any) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.function = (F.conv1d, F.conv2d, F.conv3d)[space - 1]
+        self.options = {**options, "groups": groups}
+        self.weight = nn.Parameter(torch.randn(12, 8 // groups, *[taps] * space, generator=generator))
+        self.bias = nn.Parameter(torch.randn(12, generator=generator)) if bias else None
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.weight, self.bias, **self.options)
+
+
+CONVOLUTIONS = [
+    Convolution(2, padding=1),
+    Convolution(2, bias=False, padding="same"),
+    Convolution(2, stride=2, padding=1, groups=2),
+    Convolution(2, padding="valid", dilation=2),
+    Convolution(2, taps=4, stride=4),
+    Convolution(1, padding=2, dilation=2),
+    Convolution(3, padding=1),
+]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("model", CONVOLUTIONS, ids=lambda model: f"{model.weight.dim() - 2}d {model.options}")
+def test_a_convolution_in_bf16_is_the_float32_one_but_for_the_order_of_summation(model: Any, keep: bool) -> None:
+    x = torch.randn(2, 8, *[8] * (model.weight.dim() - 2), generator=torch.Generator().manual_seed(1))
+    parts = {"weights": "mx(e4m3, n=8)", "activations": "mx(e4m3, n=8)", "outputs": "bf16"}
+
+    y, path = simulated(model, x, "bf16", keep=keep, **parts)
+    slow, _ = simulated(model, x, "float32", keep=keep, **parts)
+
+    assert path == "bf16" and y.is_contiguous()
+    assert float((y != slow).double().mean()) < 0.01
+    assert torch.allclose(y, slow, rtol=2**-7, atol=1e-3)
+
+
+def test_a_bias_that_every_tap_would_lose_at_an_edge_takes_float32() -> None:
+    x = torch.randn(2, 8, 8, 8)
+    parts = {"weights": "mx(e4m3, n=8)", "activations": "mx(e4m3, n=8)", "outputs": "bf16"}
+
+    paths = [simulated(Convolution(2, taps=1, padding=1, bias=bias), x, "bf16", **parts)[1] for bias in (True, False)]
+
+    assert paths == ["float32", "bf16"]
+
+
 def test_in_parts_is_the_bias() -> None:
     bias = torch.randn(100) * torch.randn(100).exp2()
 
