@@ -6,6 +6,8 @@ Each line is a process of its own: blocks as in benchmarks/forward.py beside OPT
 tokens. The weights are overwritten (`keep=False`, what `qsim evaluate` does) or kept beside (`keep=True`). Peak is the
 resident set's, less what the process held before the model was made, from the first quantized forward on, and that of
 a later forward alone: what the first one leaves over it in glibc's heap was freed. The limit is 1.05, overwritten.
+What is loaded once, whatever the model's size, is not counted: a block with a small vocabulary was simulated before.
+How much that is, is printed too.
 """
 
 from __future__ import annotations
@@ -43,31 +45,42 @@ class Peak(threading.Thread):
             time.sleep(0.002)
 
 
-def child(name: str, keep: bool, batch: int, layers: int) -> tuple[int, int]:
-    """The peak of one format, or of the float32 model, and that of its last forward, in bytes."""
+def child(name: str, keep: bool, batch: int, layers: int) -> tuple[int, int, int]:
+    """The peak of one format, or of the float32 model, that of its last forward, and what was loaded, in bytes."""
     import torch
     from forward import model_of
 
     import qsim_core as qsim
 
-    before = resident()
-    model = model_of("125m", layers, vocabulary=50272)
-    ids = torch.randint(0, 512, (batch, 512), generator=torch.Generator().manual_seed(0))
-    watch = Peak()
-    watch.start()
-    with torch.no_grad():
+    def run(layers: int, vocabulary: int, ids: torch.Tensor) -> torch.nn.Module:
+        model = model_of("125m", layers, vocabulary)
         if name != "float32":
             recipe = qsim.Recipe(**FORMATS[name], skip=("lm_head",))  # type: ignore[arg-type]
             qsim.simulate(model, recipe, example={"input_ids": ids[:1, :64]}, keep=keep)
         model(input_ids=ids, use_cache=False)
+        return model
+
+    ids = torch.randint(0, 512, (batch, 512), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        bare = resident()
+        run(1, 512, ids[:1, :64])
+        _trim()
+        before = resident()
+        watch = Peak()
+        watch.start()
+        model = run(layers, 50272, ids)
         everything = watch.highest
-        if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-            trim(0)
+        _trim()
         watch.highest = 0
         model(input_ids=ids, use_cache=False)
     watch.going = False
     watch.join()
-    return everything - before, watch.highest - before
+    return everything - before, watch.highest - before, before - bare
+
+
+def _trim() -> None:
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def main() -> None:
@@ -84,19 +97,20 @@ def main() -> None:
         return
     size = ["--batch", str(given.batch), "--layers", str(given.layers)]
 
-    def peaks(name: str, keep: str) -> tuple[int, int]:
+    def peaks(name: str, keep: str) -> tuple[int, int, int]:
         command = [sys.executable, __file__, *size, "--child", name, keep]
-        first, later = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:]
-        return int(first), int(later)
+        first, later, loaded = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-3:]
+        return int(first), int(later), int(loaded)
 
-    first, later = peaks("float32", "fold")
+    first, later, loaded = peaks("float32", "fold")
     print(f"{given.layers} blocks, {given.batch} x 512 tokens: the float32 model peaks at {first / 2**20:.0f} MiB")
-    print("format    overwritten  a later forward  kept beside  a later forward")
+    print(f"(and {loaded / 2**20:.0f} MiB that are loaded once)")
+    print("format    overwritten  a later forward  kept beside  a later forward  loaded once, MiB more")
     for name in given.formats or FORMATS:
-        ratios = [
-            ratio for keep in ("fold", "keep") for ratio in map(operator.truediv, peaks(name, keep), (first, later))
-        ]
-        print(f"{name:9} {ratios[0]:11.2f} {ratios[1]:16.2f} {ratios[2]:12.2f} {ratios[3]:16.2f}")
+        found = [peaks(name, keep) for keep in ("fold", "keep")]
+        ratios = [ratio for each in found for ratio in map(operator.truediv, each[:2], (first, later))]
+        line = f"{name:9} {ratios[0]:11.2f} {ratios[1]:16.2f} {ratios[2]:12.2f} {ratios[3]:16.2f}"
+        print(f"{line} {(found[0][2] - loaded) / 2**20:22.0f}")
 
 
 if __name__ == "__main__":

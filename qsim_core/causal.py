@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 ROWS = 128
 """Queries that are computed at a time."""
-TOGETHER = 2**21
-"""Scores that are computed at a time: 8 MiB of float32."""
+TOGETHER = 2**20
+"""Scores that are computed at a time: 4 MiB of float32."""
 HIGHEST = torch.tensor(1.0)
 """The highest value of P: a first query meets its own token only."""
 
