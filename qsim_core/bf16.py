@@ -9,8 +9,8 @@ A GPU gives the sums in float32, whatever they are rounded to afterwards, if any
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,12 @@ from torch import Tensor
 from qsim_core import fused, scratch
 from qsim_core.convolution import Convolution, ran
 from qsim_core.fixed import Fixed, scheme_of
+from qsim_core.forms import Form
 from qsim_core.kernels import buffer
 from qsim_core.native import library
 from qsim_core.ops import LINEAR, Call, Layout
 from qsim_core.scaling import Scheme
-from qsim_core.significands import SMALLEST, significand_apart, significand_of, smallest_of
+from qsim_core.significands import SMALLEST, significand_factored, significand_of, smallest_of
 
 SIGNIFICAND = 8
 """Bits of bfloat16's, the hidden one counted."""
@@ -35,14 +36,14 @@ TINIEST = torch.tensor(2.0**-133, dtype=torch.bfloat16)
 ONES = torch.ones(1, PARTS, dtype=torch.bfloat16)
 
 
-def fits(quantizer: Any) -> bool:
-    """Whether a quantizer's values have bfloat16's significand; their exponents are looked at when they are there."""
-    return significand_of(quantizer) <= SIGNIFICAND
+def fits(scheme: Any) -> bool:
+    """Whether a scheme's values have bfloat16's significand; their exponents are looked at when they are there."""
+    return significand_of(scheme) <= SIGNIFICAND
 
 
-def fits_apart(quantizer: Any) -> bool:
-    """Whether it has it without the scale that all of its scales have (NVFP4's)."""
-    return fits(quantizer) or significand_apart(quantizer) <= SIGNIFICAND
+def fits_factored(scheme: Any) -> bool:
+    """Whether they have it without the scale that all of its scales have (NVFP4's)."""
+    return fits(scheme) or significand_factored(scheme) <= SIGNIFICAND
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,14 @@ class Half:
     wider: bool = False
     factor: Tensor | None = None
     """What all of them are still to be multiplied by, a number."""
+    exact: Callable[[], Tensor] | None = None
+    """With a factor: their values, which are rounded more than once."""
 
     def values(self) -> Tensor:
         """The same in float32, without the bias."""
-        values = (self.rows[..., :-PARTS] if self.wider else self.rows).float()
-        return values if self.factor is None else values.mul_(self.factor)
+        if self.exact is not None:
+            return self.exact()
+        return (self.rows[..., :-PARTS] if self.wider else self.rows).float()
 
 
 def half(quantizer: Any, rows: Tensor, beside: Tensor | None = None) -> Half | None:
@@ -66,9 +70,10 @@ def half(quantizer: Any, rows: Tensor, beside: Tensor | None = None) -> Half | N
     None where a product would meet a value that is flushed to zero.
     """
     rows = rows.detach()
-    if not fits(quantizer):
-        values, factor = fused.apart(quantizer, rows)
-        return None if _flushed(quantizer, values) else Half(values, factor=factor)
+    if not fits(scheme_of(quantizer)):
+        values, factor = fused.factored(quantizer, rows)
+        exact = functools.partial(quantizer.quantize, rows)
+        return None if _flushed(quantizer, values) else Half(values, factor=factor, exact=exact)
     if beside is None:
         values = _rounded(quantizer, rows, None)
         return None if _flushed(quantizer, values) else Half(values)
@@ -103,7 +108,7 @@ def in_parts(bias: Tensor) -> Tensor | None:
 
 def _flushed(quantizer: Any, values: Tensor) -> bool:
     """Whether a value other than zero is so small that a product with it may be flushed."""
-    if smallest_of(quantizer) >= SMALLEST:
+    if smallest_of(scheme_of(quantizer)) >= SMALLEST:
         return False
     if (kernels := library(values.numel(), values.device)) is not None and _dense(values):
         return kernels.any_below(values, SMALLEST)
@@ -129,10 +134,11 @@ def linear(x: Half, weight: Half, bias: Tensor | None) -> Tensor | None:
     return F.linear(x.rows, weight.rows).float()
 
 
-def unrounded(layouts: Sequence[Layout], first: Half, second: Half, bias: Tensor | None) -> Tensor:
+def unrounded(call: Call, first: Half, second: Half) -> Tensor:
     """The product of two operands on a GPU, and a bias, in float32."""
     factors = [operand.factor for operand in (first, second) if operand.factor is not None]
-    left, right = first.rows, layouts[1].back(second.rows) if second.rows.dim() > 2 else second.rows.T
+    linear = call.function in LINEAR
+    left, right = first.rows, second.rows.T if linear else call.layouts[1].back(second.rows)
     if right.dim() > 2:
         batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
         left, right = (x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (left, right))
@@ -140,10 +146,9 @@ def unrounded(layouts: Sequence[Layout], first: Half, second: Half, bias: Tensor
     else:
         matrix = left.reshape(-1, left.shape[-1])
         y = torch.mm(matrix, right, out_dtype=torch.float32).unflatten(0, left.shape[:-1])
-    if factors:
-        factor = math.prod(factors[1:], start=factors[0])
-        return y.mul_(factor) if bias is None else torch.addcmul(bias, y, factor)
-    return y if bias is None else y.add_(bias)
+    for factor in factors:  # one after the other: their product may be too small, or too large
+        y = y.mul_(factor)
+    return y.add_(call.bias) if linear and call.bias is not None else y
 
 
 def matmul(layouts: Sequence[Layout], first: Half, second: Half) -> Tensor:
@@ -152,20 +157,18 @@ def matmul(layouts: Sequence[Layout], first: Half, second: Half) -> Tensor:
     return torch.matmul(left, right).float()
 
 
-class BF16:
+class BF16(Form):
     """Operands in bfloat16; `biased` ones have columns more, through which the bias comes in."""
 
     path = "bf16"
 
     def __init__(self, quantizers: Sequence[Any], biased: bool, rounds: bool = True) -> None:
-        self.quantizers, self.biased, self.rounds = quantizers, biased and rounds, rounds
+        super().__init__(quantizers)
+        self.biased, self.rounds = biased and rounds, rounds
 
     @property
     def key(self) -> tuple[Any, ...]:
         return self.path, self.biased
-
-    def of(self, place: int) -> tuple[Any, ...]:
-        return *self.key, self.quantizers[place]
 
     def take(self, place: int, rows: Tensor) -> Half | None:
         return half(self.quantizers[place], rows, ONES if self.biased else None)
@@ -178,7 +181,7 @@ class BF16:
     def again(self, rows: Tensor, kept: bool | Tensor) -> Half | None:
         """Values that were found exact when they were made."""
         if isinstance(kept, Tensor):
-            return Half(fused.without(kept, rows), factor=kept)
+            return Half(fused.without_second(kept, rows), factor=kept)
         if not self.biased:
             return Half(rows.to(torch.bfloat16))
         wide = buffer(len(rows), rows.shape[1] + PARTS, dtype=torch.bfloat16)
@@ -191,7 +194,7 @@ class BF16:
     def product(self, call: Call, first: Half, second: Half) -> Tensor | None:
         bias = call.bias if call.function in LINEAR else None
         if not self.rounds:
-            return unrounded(call.layouts, first, second, bias)
+            return unrounded(call, first, second)
         return linear(first, second, bias) if call.function in LINEAR else matmul(call.layouts, first, second)
 
 

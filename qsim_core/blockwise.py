@@ -20,11 +20,10 @@ from torch import Tensor
 
 from qsim_core import fused, gpu
 from qsim_core.fixed import Fixed, scheme_of
+from qsim_core.forms import Form
 from qsim_core.fused import Scales
 from qsim_core.int8 import encoded, to_nearest
-from qsim_core.kernels import Kernels
-from qsim_core.native import library
-from qsim_core.ops import LINEAR, Call
+from qsim_core.ops import LINEAR, SECOND_LAST, Call
 from qsim_core.remember import remembered
 from qsim_core.scaling import Scheme
 from qsim_core.significands import SMALLEST, significand
@@ -34,9 +33,8 @@ ROW = 2**30
 
 
 @remembered
-def fits(quantizer: Any) -> bool:
-    """Whether a quantizer makes codes that bfloat16 holds, under scales of rows or of blocks along them."""
-    scheme = scheme_of(quantizer)
+def fits(scheme: Any) -> bool:
+    """Whether a scheme makes codes that bfloat16 holds, under scales of rows or of blocks along them."""
     if not isinstance(scheme, Scheme) or not scheme.symmetric or isinstance(scheme.granularity, tuple):
         return False
     if not fused.as_written(type(scheme)) or significand(scheme.element) > 8:
@@ -45,24 +43,25 @@ def fits(quantizer: Any) -> bool:
     return steps is not None and steps.smallest >= SMALLEST
 
 
-def block_of(quantizer: Any) -> int:
-    """How many columns share a scale."""
+def block_of(quantizer: Any, inner: int) -> int:
+    """How many columns share a scale, of rows of this length."""
     granularity = scheme_of(quantizer).granularity
-    return granularity if isinstance(granularity, int) else ROW
+    return granularity if isinstance(granularity, int) and granularity < inner else ROW
 
 
 def step_of(quantizers: Sequence[Any], inner: int) -> int:
-    """How many columns have one scale on either side, of rows of this length."""
-    step = math.gcd(*map(block_of, quantizers))
-    return inner if step >= inner else step
+    """How many columns have one scale on either side."""
+    return min(inner, math.gcd(*(block_of(quantizer, inner) for quantizer in quantizers)))
 
 
 def possible(call: Call, quantizers: Sequence[Any]) -> bool:
-    """Whether the kernel can multiply these operands: enough columns to a scale, and as many matrices on both sides."""
+    """Whether the kernel can multiply these operands: both summed along their rows, enough columns to a scale, and as
+    many matrices on both sides."""
     first, second = (layout.rows(operand) for layout, operand in zip(call.layouts, call.operands, strict=True))
     alike = second.dim() == 2 or first.shape[:-2] == second.shape[:-2]
+    along_rows = call.function in LINEAR or call.layouts[1] is SECOND_LAST
     inner = first.shape[-1]
-    return alike and gpu.tile_of(step_of(quantizers, inner), inner) >= gpu.SHORTEST
+    return alike and along_rows and gpu.tile_of(step_of(quantizers, inner), inner) >= gpu.SHORTEST
 
 
 @dataclass(frozen=True)
@@ -99,39 +98,24 @@ def code(quantizer: Any, rows: Tensor, known: Scales | None = None) -> Blocks | 
     if whole and static is not known and bool(matrix.isnan().any()):
         return None
     dtype = torch.int8 if whole else torch.bfloat16
-    codes, scales = fused.encode(scheme, matrix, static, 0.0, dtype) or encoded(scheme, matrix, static, 0.0, dtype)
-    return Blocks(codes.view(rows.shape), scales, block_of(quantizer))
+    codes, scales = encoded(scheme, matrix, static, 0.0, dtype)
+    return Blocks(codes.view(rows.shape), scales, block_of(quantizer, rows.shape[-1]))
 
 
-class Blockwise:
+class Blockwise(Form):
     """Operands as codes under the scales of their blocks. Weights that were overwritten give them again."""
 
     path = "blockwise"
 
-    def __init__(self, quantizers: Sequence[Any]) -> None:
-        self.quantizers = quantizers
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return (self.path,)
-
-    def of(self, place: int) -> tuple[Any, ...]:
-        return *self.key, self.quantizers[place]
-
     def take(self, place: int, rows: Tensor) -> Blocks | None:
         return code(self.quantizers[place], rows)
-
-    def new(self, rows: Tensor) -> Blocks | None:
-        return code(self.quantizers[1], rows)
 
     def again(self, rows: Tensor, kept: Scales) -> Blocks | None:
         return code(to_nearest(scheme_of(self.quantizers[1])), rows, kept)
 
-    def keep(self, made: Blocks) -> Scales:
-        return made.scales
-
     def product(self, call: Call, first: Blocks, second: Blocks) -> Tensor:
-        kernels = kernels_on(first.codes)
+        kernels = gpu.found(first.codes.device)
+        assert kernels is not None  # `lowering` has asked
         shape = first.codes.shape
         matrices = second.codes.dim() > 2
         left = first.matrices(shape[:-1] if matrices else (1, math.prod(shape[:-1])))
@@ -140,9 +124,3 @@ class Blockwise:
         bias = None if bias is None else bias.detach().float().contiguous()
         y: Tensor = kernels.multiply(left, right, step_of(self.quantizers, shape[-1]), bias)
         return y.view(*shape[:-1], second.codes.shape[-2])
-
-
-def kernels_on(x: Tensor) -> Any:
-    """The GPU's kernels."""
-    kernels: Kernels | None = library(x.numel(), x.device)
-    return kernels if isinstance(kernels, gpu.GpuLibrary) else gpu.found()

@@ -70,11 +70,12 @@ def quantize(
     `dtype`, where it holds every value, saves another pass: the result is then in it, in any memory layout, or in
     `out`, part of the rows of another matrix. `second` is the scale of the scales, where it is known.
     """
-    if second is not None and not _scaling(scheme).rule:
-        return None
     if (steps := _steps(scheme.coded, x)) is None or not plain(scheme):
         return None
-    if (kernels := library(x.numel(), x.device)) is None:
+    kernels = library(x.numel(), x.device)
+    if kernels is None or not _held(scheme, x.shape[-1], kernels):
+        return None
+    if second is not None and not _found_inside(scheme, x.shape[-1], kernels):
         return None
     if out is not None:
         into(scheme, x.contiguous(), out, steps, kernels, static)
@@ -96,30 +97,30 @@ def encode(
     if (steps := _steps(scheme.coded, x)) is None or not plain(scheme):
         return None
     kernels = library(x.numel(), x.device)
-    if kernels is None or (dtype != torch.int8 and not kernels.parts):
+    if kernels is None or not _held(scheme, x.shape[-1], kernels) or (dtype != torch.int8 and not kernels.parts):
         return None
     x = x.contiguous()
     codes = scratch.like(x, dtype)
     return codes, into(scheme, x, codes, steps, kernels, static, shift, without="scale")
 
 
-def apart(scheme: Scheme, x: Tensor) -> tuple[Tensor, Tensor]:
+def factored(scheme: Scheme, x: Tensor) -> tuple[Tensor, Tensor]:
     """x quantized without the scale that all scales have, in bfloat16, which must hold that; and this scale, a number.
 
     The scheme has one `above`. Rows come contiguous.
     """
     steps, matrix = _steps(scheme.coded, x), x.contiguous().view(-1, x.shape[-1])
     kernels = None if steps is None else library(x.numel(), x.device)
-    if steps is not None and kernels is not None and kernels.parts and plain(scheme):
+    if steps is not None and kernels is not None and kernels.parts and _found_inside(scheme, x.shape[-1], kernels):
         second = scale_of_scales(scheme, _highest(scheme, matrix, kernels))
         y = torch.empty_like(matrix, dtype=torch.bfloat16)
         into(scheme, matrix, y, steps, kernels, None, second=second, without="second")
         return y.view(x.shape), second
     second = scale_of_scales(scheme, matrix.abs().amax())
-    return without(second, scheme.quantize(matrix)).view(x.shape), second
+    return without_second(second, scheme.quantize(matrix)).view(x.shape), second
 
 
-def without(second: Tensor, values: Tensor) -> Tensor:
+def without_second(second: Tensor, values: Tensor) -> Tensor:
     """Values divided by the scale of their scales again, in bfloat16: few bits, which rounding to it finds again."""
     return (values / torch.where(second == 0, 1.0, second)).to(torch.bfloat16)
 
@@ -158,15 +159,37 @@ def _fit(static: Scales) -> Scales:
 
 @remembered
 def plain(scheme: Scheme) -> bool:
-    """Whether the kernels know what shares a scale, and how its range is found, and no subclass knows better."""
-    if not as_written(type(scheme)):
+    """Whether the kernels know what shares a scale, and how its range is found, and no subclass knows better.
+
+    What rounds scales is handed them row by row: it may not look at several rows, nor draw numbers by their places.
+    """
+    scale = scheme.scale
+    apart = scale is None or scale.granularity in ("element", "tensor") or scale.by_rows
+    if not as_written(type(scheme)) or "stochastic" in str(scale) or not apart:
         return False
     return not isinstance(scheme.granularity, tuple) and type(scheme.range) in (MinMax, AbsMax)
 
 
+def _block(scheme: Scheme, columns: int) -> int:
+    """How many columns of a row share a scale, at most."""
+    return min(scheme.granularity, columns) if isinstance(scheme.granularity, int) else columns
+
+
+def _held(scheme: Scheme, columns: int, kernels: Kernels) -> bool:
+    """Whether the kernels can hold its blocks: those as long as their row they take in pieces."""
+    block = _block(scheme, columns)
+    return block == columns or block <= kernels.longest
+
+
+def _found_inside(scheme: Scheme, columns: int, kernels: Kernels) -> bool:
+    """Whether the kernels find the scales of its blocks themselves, and round in the same pass."""
+    known = plain(scheme) and scheme.granularity != "tensor" and bool(_scaling(scheme).rule)
+    return known and _block(scheme, columns) <= kernels.longest
+
+
 def _given(scheme: Scheme, x: Tensor, block: int, kernels: Kernels) -> Scales | None:
     """Scales and zero points of x [A, K], [A, B] each or [1, 1] for all of it; None: the kernels find them."""
-    if scheme.granularity != "tensor" and _scaling(scheme).rule and block <= kernels.longest:
+    if _found_inside(scheme, x.shape[1], kernels):
         return None
     low, high = kernels.extremes(x, block, magnitude=scheme.symmetric and scheme.element.min < 0)
     low = -high if low is None else low

@@ -1,14 +1,14 @@
 """The kernels of `kernels_gpu.py`, called with tensors: for a GPU what `qsim_core.native` is for the CPU.
 
 Triton comes with torch's builds for GPUs, compiles each kernel when it is first called, in a second or so, and keeps it
-in a cache of its own. Where there is no Triton, or with QSIM_NATIVE=0, the reference in Python computes the same bits.
+in a cache of its own. Where that does not work, or with QSIM_NATIVE=0, the reference in Python computes the same bits.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -16,15 +16,20 @@ import torch
 from torch import Tensor
 
 from qsim_core.kernels import GIVEN, Grid, Part, Scaling, buffer
-from qsim_core.native import library
+from qsim_core.native import forced, switched_off
 from qsim_core.numerics import Steps
 
+TRITON = (3, 6)
+"""The oldest version that the kernels were tried with."""
+AMPERE = (8, 0)
+"""The first GPUs that multiply bfloat16."""
 EXACT = {"enable_fp_fusion": False}
 """No multiplication is fused with an addition."""
 TOGETHER = 4096
 """Elements that a program takes, if its blocks are no longer."""
 LONGEST = 16384
 """The longest block that a program holds in its registers."""
+log = logging.getLogger(__name__)
 TILE = 64
 """Codes along the reduction axis that are multiplied at a time, at most."""
 MOST = 4096
@@ -33,15 +38,43 @@ SHORTEST = 16
 """Codes that a matmul of the GPU adds up at the least."""
 
 
+def found(device: torch.device) -> GpuLibrary | None:
+    """The kernels; None where they do not run, or are not wanted."""
+    if isinstance(wanted := forced(), GpuLibrary):
+        return wanted
+    return None if switched_off() else _tried(device)
+
+
 @functools.cache
-def found() -> GpuLibrary | None:
-    """The kernels; None where there is no Triton."""
-    return GpuLibrary() if importlib.util.find_spec("triton") is not None else None
+def _tried(device: torch.device) -> GpuLibrary | None:
+    """The kernels, if one of them runs there."""
+    try:
+        from triton import __version__ as version
+
+        if tuple(map(int, version.split(".")[:2])) < TRITON or torch.cuda.get_device_capability(device) < AMPERE:
+            return None
+        made = GpuLibrary()
+        made.any_below(torch.zeros(1, dtype=torch.bfloat16, device=device), 1.0)
+    except Exception as error:  # Triton needs a C compiler, a folder to write in, a GPU that it knows
+        log.info("quantizing in Python on %s: no kernel runs there (%s)", device, error)
+        return None
+    return made
+
+
+@functools.cache
+def sums_in_float32(device: torch.device) -> bool:
+    """Whether products of bfloat16 tensors are to be had there as float32 sums."""
+    try:
+        one = torch.ones(1, 1, dtype=torch.bfloat16, device=device)
+        torch.mm(one, one, out_dtype=torch.float32)
+    except (TypeError, RuntimeError, AssertionError):  # torch before 2.8, another device
+        return False
+    return torch.cuda.get_device_capability(device) >= AMPERE
 
 
 def used_for(x: Tensor) -> bool:
     """Whether products of such a tensor are a GPU's; Triton's interpreter takes any tensor for one."""
-    return x.is_cuda or isinstance(library(0, x.device), GpuLibrary)
+    return x.is_cuda or isinstance(forced(), GpuLibrary)
 
 
 class GpuLibrary:
@@ -56,14 +89,20 @@ class GpuLibrary:
 
     @functools.cached_property
     def kernels(self) -> Any:
-        """The module that needs Triton."""
+        """Modules that need Triton."""
         from qsim_core import kernels_gpu
 
         return kernels_gpu
 
+    @functools.cached_property
+    def products(self) -> Any:
+        from qsim_core import products_gpu
+
+        return products_gpu
+
     def _launch(
         self,
-        name: str,
+        kernel: Any,
         pointers: Sequence[Tensor],
         decides: Sequence[Hashable],
         prepare: Callable[[], tuple[Sequence[int], Sequence[Any]]],
@@ -71,7 +110,7 @@ class GpuLibrary:
     ) -> None:
         """Start a kernel. What `decides` its programs and its other arguments, which `prepare` gives, is kept with
         them."""
-        key = (name, pointers[0].device.index, *decides, *((p.dtype, p.data_ptr() % 16) for p in pointers))
+        key = (kernel, pointers[0].device.index, *decides, *((p.dtype, p.data_ptr() % 16) for p in pointers))
         run = self._compiled.get(key)
         here = pointers[0].device
         elsewhere = pointers[0].is_cuda and torch.cuda.current_device() != here.index
@@ -81,7 +120,7 @@ class GpuLibrary:
                 return
             programs, others = prepare()
             programs = (*programs, 1, 1)[:3]
-            compiled = getattr(self.kernels, name)[programs](*pointers, *others, **options)
+            compiled = kernel[programs](*pointers, *others, **options)
             if pointers[0].is_cuda:
                 start = compiled[programs]
                 if len(self._compiled) >= MOST:
@@ -98,10 +137,10 @@ class GpuLibrary:
 
         def prepare() -> tuple[Sequence[int], Sequence[Any]]:
             wide, some = _shape(length)
-            flat = columns % length == 0
-            return (-(-rows * pieces // some),), (*_blocks(rows, columns, length), flat, length, wide, some, magnitude)
+            flags = columns % length == 0, wide == length, wide, some, magnitude
+            return (-(-rows * pieces // some),), (*_blocks(rows, columns, length), length, *flags)
 
-        self._launch("extremes", (_raw(x), low, high), (x.shape, length, magnitude), prepare, **EXACT)
+        self._launch(self.kernels.extremes, (_raw(x), low, high), (x.shape, length, magnitude), prepare, **EXACT)
         if length != block and pieces > 1:
             low, high = low.amin(1, keepdim=True), high.amax(1, keepdim=True)
         return None if magnitude else low, high
@@ -139,17 +178,17 @@ class GpuLibrary:
                 *(own.low, own.high, own.smallest, own.magic),
             )
             flags = (
-                *(flat, length, shared, wide, some, self._kind(x, out, without), x.is_cuda),
+                *(flat, length == shared, wide == length, wide, some, self._kind(x, out, without), x.is_cuda),
                 *(bool(grid.fixed), bool(grid.signed_zero), scale is not None or steps.overflow is None),
                 *(scaling.rule, scaling.rounding, zero is not None, bool(scaling.magnitude), bool(scaling.absmax)),
                 *(bool(own.fixed), bool(own.signed_zero)),
             )
             blocks = _blocks(rows, columns, length)
-            return (-(-blocks[0] // some),), (*blocks, out.stride(0), *strides, shift, *numbers, *flags)
+            return (-(-blocks[0] // some),), (*blocks, length, shared, out.stride(0), *strides, shift, *numbers, *flags)
 
         decides = x.shape, out.stride(0), factor.shape, factor.stride(), _Held(steps), _Held(scaling), block, without
         state = scale is None, zero is None, shift, out.dtype
-        self._launch("round_blocks", pointers, (*decides, *state), prepare, **EXACT)
+        self._launch(self.kernels.round_blocks, pointers, (*decides, *state), prepare, **EXACT)
         return out
 
     def _kind(self, x: Tensor, out: Tensor, without: Part) -> int:
@@ -165,7 +204,7 @@ class GpuLibrary:
         found = torch.zeros(1, dtype=torch.int32, device=x.device)
         size = x.numel()
         self._launch(
-            "any_below",
+            self.kernels.any_below,
             (_raw(x), found),
             (size, bound),
             lambda: ((-(-size // TOGETHER),), (size, _bits(bound), TOGETHER)),
@@ -184,7 +223,7 @@ class GpuLibrary:
         given = *rows, *columns, bias
         there = rows[1] is not None, columns[1] is not None, bias is not None
         self._launch(
-            "scale_sums",
+            self.products.scale_sums,
             (sums, result, *(rows[0] if tensor is None else tensor for tensor in given)),
             (sums.shape, *there),
             lambda: ((len(sums), -(-sums.shape[1] // 1024)), (*sums.shape, *there, 1024)),
@@ -206,22 +245,23 @@ class GpuLibrary:
         y = buffer(samples, rows, columns, device=left.device)
 
         def prepare() -> tuple[Sequence[int], Sequence[Any]]:
-            tile = tile_of(step, inner)
+            tile, by_rows = tile_of(step, inner), step >= inner
             whole = left.dtype == right.dtype == torch.int8 and tile >= 2 * SHORTEST
-            each = -(-step // tile) * tile
+            steps, tiles = (1, -(-inner // tile)) if by_rows else (-(-inner // step), step // tile)
             high, wide = 128 if rows > 64 else 64, 128 if columns > 64 else 64
             batches = (_stride(x, 0) for x in (left, right, left_scale, right_scale))
             within = (_stride(x, axis) for x in (left_scale, right_scale) for axis in (1, 2))
-            half = self.kernels.tl.bfloat16 if left.is_cuda else self.kernels.tl.float32  # the interpreter's
-            flags = -(-inner // each), each, tile, left_block, right_block, whole, half, bias is not None, high, wide, 8
-            return (-(-rows // high) * -(-columns // wide), samples), (rows, columns, inner, *batches, *within, *flags)
+            half = self.products.tl.bfloat16 if left.is_cuda else self.products.tl.float32  # the interpreter's
+            known = (1, 0) if by_rows else (0, tiles)  # the kernel need not know the length of a row
+            fixed = known if left.is_cuda else (steps, tiles)
+            flags = *fixed, tile, left_block, right_block, whole, half, bias is not None, high, wide, 8
+            programs = -(-rows // high) * -(-columns // wide) * samples
+            return (programs,), (rows, columns, inner, *batches, *within, steps, tiles, *flags)
 
         pointers = left, right, left_scale, right_scale, left_scale if bias is None else bias, y
         scales = left_scale.shape, left_scale.stride(), right_scale.shape, right_scale.stride()
-        blocks = left_block, right_block, step, bias is None
-        self._launch(
-            "multiply_blocks", pointers, (left.shape, right.shape, *scales, *blocks), prepare, num_warps=8, num_stages=3
-        )
+        decides = left.shape, right.shape, *scales, left_block, right_block, step, bias is None
+        self._launch(self.products.multiply_blocks, pointers, decides, prepare, num_warps=8, num_stages=3)
         return y
 
 

@@ -10,7 +10,6 @@ where Σ q r is added up in int32, exactly, and the rest computed in float64, wi
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from qsim_core import fused
 from qsim_core.fixed import Fixed, scheme_of
+from qsim_core.forms import Form
 from qsim_core.fused import Scales
 from qsim_core.native import library
 from qsim_core.ops import Call
@@ -31,9 +31,8 @@ LONGEST = 2**17 - 1
 
 
 @remembered
-def fits(quantizer: Any) -> bool:
-    """Whether a quantizer makes codes of at most 8 bits whose scales factor out of a product of rows."""
-    scheme = scheme_of(quantizer)
+def fits(scheme: Any) -> bool:
+    """Whether a scheme makes codes of at most 8 bits whose scales factor out of a product of rows."""
     if not isinstance(scheme, Scheme) or not scheme.element.is_integer or scheme.granularity not in ROWS:
         return False
     if scheme.element.rounding == "stochastic" or not fused.as_written(type(scheme)):
@@ -81,7 +80,7 @@ def code(quantizer: Any, rows: Tensor, known: Scales | None = None) -> Codes | N
     if static is not known and bool(matrix.isnan().any()):
         return None
     shift = (scheme.coded.max + scheme.coded.min + 1) // 2  # unsigned codes are moved into int8's range
-    codes, scales = fused.encode(scheme, matrix, static, shift) or encoded(scheme, matrix, static, shift)
+    codes, scales = encoded(scheme, matrix, static, shift)
     scale, zero = scales
     offset = (0.0 if zero is None else zero.double()) - shift
     if not isinstance(offset, Tensor):
@@ -93,7 +92,9 @@ def code(quantizer: Any, rows: Tensor, known: Scales | None = None) -> Codes | N
 def encoded(
     scheme: Scheme, matrix: Tensor, static: Scales | None, shift: float, dtype: torch.dtype = torch.int8
 ) -> tuple[Tensor, Scales]:
-    """The reference of `fused.encode`."""
+    """Rows [A, K] as int8 codes less `shift`, or in units of their scales in `dtype`; and scales and zero points."""
+    if (fast := fused.encode(scheme, matrix, static, shift, dtype)) is not None:
+        return fast
     blocks = scheme.split(matrix)
     if static is None:
         _, exact, zero = scheme._measured(matrix)
@@ -106,7 +107,7 @@ def encoded(
     codes = (
         codes if dtype.is_floating_point else torch.where(scale.isnan(), 0.0, codes)
     )  # the result is NaN in any case
-    return scheme.join(codes, matrix).to(dtype), static
+    return scheme.join(codes, matrix).to(dtype).contiguous(), static
 
 
 def product(x: Codes, weight: Codes, bias: Tensor | None) -> Tensor:
@@ -133,32 +134,16 @@ def to_nearest(scheme: Scheme) -> Scheme:
     return scheme.replace(element=scheme.element.replace(rounding="even"))
 
 
-class Int8:
+class Int8(Form):
     """Operands as codes. Weights that were overwritten give them again, by their scales."""
 
     path = "int8"
 
-    def __init__(self, quantizers: Sequence[Any]) -> None:
-        self.quantizers = quantizers
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return (self.path,)
-
-    def of(self, place: int) -> tuple[Any, ...]:
-        return *self.key, self.quantizers[place]
-
     def take(self, place: int, rows: Tensor) -> Codes | None:
         return code(self.quantizers[place], rows)
 
-    def new(self, rows: Tensor) -> Codes | None:
-        return code(self.quantizers[1], rows)
-
     def again(self, rows: Tensor, kept: Scales) -> Codes | None:
         return code(to_nearest(scheme_of(self.quantizers[1])), rows, kept)
-
-    def keep(self, made: Codes) -> Scales:
-        return made.scales
 
     def product(self, call: Call, first: Codes, second: Codes) -> Tensor:
         y: Tensor = product(first, second, call.bias).unflatten(0, call.operands[0].shape[:-1])

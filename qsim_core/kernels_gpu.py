@@ -1,4 +1,4 @@
-"""The kernels of `kernels.cpp` for GPUs, in Triton: one pass over memory, the reference's bits; and one product.
+"""The kernels of `kernels.cpp` for GPUs, in Triton: one pass over memory, the reference's bits.
 
 A tensor is rows x columns, contiguous; a block is `LENGTH` columns of one row, the last one may be short. A program
 takes TOGETHER blocks, each as wide as the next power of two. Divisions are IEEE's, and no multiplication may be
@@ -36,19 +36,28 @@ def _load(x, place, inside):
 
 @triton.jit
 def _place(
-    blocks, columns, per_row, FLAT: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr
+    blocks,
+    columns,
+    per_row,
+    length,
+    FLAT: tl.constexpr,
+    FULL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
     """Of the blocks of this program the row, the place along it, the columns, and what of these is inside.
 
-    FLAT: blocks fill their rows, and lie one after another in memory, as if they were those of one row.
+    FLAT: blocks fill their rows, and lie one after another in memory, as if they were those of one row. FULL: their
+    length is WIDTH.
     """
     block = tl.program_id(0).to(tl.int64) * TOGETHER + tl.arange(0, TOGETHER)
-    inside = (block < blocks)[:, None] & (tl.arange(0, WIDTH) < LENGTH)[None, :]
+    along = tl.arange(0, WIDTH)[None, :]
+    inside = (block < blocks)[:, None] & ((along >= 0) if FULL else (along < length))
     if FLAT:
         row, place = 0 * block, block
     else:
         row, place = block // per_row, block % per_row
-    column = place[:, None] * LENGTH + tl.arange(0, WIDTH)[None, :]
+    column = place[:, None] * (WIDTH if FULL else length) + along
     if not FLAT:
         inside &= column < columns
     return block, row, place, column, inside
@@ -178,10 +187,10 @@ def _scales(
 
 
 @triton.jit
-def extremes(x, low, high, blocks, columns, per_row, FLAT: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr,
-             TOGETHER: tl.constexpr, MAGNITUDE: tl.constexpr):  # fmt: skip
+def extremes(x, low, high, blocks, columns, per_row, length, FLAT: tl.constexpr, FULL: tl.constexpr,
+             WIDTH: tl.constexpr, TOGETHER: tl.constexpr, MAGNITUDE: tl.constexpr):  # fmt: skip
     """The lowest and the highest value of each block; MAGNITUDE: the highest magnitude, in `high`."""
-    block, row, _, column, inside = _place(blocks, columns, per_row, FLAT, LENGTH, WIDTH, TOGETHER)
+    block, row, _, column, inside = _place(blocks, columns, per_row, length, FLAT, FULL, WIDTH, TOGETHER)
     values = _load(x, row[:, None] * columns + column, inside)
     lowest, highest = _extremes(values, inside, MAGNITUDE)
     tl.store(high + block, highest, mask=block < blocks)
@@ -191,22 +200,22 @@ def extremes(x, low, high, blocks, columns, per_row, FLAT: tl.constexpr, LENGTH:
 
 @triton.jit
 def round_blocks(
-    x, y, scales, zeros, second, blocks, columns, per_row, out_row, scale_row, scale_block, shift,
+    x, y, scales, zeros, second, blocks, columns, per_row, length, sharing, out_row, scale_row, scale_block, shift,
     grid_low, grid_high, overflow, bound, smallest, magic,
     reach, largest, top, tie, limit, scale_low, scale_high, scale_smallest, scale_magic,
-    FLAT: tl.constexpr, LENGTH: tl.constexpr, SHARING: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr,
+    FLAT: tl.constexpr, ONE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr,
     KIND: tl.constexpr, COMPILED: tl.constexpr,
     FIXED: tl.constexpr, SIGNED_ZERO: tl.constexpr, SATURATE: tl.constexpr,
     RULE: tl.constexpr, ROUNDING: tl.constexpr, ZERO_POINTS: tl.constexpr, MAGNITUDE: tl.constexpr,
     ABSMAX: tl.constexpr, SCALE_FIXED: tl.constexpr, SCALE_SIGNED_ZERO: tl.constexpr,
 ):  # fmt: skip
-    """x rounded under its blocks' scales: found here and written (RULE is not 0), or known for SHARING of them."""
-    block, row, place, column, inside = _place(blocks, columns, per_row, FLAT, LENGTH, WIDTH, TOGETHER)
+    """x rounded under its blocks' scales: found here and written (RULE is not 0), or known for `sharing` columns."""
+    block, row, place, column, inside = _place(blocks, columns, per_row, length, FLAT, FULL, WIDTH, TOGETHER)
     values = _load(x, row[:, None] * columns + column, inside)
-    if FLAT or LENGTH == SHARING:
+    if FLAT or ONE:
         own = row * scale_row + place * scale_block
     else:
-        own = row * scale_row + (place * LENGTH // SHARING) * scale_block
+        own = row * scale_row + (place * length // sharing) * scale_block
     if RULE != 0:
         low, high = _extremes(values, inside, MAGNITUDE)
         scale, zero, apart = _scales(
@@ -265,66 +274,3 @@ def any_below(x, found, length, bound, WIDTH: tl.constexpr):
     some = tl.max(((magnitude != 0) & (magnitude < bound)).to(tl.int32), axis=0)
     if some != 0:
         tl.store(found, 1)
-
-
-@triton.jit
-def scale_sums(sums, y, row_scale, row_zero, row_sum, column_scale, column_zero, column_sum, bias, rows, columns,
-               ROW_ZERO: tl.constexpr, COLUMN_ZERO: tl.constexpr, BIAS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """The last step of an integer product, `scale_sums` in kernels.cpp: float64, and one rounding."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    inside = column < columns
-    value = tl.load(sums + row * columns + column, mask=inside, other=0).to(tl.float64)
-    if ROW_ZERO:
-        value -= tl.load(row_zero + row) * tl.load(column_sum + column, mask=inside, other=0.0)
-    if COLUMN_ZERO:
-        value -= tl.load(column_zero + column, mask=inside, other=0.0) * tl.load(row_sum + row)
-    value *= tl.load(row_scale + row).to(tl.float64)
-    value *= tl.load(column_scale + column, mask=inside, other=0.0).to(tl.float64)
-    if BIAS:
-        value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float64)
-    tl.store(y + row * columns + column, value.to(tl.float32), mask=inside)
-
-
-@triton.jit
-def multiply_blocks(
-    a, b, a_scale, b_scale, bias, y, rows, columns, inner, a_batch, b_batch, a_scales, b_scales,
-    a_row, a_block, b_row, b_block,
-    STEPS: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr, A_SHARING: tl.constexpr, B_SHARING: tl.constexpr,
-    WHOLE: tl.constexpr, HALF: tl.constexpr, BIAS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Codes [rows, inner] times codes [columns, inner], each STEP of them under one scale on either side.
-
-    The products of a step are added up in int32 (WHOLE: both are int8) or in float32, scaled, and added in float32.
-    """
-    batch = tl.program_id(1).to(tl.int64)
-    down, across = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
-    band = tl.program_id(0) // (GROUP * across)  # programs that run at a time share what they read
-    height = tl.minimum(down - band * GROUP, GROUP)
-    within = tl.program_id(0) % (GROUP * across)
-    row = (band * GROUP + within % height) * ROWS + tl.arange(0, ROWS)
-    column = (within // height) * COLUMNS + tl.arange(0, COLUMNS)
-    place = tl.arange(0, TILE)
-    a += batch * a_batch + row.to(tl.int64)[:, None] * inner + place[None, :]
-    b += batch * b_batch + column.to(tl.int64)[None, :] * inner + place[:, None]
-    a_scale += batch * a_scales + row.to(tl.int64) * a_row
-    b_scale += batch * b_scales + column.to(tl.int64) * b_row
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for step in range(STEPS):
-        part = tl.zeros((ROWS, COLUMNS), tl.int32 if WHOLE else tl.float32)
-        for tile in range(STEP // TILE):
-            first = step * STEP + tile * TILE
-            left = tl.load(a + first, mask=(row < rows)[:, None] & (first + place < inner)[None, :], other=0)
-            right = tl.load(b + first, mask=(column < columns)[None, :] & (first + place < inner)[:, None], other=0)
-            if WHOLE:
-                part = tl.dot(left, right, part, out_dtype=tl.int32)
-            else:
-                part = tl.dot(left.to(HALF), right.to(HALF), part)
-        ours = tl.load(a_scale + (step * STEP // A_SHARING) * a_block, mask=row < rows, other=0.0)
-        theirs = tl.load(b_scale + (step * STEP // B_SHARING) * b_block, mask=column < columns, other=0.0)
-        total += part.to(tl.float32) * (ours[:, None] * theirs[None, :])
-    if BIAS:
-        total += tl.load(bias + column, mask=column < columns, other=0.0)[None, :]
-    target = y + (batch * rows + row.to(tl.int64)[:, None]) * columns + column[None, :]
-    tl.store(target, total, mask=(row < rows)[:, None] & (column < columns)[None, :])

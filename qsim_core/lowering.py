@@ -19,13 +19,14 @@ from qsim_core import bf16, blockwise, gpu, int8
 from qsim_core.bf16 import BF16, Convolved
 from qsim_core.blockwise import Blockwise
 from qsim_core.convolution import CONVOLUTIONS
+from qsim_core.fixed import scheme_of
+from qsim_core.forms import Form
 from qsim_core.fused import DEVICES, followed
 from qsim_core.int8 import Int8
-from qsim_core.named import TF32, Native8
+from qsim_core.named import TF32, Native8, fits_fp8, fits_tf32, possible_in_fp8
 from qsim_core.ops import LINEAR, Call
 from qsim_core.quantizer import Quantizer
 
-Form = Int8 | BF16 | Blockwise | TF32 | Native8
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm)
 
 
@@ -44,30 +45,33 @@ def choose(wanted: str, call: Call, roles: Sequence[str], quantizers: Sequence[A
         return None
     if torch.is_grad_enabled() and any(getattr(quantizer, "learns", False) for quantizer in quantizers):
         return None
+    schemes = [scheme_of(quantizer) for quantizer in operands]
     on_a_gpu = gpu.used_for(call.operands[0])
     bare = output.unscaled if isinstance(output, Quantizer) else None
     if on_a_gpu and not convolution:
-        return _on_a_gpu(wanted, call, linear, operands)
-    if wanted in ("int8", "auto" if _vnni() else "") and linear and all(map(int8.fits, operands)):
+        return _on_a_gpu(wanted, call, linear, operands, schemes)
+    if wanted in ("int8", "auto" if _vnni() else "") and linear and all(map(int8.fits, schemes)):
         return Int8(operands)
     faster = on_a_gpu or _bf16()
     if wanted in ("bf16", "auto" if faster else "") and bare is not None and bare.native is torch.bfloat16:
         form = Convolved if convolution else BF16
-        return form(operands, not products and call.bias is not None) if all(map(bf16.fits, operands)) else None
+        return form(operands, not products and call.bias is not None) if all(map(bf16.fits, schemes)) else None
     return None
 
 
-def _on_a_gpu(wanted: str, call: Call, linear: bool, operands: Sequence[Any]) -> Form | None:
-    if wanted in ("int8", "auto") and linear and all(map(int8.fits, operands)) and int8.possible(call):
+def _on_a_gpu(wanted: str, call: Call, linear: bool, operands: Sequence[Any], schemes: Sequence[Any]) -> Form | None:
+    if wanted in ("int8", "auto") and linear and all(map(int8.fits, schemes)) and int8.possible(call):
         return Int8(operands)
-    if wanted in ("bf16", "auto") and all(map(bf16.fits_apart, operands)):
+    able = gpu.sums_in_float32(call.operands[0].device)
+    if wanted in ("bf16", "auto") and able and all(map(bf16.fits_factored, schemes)):
         return BF16(operands, biased=False, rounds=False)
-    if wanted in ("blockwise", "auto") and all(map(blockwise.fits, operands)) and gpu.found() is not None:
-        return Blockwise(operands) if blockwise.possible(call, operands) else None
-    if wanted == "tf32" and all(map(TF32.fits, operands)):
+    if wanted in ("blockwise", "auto") and all(map(blockwise.fits, schemes)):
+        there = gpu.found(call.operands[0].device) is not None
+        return Blockwise(operands) if there and blockwise.possible(call, operands) else None
+    if wanted == "tf32" and all(map(fits_tf32, schemes)):
         return TF32(operands)
-    if wanted == "fp8" and linear and all(map(Native8.fits, operands)):
-        return Native8(operands) if Native8.possible(call, operands) else None
+    if wanted == "fp8" and linear and all(map(fits_fp8, schemes)):
+        return Native8(operands) if possible_in_fp8(call, operands) else None
     return None
 
 

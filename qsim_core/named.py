@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qsim_core import fused
 from qsim_core.fixed import Fixed, scheme_of
+from qsim_core.forms import Form
 from qsim_core.fused import Scales
 from qsim_core.int8 import ROWS, encoded
 from qsim_core.ops import Call
@@ -30,6 +31,26 @@ FP8 = {(3, -6, 448.0): torch.float8_e4m3fn, (2, -14, 57344.0): torch.float8_e5m2
 """Mantissa, smallest exponent and largest value of the formats that a GPU multiplies."""
 
 
+def fits_tf32(scheme: Any) -> bool:
+    """Whether TF32 holds the values of a scheme, or of a format."""
+    return significand_of(scheme) <= TF32_SIGNIFICAND
+
+
+def fits_fp8(scheme: Any) -> bool:
+    """Whether a scheme makes e4m3 or e5m2 codes under scales of rows, of the tensor, or under none."""
+    if isinstance(scheme, Scheme) and (scheme.granularity not in ROWS or not fused.as_written(type(scheme))):
+        return False
+    return code_type(scheme) is not None
+
+
+def possible_in_fp8(call: Call, operands: Sequence[Any]) -> bool:
+    """Whether the GPU multiplies FP8, these shapes (sixteens) and types (not e5m2 twice)."""
+    sizes = call.layouts[1].rows(call.operands[1]).shape
+    types = {code_type(scheme_of(quantizer)) for quantizer in operands}
+    able = torch.version.hip is None and torch.cuda.get_device_capability(call.operands[0].device) >= (8, 9)
+    return able and all(size % 16 == 0 for size in sizes) and torch.float8_e4m3fn in types
+
+
 @dataclass(frozen=True)
 class Exact:
     """Rows in float32, quantized."""
@@ -40,31 +61,13 @@ class Exact:
         return self.rows
 
 
-class TF32:
+class TF32(Form):
     """Operands as they are in float32, multiplied as TF32."""
 
     path = "tf32"
 
-    def __init__(self, quantizers: Sequence[Any]) -> None:
-        self.quantizers = quantizers
-
-    @staticmethod
-    def fits(quantizer: Any) -> bool:
-        """Whether TF32 holds a quantizer's values."""
-        return significand_of(quantizer) <= TF32_SIGNIFICAND
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return (self.path,)
-
-    def of(self, place: int) -> tuple[Any, ...]:
-        return *self.key, self.quantizers[place]
-
     def take(self, place: int, rows: Tensor) -> Exact:
         return Exact(self.quantizers[place].quantize(rows))
-
-    def new(self, rows: Tensor) -> Exact:
-        return Exact(self.quantizers[1].quantize(rows))
 
     def again(self, rows: Tensor, kept: bool) -> Exact:
         return Exact(rows)
@@ -101,47 +104,16 @@ class Codes8:
         return (self.codes.float().flatten(0, -2) * self.scales.scale).view(self.codes.shape)
 
 
-class Native8:
+class Native8(Form):
     """Operands as FP8 codes, which the GPU multiplies itself."""
 
     path = "fp8"
 
-    def __init__(self, quantizers: Sequence[Any]) -> None:
-        self.quantizers = quantizers
-
-    @staticmethod
-    def fits(quantizer: Any) -> bool:
-        """Whether a quantizer makes e4m3 or e5m2 codes under scales of rows, of the tensor, or under none."""
-        scheme = scheme_of(quantizer)
-        if isinstance(scheme, Scheme) and (scheme.granularity not in ROWS or not fused.as_written(type(scheme))):
-            return False
-        return code_type(scheme) is not None
-
-    @staticmethod
-    def possible(call: Call, operands: Sequence[Any]) -> bool:
-        """Whether the GPU takes operands of these shapes and types: sixteens, and not e5m2 twice."""
-        sizes = (*call.layouts[1].rows(call.operands[1]).shape,)
-        types = {code_type(scheme_of(quantizer)) for quantizer in operands}
-        return all(size % 16 == 0 for size in sizes) and torch.float8_e4m3fn in types
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return (self.path,)
-
-    def of(self, place: int) -> tuple[Any, ...]:
-        return *self.key, self.quantizers[place]
-
     def take(self, place: int, rows: Tensor) -> Codes8:
         return _in_fp8(self.quantizers[place], rows)
 
-    def new(self, rows: Tensor) -> Codes8:
-        return _in_fp8(self.quantizers[1], rows)
-
     def again(self, rows: Tensor, kept: Scales) -> Codes8:
         return _in_fp8(self.quantizers[1], rows, kept)
-
-    def keep(self, made: Codes8) -> Scales:
-        return made.scales
 
     def product(self, call: Call, first: Codes8, second: Codes8) -> Tensor:
         one = torch.ones((), device=first.codes.device)
@@ -170,9 +142,7 @@ def _in_fp8(quantizer: Any, rows: Tensor, known: Scales | None = None) -> Codes8
     matrix, dtype = rows.detach().reshape(-1, rows.shape[-1]), code_type(scheme_of(quantizer))
     assert dtype is not None
     if isinstance(scheme, Scheme):
-        wide, scales = fused.encode(scheme, matrix, static, 0.0, torch.bfloat16) or encoded(
-            scheme, matrix, static, 0.0, torch.bfloat16
-        )
+        wide, scales = encoded(scheme, matrix, static, 0.0, torch.bfloat16)
     else:
-        wide, scales = scheme.quantize(matrix), Scales(torch.ones(1, 1, device=rows.device), None)
+        wide, scales = scheme.quantize(matrix).contiguous(), Scales(torch.ones(1, 1, device=rows.device), None)
     return Codes8(wide.to(dtype).view(rows.shape), scales)

@@ -170,19 +170,27 @@ _waiting = _Waiting()
 
 def library(elements: int, device: torch.device = CPU) -> Kernels | None:
     """The kernels, for work on so many elements there; None: Python shall do it."""
-    if not isinstance(_waiting.wanted, bool):
-        return _waiting.wanted
-    if not _waiting.wanted:
-        return None
+    if switched_off() or forced() is not None:
+        return forced()
     if device.type == "cuda":
         from qsim_core import gpu
 
         _waiting.elements += elements // AT_ONCE + PER_CALL
-        return gpu.found() if _waiting.elements >= WORTH else None
+        return gpu.found(device) if _waiting.elements >= WORTH else None
     if _waiting.library is None:
         _waiting.elements += elements
         _waiting.library = load(build=_waiting.elements >= WORTH)
     return _waiting.library
+
+
+def switched_off() -> bool:
+    """Whether Python shall do everything."""
+    return _waiting.wanted is False
+
+
+def forced() -> Kernels | None:
+    """The kernels that shall do everything, if `only` has been given some."""
+    return None if isinstance(_waiting.wanted, bool) else _waiting.wanted
 
 
 @contextlib.contextmanager

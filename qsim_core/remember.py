@@ -5,26 +5,27 @@ Components are equal by their options, and to hash these takes longer than a sma
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 Answer = TypeVar("Answer")
-MOST = 1024
-"""Objects that are remembered; then all are forgotten."""
 
 
 def remembered(function: Callable[[Any], Answer]) -> Callable[[Any], Answer]:
-    """The function, asked once about each object; objects must not change."""
-    known: dict[int, tuple[Any, Answer]] = {}  # with the object itself, so that no other one gets its id
+    """The function, asked once about each object as long as that lives; objects must not change."""
+    known: dict[int, tuple[weakref.ref[Any], Answer]] = {}
 
     @functools.wraps(function)
     def ask(about: Any) -> Answer:
         found = known.get(id(about))
-        if found is None:
-            if len(known) >= MOST:
-                known.clear()
-            found = known[id(about)] = about, function(about)
-        return found[1]
+        if found is not None and found[0]() is about:  # another one may get its id
+            return found[1]
+        answer, place = function(about), id(about)
+        with contextlib.suppress(TypeError):  # of None, and whatever else does not say when it goes
+            known[place] = weakref.ref(about, lambda _: known.pop(place, None)), answer
+        return answer
 
     return ask

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from qsim_core import fused
-from qsim_core.fixed import scheme_of
 from qsim_core.format import Format
 from qsim_core.quantizer import Quantizer
 from qsim_core.remember import remembered
@@ -28,7 +27,7 @@ def significand(format: Format | None) -> float:
 
 
 @remembered
-def significand_apart(scheme: Any) -> float:
+def significand_factored(scheme: Any) -> float:
     """The same of its values without the scale that all of its scales have; infinite where there is none."""
     above = fused.above(scheme) if isinstance(scheme, Scheme) and fused.as_written(type(scheme)) else None
     if above is None or scheme.static or scheme.learns or not fused.plain(scheme):
@@ -37,9 +36,8 @@ def significand_apart(scheme: Any) -> float:
 
 
 @remembered
-def smallest_of(quantizer: Any) -> float:
+def smallest_of(scheme: Any) -> float:
     """A bound from below for the magnitudes of its values (less a scale that all scales have) that are not zero."""
-    scheme = scheme_of(quantizer)
     if isinstance(scheme, Scheme):
         above = fused.above(scheme)
         bare = above.element if above is not None else None if scheme.scale is None else scheme.scale.unscaled
@@ -52,9 +50,8 @@ def _smallest(format: Format | None) -> float:
 
 
 @remembered
-def significand_of(quantizer: Any) -> float:
-    """The same of a quantizer's values: those of an element, times a scale's where that is no power of two."""
-    scheme = scheme_of(quantizer)
+def significand_of(scheme: Any) -> float:
+    """The same of a scheme's values: those of an element, times a scale's where that is no power of two."""
     if not isinstance(scheme, Scheme):
         return significand(scheme.unscaled) if isinstance(scheme, Quantizer) else float("inf")
     if not fused.as_written(type(scheme)) or not scheme.symmetric or scheme.learns:

@@ -27,7 +27,7 @@ from qsim_core import lowering
 from qsim_core.apart import attend
 from qsim_core.attention import EXPLICIT, SOFTMAX
 from qsim_core.errors import RecipeError
-from qsim_core.lowering import Form
+from qsim_core.forms import Form
 from qsim_core.ops import LAST, OPS, SECOND_LAST, Call, Layout, read_call
 from qsim_core.products import multiplied
 from qsim_core.quantizer import Quantizer, Stacked

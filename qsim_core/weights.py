@@ -15,12 +15,13 @@ import threading
 import weakref
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qsim_core.errors import QsimError
+from qsim_core.forms import Form, Lowered
 from qsim_core.ops import Layout
 from qsim_core.quantizer import Quantizer, straight_through
 
@@ -35,34 +36,6 @@ class Weight:
     name: str
     parameter: Tensor
     owned: bool
-
-
-class Lowered(Protocol):
-    """A weight's rows in the form of another arithmetic."""
-
-    def values(self) -> Tensor:
-        """The rows again, quantized."""
-
-
-class Form(Protocol):
-    """How a weight's rows [N, K] take another form; None where that is not exact."""
-
-    @property
-    def path(self) -> str:
-        """The arithmetic that it is for."""
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """The path, and whatever else tells it from others of this path."""
-
-    def new(self, rows: Tensor) -> Lowered | None:
-        """Of rows that are to be quantized."""
-
-    def again(self, rows: Tensor, kept: Any) -> Lowered | None:
-        """Of rows that are quantized, by what `keep` has kept."""
-
-    def keep(self, made: Any) -> Any:
-        """What `again` needs to know of what `new` made."""
 
 
 @dataclass
@@ -163,7 +136,8 @@ class Weights:
                 return folded.lowered if folded.form == form.key else None
         if folded.form is None or folded.form[0] != form.path:
             return None
-        return form.again(layout.rows(operand.detach()), folded.lowered)
+        again: Lowered | None = form.again(layout.rows(operand.detach()), folded.lowered)
+        return again
 
     @staticmethod
     def _value(folded: _Folded, operand: Tensor, layout: Layout) -> Tensor:

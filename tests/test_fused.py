@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from torch import Tensor
 import qsim_core as qsim
 from qsim_core import fused, native
 from qsim_core.errors import QsimError
+from qsim_core.quantizer import Function
+from qsim_core.remember import remembered
 
 SCHEMES = [
     "token(int8)",
@@ -49,7 +52,13 @@ SCHEMES = [
 FORMATS = ["int8", "uint4", "int(6, fraction=3)", "e4m3", "e5m2", "e4m3fnuz", "binary8p3", "e2m3"]
 FORMATS += ["float(5, mantissa=2, specials=ieee, saturate=true)", "float(4, mantissa=3, specials=fn, saturate=false)"]
 SCHEMES += ["mx(uint4)", "abfp(int(5, narrow=false, fraction=10), n=2, rule=rceil)"]
-WITHOUT_KERNELS = ["block(e4m3, n=[8, 8])", "token(int4, range=mse)", "token(int8(rounding=stochastic))", "token(e3m0)"]
+WITHOUT_KERNELS = ["abfp(int4, n=32, scale=block(e4m3, n=[2, 2]))", "abfp(int4, scale=fp16(rounding=stochastic))"]
+WITHOUT_KERNELS += [
+    "block(e4m3, n=[8, 8])",
+    "token(int4, range=mse)",
+    "token(int8(rounding=stochastic))",
+    "token(e3m0)",
+]
 
 
 def values(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -271,3 +280,13 @@ def test_a_trace_holds_the_references_operators() -> None:
 def test_integers_are_still_refused() -> None:
     with native.only(True), pytest.raises(QsimError, match="floating-point tensors, not torch.int64"):
         qsim.parse("token(int8)").quantize(torch.arange(4))  # type: ignore[attr-defined]
+
+
+def test_what_was_found_out_about_a_quantizer_goes_with_it() -> None:
+    ask = remembered(lambda quantizer: str(quantizer))
+    quantizer = Function(call=lambda x: x)
+    gone = weakref.ref(quantizer)
+
+    assert ask(quantizer) == ask(quantizer) == "function(<lambda>)" and ask(None) == "None"
+    del quantizer
+    assert gone() is None

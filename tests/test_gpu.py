@@ -14,11 +14,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_fused import FORMATS, SCHEMES, assert_same_bits, values
-from test_lowering import INT8, Layer, example, in_float64, ulps
+from test_lowering import INT8, Convolution, Layer, example, in_float64, ulps
 from torch import Tensor, nn
 
 import qsim_core as qsim
-from qsim_core import fused, gpu, native
+from qsim_core import fused, gpu, int8, native
+from qsim_core.bf16 import BF16
 from qsim_core.quantizer import Quantizer
 
 pytestmark = [
@@ -57,9 +58,13 @@ def test_no_tensor_of_sixteen_bits_is_rounded_differently(text: str) -> None:
     assert_same_bits(*both(qsim.parse(text), x))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("text", ["token(int8, symmetric=false)", "tensor(e4m3)", "abfp(int8, n=20000)"])
+@pytest.mark.parametrize("text", ["token(int8, symmetric=false)", "tensor(e4m3)", "abfp(int8, n=50000)"])
 def test_rows_longer_than_a_program_holds(text: str) -> None:
     assert_same_bits(*both(qsim.parse(text), torch.randn(2, 40_000)))  # type: ignore[arg-type]
+
+
+def test_long_blocks_within_longer_rows_are_left_to_the_reference() -> None:
+    assert fused.quantize(qsim.parse("abfp(int8, n=20000)"), torch.randn(2, 40_000, device=DEVICE)) is None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", ["token(int8)", "mxfp4", "nvfp4"])
@@ -157,16 +162,28 @@ def test_nan_spreads_as_on_the_float32_path() -> None:
     assert torch.equal(y.isnan(), slow.isnan()) and bool(y[0, 0].isnan().all())
 
 
-def test_nvfp4s_values_without_the_scale_of_all_scales() -> None:
-    scheme, x = qsim.parse("nvfp4"), values()[[0, 1, 2, 6, 10, 11, 14]].to(DEVICE)
+def test_weights_that_are_overwritten_hold_the_references_bits() -> None:
+    quantizer, rows = qsim.parse("nvfp4"), torch.randn(40, 96).to(DEVICE)
 
-    fast, second = fused.apart(scheme, x)  # type: ignore[arg-type]
+    made = BF16([quantizer, quantizer], biased=False, rounds=False).new(rows)
 
     with native.only(False):
-        slow, same = fused.apart(scheme, x.cpu())  # type: ignore[arg-type]
+        assert_same_bits(made.values().cpu(), quantizer.quantize(rows.cpu()))  # type: ignore[attr-defined, union-attr]
+
+
+@pytest.mark.parametrize("columns", [200, 17_000])
+@pytest.mark.parametrize("text", ["nvfp4", "scaled(e2m1, scale=scaled(e4m3))", "channel(e2m1, scale=scaled(e4m3))"])
+def test_values_without_the_scale_of_all_scales(text: str, columns: int) -> None:
+    scheme, x = qsim.parse(text), torch.randn(3, columns).to(DEVICE)
+
+    fast, second = fused.factored(scheme, x)  # type: ignore[arg-type]
+
+    with native.only(False):
+        slow, same = fused.factored(scheme, x.cpu())  # type: ignore[arg-type]
         assert_same_bits(fast.cpu(), slow)
         assert second.cpu() == same
-        assert torch.equal(slow.float() * same, scheme.quantize(x.cpu()))  # type: ignore[attr-defined]
+        wanted = scheme.quantize(x.cpu())  # type: ignore[attr-defined]
+        assert torch.allclose(slow.double() * same.double(), wanted.double(), rtol=2**-22, atol=0)
 
 
 class Attention(nn.Module):
@@ -192,6 +209,57 @@ def test_products_of_attention_are_blockwise_too(activations: str, causal: bool)
 
     assert paths == {"blockwise"}
     assert_close(y, slow)
+
+
+@pytest.mark.parametrize("tokens", [32, 40])
+def test_values_that_share_scales_along_the_head_are_multiplied_in_float32(tokens: int) -> None:
+    q, k, v = torch.randn(3, 2, 4, tokens, 32, generator=torch.Generator().manual_seed(0))
+    parts = {"activations": "token(int8)", "value_axis": "head"}
+
+    y, paths = run(Attention(False), "blockwise", q, k, v, **parts)
+    with native.only(False):
+        slow, _ = run(Attention(False), "float32", q, k, v, **parts)
+
+    assert paths == {"blockwise", "float32"}
+    assert_close(y, slow)
+
+
+@pytest.mark.parametrize("weights", ["channel(int4, range=mse)", "abfp(int4, n=32)", "channel(e4m3)"])
+def test_a_transposed_weight(weights: str) -> None:
+    layer = Layer(transposed=True)
+    parts = {"weights": weights, "activations": "token(int8)"}
+
+    y, paths = run(layer, "blockwise", example(), **parts)
+
+    with native.only(False):
+        weight = qsim.parse(weights).quantize(layer.weight.detach().T)  # type: ignore[attr-defined]
+        rows = qsim.parse("token(int8)").quantize(example())  # type: ignore[attr-defined]
+        codes, _ = int8.encoded(qsim.parse(weights), layer.weight.detach().T, None, 0.0, torch.bfloat16)  # type: ignore[arg-type]
+    assert paths == {"blockwise"} and codes.is_contiguous()
+    assert_close(y, F.linear(rows.double(), weight.double(), layer.bias.detach().double()))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("n", "wanted"), [(48, "blockwise"), (96, "blockwise"), (200, "blockwise"), (20, "float32")])
+def test_blocks_are_multiples_of_sixteen_or_as_long_as_a_row(n: int, wanted: str) -> None:
+    parts = {"weights": f"abfp(int4, n={n})", "activations": f"abfp(int8, n={n})"}
+
+    y, paths = run(Layer(), "blockwise", example(), **parts)
+
+    assert paths == {wanted}
+    assert_close(y, exact_of(parts))
+
+
+def test_a_product_of_two_scales_need_not_be_finite() -> None:
+    layer, x = Layer(bias=False), example() * 2.0**80
+    layer.weight.data *= 2.0**-80
+    layer.weight.data[0] *= 2.0**150
+    parts = {"weights": "channel(int8)", "activations": "token(int8)"}
+
+    y, _ = run(layer, "blockwise", x, **parts)
+    with native.only(False):
+        slow, _ = run(layer, "float32", x, **parts)
+
+    assert torch.equal(y.isfinite(), slow.isfinite())
 
 
 @pytest.mark.parametrize(("weights", "activations"), INT8)
@@ -261,6 +329,72 @@ def test_what_is_named_is_taken_and_recorded(path: str, text: str, error: float)
 @pytest.mark.parametrize("path", ["tf32", "fp8"])
 def test_what_does_not_fit_a_named_path_takes_float32(path: str) -> None:
     assert run(Layer(), path, example(), weights="channel(int8)", activations="token(int8)")[1] == {"float32"}
+
+
+@on_a_gpu
+def test_stored_weights_are_nvfp4s_bits() -> None:
+    layer = Layer().cuda()
+    wanted = qsim.parse("nvfp4").quantize(layer.weight.detach())  # type: ignore[attr-defined]
+    recipe = qsim.Recipe(weights="nvfp4", activations="nvfp4")  # type: ignore[arg-type]
+    qsim.simulate(layer, recipe, example=example().cuda(), keep=False)
+
+    with torch.no_grad():
+        layer(example().cuda())
+
+    assert torch.equal(layer.weight, wanted)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("magnitude", [1e-14, 1.0, 1e15])
+def test_nvfp4_at_any_magnitude(magnitude: float) -> None:
+    parts, layer = {"weights": "nvfp4", "activations": "nvfp4"}, Layer(bias=False)
+    layer.weight.data *= magnitude
+
+    y, paths = run(layer, "auto", example() * magnitude, **parts)
+    with native.only(False):
+        slow, _ = run(layer, "float32", example() * magnitude, **parts)
+
+    assert paths == {"bf16"}
+    assert_close(y, slow)
+
+
+@on_a_gpu
+def test_no_kernel_is_compiled_for_each_length() -> None:
+    from qsim_core import kernels_gpu, products_gpu
+
+    compiled = [kernels_gpu.extremes, kernels_gpu.round_blocks, products_gpu.multiply_blocks]
+    counts = []
+    for length in (*range(65, 68), *range(72, 120)):
+        q, k, v = torch.randn(3, 1, 2, length, 64)
+        run(Attention(False), "blockwise", q, k, v, activations="token(int8)")
+        counts.append(sum(len(cache[0]) for kernel in compiled for cache in kernel.device_caches.values()))
+
+    assert counts[-1] - counts[8] <= 6, counts  # lengths that sixteen divides have their own
+
+
+@on_a_gpu
+def test_more_matrices_than_a_grid_has_places() -> None:
+    q, k, v = torch.randn(3, 70_000, 1, 2, 16)
+
+    y, paths = run(Attention(False), "blockwise", q, k, v, activations="token(int8)")
+    with native.only(False):
+        slow, _ = run(Attention(False), "float32", q, k, v, activations="token(int8)")
+
+    assert paths == {"blockwise"}
+    assert_close(y, slow)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("outputs", ["bf16"])
+def test_convolutions_in_bf16(outputs: str) -> None:
+    model, x = Convolution(2, padding=1), torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+    parts = {"weights": "mx(e4m3, n=8)", "activations": "mx(e4m3, n=8)", "outputs": outputs}
+
+    y, paths = run(model, "auto", x, **parts)
+    slow, _ = run(model, "float32", x, **parts)
+
+    assert paths == {"bf16"}
+    assert float((y != slow).double().mean()) < 0.01 and torch.allclose(y, slow, rtol=2**-7, atol=1e-3)
 
 
 @on_a_gpu
