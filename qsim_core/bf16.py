@@ -188,6 +188,10 @@ class BF16(Form):
         wide[:, :-PARTS].copy_(rows)
         return Half(wide, wider=True)
 
+    def pinned(self, rows: Tensor, scales: Any) -> Half | None:
+        made = self.again(rows, True) if fits(scheme_of(self.quantizers[1])) else None
+        return None if made is None or _flushed(self.quantizers[1], rows.to(torch.bfloat16)) else made
+
     def keep(self, made: Half) -> bool | Tensor:
         return True if made.factor is None else made.factor
 

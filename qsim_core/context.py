@@ -20,6 +20,7 @@ from qsim_core.blocks import Block, walk
 from qsim_core.checkpoint import Checkpoint
 from qsim_core.errors import DataError
 from qsim_core.forward import as_in_evaluation, call
+from qsim_core.fused import Scales
 from qsim_core.offload import at_hand
 from qsim_core.ops import Call
 from qsim_core.quantizer import Quantizer
@@ -162,6 +163,8 @@ class Context:
         said = None if self._checkpoint is None else self._checkpoint.restore(index, block)
         if said is not None:
             self.sites.weights.pinned.update(said["pinned"])
+            for name, scales in said["scales"].items():
+                self.sites.weights.pin(name, self.model.get_parameter(name), Scales(*scales))
             self.reports = [LayerReport.model_validate(report) for report in said["reports"]]
             self.warnings = said["warnings"]
         return said is not None
@@ -170,7 +173,9 @@ class Context:
         """Keep a finished block for a later run, where there is a work directory."""
         if self._checkpoint is not None:
             reports = [report.model_dump() for report in self.reports]
-            said = {"pinned": sorted(self.sites.weights.pinned), "reports": reports, "warnings": self.warnings}
+            pinned = self.sites.weights
+            scales = {name: tuple(known.lowered) for name, known in pinned.scales.items()}
+            said = {"pinned": sorted(pinned.pinned), "scales": scales, "reports": reports, "warnings": self.warnings}
             self._checkpoint.save(index, block, said)
 
     @functools.cached_property
@@ -182,9 +187,12 @@ class Context:
         texts = self.sites.recipe.to_yaml(), self.name, repr(self._declared)
         return Checkpoint.of(self.run.work_dir, self.model, seen, *texts)
 
-    def pin(self, weight: MatmulWeight) -> None:
-        """Declare that a weight lies on its quantizer's grid: it is final and is not rounded again."""
-        self.sites.weights.pinned.add(weight.name)
+    def pin(self, weight: MatmulWeight, scales: Scales | None = None) -> None:
+        """Declare that a weight lies on its quantizer's grid: it is final and is not rounded again.
+
+        With the scales, and zero points, of its rows [N, B] its products take the faster paths too.
+        """
+        self.sites.weights.pin(weight.name, weight.parameter, scales)
 
     def report(self, layer: str, **what: Any) -> None:
         """Say what was done to a layer; it goes into the result."""

@@ -49,6 +49,10 @@ class Form(ABC):
     def again(self, rows: Tensor, kept: Any) -> Any:
         """Of a weight's rows that were overwritten with their quantized values, by what `keep` has kept."""
 
+    def pinned(self, rows: Tensor, scales: Any) -> Any:
+        """Of a weight's rows that a transform has put on their grid, under these scales (None: it did not say)."""
+        return None if scales is None else self.again(rows, scales)
+
     def keep(self, made: Any) -> Any:
         """What `again` needs to know of what `new` made."""
         return made.scales

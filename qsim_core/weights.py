@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from qsim_core.errors import QsimError
 from qsim_core.forms import Form, Lowered
+from qsim_core.fused import Scales
 from qsim_core.ops import Layout
 from qsim_core.quantizer import Quantizer, straight_through
 
@@ -75,12 +76,15 @@ class Weights:
         """The layouts in which each weight was met: along two reduction axes it cannot be overwritten."""
         self.pinned: set[str] = set()
         """Weights that a transform has put on their grid: final, and not rounded again."""
+        self.scales: dict[str, _Folded] = {}
+        """Under which, where it said so."""
         self.lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are made anew in a copied model; that a parameter itself was overwritten has to be remembered."""
         in_place = {key: replace(folded, of=None) for key, folded in self.folded.items() if folded.in_place}
-        return {**self.__dict__, "folded": in_place, "moves": Counter(), "lock": None}
+        scales = {name: replace(folded, of=None) for name, folded in self.scales.items()}
+        return {**self.__dict__, "folded": in_place, "moves": Counter(), "scales": scales, "lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -92,6 +96,21 @@ class Weights:
         uses.add(layout.name)
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             uses.add("looked up")
+
+    def pin(self, name: str, parameter: Tensor, scales: Scales | None) -> None:
+        """Take a weight for final: it lies on its grid, under scales of its rows [N, B] where it is known."""
+        self.pinned.add(name)
+        if scales is not None:
+            state = weakref.ref(parameter), _version(parameter), parameter.data_ptr(), _sums(parameter.detach())
+            self.scales[name] = _Folded(True, None, scales, None, *state)
+
+    def _pinned_under(self, weight: Weight, rows: Tensor) -> Scales | None:
+        """The scales of a pinned weight, if this is all of it, and nobody has changed it since."""
+        known = self.scales.get(weight.name)
+        if known is None or not weight.owned or not self._holds(known, weight.parameter):
+            return None
+        scales: Scales = known.lowered
+        return scales if len(scales.scale) == len(rows) else None
 
     def overwritten(self, weight: Weight) -> bool:
         """Whether the parameter itself holds quantized values by now, so that the original is gone."""
@@ -122,12 +141,14 @@ class Weights:
     def lowered(
         self, weight: Weight, operand: Tensor, layout: Layout, quantizer: Quantizer, form: Form
     ) -> Lowered | None:
-        """The operand's rows in another form, made once; None where that is not exact, or a transform has chosen.
+        """The operand's rows in another form, made once; None where that is not exact.
 
         Of a parameter that was overwritten it is made anew each time, from its values: there is no second copy.
         """
         if weight.name in self.pinned:
-            return None
+            rows = layout.rows(operand.detach())
+            found: Lowered | None = form.pinned(rows, self._pinned_under(weight, rows))
+            return found
         with self.lock:
             folded = self._fold(weight, operand, layout, quantizer, form)
             if not folded.in_place:

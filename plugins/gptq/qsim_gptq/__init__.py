@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qsim_core import DataError, Transform, hookimpl
 from qsim_core.blocks import block_paths
 from qsim_core.context import Context, MatmulWeight, Watcher
+from qsim_core.fused import Scales
 from qsim_core.numerics import working
 from qsim_core.offload import at_hand
 from qsim_core.quantizer import Quantizer
@@ -103,7 +104,7 @@ class GPTQ(Transform):
                     outcomes += self._round(part, quantizer, place, factors)
                 except DataError as error:
                     raise DataError(f"{context.name} at {name}: {error}") from None
-            context.pin(weight)
+            context.pin(weight, outcomes[0].scales if len(outcomes) == 1 else None)
         notes = list(_without_tokens(parts))
         for few in _too_few(parts):
             context.warn(name, few)
@@ -136,7 +137,8 @@ class GPTQ(Transform):
                 q = n if factor is None else feed_back(w, factor, grid, self.block)
                 results.append(q)
                 whole, nearest, after = _energies(torch.stack([w, n - w, q - w]), hessian)
-                outcomes.append(_Outcome(whole, nearest, after, () if factor is None else factor.notes))
+                notes = () if factor is None else factor.notes
+                outcomes.append(_Outcome(whole, nearest, after, notes, grid.scales))
             rounded = torch.stack(results).reshape(rows.shape)
         part.operand.copy_(part.layout.back(rounded))
         return outcomes
@@ -149,6 +151,8 @@ class _Outcome(NamedTuple):
     nearest: float
     fed_back: float
     notes: tuple[str, ...]
+    scales: Scales | None
+    """Of the matrix' rows and groups; None: its quantizer has none."""
 
 
 class _Factors:

@@ -42,6 +42,13 @@ class Grid:
     def __post_init__(self) -> None:
         object.__setattr__(self, "divisor", None if self.scale is None else divisor_of(self.scale))
 
+    @property
+    def scales(self) -> fused.Scales | None:
+        """The scales and zero points of each row and group, [N, groups]."""
+        if self.scale is None:
+            return None
+        return fused.Scales(self.scale.T.contiguous(), None if self.zero is None else self.zero.T.contiguous())
+
     def in_order(self, order: Tensor | None) -> Grid:
         """The same, for columns in another order."""
         return (

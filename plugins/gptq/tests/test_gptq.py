@@ -197,6 +197,42 @@ def test_what_is_on_its_grid_is_not_rounded_again() -> None:
     assert not torch.equal(qsim.parse("channel(int4)").quantize(layer.weight), layer.weight)
 
 
+@pytest.mark.parametrize("text", ["gptq", "gptq(act_order=true)"])
+@pytest.mark.parametrize(
+    ("weights", "activations", "outputs", "path"),
+    [
+        ("int4", "int8", None, "int8"),
+        ("channel(int4, symmetric=false)", "int8", None, "int8"),
+        ("mxfp4", "mxfp8_e4m3", "bf16", "bf16"),
+        ("abfp(int4)", "abfp(int8)", None, "float32"),
+    ],
+)
+def test_what_it_has_rounded_takes_the_faster_paths_too(
+    weights: str, activations: str, outputs: str | None, path: str, text: str
+) -> None:
+    x, results = inputs(96, 64, dtype=torch.float32), []
+    for wanted, taken in ((path, path), ("float32", "float32")):
+        model = linear(noise(40, 64, dtype=torch.float32)).eval()
+        simulation = gptq(model, [x], weights, text, activations=activations, outputs=outputs, path=wanted, skip=[])
+        with torch.no_grad():
+            results.append(model(x))
+        assert {site.path for site in simulation.sites.table.values()} == {taken}
+
+    assert torch.allclose(*results, rtol=2**-7 if outputs else 1e-5, atol=1e-4 * float(results[1].abs().max()))
+
+
+def test_weights_that_were_changed_afterwards_do_not() -> None:
+    x, model = inputs(96, 64, dtype=torch.float32), linear(noise(40, 64, dtype=torch.float32)).eval()
+    simulation = gptq(model, [x], "int4", activations="int8", path="int8", skip=[])
+
+    with torch.no_grad():
+        model.weight.mul_(2)
+        y = model(x)
+
+    assert {site.path for site in simulation.sites.table.values()} == {"float32"}
+    assert torch.equal(y, F.linear(qsim.parse("token(int8)").quantize(x), model.weight))
+
+
 def test_restore_undoes_it_bit_for_bit() -> None:
     weight = noise(24, 40)
     layer = linear(weight)
