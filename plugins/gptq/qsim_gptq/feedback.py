@@ -81,25 +81,34 @@ def feed_back(weight: Tensor, factor: Factor, grid: Grid, block: int) -> Tensor:
     """
     start = weight.masked_fill(factor.dead, 0.0) if factor.dead.any() else weight
     start = (start if factor.order is None else start[:, factor.order]).T.contiguous()  # a column is a row here
-    grid, shares, n = grid.in_order(factor.order), factor.shares, grid.refits
-    moved, change, quantized = start.clone(), torch.empty_like(start), torch.empty_like(start)
+    columns = _Columns(grid.in_order(factor.order), factor.shares, start)
+    n = grid.refits
+    columns.round(0, len(start), (-(-block // n) * n, n, min(RUN, n)) if n else (block, RUN))
+    result: Tensor = columns.quantized.T
+    return result if factor.order is None else result[:, factor.order.argsort()]
 
-    def go(first: int, end: int, sizes: Sequence[int]) -> None:
+
+class _Columns:
+    """The columns of a matrix, [K, N], on their way to the grid."""
+
+    def __init__(self, grid: Grid, shares: Tensor, start: Tensor) -> None:
+        self.grid, self.shares, self.start = grid, shares, start
+        self.moved, self.change, self.quantized = start.clone(), torch.empty_like(start), torch.empty_like(start)
+
+    def round(self, first: int, end: int, sizes: Sequence[int]) -> None:
         """Round the columns from `first` to `end`, for which everything before `first` is made up for."""
+        shares, start, moved, change = self.shares, self.start, self.moved, self.change
         if not sizes:
             here = slice(first, end)
-            _round_columns(grid, first, start[here], moved[here], change[here], quantized[here], shares[here, here])
+            given = start[here], moved[here], change[here], self.quantized[here], shares[here, here]
+            _round_columns(self.grid, first, *given)
             return
         for place in range(first, end, sizes[0]):
             here = slice(place, min(place + sizes[0], end))
             moved[here].addmm_(shares[here, first:place], change[first:place])
-            if sizes[0] == n:
-                grid.fit(place, _made_up_for(start[here], moved[here], shares[here, here]))
-            go(here.start, here.stop, sizes[1:])
-
-    go(0, len(start), (-(-block // n) * n, n, min(RUN, n)) if n else (block, RUN))
-    result: Tensor = quantized.T
-    return result if factor.order is None else result[:, factor.order.argsort()]
+            if sizes[0] == self.grid.refits:
+                self.grid.fit(place, _made_up_for(start[here], moved[here], shares[here, here]))
+            self.round(here.start, here.stop, sizes[1:])
 
 
 def _round_columns(

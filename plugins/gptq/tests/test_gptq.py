@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from qsim_gptq.feedback import factorize
 from qsim_gptq.inputs import samples
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qsim_core as qsim
 from qsim_core import native
@@ -599,3 +601,58 @@ def test_a_nonsensical_option_says_so() -> None:
 
 class TestGptq(TransformSuite):
     text = ("gptq", "gptq(act_order=true, true_sequential=true)")
+
+
+def test_nothing_that_it_made_waits_for_the_garbage_collector() -> None:
+    layer, x = linear(noise(24, 40, dtype=torch.float32)), inputs(200, 40, dtype=torch.float32)
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        gptq(layer, [x], "int4", skip=[])
+        gc.collect()
+        waiting = [thing for thing in gc.garbage if issubclass(type(thing), Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+    assert waiting == []
+
+
+def held() -> int:
+    """Bytes of all tensors that are alive."""
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Tensor) and not thing.is_meta:
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+class Census(TorchDispatchMode):
+    """What is held at most while a Hessian is factorized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.highest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.linalg_cholesky_ex:
+            self.highest = max(self.highest, held())
+        return result
+
+
+@pytest.mark.filterwarnings("ignore::qsim_core.errors.CalibrationWarning")
+def test_its_peak_is_one_blocks_whatever_the_models_size() -> None:
+    def extra(blocks: int) -> int:
+        layers = (nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)) for _ in range(blocks))
+        before, model = held(), nn.Sequential(*layers).eval()
+        with Census() as census:
+            qsim.simulate(
+                model, {"weights": "int4", "transforms": ["gptq"]}, calibration=[torch.randn(256, 64)], keep=False
+            )
+        assert census.highest > 0
+        return census.highest - before - sum(parameter.nbytes for parameter in model.parameters())
+
+    assert extra(8) - extra(2) < 4096  # a block has 65,536 bytes
