@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qsim_core as qsim
 from qsim_core import bf16, causal, int8, native
@@ -711,3 +712,20 @@ def test_what_is_quantized_for_one_model_is_not_touched_by_another() -> None:
         found = model(x, y)
 
     assert torch.equal(found, model(x, y).detach())
+
+
+def test_whoever_looks_on_below_keeps_what_was_quantized() -> None:
+    class Keeping(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket is torch.ops.aten.addmm:
+                seen.append((args[1], args[1].clone()))
+            return func(*args, **(kwargs or {}))
+
+    seen: list[tuple[Tensor, Tensor]] = []
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3))).eval()
+    qsim.simulate(model, qsim.Recipe.of({"weights": "int8", "activations": "token(int8)", "path": "float32"}))
+
+    with torch.no_grad(), Keeping():
+        model(torch.randn(8, 64))
+
+    assert len(seen) == 3 and all(torch.equal(x, then) for x, then in seen)

@@ -50,7 +50,7 @@ class FromTexts:
             raise DataError("images have no length; leave --calibration-seqlen out")
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randint(len(prompts), (samples,), generator=generator).tolist()
-        noise = torch.randint(2**31, (samples,), generator=generator).tolist()  # another than what `images` starts from
+        noise = torch.randint(2**31, 2**32, (samples,), generator=generator).tolist()  # `images` draws what lies below
         return [self._arguments(loaded, [prompts[place]], [noise[i]]) for i, place in enumerate(drawn)]
 
     def _arguments(self, loaded: LoadedModel, prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:

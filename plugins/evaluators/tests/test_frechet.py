@@ -273,6 +273,24 @@ class TestOfTexts:
         assert list(read.content["text"]) == ["a cat", "two dogs", "a cat"]
         assert [image.getpixel((0, 0))[0] for image in read.content["image"]] == [0, 1, 2]
 
+    def test_metadata_that_cannot_be_read_is_one_line(self, tmp_path: Path) -> None:
+        Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "0.png")
+        (tmp_path / "metadata.jsonl").write_text('{"file_name": ')
+
+        with pytest.raises(qsim.DataError, match=f"^datasets cannot load {tmp_path}: [^\n]+$"):
+            qsim.parse("frechet(x)").read(str(tmp_path))
+
+    def test_calibration_starts_from_other_noise_than_the_images(self, pipeline: Any, program: str) -> None:
+        evaluator = qsim.parse(f'frechet("{program}", steps=2, samples=4)')
+
+        seeds = [
+            [generator.initial_seed() for batch in batches for generator in batch["generator"]]
+            for batches in (evaluator.calibration(pipeline, self.DATA, 4, None, seed) for seed in (0, 0, 1))
+        ]
+
+        images = torch.randint(2**31, (4,), generator=torch.Generator().manual_seed(0)).tolist()
+        assert seeds[0] == seeds[1] != seeds[2] and not set(seeds[0]) & set(images)
+
     def test_smoothquant_on_the_prompts(self, pipeline: Any, program: str) -> None:
         evaluator = qsim.parse(f'frechet("{program}", steps=2, samples=4)')
         batches = evaluator.calibration(pipeline, self.DATA, 2, None, 0)
