@@ -220,6 +220,20 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     assert run(PROGRAM.format(times=3), QSIM_CACHE=str(tmp_path / "file")) == "False\n"
 
 
+def test_processes_that_build_at_once_build_one(tmp_path: Path) -> None:
+    command, cold = [sys.executable, "-c", PROGRAM.format(times=3)], {**os.environ, "QSIM_CACHE": str(tmp_path)}
+    several = [subprocess.Popen(command, env=cold, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+
+    assert [process.communicate()[0] for process in several] == ["True\n"] * 3
+    assert len(list((tmp_path / "kernels").glob("*.so"))) == 1
+
+
+def test_nobodys_home_is_no_error() -> None:
+    away = "from pathlib import Path\ndef home(): raise RuntimeError('no home')\nPath.home = home\n"
+
+    assert run(away + PROGRAM.format(times=3), QSIM_CACHE="", XDG_CACHE_HOME="") == "False\n"
+
+
 def test_they_can_be_switched_off() -> None:
     assert run(PROGRAM.format(times=3), QSIM_NATIVE="0") == "False\n"
 
