@@ -42,6 +42,8 @@ WORTH = 2**27
 """Elements that Python quantizes, at some 100 million a second and more, in about the time that the compiler takes."""
 AT_ONCE, PER_CALL = 64, 2**15
 """A GPU does as much 64 times as fast, but starts the reference's operators no sooner: so many elements for a call."""
+APIECE = 2**14
+"""Elements of a thread, at least."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 NONE_LOST = 3
 """bfloat16 where no value is lost without a trace: one too small for it becomes its smallest, not zero."""
@@ -69,7 +71,7 @@ class Library:
         rows, columns = x.shape
         high = buffer(rows, -(-columns // block))
         low = None if magnitude else torch.empty_like(high)
-        bfloat16, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
+        bfloat16, threads = x.dtype == torch.bfloat16, _threads(x)
         self.raw.extremes(x.data_ptr(), bfloat16, rows, columns, block, _address(low), high.data_ptr(), threads)
         return low, high
 
@@ -103,7 +105,7 @@ class Library:
             _address(zero),
             shift,
             out.stride(0),
-            torch.get_num_threads(),
+            _threads(x),
             scale is not None or steps.overflow is None,
             scaling,
         )
@@ -150,6 +152,11 @@ class Library:
         given = row_scale, row_zero, column_sum, row_sum, column_zero, column_scale, bias
         self.raw.scale_sums(sums.data_ptr(), *sums.shape, *map(_address, given), torch.get_num_threads())
         return sums.view(torch.float32)
+
+
+def _threads(x: Tensor) -> int:
+    """How many threads are worth waking for a tensor: each has some 64 KiB to do."""
+    return max(1, min(torch.get_num_threads(), x.numel() // APIECE))
 
 
 def _address(x: Tensor | None) -> int | None:
