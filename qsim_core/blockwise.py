@@ -74,9 +74,8 @@ class Blocks:
 
     def values(self) -> Tensor:
         """What they stand for, float32."""
-        scale = self.scales.scale.repeat_interleave(min(self.block, self.codes.shape[-1]), -1)[
-            ..., : self.codes.shape[-1]
-        ]
+        inner = self.codes.shape[-1]
+        scale = self.scales.scale.repeat_interleave(min(self.block, inner), -1)[..., :inner]
         return (self.codes.float().flatten(0, -2) * scale).view_as(self.codes)
 
     def matrices(self, shape: Sequence[int]) -> tuple[Tensor, Tensor, int]:

@@ -52,10 +52,10 @@ class Convolution:
     def tap_inside(self) -> tuple[int, ...] | None:
         """A tap that never meets the zeros beside the image; None where there is none."""
         found = []
-        for axis, count in enumerate(self.shape):
-            first = range(self.taps[axis]), self.sides[axis][0], (count - 1) * self.stride[axis]
-            places = ((tap, tap * self.dilation[axis] - first[1]) for tap in first[0])
-            inside = [tap for tap, place in places if place >= 0 and place + first[2] < self.sizes[axis]]
+        each = zip(self.taps, self.sides, self.dilation, self.stride, self.shape, self.sizes, strict=True)
+        for taps, (before, _), reach, step, count, size in each:
+            first = [tap * reach - before for tap in range(taps)]  # where a tap stands for the first value
+            inside = [tap for tap, place in enumerate(first) if 0 <= place < size - (count - 1) * step]
             if not inside:
                 return None
             found.append(inside[0])

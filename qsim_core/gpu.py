@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsim_core.kernels import GIVEN, Grid, Part, Scaling, buffer
+from qsim_core.kernels import GIVEN, Grid, Part, Scaling, bits, buffer
 from qsim_core.native import forced, switched_off
 from qsim_core.numerics import Steps
 
@@ -29,13 +29,16 @@ TOGETHER = 4096
 """Elements that a program takes, if its blocks are no longer."""
 LONGEST = 16384
 """The longest block that a program holds in its registers."""
-log = logging.getLogger(__name__)
 TILE = 64
 """Codes along the reduction axis that are multiplied at a time, at most."""
-MOST = 4096
-"""Calls that are remembered; then all are forgotten."""
 SHORTEST = 16
 """Codes that a matmul of the GPU adds up at the least."""
+MOST = 4096
+"""Calls that are remembered; then all are forgotten."""
+
+Launch = tuple[Sequence[int], Sequence[Any]]
+"""How many programs a kernel is started with, along each axis, and what it is given after its tensors."""
+log = logging.getLogger(__name__)
 
 
 def found(device: torch.device) -> GpuLibrary | None:
@@ -89,13 +92,14 @@ class GpuLibrary:
 
     @functools.cached_property
     def kernels(self) -> Any:
-        """Modules that need Triton."""
+        """Those of quantizers. They need Triton."""
         from qsim_core import kernels_gpu
 
         return kernels_gpu
 
     @functools.cached_property
     def products(self) -> Any:
+        """Those of products."""
         from qsim_core import products_gpu
 
         return products_gpu
@@ -105,7 +109,7 @@ class GpuLibrary:
         kernel: Any,
         pointers: Sequence[Tensor],
         decides: Sequence[Hashable],
-        prepare: Callable[[], tuple[Sequence[int], Sequence[Any]]],
+        prepare: Callable[[], Launch],
         **options: Any,
     ) -> None:
         """Start a kernel. What `decides` its programs and its other arguments, which `prepare` gives, is kept with
@@ -125,17 +129,17 @@ class GpuLibrary:
                 start = compiled[programs]
                 if len(self._compiled) >= MOST:
                     self._compiled.clear()
-                self._compiled[key] = lambda *pointers, held=decides: start(*pointers, *others)
+                self._compiled[key] = lambda *pointers: start(*pointers, *others)
 
     def extremes(self, x: Tensor, block: int, magnitude: bool) -> tuple[Tensor | None, Tensor]:
-        """The lowest (None of magnitudes) and the highest value of each block of x [A, K]: [A, ceil(K / block)]."""
+        """`Kernels.extremes`."""
         rows, columns = x.shape
         length = min(block, TOGETHER) if block >= columns else block  # a row in pieces
         pieces = -(-columns // length)
         high = buffer(rows, pieces, device=x.device)
         low = high if magnitude else torch.empty_like(high)
 
-        def prepare() -> tuple[Sequence[int], Sequence[Any]]:
+        def prepare() -> Launch:
             wide, some = _shape(length)
             flags = columns % length == 0, wide == length, wide, some, magnitude
             return (-(-rows * pieces // some),), (*_blocks(rows, columns, length), length, *flags)
@@ -158,12 +162,12 @@ class GpuLibrary:
         second: float | Tensor = 1.0,
         without: Part = "",
     ) -> Tensor:
-        """`native.Library.round`; results may be written without a part of their scales."""
+        """`Kernels.round`."""
         factor = number(1.0, x.device) if scale is None else scale
         above = second if isinstance(second, Tensor) else number(second, x.device)
         pointers = _raw(x), out if x.is_cuda else _raw(out), factor, factor if zero is None else zero, above
 
-        def prepare() -> tuple[Sequence[int], Sequence[Any]]:
+        def prepare() -> Launch:
             rows, columns = x.shape
             shared = max(1, min(block, columns))
             length = shared if scaling.rule else _piece(shared, columns)
@@ -200,14 +204,14 @@ class GpuLibrary:
         return int(kinds[without].value)
 
     def any_below(self, x: Tensor, bound: float) -> bool:
-        """Whether a bfloat16 tensor holds a value other than zero whose magnitude is below a power of two."""
+        """`Kernels.any_below`."""
         found = torch.zeros(1, dtype=torch.int32, device=x.device)
         size = x.numel()
         self._launch(
             self.kernels.any_below,
             (_raw(x), found),
             (size, bound),
-            lambda: ((-(-size // TOGETHER),), (size, _bits(bound), TOGETHER)),
+            lambda: ((-(-size // TOGETHER),), (size, bits(bound), TOGETHER)),
         )
         return bool(found)
 
@@ -218,7 +222,7 @@ class GpuLibrary:
         columns: tuple[Tensor, Tensor | None, Tensor | None],
         bias: Tensor | None,
     ) -> Tensor:
-        """`native.Library.scale_sums`, in the same memory."""
+        """`Kernels.scale_sums`."""
         result = sums.view(torch.float32)
         given = *rows, *columns, bias
         there = rows[1] is not None, columns[1] is not None, bias is not None
@@ -244,7 +248,7 @@ class GpuLibrary:
         (samples, rows, inner), columns = left.shape, right.shape[1]
         y = buffer(samples, rows, columns, device=left.device)
 
-        def prepare() -> tuple[Sequence[int], Sequence[Any]]:
+        def prepare() -> Launch:
             tile, by_rows = tile_of(step, inner), step >= inner
             whole = left.dtype == right.dtype == torch.int8 and tile >= 2 * SHORTEST
             steps, tiles = (1, -(-inner // tile)) if by_rows else (-(-inner // step), step // tile)
@@ -282,12 +286,6 @@ class _Held:
 def number(value: float, device: torch.device) -> Tensor:
     """A number as a matrix."""
     return buffer(1, 1, device=device).fill_(value)
-
-
-@functools.cache
-def _bits(x: float) -> int:
-    """A number's bits in bfloat16."""
-    return int(torch.tensor(x, dtype=torch.bfloat16).view(torch.int16))
 
 
 def _raw(x: Tensor) -> Tensor:

@@ -91,7 +91,8 @@ class Kernels(Protocol):
     parts: bool
     """Whether results may be floats `without` a part."""
 
-    def extremes(self, x: Tensor, block: int, magnitude: bool) -> tuple[Tensor | None, Tensor]: ...
+    def extremes(self, x: Tensor, block: int, magnitude: bool) -> tuple[Tensor | None, Tensor]:
+        """The lowest (None of magnitudes) and the highest value of each block of x [A, K]: [A, ceil(K / block)]."""
 
     def round(
         self,
@@ -105,9 +106,15 @@ class Kernels(Protocol):
         scaling: Scaling = GIVEN,
         second: float | Tensor = 1.0,
         without: Part = "",
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """x [A, K] rounded into `out`, as values of its dtype or as int8 codes; scales and zeros [A or 1, B or 1].
 
-    def any_below(self, x: Tensor, bound: float) -> bool: ...
+        `scaling` says how they are found, and they are written; else they are given. `second` is the scale of the
+        scales. Without a scale the format is by itself, and what is too large becomes what it says.
+        """
+
+    def any_below(self, x: Tensor, bound: float) -> bool:
+        """Whether a bfloat16 tensor holds a value other than zero whose magnitude is below a power of two."""
 
     def scale_sums(
         self,
@@ -115,7 +122,17 @@ class Kernels(Protocol):
         rows: tuple[Tensor, Tensor | None, Tensor | None],
         columns: tuple[Tensor, Tensor | None, Tensor | None],
         bias: Tensor | None,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Integer sums [M, N] as float32 in the same memory; for rows and columns scale, zero points and sums of codes.
+
+        The formula is `qsim_core.int8`'s.
+        """
+
+
+@functools.cache
+def bits(x: float) -> int:
+    """A number's bits in bfloat16."""
+    return int(torch.tensor(x, dtype=torch.bfloat16).view(torch.int16))
 
 
 def buffer(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Tensor:

@@ -1,6 +1,6 @@
 """The kernels of `kernels.cpp` for GPUs, in Triton: one pass over memory, the reference's bits.
 
-A tensor is rows x columns, contiguous; a block is `LENGTH` columns of one row, the last one may be short. A program
+A tensor is rows x columns, contiguous; a block is `length` columns of one row, the last one may be short. A program
 takes TOGETHER blocks, each as wide as the next power of two. Divisions are IEEE's, and no multiplication may be
 fused with an addition (`EXACT` in `qsim_core.gpu`), or the bits would be others.
 """

@@ -130,9 +130,8 @@ class Native8(Form):
 
 def code_type(scheme: Any) -> torch.dtype | None:
     """The dtype of a scheme's or a format's FP8 codes."""
-    element = (
-        scheme.element if isinstance(scheme, Scheme) else scheme.unscaled if isinstance(scheme, Quantizer) else None
-    )
+    bare = scheme.unscaled if isinstance(scheme, Quantizer) else None
+    element = scheme.element if isinstance(scheme, Scheme) else bare
     steps = None if element is None else fused.rule(element)
     if steps is None or steps.fixed or -steps.low != steps.high:
         return None

@@ -32,7 +32,7 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 from qsim_core.atomic import cache
-from qsim_core.kernels import CPU, GIVEN, Grid, Kernels, Part, Scaling, Task, buffer
+from qsim_core.kernels import CPU, GIVEN, Grid, Kernels, Part, Scaling, Task, bits, buffer
 from qsim_core.numerics import Steps
 
 SOURCE = Path(__file__).parent / "kernels.cpp"
@@ -67,7 +67,7 @@ class Library:
         self.raw.feed_back.argtypes = [*[c_void_p] * 5, *[c_int64] * 4, *[c_void_p] * 3, POINTER(Grid), c_int32]
 
     def extremes(self, x: Tensor, block: int, magnitude: bool) -> tuple[Tensor | None, Tensor]:
-        """The lowest (None of magnitudes) and the highest value of each block of x [A, K]: [A, ceil(K / block)]."""
+        """`Kernels.extremes`."""
         rows, columns = x.shape
         high = buffer(rows, -(-columns // block))
         low = None if magnitude else torch.empty_like(high)
@@ -88,11 +88,7 @@ class Library:
         second: float | Tensor = 1.0,
         without: Part = "",
     ) -> Tensor:
-        """x [A, K] rounded into `out`, as values of its dtype or as int8 codes; scales and zeros [A or 1, B or 1].
-
-        `scaling` says how they are found, and they are written; else they are given. `second` is the scale of the
-        scales. Without a scale the format is by itself, and what is too large becomes what it says.
-        """
+        """`Kernels.round`; there are no results without a part."""
         factor = buffer(1, 1).fill_(1.0) if scale is None else scale
         if isinstance(second, Tensor) or second != 1.0:
             scaling = Scaling.from_buffer_copy(scaling)
@@ -115,9 +111,8 @@ class Library:
         return out
 
     def any_below(self, x: Tensor, bound: float) -> bool:
-        """Whether a bfloat16 tensor holds a value other than zero whose magnitude is below a power of two."""
-        bits = int(torch.tensor(bound, dtype=torch.bfloat16).view(torch.int16))
-        return bool(self.raw.any_below(x.data_ptr(), x.numel(), bits, torch.get_num_threads()))
+        """`Kernels.any_below`."""
+        return bool(self.raw.any_below(x.data_ptr(), x.numel(), bits(bound), torch.get_num_threads()))
 
     def feed_back(
         self,
@@ -144,10 +139,7 @@ class Library:
         columns: tuple[Tensor, Tensor | None, Tensor | None],
         bias: Tensor | None,
     ) -> Tensor:
-        """Integer sums [M, N] as float32 in the same memory; for rows and columns scale, zero points and sums of codes.
-
-        The formula is `qsim_core.lowering`'s.
-        """
+        """`Kernels.scale_sums`."""
         (row_scale, row_zero, row_sum), (column_scale, column_zero, column_sum) = rows, columns
         given = row_scale, row_zero, column_sum, row_sum, column_zero, column_scale, bias
         self.raw.scale_sums(sums.data_ptr(), *sums.shape, *map(_address, given), torch.get_num_threads())

@@ -203,6 +203,9 @@ def _lines(result: Result) -> Iterator[str]:
         yield f"left alone: {', '.join(result.recipe['skip'])} (--skip none quantizes everything)"
     for transform in dict.fromkeys(report.transform for report in result.transforms):
         yield _done(transform, [report for report in result.transforms if report.transform == transform])
+    if (path := result.recipe.get("path", "auto")) not in ("auto", "float32"):
+        took = sum(site.path == path for site in audit.sites)
+        yield f"{took} of {audit.found} matmuls took the path {path}; the others do not fit it here"
     if audit.uncovered:
         yield f"not reached: {', '.join(audit.uncovered)}"
     grouped: dict[str, list[str]] = {}

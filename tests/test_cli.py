@@ -53,6 +53,13 @@ def test_the_table_names_exceptions(qsim_: Qsim, tmp_path: Path) -> None:
     assert "otherwise at *.fc2: weights channel(int8)\notherwise at *.fc1: weights as they are\n" in outcome.stdout
 
 
+@pytest.mark.parametrize(("path", "sites"), [("int8", 24), ("fp8", 0)])
+def test_a_path_that_is_named_says_how_many_took_it(path: str, sites: int, qsim_: Qsim) -> None:
+    outcome = qsim_("evaluate", "opt-tiny", "--precision", "w8a8", "--path", path, "--limit", "1")
+
+    assert f"{sites} of 33 matmuls took the path {path}; the others do not fit it here\n" in outcome.stdout
+
+
 def test_a_result_is_no_recipe_and_a_recipe_no_result(qsim_: Qsim, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("weights: int4")
     (tmp_path / "r.json").write_text('{"schema_version": 1}')
