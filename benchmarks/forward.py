@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
 import qsim_core as qsim
-from qsim_core import native
+from qsim_core.fast import native
 
 SHAPES = {"125m": (768, 12, 3072), "1.3b": (2048, 32, 8192)}
 FORMATS: dict[str, dict[str, str]] = {

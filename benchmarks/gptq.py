@@ -21,7 +21,7 @@ from qsim_gptq.grids import grids
 from torch import Tensor, nn
 
 import qsim_core as qsim
-from qsim_core import native
+from qsim_core.fast import native
 
 SHAPES = [(768, 3072), (3072, 768)]
 SCHEMES = {"channel(int4)": 0, "block(int4, 128)": 128}

@@ -21,8 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import qsim_core as qsim
-from qsim_core.compose import compose
-from qsim_core.progress import hush_libraries
+from qsim_core.cli.progress import hush_libraries
+from qsim_core.cli.recipe_options import compose
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "results.md"
 MODELS = ["opt-tiny", "opt-tiny-outliers"]

@@ -14,8 +14,8 @@ import time
 
 BASE = ["-c", "import click, pluggy, pydantic"]
 COMMANDS = {
-    "qsim --help": ["-c", "from qsim_core.cli import main; main(['--help'])"],
-    "qsim plugins": ["-c", "from qsim_core.cli import main; main(['plugins'])"],
+    "qsim --help": ["-c", "from qsim_core.cli.main import main; main(['--help'])"],
+    "qsim plugins": ["-c", "from qsim_core.cli.main import main; main(['plugins'])"],
 }
 
 

@@ -24,20 +24,19 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 import qsim_core as qsim
-from qsim_core.bases import HOOK_BASES
-from qsim_core.cli import main
-from qsim_core.component import Preset
-from qsim_core.compose import catalogue
-from qsim_core.contract import HOOKS
-from qsim_core.listing import described
+from qsim_core.cli.listing import described
+from qsim_core.cli.main import main
+from qsim_core.cli.recipe_options import catalogue
+from qsim_core.components.component import Preset
+from qsim_core.components.hook_validation import HOOKS, base_of
 
 ROOT = Path(__file__).parent.parent
 MADE_BY_QSIM = (qsim.Simulation, qsim.Context)
 """Classes that nobody else makes: what they are made of is no promise."""
 WRITTEN = "This page is written by `python docs/generate.py`.\n"
 FOR_AUTHORS = {
-    "qsim_core.pretrained": ["Pretrained"],
-    "qsim_core.folding": ["permute_group", "permute_rows", "permute_scores", "scale_group", "scale_pair"],
+    "qsim_core.transformers.pretrained": ["Pretrained"],
+    "qsim_core.structure.folding": ["permute_group", "permute_rows", "permute_scores", "scale_group", "scale_pair"],
 }
 """Public names beside those of `qsim_core` itself: what adapters and transforms are made with."""
 
@@ -185,7 +184,7 @@ def hooks() -> str:
         "The signatures of all that is handed over are in [api.md](api.md).\n"
     ]
     for hook in HOOKS:
-        function, base = getattr(hookspecs, hook), HOOK_BASES[hook]
+        function, base = getattr(hookspecs, hook), base_of(hook)
         parts.append(f"## `{hook}{signature(function)}`\n\n{paragraphs(function)}\n\n{paragraphs(base)}\n")
         kinds = {False: "The method to write:\n", True: "With defaults:\n"}
         for has_default, title in kinds.items():

@@ -17,34 +17,34 @@ __version__ = "0.1.0"
 
 _HOME = {
     "hookimpl": "hookspecs",
-    "Host": "host",
-    "Component": "component",
-    "Preset": "component",
-    "Quantizer": "quantizer",
-    "Format": "format",
-    "Encoded": "encoding",
-    "pack": "encoding",
-    "unpack": "encoding",
-    "Scaled": "schemes",
-    "Scheme": "scaling",
-    "Calibrator": "ranges",
-    "Transform": "bases",
-    "Adapter": "bases",
-    "Evaluator": "bases",
-    "LoadedModel": "bases",
-    "NamedModel": "bases",
-    "Data": "bases",
-    "Run": "bases",
-    "Calibration": "bases",
-    "Context": "context",
-    "Recipe": "recipe",
-    "Override": "recipe",
-    "Simulation": "simulation",
-    "simulate": "simulation",
-    "Audit": "audit",
-    "Result": "result",
-    "Metrics": "metrics",
-    "evaluate": "evaluation",
+    "Host": "components.host",
+    "Component": "components.component",
+    "Preset": "components.component",
+    "Quantizer": "formats.quantizer",
+    "Format": "formats.format",
+    "Encoded": "formats.codes",
+    "pack": "formats.codes",
+    "unpack": "formats.codes",
+    "Scaled": "quantizers.standard_schemes",
+    "Scheme": "quantizers.scheme",
+    "Calibrator": "quantizers.calibrators",
+    "Transform": "transforms.transform",
+    "Adapter": "evaluation.adapter",
+    "Evaluator": "evaluation.evaluator",
+    "LoadedModel": "evaluation.adapter",
+    "NamedModel": "evaluation.adapter",
+    "Data": "evaluation.data",
+    "Run": "transforms.run",
+    "Calibration": "evaluation.data",
+    "Context": "transforms.context",
+    "Recipe": "simulation.recipe",
+    "Override": "simulation.recipe",
+    "Simulation": "simulation.simulation",
+    "simulate": "simulation.simulation",
+    "Audit": "simulation.audit",
+    "Result": "evaluation.result",
+    "Metrics": "evaluation.metrics",
+    "evaluate": "evaluation.evaluate",
     "QsimError": "errors",
     "SpecError": "errors",
     "PluginError": "errors",
@@ -58,21 +58,9 @@ _HOME = {
 __all__ = [*_HOME, "parse"]  # noqa: PLE0604 - the names are all there
 
 if TYPE_CHECKING:
-    from qsim_core.audit import Audit as Audit
-    from qsim_core.bases import Adapter as Adapter
-    from qsim_core.bases import Calibration as Calibration
-    from qsim_core.bases import Data as Data
-    from qsim_core.bases import Evaluator as Evaluator
-    from qsim_core.bases import LoadedModel as LoadedModel
-    from qsim_core.bases import NamedModel as NamedModel
-    from qsim_core.bases import Run as Run
-    from qsim_core.bases import Transform as Transform
-    from qsim_core.component import Component as Component
-    from qsim_core.component import Preset as Preset
-    from qsim_core.context import Context as Context
-    from qsim_core.encoding import Encoded as Encoded
-    from qsim_core.encoding import pack as pack
-    from qsim_core.encoding import unpack as unpack
+    from qsim_core.components.component import Component as Component
+    from qsim_core.components.component import Preset as Preset
+    from qsim_core.components.host import Host as Host
     from qsim_core.errors import CalibrationWarning as CalibrationWarning
     from qsim_core.errors import DataError as DataError
     from qsim_core.errors import ModelError as ModelError
@@ -81,20 +69,32 @@ if TYPE_CHECKING:
     from qsim_core.errors import RecipeError as RecipeError
     from qsim_core.errors import SpecError as SpecError
     from qsim_core.errors import TrainingError as TrainingError
-    from qsim_core.evaluation import evaluate as evaluate
-    from qsim_core.format import Format as Format
+    from qsim_core.evaluation.adapter import Adapter as Adapter
+    from qsim_core.evaluation.adapter import LoadedModel as LoadedModel
+    from qsim_core.evaluation.adapter import NamedModel as NamedModel
+    from qsim_core.evaluation.data import Calibration as Calibration
+    from qsim_core.evaluation.data import Data as Data
+    from qsim_core.evaluation.evaluate import evaluate as evaluate
+    from qsim_core.evaluation.evaluator import Evaluator as Evaluator
+    from qsim_core.evaluation.metrics import Metrics as Metrics
+    from qsim_core.evaluation.result import Result as Result
+    from qsim_core.formats.codes import Encoded as Encoded
+    from qsim_core.formats.codes import pack as pack
+    from qsim_core.formats.codes import unpack as unpack
+    from qsim_core.formats.format import Format as Format
+    from qsim_core.formats.quantizer import Quantizer as Quantizer
     from qsim_core.hookspecs import hookimpl as hookimpl
-    from qsim_core.host import Host as Host
-    from qsim_core.metrics import Metrics as Metrics
-    from qsim_core.quantizer import Quantizer as Quantizer
-    from qsim_core.ranges import Calibrator as Calibrator
-    from qsim_core.recipe import Override as Override
-    from qsim_core.recipe import Recipe as Recipe
-    from qsim_core.result import Result as Result
-    from qsim_core.scaling import Scheme as Scheme
-    from qsim_core.schemes import Scaled as Scaled
-    from qsim_core.simulation import Simulation as Simulation
-    from qsim_core.simulation import simulate as simulate
+    from qsim_core.quantizers.calibrators import Calibrator as Calibrator
+    from qsim_core.quantizers.scheme import Scheme as Scheme
+    from qsim_core.quantizers.standard_schemes import Scaled as Scaled
+    from qsim_core.simulation.audit import Audit as Audit
+    from qsim_core.simulation.recipe import Override as Override
+    from qsim_core.simulation.recipe import Recipe as Recipe
+    from qsim_core.simulation.simulation import Simulation as Simulation
+    from qsim_core.simulation.simulation import simulate as simulate
+    from qsim_core.transforms.context import Context as Context
+    from qsim_core.transforms.run import Run as Run
+    from qsim_core.transforms.transform import Transform as Transform
 
 
 def parse(text: str, host: Host | None = None) -> Any:
@@ -103,7 +103,7 @@ def parse(text: str, host: Host | None = None) -> Any:
     `host` says which components exist; by default those of the installed plugins. Raises `SpecError`, which
     points at the character, for a text that means nothing, and `PluginError` if a plugin it names is broken.
     """
-    from qsim_core.host import installed
+    from qsim_core.components.host import installed
 
     return (host or installed()).parse(text)
 

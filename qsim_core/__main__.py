@@ -1,5 +1,5 @@
 """`python -m qsim_core` is `qsim`."""
 
-from qsim_core.cli import main
+from qsim_core.cli.main import main
 
 main(prog_name="qsim")

@@ -8,7 +8,7 @@ from architectures import FAMILIES, build
 from torch import nn
 
 import qsim_core as qsim
-from qsim_core.host import installed
+from qsim_core.components.host import installed
 
 INTRODUCTION = """# Coverage
 

@@ -14,9 +14,9 @@ import torch
 from click.testing import CliRunner, Result
 from torch import nn
 
-from qsim_core.checkpoint import Checkpoint
-from qsim_core.cli import main
-from qsim_core.store import Store
+from qsim_core.cli.main import main
+from qsim_core.simulation.store import Store
+from qsim_core.transforms.checkpoint import Checkpoint
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,8 @@ from torch import nn
 
 import qsim_core as qsim
 from qsim_core import Run
-from qsim_core.checkpoint import sha256
-from qsim_core.context import Context
+from qsim_core.transforms.checkpoint import sha256
+from qsim_core.transforms.context import Context
 
 PROGRAM = """
 import os, signal, sys

@@ -19,8 +19,8 @@ import yaml
 from click.testing import CliRunner, Result
 
 import qsim_core as qsim
-from qsim_core.atomic import writing
-from qsim_core.cli import main
+from qsim_core.cli.main import main
+from qsim_core.files import writing
 
 ZOO = Path(__file__).parent.parent / "plugins" / "zoo" / "qsim_zoo" / "models"
 QUICK = ["--limit", "4", "--quiet"]
@@ -496,7 +496,7 @@ def test_a_full_disk_leaves_no_half_of_a_file(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
     program = (
-        "from pathlib import Path; from qsim_core.atomic import writing; from qsim_core import QsimError\n"
+        "from pathlib import Path; from qsim_core.files import writing; from qsim_core import QsimError\n"
         "try:\n  with writing(Path('out.json')) as file: file.write(b'x' * 5000)\n"
         "except QsimError as error: print(error)"
     )
@@ -535,7 +535,7 @@ def _umask() -> int:
 
 
 def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from qsim_core.cli import main; main()", "evaluate", "--plugin", "abfp"]
+    command = [sys.executable, "-c", "from qsim_core.cli.main import main; main()", "evaluate", "--plugin", "abfp"]
     run = subprocess.Popen(
         [*command, "--json", "out.json", "--batch-size", "1", "--evaluator", "perplexity(256, stride=4)"],
         cwd=tmp_path,

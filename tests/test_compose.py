@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import qsim_core as qsim
-from qsim_core.compose import compose
+from qsim_core.cli.recipe_options import compose
 
 
 class Smooth(qsim.Transform):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import qsim_core as qsim
-from qsim_core.blocks import block_paths
-from qsim_core.context import Context
+from qsim_core.transforms.blocks import block_paths
+from qsim_core.transforms.context import Context
 
 Make = Callable[..., Any]
 

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import qsim_core as qsim
-from qsim_core.audit import PRODUCTS
-from qsim_core.channels import tensors_in
-from qsim_core.forward import as_in_evaluation, call
+from qsim_core.simulation.audit import PRODUCTS
+from qsim_core.structure.channels import tensors_in
+from qsim_core.transforms.forward import as_in_evaluation, call
 
 COUNTED = {op.__name__ for op in flop_registry if hasattr(op, "overloads") and "backward" not in op.__name__}
 """torch's own list of its operators that multiply matrices, and below some that only run on a CPU or are not in it."""

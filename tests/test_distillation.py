@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 import qsim_core as qsim
-from qsim_core.distillation import DistillationTrainer, divergence
+from qsim_core.finetune.distillation import DistillationTrainer, divergence
 
 OPTIONS = {
     "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "use_cpu": True, "report_to": "none",

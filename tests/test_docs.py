@@ -16,11 +16,11 @@ from click.testing import CliRunner
 
 import qsim_core as qsim
 from qsim_core import errors, hookspecs
-from qsim_core.audit import Measured, SiteAudit
-from qsim_core.bases import HOOK_BASES
-from qsim_core.cli import main
-from qsim_core.context import LayerReport
-from qsim_core.result import CalibrationRecord, Intervals
+from qsim_core.cli.main import main
+from qsim_core.components.hook_validation import base_of
+from qsim_core.evaluation.result import CalibrationRecord, Intervals
+from qsim_core.simulation.audit import Measured, SiteAudit
+from qsim_core.transforms.report import LayerReport
 
 ROOT = Path(__file__).parent.parent
 FILES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -139,7 +139,7 @@ def test_every_hook_is_explained_with_its_base_class_and_method() -> None:
     hooks = [name for name, _ in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("qsim_")]
 
     for hook in hooks:
-        base = HOOK_BASES[hook]
+        base = base_of(hook)
         (method,) = base.__abstractmethods__  # type: ignore[attr-defined]
         arguments = ", ".join(list(inspect.signature(getattr(base, method)).parameters)[1:])
         assert f"| `{hook}()` | `{base.__name__}` | `{method}({arguments})` |" in PAGES["docs/plugins.md"]

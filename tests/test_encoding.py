@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import qsim_core as qsim
-from qsim_core.encoding import pack, unpack
+from qsim_core.formats.codes import pack, unpack
 
 QUANTIZERS = [
     "int4",

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 import qsim_core as qsim
 from qsim_core import errors
-from qsim_core.cli import main
-from qsim_core.finetuning import finetune
+from qsim_core.cli.main import main
+from qsim_core.finetune.finetuning import finetune
 
 Qsim = Callable[..., Result]
 

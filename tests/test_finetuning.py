@@ -17,10 +17,10 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, OPTForCausalLM, ViTForImageClassification
 
 import qsim_core as qsim
-from qsim_core.cli import main
-from qsim_core.curve import loss_curve
-from qsim_core.finetuning import Finetuned, Training, finetune
-from qsim_core.trained import read_state
+from qsim_core.cli.main import main
+from qsim_core.evaluation.trained import read_state
+from qsim_core.finetune.curve import loss_curve
+from qsim_core.finetune.finetuning import Finetuned, Training, finetune
 
 QUICK = ["--limit", "2", "--seqlen", "32", "--batch-size", "2", "--evaluator", "perplexity(seqlen=32)"]
 LSQ = ["--weights", "channel(int4, gradient=lsq)", "--activations", "abfp(int8, gradient=lsq)"]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import qsim_core as qsim
-from qsim_core.channels import Use
-from qsim_core.folding import columns, permute_group, permute_rows, permute_scores
-from qsim_core.structure import Structure, trace
+from qsim_core.structure.channels import Use
+from qsim_core.structure.folding import columns, permute_group, permute_rows, permute_scores
+from qsim_core.structure.structure import Structure, trace
 
 Make = Callable[..., Any]
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import qsim_core as qsim
-from qsim_core import fused, native
 from qsim_core.errors import QsimError
-from qsim_core.quantizer import Function
-from qsim_core.remember import remembered
+from qsim_core.fast import fused, native
+from qsim_core.fast.identity_cache import remembered
+from qsim_core.formats.quantizer import Function
 
 SCHEMES = [
     "token(int8)",

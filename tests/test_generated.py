@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 import qsim_core as qsim
-from qsim_core.cli import main
+from qsim_core.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 MADE: dict[str, Any] = runpy.run_path(str(ROOT / "docs" / "generate.py"))

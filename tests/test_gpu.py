@@ -18,9 +18,9 @@ from test_lowering import INT8, Convolution, Layer, example, in_float64, ulps
 from torch import Tensor, nn
 
 import qsim_core as qsim
-from qsim_core import fused, gpu, int8, native
-from qsim_core.bf16 import BF16
-from qsim_core.quantizer import Quantizer
+from qsim_core.fast import fused, gpu, int8, native
+from qsim_core.fast.bf16 import BF16
+from qsim_core.formats.quantizer import Quantizer
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton for this machine"),
@@ -360,7 +360,7 @@ def test_nvfp4_at_any_magnitude(magnitude: float) -> None:
 
 @on_a_gpu
 def test_no_kernel_is_compiled_for_each_length() -> None:
-    from qsim_core import kernels_gpu, products_gpu
+    from qsim_core.fast import kernels_gpu, products_gpu
 
     compiled = [kernels_gpu.extremes, kernels_gpu.round_blocks, products_gpu.multiply_blocks]
     counts = []

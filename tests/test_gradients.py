@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qsim_core as qsim
-from qsim_core.fixed import Fixed
-from qsim_core.quantizer import Stacked
+from qsim_core.quantizers.stacked import Stacked
+from qsim_core.quantizers.static_scale import Fixed
 
 SURROGATES: dict[str, Callable[[Tensor], Tensor]] = {
     "clipped": lambda units: units.clamp(-7.5, 7.5),

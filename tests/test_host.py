@@ -14,8 +14,8 @@ import torch
 from click.testing import CliRunner
 
 import qsim_core as qsim
-from qsim_core.cli import main
-from qsim_core.compose import compose
+from qsim_core.cli.main import main
+from qsim_core.cli.recipe_options import compose
 
 Install = Callable[..., None]
 
@@ -192,7 +192,7 @@ def test_a_component_that_bears_a_broken_plugins_name_is_that_plugins_error(inst
 
 
 def test_a_model_whose_familys_plugin_is_broken_is_that_plugins_error(install: Install, tmp_path: Path) -> None:
-    from qsim_core.models import locate
+    from qsim_core.evaluation.locate import locate
 
     install("acme", "import a_library_nobody_has")
     (tmp_path / "model").mkdir()
@@ -325,7 +325,7 @@ def test_a_rival_to_a_name_that_only_a_plugin_wrote_changes_nothing(host: qsim.H
 def test_installing_a_plugin_imports_nothing_for_help_and_the_list(install: Install, tmp_path: Path) -> None:
     install("acme", "import pathlib; pathlib.Path(__file__).with_name('imported').touch()")
     program = (
-        "import sys; from qsim_core.cli import main; main(sys.argv[1:], standalone_mode=False); "
+        "import sys; from qsim_core.cli.main import main; main(sys.argv[1:], standalone_mode=False); "
         "print('torch' in sys.modules, 'qsim_int' in sys.modules)"
     )
     for command in (["--help"], ["plugins"], ["plugins", "--json"], ["evaluate", "--help"]):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qsim_core.hub import offline_unless_reachable
+from qsim_core.cli.hub import offline_unless_reachable
 
 
 @pytest.fixture(autouse=True)

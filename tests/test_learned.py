@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qsim_core as qsim
-from qsim_core.learned import Learned
+from qsim_core.quantizers.learned_steps import Learned
 
 Make = Callable[..., Any]
 

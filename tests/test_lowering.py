@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qsim_core as qsim
-from qsim_core import bf16, causal, int8, native
-from qsim_core.quantizer import Quantizer
+from qsim_core.fast import bf16, causal_attention, int8, native
+from qsim_core.formats.quantizer import Quantizer
 
 INT8 = [
     ("channel(int8)", "token(int8)"),
@@ -431,7 +431,7 @@ def test_heads_of_other_shapes_stay_together(name: str, monkeypatch: pytest.Monk
 
     model = Attention().eval()
     qsim.simulate(model, activations="token(int8)", example=(query, key))
-    monkeypatch.setattr("qsim_core.apart.TOGETHER", 1)
+    monkeypatch.setattr("qsim_core.fast.tiled_attention.TOGETHER", 1)
     with torch.no_grad():
         assert torch.allclose(model(query, key), F.scaled_dot_product_attention(query, key, key), atol=0.1)
 
@@ -488,8 +488,10 @@ def test_heads_apart_give_what_all_at_once_give(
     simulation = qsim.simulate(model, **parts, example=batch)
     results = []
     for alone in (True, False):
-        monkeypatch.setattr("qsim_core.apart._alone", lambda query, alone=alone: alone and not torch.is_grad_enabled())
-        monkeypatch.setattr("qsim_core.apart.TOGETHER", together)
+        monkeypatch.setattr(
+            "qsim_core.fast.tiled_attention._alone", lambda query, alone=alone: alone and not torch.is_grad_enabled()
+        )
+        monkeypatch.setattr("qsim_core.fast.tiled_attention.TOGETHER", together)
         with torch.no_grad():
             results.append(model(**batch).logits)
     counts = {site.calls for site in simulation.sites.table.values() if site.weight is None}
@@ -538,17 +540,19 @@ def test_what_a_causal_mask_covers_is_left_out(
         torch.randn(2, 22, heads, width, generator=generator).transpose(1, 2)
         for heads, width in ((4, 8), (2 if grouped else 4, 8), (2 if grouped else 4, 6))
     )
-    model, cut, computed = Attention().eval(), causal.causal_attention, []
+    model, cut, computed = Attention().eval(), causal_attention.causal_attention, []
     monkeypatch.setattr(native._waiting, "wanted", fast == "1")
-    monkeypatch.setattr("qsim_core.apart.causal_attention", lambda *given: computed.append(given) or cut(*given))
-    monkeypatch.setattr("qsim_core.causal.ROWS", 4)
-    monkeypatch.setattr("qsim_core.causal.TOGETHER", 3 * 4 * 22)
+    monkeypatch.setattr(
+        "qsim_core.fast.tiled_attention.causal_attention", lambda *given: computed.append(given) or cut(*given)
+    )
+    monkeypatch.setattr("qsim_core.fast.causal_attention.ROWS", 4)
+    monkeypatch.setattr("qsim_core.fast.causal_attention.TOGETHER", 3 * 4 * 22)
     simulation = qsim.simulate(
         model, qsim.Recipe.of(parts), example=(query, key, value), calibration=[(query, key, value)]
     )
     results = []
     for rows in (4, 1000):
-        monkeypatch.setattr("qsim_core.apart.ROWS", rows)
+        monkeypatch.setattr("qsim_core.fast.tiled_attention.ROWS", rows)
         with torch.no_grad():
             results.append(model(query, key, value))
 
@@ -589,7 +593,7 @@ def heads(monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor, Tensor]:
 
 def by_explicit_attention(model: nn.Module, *given: Tensor) -> Tensor:
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr("qsim_core.apart.ROWS", 1000)
+        patch.setattr("qsim_core.fast.tiled_attention.ROWS", 1000)
         return model(*given)  # type: ignore[no-any-return]
 
 

@@ -14,7 +14,7 @@ from families import make, tokens
 from torch import nn
 
 import qsim_core as qsim
-from qsim_core.cli import main
+from qsim_core.cli.main import main
 
 FEW = ["--calibration-samples", "2", "--calibration-seqlen", "64", "--limit", "1"]
 COMBINATIONS = {

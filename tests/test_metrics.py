@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import qsim_core as qsim
-from qsim_core.metrics import RESAMPLES, interval, intervals
+from qsim_core.evaluation.metrics import RESAMPLES, interval, intervals
 
 WIDTH = 8
 

@@ -13,10 +13,10 @@ from architectures import write as write_checkpoint
 from click.testing import CliRunner
 
 import qsim_core as qsim
-from qsim_core.cli import main
-from qsim_core.evaluation import Job
-from qsim_core.forward import as_in_evaluation, call
-from qsim_core.models import locate
+from qsim_core.cli.main import main
+from qsim_core.evaluation.evaluate import Job
+from qsim_core.evaluation.locate import locate
+from qsim_core.transforms.forward import as_in_evaluation, call
 
 Write = Callable[..., Path]
 

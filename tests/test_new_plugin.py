@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from qsim_core.cli import main
+from qsim_core.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = {

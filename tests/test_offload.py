@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import qsim_core as qsim
-from qsim_core.context import Context
-from qsim_core.offload import at_hand, state
+from qsim_core.transforms.context import Context
+from qsim_core.transforms.offload import at_hand, state
 
 Make = Callable[..., Any]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import qsim_core as qsim
-from qsim_core.cli import main
+from qsim_core.cli.main import main
 
 
 @dataclass(frozen=True)

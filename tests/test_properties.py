@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import qsim_core as qsim
-from qsim_core.format import Format, grid
+from qsim_core.formats.format import Format, table_of
 
 FORMATS = [
     "int2", "int4", "int(8, narrow=false)", "uint4", "int(8, fraction=6)", "int16",
@@ -78,7 +78,7 @@ def test_no_value_of_the_format_is_nearer(name: str, value: float) -> None:
     y = float(number(torch.tensor(value)))
     inside = min(max(value, number.min), number.max)
 
-    assert abs(y) == torch.inf or abs(y - inside) == (grid(number).finite - inside).abs().min()
+    assert abs(y) == torch.inf or abs(y - inside) == (table_of(number).finite - inside).abs().min()
 
 
 @pytest.mark.parametrize("rounding", ["even", "away", "zero", "stochastic"])
@@ -88,7 +88,7 @@ def test_no_value_of_the_format_is_nearer(name: str, value: float) -> None:
 def test_the_result_is_one_of_the_two_neighbours(name: str, rounding: str, value: float) -> None:
     number = number_format(name).replace(rounding=rounding)
     y = float(number(torch.tensor(value)))
-    finite = grid(number).finite
+    finite = table_of(number).finite
 
     assert y in finite[finite <= value][-1:].tolist() + finite[finite >= value][:1].tolist() or abs(y) == torch.inf
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import qsim_core as qsim
-from qsim_core import numerics
+from qsim_core.formats import rounding
 from qsim_core.testing import QuantizerSuite
 
 SCHEMES = (
@@ -210,10 +210,10 @@ def test_the_fast_rounding_is_the_reference(mantissa: int, exponent: int, larges
     x = bits.to(torch.int32).view(torch.float32)
     x = x[~x.isnan()].clamp(-2 * largest, 2 * largest)
 
-    fast = numerics._round_by_magic_number(x, mantissa, exponent)
+    fast = rounding._round_by_magic_number(x, mantissa, exponent)
 
     assert torch.equal(
-        fast.view(torch.int32), numerics.round_to_float_reference(x, mantissa, exponent).view(torch.int32)
+        fast.view(torch.int32), rounding.round_to_float_reference(x, mantissa, exponent).view(torch.int32)
     )
 
 

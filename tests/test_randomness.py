@@ -11,8 +11,8 @@ import torch
 import torch.utils.checkpoint
 
 import qsim_core as qsim
-from qsim_core import randomness
-from qsim_core.randomness import at, philox, uniform
+from qsim_core.formats import random_bits
+from qsim_core.formats.random_bits import at, philox, uniform
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_a_number_depends_on_seed_site_step_and_element_alone() -> None:
 
     assert torch.equal(here.flatten(), longer[:21])
     assert all(not (here == other).any() for other in (other_seed, other_step, other_site))
-    assert (randomness._place.site, randomness._place.step) == (0, 0)
+    assert (random_bits._place.site, random_bits._place.step) == (0, 0)
 
 
 def test_the_threads_and_the_global_seed_do_not_matter() -> None:

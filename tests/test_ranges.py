@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import qsim_core as qsim
-from qsim_core.numerics import power_of_two_scale
-from qsim_core.ranges import Percentile
+from qsim_core.formats.rounding import power_of_two_scale
+from qsim_core.quantizers.calibrators import Percentile
 
 
 def noise(*shape: int) -> Tensor:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import qsim_core as qsim
-from qsim_core.attention import EXPLICIT
-from qsim_core.ops import OPS
+from qsim_core.matmuls.attention import EXPLICIT
+from qsim_core.matmuls.operators import OPS
 
 PAGE = (Path(__file__).parent.parent / "docs" / "numerics.md").read_text()
 K = 5

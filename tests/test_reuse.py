@@ -16,10 +16,10 @@ from torch import nn
 
 import qsim_core as qsim
 from qsim_core import Metrics, Run
-from qsim_core.checkpoint import sha256
-from qsim_core.fingerprint import of_code, of_component, of_model
-from qsim_core.reuse import Reusable, baseline
-from qsim_core.store import Store
+from qsim_core.evaluation.fingerprint import of_code, of_component, of_model
+from qsim_core.evaluation.reuse import Reusable, baseline
+from qsim_core.simulation.store import Store
+from qsim_core.transforms.checkpoint import sha256
 
 
 def evaluate(work_dir: Path | None, weights: str = "int4", **run: Any) -> qsim.Result:

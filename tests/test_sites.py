@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qsim_core as qsim
-from qsim_core.attention import explicit_attention
-from qsim_core.structure import trace
+from qsim_core.matmuls.attention import explicit_attention
+from qsim_core.structure.structure import trace
 
 Make = Callable[..., Any]
 ALL_FAMILIES = ["opt", "opt-350m", "llama", "gpt2", "codegen"]

@@ -9,7 +9,7 @@ import yaml
 from pydantic import Field
 
 import qsim_core as qsim
-from qsim_core.spec import MAX_DEPTH, MAX_LENGTH
+from qsim_core.components.syntax import MAX_DEPTH, MAX_LENGTH
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 import qsim_core
-from qsim_core.cli import main
+from qsim_core.cli.main import main
 
 HEAVY = ("torch", "transformers", "numpy", "rich", "yaml", "qsim_int", "qsim_zoo")
 
@@ -41,7 +41,7 @@ def imported_by(program: str) -> set[str]:
     ],
 )
 def test_help_and_the_list_of_plugins_import_nothing_heavy(arguments: list[str]) -> None:
-    modules = imported_by(f"from qsim_core.cli import main; main({arguments!r}, standalone_mode=False)")
+    modules = imported_by(f"from qsim_core.cli.main import main; main({arguments!r}, standalone_mode=False)")
 
     assert modules.isdisjoint(HEAVY)
 
@@ -102,7 +102,9 @@ def completions(words: str, shell: str = "bash") -> list[str]:
         "COMP_WORDS": words,
         "COMP_CWORD": words.split(" ")[-1] if shell == "fish" else str(several),
     }
-    program = "import sys; from qsim_core.cli import main\ntry: main(prog_name='qsim')\nfinally: print(*sys.modules)"
+    program = (
+        "import sys; from qsim_core.cli.main import main\ntry: main(prog_name='qsim')\nfinally: print(*sys.modules)"
+    )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
     *lines, modules = run.stdout.splitlines()
     assert set(modules.split()).isdisjoint(HEAVY), "Tab must be answered at once"

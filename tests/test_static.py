@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import qsim_core as qsim
-from qsim_core.observers import BINS, Extremes, Histogram
+from qsim_core.quantizers.observers import BINS, Extremes, Histogram
 
 Make = Callable[..., Any]
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import qsim_core as qsim
-from qsim_core import checking
-from qsim_core.folding import permute_rows, scale_group, scale_pair
-from qsim_core.structure import Structure, trace
+from qsim_core.structure import equivalence_check
+from qsim_core.structure.folding import permute_rows, scale_group, scale_pair
+from qsim_core.structure.structure import Structure, trace
 
 Make = Callable[..., Any]
 SIZES = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -238,10 +238,10 @@ def test_what_a_model_draws_at_random_hides_nothing(own: bool) -> None:
 def test_edits_that_are_tried_a_few_at_a_time_are_disposed_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = build(name), torch.arange(4, 20).unsqueeze(0)
     tried: list[int] = []
-    original = checking._holds
-    monkeypatch.setattr(checking, "_holds", lambda *given: tried.append(len(given[2])) or original(*given))
+    original = equivalence_check._holds
+    monkeypatch.setattr(equivalence_check, "_holds", lambda *given: tried.append(len(given[2])) or original(*given))
     together = trace(model, {"input_ids": ids})
-    monkeypatch.setattr(checking, "PORTION", 1)
+    monkeypatch.setattr(equivalence_check, "PORTION", 1)
     once = len(tried)
 
     apart = trace(model, {"input_ids": ids})

@@ -242,9 +242,9 @@ def test_a_suite_runs_as_an_empty_subclass_and_says_what_is_missing(tmp_path: Pa
 
 
 def test_each_hook_has_a_suite() -> None:
-    from qsim_core.bases import HOOK_BASES
+    from qsim_core.components.hook_validation import HOOKS, base_of
 
     suites = (QuantizerSuite, CalibratorSuite, TransformSuite, AdapterSuite, EvaluatorSuite)
 
-    assert [suite.base for suite in suites] == list(HOOK_BASES.values())
+    assert [suite.base for suite in suites] == [base_of(hook) for hook in HOOKS]
     assert all(issubclass(suite, ComponentSuite) for suite in suites)

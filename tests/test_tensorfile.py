@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 import qsim_core as qsim
-from qsim_core.cli import main
+from qsim_core.cli.main import main
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -104,7 +104,7 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
     )
     save_file({"w": noise(8, 64)}, tmp_path / "small.safetensors")
     program = (
-        "import resource, sys; from pathlib import Path; import qsim_core as q; from qsim_core.tensorfile import quantize_file\n"
+        "import resource, sys; from pathlib import Path; import qsim_core as q; from qsim_core.tensorfile.tensorfile import quantize_file\n"
         "quantize_file(Path(sys.argv[1]), Path('out.safetensors'), q.parse('abfp(int4(rounding=stochastic))'))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )

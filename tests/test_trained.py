@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 import qsim_core as qsim
-from qsim_core.cli import main
-from qsim_core.trained import STATE, Trained, read_state, write_state
+from qsim_core.cli.main import main
+from qsim_core.evaluation.trained import STATE, Trained, read_state, write_state
 
 Make = Callable[..., Any]
 ZOO = Path(__file__).parent.parent / "plugins" / "zoo" / "qsim_zoo" / "models"

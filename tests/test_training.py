@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import qsim_core as qsim
-from qsim_core.divergence import Watch
-from qsim_core.trained import read_state
-from qsim_core.trainer import SimulationCallback
+from qsim_core.evaluation.trained import read_state
+from qsim_core.finetune.divergence import Watch
+from qsim_core.finetune.trainer import SimulationCallback
 
 Make = Callable[..., Any]
 LEARNED = {"weights": "channel(int4, gradient=lsq)", "activations": "abfp(int8, n=8, gradient=lsq)"}

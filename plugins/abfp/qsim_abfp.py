@@ -10,8 +10,8 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from torch import Tensor
 
 from qsim_core import Format, Quantizer, Scheme, hookimpl
-from qsim_core.numerics import divided, working
-from qsim_core.randomness import part, uniform
+from qsim_core.formats.random_bits import part, uniform
+from qsim_core.formats.rounding import divided, working
 
 
 class ABFP(Scheme):

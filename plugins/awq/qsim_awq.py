@@ -11,13 +11,14 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from qsim_core import Scheme, Transform, hookimpl
-from qsim_core.blocks import Block
-from qsim_core.channels import Use
-from qsim_core.context import Context, MatmulWeight
-from qsim_core.folding import scale_group, scale_pair
-from qsim_core.ops import Call, Layout, layout_of
-from qsim_core.running import Site
-from qsim_core.structure import NormGroup, Structure, WeightPair
+from qsim_core.matmuls.call import Call
+from qsim_core.matmuls.layout import Layout, layout_of
+from qsim_core.sites.site import Site
+from qsim_core.structure.channels import Use
+from qsim_core.structure.folding import scale_group, scale_pair
+from qsim_core.structure.structure import NormGroup, Structure, WeightPair
+from qsim_core.transforms.blocks import Block
+from qsim_core.transforms.context import Context, MatmulWeight
 
 
 @dataclass

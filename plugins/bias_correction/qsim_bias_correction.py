@@ -10,10 +10,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from qsim_core import RecipeError, Transform, hookimpl
-from qsim_core.context import Context
-from qsim_core.offload import editing
-from qsim_core.ops import Call
-from qsim_core.running import Site
+from qsim_core.matmuls.call import Call
+from qsim_core.sites.site import Site
+from qsim_core.transforms.context import Context
+from qsim_core.transforms.offload import editing
 
 
 @dataclass

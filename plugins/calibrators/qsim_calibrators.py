@@ -7,8 +7,8 @@ from pydantic import Field
 from torch import Tensor
 
 from qsim_core import Calibrator, Preset, hookimpl
-from qsim_core.numerics import power_of_two
-from qsim_core.observers import MovingExtremes, Observer, bin_exponent
+from qsim_core.formats.rounding import power_of_two
+from qsim_core.quantizers.observers import MovingExtremes, Observer, bin_exponent
 
 
 class MovingAverage(Calibrator):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qsim_core import Adapter, hookimpl
-from qsim_core.pretrained import Pretrained
+from qsim_core.transformers.pretrained import Pretrained
 
 
 class CodeGen(Pretrained):

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from qsim_core import Adapter, LoadedModel, ModelError, hookimpl
-from qsim_core.configuration import architecture, configuration, line
-from qsim_core.pretrained import load_model
+from qsim_core.transformers.configuration import architecture, configuration, line
+from qsim_core.transformers.pretrained import load_model
 
 
 class Pipeline(nn.Module):

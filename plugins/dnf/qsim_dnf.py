@@ -10,10 +10,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from qsim_core import Transform, hookimpl
-from qsim_core.context import Context
-from qsim_core.ops import Call
-from qsim_core.randomness import at, uniform
-from qsim_core.running import Site
+from qsim_core.formats.random_bits import at, uniform
+from qsim_core.matmuls.call import Call
+from qsim_core.sites.site import Site
+from qsim_core.transforms.context import Context
 
 KEPT = 2**12
 """Differences of one site that are kept of each calibration batch, evenly spread over its output."""

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from qsim_core import Format, Preset, hookimpl
-from qsim_core.numerics import Steps, power_of_two, round_to_float
+from qsim_core.formats.rounding import Steps, power_of_two, round_to_float
 
 NATIVE = {(8, 7): torch.bfloat16, (5, 10): torch.float16}
 """IEEE formats that torch converts float32 to exactly as `round_to_float` does, and faster."""

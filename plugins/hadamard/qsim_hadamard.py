@@ -12,11 +12,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from qsim_core import Transform, hookimpl
-from qsim_core.context import Context
-from qsim_core.folding import scale_group
-from qsim_core.offload import editing
-from qsim_core.ops import Call, Layout, layout_of
-from qsim_core.running import Site
+from qsim_core.matmuls.call import Call
+from qsim_core.matmuls.layout import Layout, layout_of
+from qsim_core.sites.site import Site
+from qsim_core.structure.folding import scale_group
+from qsim_core.transforms.context import Context
+from qsim_core.transforms.offload import editing
 
 LARGEST = 64
 """Factors of a rotation are at most so large, or one of Paley's: cheaper than one product with the whole of it."""

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from qsim_core import Format, Preset, hookimpl
-from qsim_core.numerics import Steps, round_to_integer
+from qsim_core.formats.rounding import Steps, round_to_integer
 
 
 class Int(Format):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, PositiveInt
 
 from qsim_core import Format, Preset, Quantizer, Scheme, hookimpl
-from qsim_core.numerics import ScaleRule
+from qsim_core.formats.rounding import ScaleRule
 
 
 class MX(Scheme):

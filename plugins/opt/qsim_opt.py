@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from qsim_core import Adapter, hookimpl
-from qsim_core.pretrained import Pretrained
+from qsim_core.transformers.pretrained import Pretrained
 
 
 class OPT(Pretrained):

@@ -10,10 +10,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from qsim_core import Transform, hookimpl
-from qsim_core.context import Context
-from qsim_core.folding import scale_group
-from qsim_core.offload import editing
-from qsim_core.structure import NormGroup
+from qsim_core.structure.folding import scale_group
+from qsim_core.structure.structure import NormGroup
+from qsim_core.transforms.context import Context
+from qsim_core.transforms.offload import editing
 
 PRESETS: dict[str, tuple[float, float]] = {
     "mit": (1e-5, float("inf")),

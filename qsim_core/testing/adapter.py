@@ -8,15 +8,16 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from qsim_core.bases import Adapter, Evaluator, LoadedModel
-from qsim_core.component import Component
+from qsim_core.components.component import Component
+from qsim_core.components.host import installed
 from qsim_core.errors import ModelError
-from qsim_core.forward import as_in_evaluation, call
-from qsim_core.host import installed
-from qsim_core.models import locate
-from qsim_core.simulation import simulate
+from qsim_core.evaluation.adapter import Adapter, LoadedModel
+from qsim_core.evaluation.evaluator import Evaluator
+from qsim_core.evaluation.locate import locate
+from qsim_core.simulation.simulation import simulate
 from qsim_core.testing.component import ComponentSuite, identical
 from qsim_core.testing.model import scaled
+from qsim_core.transforms.forward import as_in_evaluation, call
 
 DTYPES = [torch.float32, torch.bfloat16]
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qsim_core.component import Component
-from qsim_core.ranges import Calibrator
-from qsim_core.simulation import simulate
+from qsim_core.components.component import Component
+from qsim_core.quantizers.calibrators import Calibrator
+from qsim_core.simulation.simulation import simulate
 from qsim_core.testing.component import ComponentSuite, global_randomness_untouched, identical, noise
 from qsim_core.testing.model import scaled
 

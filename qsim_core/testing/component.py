@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsim_core.component import Component, options_of
+from qsim_core.components.component import Component, options_of
+from qsim_core.components.host import installed
+from qsim_core.components.syntax import read
 from qsim_core.errors import QsimError, SpecError
-from qsim_core.host import installed
-from qsim_core.spec import read
 
 CLONES: dict[str, Callable[[Any], Any]] = {
     "copied": copy.deepcopy,

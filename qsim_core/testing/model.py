@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qsim_core.bases import Data, LoadedModel
-from qsim_core.format import Format
-from qsim_core.schemes import Scaled
+from qsim_core.evaluation.adapter import LoadedModel
+from qsim_core.evaluation.data import Data
+from qsim_core.formats.format import Format
+from qsim_core.quantizers.standard_schemes import Scaled
 
 LETTERS, WIDTH, HEADS, LONGEST = 128, 32, 4, 64
 TEXT = "The quick brown fox jumps over the lazy dog. " * 12

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsim_core.component import Component
-from qsim_core.format import Format
-from qsim_core.quantizer import Quantizer
-from qsim_core.simulation import simulate
+from qsim_core.components.component import Component
+from qsim_core.formats.format import Format
+from qsim_core.formats.quantizer import Quantizer
+from qsim_core.simulation.simulation import simulate
 from qsim_core.testing.component import ComponentSuite, global_randomness_untouched, identical, noise
 from qsim_core.testing.model import batches, gradients, language_model
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qsim_core.bases import Transform
-from qsim_core.component import Component
+from qsim_core.components.component import Component
 from qsim_core.errors import CalibrationWarning
-from qsim_core.quantizer import Quantizer
-from qsim_core.simulation import Simulation, simulate
+from qsim_core.formats.quantizer import Quantizer
+from qsim_core.simulation.simulation import Simulation, simulate
 from qsim_core.testing.component import CLONES, ComponentSuite, global_randomness_untouched, identical, noise, one_line
 from qsim_core.testing.model import batches, gradients, language_model, scaled
+from qsim_core.transforms.transform import Transform
 
 
 class TransformSuite(ComponentSuite):

@@ -6,9 +6,9 @@ from pydantic import Field
 from torch import nn
 
 import qsim_core as qsim
-from qsim_core.context import Context
-from qsim_core.ops import Call
-from qsim_core.running import Site
+from qsim_core.matmuls.call import Call
+from qsim_core.sites.site import Site
+from qsim_core.transforms.context import Context
 
 
 class Clip(qsim.Transform):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import qsim_core as qsim
-from qsim_core.pretrained import Pretrained
+from qsim_core.transformers.pretrained import Pretrained
 
 
 class GPT2(Pretrained):

@@ -10,9 +10,9 @@ import torch
 from architectures import SIZES, WORD, pretrained, write
 
 import qsim_core as qsim
-from qsim_core.forward import as_in_evaluation, call
-from qsim_core.models import locate
+from qsim_core.evaluation.locate import locate
 from qsim_core.testing import AdapterSuite
+from qsim_core.transforms.forward import as_in_evaluation, call
 
 DISTIL = {"vocab_size": 64, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
 CHECKPOINTS = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import qsim_core as qsim
-from qsim_core.observers import Histogram
+from qsim_core.quantizers.observers import Histogram
 from qsim_core.testing import CalibratorSuite
 
 

@@ -11,8 +11,8 @@ from architectures import FAMILIES, build, write
 from click.testing import CliRunner
 
 import qsim_core as qsim
-from qsim_core.cli import main
-from qsim_core.structure import trace
+from qsim_core.cli.main import main
+from qsim_core.structure.structure import trace
 from qsim_core.testing import AdapterSuite
 
 

@@ -15,9 +15,9 @@ from pipelines import write_stable_diffusion
 from safetensors.torch import load_file, save_file
 
 import qsim_core as qsim
-from qsim_core.forward import as_in_evaluation, call
-from qsim_core.models import locate
+from qsim_core.evaluation.locate import locate
 from qsim_core.testing import AdapterSuite
+from qsim_core.transforms.forward import as_in_evaluation, call
 
 PROMPT = {"prompt": "a cat", "num_inference_steps": 2, "output_type": "pt"}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qsim_core import LoadedModel
-from qsim_core.randomness import at, uniform
+from qsim_core.formats.random_bits import at, uniform
 from qsim_evaluators.fitting import device
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from qsim_core import Data, LoadedModel, Metrics, Run
-from qsim_core.metrics import Means
+from qsim_core.evaluation.metrics import Means
 from qsim_evaluators import ddim
 from qsim_evaluators.pictures import beside
 

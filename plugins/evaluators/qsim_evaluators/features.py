@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from qsim_core import DataError, LoadedModel
-from qsim_core.configuration import line
-from qsim_core.host import installed
-from qsim_core.models import locate
+from qsim_core.components.host import installed
+from qsim_core.evaluation.locate import locate
+from qsim_core.transformers.configuration import line
 from qsim_evaluators.pixels import picture, pixels
 
 Features = Callable[[Sequence[Any]], Tensor]

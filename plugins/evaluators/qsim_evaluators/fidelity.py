@@ -13,8 +13,8 @@ from torch import Tensor
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.errors import file_did_you_mean
-from qsim_core.forward import call
-from qsim_core.metrics import Means
+from qsim_core.evaluation.metrics import Means
+from qsim_core.transforms.forward import call
 from qsim_evaluators.fitting import best
 
 OUTPUTS = ("logits", "sample", "last_hidden_state", "image_embeds", "pred_masks")

@@ -8,7 +8,7 @@ import torch
 
 from qsim_core import DataError, LoadedModel
 from qsim_core.errors import with_article
-from qsim_core.offload import computes_on
+from qsim_core.transforms.offload import computes_on
 
 FITS = {
     "perplexity": ("ForCausalLM", "LMHeadModel"),

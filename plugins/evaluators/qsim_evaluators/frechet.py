@@ -14,8 +14,8 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from qsim_core import Data, DataError, LoadedModel, Metrics, Run
-from qsim_core.host import installed
-from qsim_core.models import named_models
+from qsim_core.components.host import installed
+from qsim_core.evaluation.locate import named_models
 from qsim_evaluators import ddim
 from qsim_evaluators.features import Features, described, features
 from qsim_evaluators.fitting import device

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
-from qsim_core.metrics import Means
+from qsim_core.evaluation.metrics import Means
 from qsim_evaluators.fitting import check, device, longest
 from qsim_evaluators.text import cut, draw, read_text
 

@@ -19,7 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 import qsim_core as qsim
-from qsim_core.cli import main
+from qsim_core.cli.main import main
 from qsim_core.testing import EvaluatorSuite
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="seccomp is Linux's")

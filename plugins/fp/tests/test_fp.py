@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import qsim_core as qsim
-from qsim_core.format import Format, grid
+from qsim_core.formats.format import Format, table_of
 from qsim_core.testing import QuantizerSuite
 
 ML_DTYPES = {
@@ -92,7 +92,7 @@ def a_million() -> Tensor:
 
 def boundaries(number: Format) -> Tensor:
     """Every value of the format, every midpoint between two, what lies beyond, and both float32 neighbours of each."""
-    values = grid(number).finite
+    values = table_of(number).finite
     middles = (values[1:] + values[:-1]) / 2
     beyond = number.max + (number.beyond - number.max) * torch.tensor([0.5, 1.0, 8.0], dtype=torch.float64)
     points = torch.cat([values, middles, beyond, -beyond]).float()

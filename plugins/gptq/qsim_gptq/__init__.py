@@ -10,13 +10,13 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from qsim_core import DataError, Transform, hookimpl
-from qsim_core.blocks import block_paths
-from qsim_core.context import Context, MatmulWeight, Watcher
-from qsim_core.fused import Scales
-from qsim_core.numerics import working
-from qsim_core.offload import at_hand
-from qsim_core.quantizer import Quantizer
-from qsim_core.randomness import at
+from qsim_core.formats.quantizer import Quantizer
+from qsim_core.formats.random_bits import at
+from qsim_core.formats.rounding import working
+from qsim_core.quantizers.scales import Scales
+from qsim_core.transforms.blocks import MatmulWatcher, block_paths
+from qsim_core.transforms.context import Context, MatmulWeight
+from qsim_core.transforms.offload import at_hand
 from qsim_gptq.feedback import Factor, factorize, feed_back
 from qsim_gptq.grids import grids, why_opaque, why_standing
 from qsim_gptq.hessians import Gathered, Gatherer, Part
@@ -73,7 +73,9 @@ class GPTQ(Transform):
             self._quantize([weight for weight in free if _within(weight, block.path)], block.observe, context)
         outside(after)
 
-    def _quantize(self, weights: list[MatmulWeight], observe: Callable[[Watcher], None], context: Context) -> None:
+    def _quantize(
+        self, weights: list[MatmulWeight], observe: Callable[[MatmulWatcher], None], context: Context
+    ) -> None:
         """Quantize the weights of one block, by one observation or by one for each group with the same input."""
         while weights:
             leader = weights[0] if self.true_sequential else None

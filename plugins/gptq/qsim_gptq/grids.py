@@ -10,12 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from qsim_core import fused
-from qsim_core.native import Library, library
-from qsim_core.numerics import working
-from qsim_core.quantizer import Quantizer
-from qsim_core.randomness import at
-from qsim_core.scaling import Scheme, divisor_of
+from qsim_core.fast import fused
+from qsim_core.fast.native import Library, library
+from qsim_core.formats.quantizer import Quantizer
+from qsim_core.formats.random_bits import at
+from qsim_core.formats.rounding import working
+from qsim_core.quantizers.scales import Scales
+from qsim_core.quantizers.scheme import Scheme, divisor_of
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ class Grid:
         object.__setattr__(self, "divisor", None if self.scale is None else divisor_of(self.scale))
 
     @property
-    def scales(self) -> fused.Scales | None:
+    def scales(self) -> Scales | None:
         """The scales and zero points of each row and group, [N, groups]."""
         if self.scale is None:
             return None
-        return fused.Scales(self.scale.T.contiguous(), None if self.zero is None else self.zero.T.contiguous())
+        return Scales(self.scale.T.contiguous(), None if self.zero is None else self.zero.T.contiguous())
 
     def in_order(self, order: Tensor | None) -> Grid:
         """The same, for columns in another order."""

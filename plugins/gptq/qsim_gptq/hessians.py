@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qsim_core.context import MatmulWeight
-from qsim_core.numerics import working
-from qsim_core.ops import Call, Layout
-from qsim_core.running import Site
+from qsim_core.formats.rounding import working
+from qsim_core.matmuls.call import Call
+from qsim_core.matmuls.layout import Layout
+from qsim_core.sites.site import Site
+from qsim_core.transforms.context import MatmulWeight
 from qsim_gptq.inputs import Unseen, matrices, samples
 
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsim_core import QsimError
-from qsim_core.ops import GROUPED, OPS, Call
+from qsim_core.matmuls.call import Call
+from qsim_core.matmuls.operators import GROUPED, OPS
 
 
 class Unseen(QsimError):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qsim_core as qsim
-from qsim_core import native
-from qsim_core.ops import read_call
+from qsim_core.fast import native
+from qsim_core.matmuls.operators import read_call
 from qsim_core.testing import TransformSuite
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import qsim_core as qsim
-from qsim_core.format import Format
+from qsim_core.formats.format import Format
 from qsim_core.testing import QuantizerSuite
 
 CONVENTIONS = ["max", "power_of_two", "gptq"]

@@ -10,10 +10,10 @@ from architectures import FAMILIES, build, write
 from click.testing import CliRunner
 
 import qsim_core as qsim
-from qsim_core.cli import main
-from qsim_core.forward import as_in_evaluation, call
-from qsim_core.models import locate
+from qsim_core.cli.main import main
+from qsim_core.evaluation.locate import locate
 from qsim_core.testing import AdapterSuite
+from qsim_core.transforms.forward import as_in_evaluation, call
 
 KIN = (
     "Llama", "Mistral", "Mixtral", "Phi", "Phi-3", "Qwen2", "Qwen2-MoE", "Qwen3", "Qwen3-MoE", "Gemma", "Gemma 2", "Gemma 3",

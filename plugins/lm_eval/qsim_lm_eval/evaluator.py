@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.errors import with_article
-from qsim_core.offload import computes_on
+from qsim_core.transforms.offload import computes_on
 from qsim_lm_eval.quiet import quiet
 
 if TYPE_CHECKING:

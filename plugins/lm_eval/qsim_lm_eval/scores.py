@@ -12,7 +12,7 @@ from lm_eval.api import metrics as harness
 from torch import Tensor
 
 from qsim_core import Metrics
-from qsim_core.metrics import Means
+from qsim_core.evaluation.metrics import Means
 from qsim_lm_eval.tasks import Tasks
 
 OF_MEANS: dict[Any, Callable[[Tensor], Tensor]] = {

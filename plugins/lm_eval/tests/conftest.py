@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import qsim_core as qsim
-from qsim_core.models import locate
+from qsim_core.evaluation.locate import locate
 
 torch.set_num_threads(1)
 

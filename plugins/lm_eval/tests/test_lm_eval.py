@@ -18,8 +18,8 @@ from click.testing import CliRunner
 from torch import nn
 
 import qsim_core as qsim
-from qsim_core.cli import main
-from qsim_core.metrics import intervals
+from qsim_core.cli.main import main
+from qsim_core.evaluation.metrics import intervals
 from qsim_core.testing import EvaluatorSuite
 
 PAGE = "Return a list of all the names that are defined in the module, sorted.\nA file is closed when it is deleted. "

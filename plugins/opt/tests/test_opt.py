@@ -79,7 +79,7 @@ def test_a_hub_name_goes_through_from_pretrained(write: Write, tmp_path: Path, m
         monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
-    from qsim_core.models import locate
+    from qsim_core.evaluation.locate import locate
 
     located = locate("acme/tiny", qsim.Host())
 
@@ -175,7 +175,7 @@ def test_a_damaged_directory_is_one_clear_line(write: Write, damage: Callable[[P
     ],
 )  # fmt: skip
 def test_a_directory_that_names_no_family_we_know(write: Write, damage: Callable[[Path], None], message: str) -> None:
-    from qsim_core.models import locate
+    from qsim_core.evaluation.locate import locate
 
     folder = write()
     damage(folder)

@@ -11,11 +11,11 @@ from torch import nn
 
 import qsim_core as qsim
 from qsim_core import Transform, hookimpl
-from qsim_core.context import Context
 from qsim_core.errors import RecipeError
-from qsim_core.format import Format
-from qsim_core.running import Site
-from qsim_core.scaling import Scheme
+from qsim_core.formats.format import Format
+from qsim_core.quantizers.scheme import Scheme
+from qsim_core.sites.site import Site
+from qsim_core.transforms.context import Context
 from qsim_rptq.clusters import channel_extremes, cluster_extremes, fold, relative_errors
 from qsim_rptq.held import Clustered, Probabilities
 from qsim_rptq.steps import Place, steps

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsim_core.context import Context
-from qsim_core.forward import as_in_evaluation, call
-from qsim_core.numerics import working
-from qsim_core.observers import Extremes, MovingExtremes, Observer
-from qsim_core.ops import Call
-from qsim_core.running import Site
+from qsim_core.formats.rounding import working
+from qsim_core.matmuls.call import Call
+from qsim_core.quantizers.observers import Extremes, MovingExtremes, Observer
+from qsim_core.sites.site import Site
+from qsim_core.transforms.context import Context
+from qsim_core.transforms.forward import as_in_evaluation, call
 from qsim_rptq.held import Clustered
 from qsim_rptq.steps import Maker, Place, Step
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qsim_core import Format
-from qsim_core.numerics import round_to_integer, working
-from qsim_core.quantizer import Granularity, laid_out_as, straight_through
+from qsim_core.formats.quantizer import Granularity, laid_out_as, straight_through
+from qsim_core.formats.rounding import round_to_integer, working
 
 SMALLEST, LARGEST = 1e-4, 1e4
 """The bounds of a scale, and of a zero point from above and below (quantizer.py of the reference)."""

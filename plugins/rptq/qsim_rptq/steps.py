@@ -13,13 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qsim_core.channels import Use
-from qsim_core.context import Context
-from qsim_core.folding import permute_group, permute_rows, permute_scores
-from qsim_core.heads import Attention, Projection
-from qsim_core.ops import Call
-from qsim_core.running import Site
-from qsim_core.structure import NormGroup, WeightPair
+from qsim_core.matmuls.call import Call
+from qsim_core.sites.site import Site
+from qsim_core.structure.channels import Use
+from qsim_core.structure.folding import permute_group, permute_rows, permute_scores
+from qsim_core.structure.heads import Attention, Projection
+from qsim_core.structure.structure import NormGroup, WeightPair
+from qsim_core.transforms.context import Context
 
 
 @dataclass(eq=False)

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 import qsim_core as qsim
-from qsim_core.cli import main
-from qsim_core.context import Context
+from qsim_core.cli.main import main
 from qsim_core.testing import TransformSuite
+from qsim_core.transforms.context import Context
 
 SIZES = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import qsim_core as qsim
-from qsim_core.forward import as_in_evaluation, call
-from qsim_core.models import locate
+from qsim_core.evaluation.locate import locate
 from qsim_core.testing import AdapterSuite
+from qsim_core.transforms.forward import as_in_evaluation, call
 
 CHECKPOINTS = {
     "ViTForImageClassification": ("accuracy", 18),

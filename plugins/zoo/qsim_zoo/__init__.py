@@ -117,8 +117,8 @@ class Zoo(Adapter):
 
     def load(self, model: str, dtype: torch.dtype) -> LoadedModel:
         """A model of the zoo by name, through the adapter of its family."""
-        from qsim_core.host import installed
-        from qsim_core.models import locate
+        from qsim_core.components.host import installed
+        from qsim_core.evaluation.locate import locate
 
         located = locate(model, installed())
         return located.adapter.load(located.source, dtype)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qsim_core import ModelError
-from qsim_core.atomic import cache
+from qsim_core.files import cache
 
 CHANNELS = 4
 LOWEST, HIGHEST = 20.0, 60.0

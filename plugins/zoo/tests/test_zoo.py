@@ -15,7 +15,7 @@ from qsim_zoo.text import SPLITS, split_of, text
 from qsim_zoo.train import LESSONS
 
 import qsim_core as qsim
-from qsim_core.models import locate
+from qsim_core.evaluation.locate import locate
 from qsim_core.testing import AdapterSuite
 
 

@@ -14,7 +14,7 @@ from qsim_zoo.digits import digits, split_of
 from qsim_zoo.text import KINDS, kind, labelled, pairs, source
 
 import qsim_core as qsim
-from qsim_core.cli import main
+from qsim_core.cli.main import main
 
 LARGEST = {"vit-tiny": 1, "bert-tiny": 6, "bert-tiny-classifier": 3, "codegen-tiny": 8, "ddpm-tiny": 4}
 """Megabytes."""

@@ -1,0 +1,89 @@
+"""Options of the command line that several commands have, and how a shell completes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+
+def complete_plugin(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Plugins by name, their distributions as help; none is imported, so that Tab is answered at once."""
+    from qsim_core.components.host import Host
+
+    found = Host().plugins.values()
+    return [CompletionItem(p.name, help=p.distribution) for p in found if p.name.startswith(incomplete)]
+
+
+def complete_directory(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Let the shell complete directories: which models a plugin knows, only importing it would tell."""
+    return [CompletionItem(incomplete, type="dir")]
+
+
+FILE = click.Path(readable=False)
+"""A file's name that may be something else: text, and the shell completes it."""
+
+POSITIVE = click.FloatRange(0, min_open=True)
+SHOWN = (
+    click.option(
+        "--json", "json_file", type=FILE, metavar="FILE", help="Write the result as JSON; - for standard output."
+    ),
+    click.option("--quiet", "-q", is_flag=True, help="No progress, no table."),
+)
+"""The options that say where a result goes."""
+
+RECIPE = (
+    click.argument("model", required=False, shell_complete=complete_directory),
+    click.option(
+        "--plugin",
+        "plugins",
+        multiple=True,
+        metavar="NAME",
+        shell_complete=complete_plugin,
+        help="Use the component of that name; repeatable.",
+    ),
+    click.option("--precision", metavar="wXaY", help="Bits of weights and activations, like w4a8."),
+    click.option("--weights", metavar="TEXT", help="Quantizer of weights, like 'abfp(int4, n=64)'; none for none."),
+    click.option("--activations", metavar="TEXT", help="Quantizer of every input of a matmul."),
+    click.option("--outputs", metavar="TEXT", help="Quantizer of every result of a matmul."),
+    click.option("--static", metavar="CALIBRATOR", help="One static scale for each activation, like mse or entropy."),
+    click.option("--value-axis", type=click.Choice(["tokens", "head"]), help="Along which axis v's scales are shared."),
+    click.option(
+        "--path",
+        type=click.Choice(["auto", "float32", "int8", "bf16", "blockwise", "tf32", "fp8"]),
+        help="Arithmetic of products; auto: what is exact and fastest here.",
+    ),
+    click.option("--skip", multiple=True, metavar="PATTERN", help="Sites to leave alone; 'none' for none; repeatable."),
+    click.option(
+        "--set", "settings", multiple=True, metavar="NAME.OPTION=VALUE", help="Change an option, like abfp.n=128."
+    ),
+    click.option("--evaluator", metavar="TEXT", help="What to measure, like 'perplexity(seqlen=2048)'."),
+    click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="A recipe in YAML or JSON."),
+)
+"""The options that say which model and under which recipe."""
+CALIBRATION = (
+    click.option(
+        "--calibration-data",
+        type=FILE,
+        metavar="FILE|NAME",
+        help="Data that transforms look at; default: the model's own.",
+    ),
+    click.option("--calibration-samples", metavar="N", type=click.IntRange(1), default=32, help="So many samples."),
+    click.option(
+        "--calibration-seqlen", metavar="N", type=click.IntRange(2), help="Tokens of a sample; default: a window's."
+    ),
+)
+
+
+def with_options(options: Iterable[Callable[[Any], Any]]) -> Callable[[Any], Any]:
+    """A decorator that gives a command several options, in this order."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(tuple(options)):
+            command = option(command)
+        return command
+
+    return decorate

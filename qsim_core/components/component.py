@@ -1,0 +1,205 @@
+"""Components: frozen pydantic models whose text form is a call.
+
+`str(component)` gives the text that `qsim_core.parse` reads back to an equal component, and the same text
+stands for it in JSON and YAML.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, Union
+
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_serializer, model_validator
+from pydantic.fields import FieldInfo
+
+from qsim_core.components.default_host import default_host
+from qsim_core.components.syntax import CONSTANTS, Node, read
+from qsim_core.errors import QsimError, did_you_mean
+
+BARE_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+
+
+class Component(BaseModel):
+    """Base of everything that a plugin offers: options, checked and frozen, under a name.
+
+    A component holds options, never tensors. Subclasses set `name` and declare options as fields; an option
+    that is itself a component may have its text as default (`element: Format = Field("int4")`), which the
+    host that builds the component resolves.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    name: ClassVar[str]
+    kind: ClassVar[str] = "component"
+    """What a message calls it: quantizer, format, evaluator, …"""
+    hook: ClassVar[str] = ""
+    """The hook under which a plugin offers it; the base class of each kind says which."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _from_text(cls, value: Any, handler: Any, info: ValidationInfo) -> Self:
+        """Where a component is expected, its text will do."""
+        if isinstance(value, str | Node):
+            host = (info.context or {}).get("host") or default_host()
+            return typing.cast("Self", host.build(read(value) if isinstance(value, str) else value, cls))
+        return typing.cast("Self", handler(value))
+
+    @model_serializer(mode="plain")
+    def _to_text(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        name, options = self.__dict__.get("_written", (self.name, None))
+        if options is not None and options == self._options():
+            return str(name)
+        parts = []
+        for index, (option, field) in enumerate(options_of(type(self)).items()):
+            value, default = getattr(self, option), field.get_default(call_default_factory=True)
+            leading = index == 0 and (field.is_required() or isinstance(value, Component | int | float))
+            if leading or (value != default and _render(value) != default):
+                parts.append(_render(value) if index == 0 else f"{option}={_render(value)}")
+        name = name if options is None else self.name
+        return f"{name}({', '.join(parts)})" if parts else str(name)
+
+    def replace(self, **changes: Any) -> Self:
+        """A checked copy with some options changed."""
+        return self.model_validate({**self._options(), **changes})
+
+    def _options(self) -> dict[str, Any]:
+        return {option: getattr(self, option) for option in options_of(type(self))}
+
+    def _named(self, name: str, preset: bool = False) -> Self:
+        """A copy that prints under this name, its plugin's with it or the preset's; equality and hash are untouched."""
+        copy = self.model_copy()
+        copy.__dict__["_written"] = (name, self._options() if preset else None)
+        return copy
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A name for a filled-in component: `Preset("int4", "int(4)", "signed, -7 to 7")`."""
+
+    name: str
+    text: str
+    doc: str = ""
+
+
+def options_of(cls: type[Component]) -> dict[str, FieldInfo]:
+    """A component's options in the order of its text form: its own, then those that it inherits."""
+    declared = (name for base in cls.__mro__ for name in inspect.get_annotations(base))
+    return {name: cls.model_fields[name] for name in dict.fromkeys(declared) if name in cls.model_fields}
+
+
+def construct(cls: type[Component], node: Node, host: Any, scope: frozenset[str]) -> Component:
+    """Build a component of class `cls` from a word or call; errors point at the argument that is wrong.
+
+    `scope` has the plugins on which the author of the class relies: they say what its default texts mean.
+    """
+    options = list(options_of(cls))
+    positional = node.arguments or ()
+    if len(positional) > len(options):
+        raise positional[len(options)].error(
+            f"{cls.name} takes at most {len(options)} option{'s' * (len(options) != 1)}"
+        )
+    given = dict(zip(options, positional, strict=False))
+    for option, value in node.options.items():
+        if option not in options:
+            raise value.error(f"{cls.name} has no option {option!r}{did_you_mean(option, options)}")
+        if option in given:
+            raise value.error(f"{cls.name} is given {option!r} twice")
+        given[option] = value
+    values = {option: _value(part, cls.model_fields[option].annotation) for option, part in given.items()}
+    for option, field in cls.model_fields.items():
+        if option not in given and isinstance(field.default, str) and _allows(field.annotation, Component):
+            values[option] = read(field.default, scope)
+    try:
+        return cls.model_validate(values, context={"host": host})
+    except ValidationError as error:
+        place = error.errors()[0]["loc"]
+        part = given.get(str(place[0]), node) if place else node
+        raise part.error(f"{cls.name}: {explain(error)}") from None
+
+
+def explain(error: ValidationError) -> str:
+    """The first complaint of a pydantic error as one plain sentence."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if first["type"] == "missing":
+        return f"{where or 'an option'} is missing"
+    if first["type"] in {"value_error", "assertion_error"}:
+        return f"{where}: {message}" if where else message
+    if first["type"] == "extra_forbidden":
+        above = ".".join(str(part) for part in first["loc"][:-1])
+        return f"{above or 'this'} has no key {str(first['loc'][-1])!r}"
+    if first["type"] == "model_type":
+        message = f"a {first['ctx']['class_name'].lower()} or its text"
+    value = first["input"].name if isinstance(first["input"], Node) else first["input"]
+    return f"{where or 'this'} should be {message}, not {value!r}"
+
+
+def read_value(text: str, annotation: Any) -> Any:
+    """What a text means to an option of this type; a component stays text for its field to build."""
+    node = read(text)
+    value = _value(node, annotation)
+    return text if isinstance(value, Node) else value
+
+
+def _value(node: Node, annotation: Any) -> Any:
+    """What a piece of text means to an option of this type."""
+    if isinstance(node.value, list):
+        inner = [argument for argument in typing.get_args(annotation) if argument is not ...]
+        return [_value(item, inner[0] if inner else Any) for item in node.value]
+    if node.name is None:
+        return node.value
+    if node.is_word and node.name in CONSTANTS:
+        constant = CONSTANTS[node.name]
+        if _allows(annotation, type(constant)):
+            return constant
+    if _allows(annotation, Component):
+        return node
+    if node.is_word:
+        return node.name
+    raise node.error(f"a component such as {node.name!r} does not fit here")
+
+
+def _allows(annotation: Any, wanted: type) -> bool:
+    if typing.get_origin(annotation) in (Union, types.UnionType, typing.Annotated):
+        return any(_allows(part, wanted) for part in typing.get_args(annotation))
+    return isinstance(annotation, type) and issubclass(annotation, wanted)
+
+
+def _render(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_render(item) for item in value)}]"
+    if isinstance(value, bool | None):
+        return str(value).lower()
+    if isinstance(value, int | float | Component):
+        return str(value)
+    text = str(value)
+    return text if BARE_WORD.match(text) and text not in CONSTANTS else json.dumps(text, ensure_ascii=False)
+
+
+def components_in(value: Any) -> Iterator[Component]:
+    """Every component inside a recipe, a component, or a collection of them."""
+    if isinstance(value, Component):
+        yield value
+    if isinstance(value, BaseModel):
+        value = [getattr(value, option) for option in type(value).model_fields]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from components_in(item)
+
+
+def check_name(name: Any) -> None:
+    """Raise `QsimError` unless `name` can stand in a component's text."""
+    if not isinstance(name, str) or not BARE_WORD.match(name) or name in CONSTANTS:
+        raise QsimError(f"{name!r} is no name for a component: letters, digits and _ only, not a constant")

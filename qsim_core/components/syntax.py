@@ -1,0 +1,110 @@
+"""Text to syntax: `abfp(int4, n=64)` read with `ast` into nodes that know where they stand.
+
+Nothing is evaluated: names, literals, lists and calls are the whole grammar. Which component a name means is
+the host's business (`qsim_core.components.host`), what a bare word means is decided by the type of the option it fills
+(`qsim_core.components.component`).
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, field
+from typing import Any
+
+from qsim_core.errors import SpecError
+
+MAX_LENGTH = 16384
+MAX_DEPTH = 16
+CONSTANTS = {"true": True, "false": False, "none": None, "True": True, "False": False, "None": None}
+
+
+@dataclass(frozen=True)
+class Node:
+    """One piece of a component's text.
+
+    A *word* has a name and no arguments (`arguments is None`), a *call* has both, a *literal* neither: its
+    value is a number, a string, or a list of nodes.
+    """
+
+    text: str
+    position: int
+    name: str | None = None
+    value: Any = None
+    arguments: tuple[Node, ...] | None = None
+    options: dict[str, Node] = field(default_factory=dict)
+    scope: frozenset[str] = frozenset()
+    """The plugins that whoever wrote the text relies on: a preset's own plugin and its dependencies."""
+
+    @property
+    def is_word(self) -> bool:
+        return self.name is not None and self.arguments is None
+
+    def error(self, message: str) -> SpecError:
+        return SpecError(message, self.text, self.position)
+
+
+def read(text: str, scope: frozenset[str] = frozenset()) -> Node:
+    """The syntax tree of a component's text, written by someone who relies on the plugins in `scope`.
+
+    Raises `SpecError`, pointing at the character, for anything that is not a word, a call, a number, a
+    string or a list, for a text of more than 16,384 characters and for nesting deeper than 16.
+    """
+    if len(text) > MAX_LENGTH:
+        raise SpecError(f"a component's text has at most {MAX_LENGTH} characters, not {len(text)}", text[:40] + "…")
+    line = text.replace("\n", " ").replace("\r", " ").replace("\t", " ").strip()
+    if not line:
+        raise SpecError("an empty text names no component", text)
+    try:
+        tree = ast.parse(line, mode="eval").body
+    except SyntaxError as error:
+        position = min(max((error.offset or 1) - 1, 0), len(line) - 1)
+        raise SpecError(f"cannot be read: {error.msg}", line, position) from None
+    except (RecursionError, MemoryError, ValueError):
+        raise SpecError("cannot be read: nested too deep, or not text", line) from None
+    return _Reader(line, scope).node(tree, depth=0)
+
+
+class _Reader:
+    def __init__(self, text: str, scope: frozenset[str]) -> None:
+        self.text = text
+        self.scope = scope
+
+    def node(self, tree: ast.expr, depth: int) -> Node:
+        """One expression as a node. Raises `SpecError` for what the grammar has not."""
+        position = len(self.text.encode()[: tree.col_offset].decode())
+        if depth > MAX_DEPTH:
+            raise SpecError(f"nested deeper than {MAX_DEPTH}", self.text, position)
+        match tree:
+            case ast.Name() | ast.Attribute():
+                return Node(self.text, position, name=self.name(tree, position), scope=self.scope)
+            case ast.Constant(value=bool() | None):
+                return Node(self.text, position, name=str(tree.value))
+            case ast.Constant(value=int() | float() | str()):
+                return Node(self.text, position, value=tree.value)
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
+                return Node(self.text, position, value=-number)
+            case ast.List(elts=items) | ast.Tuple(elts=items):
+                return Node(self.text, position, value=[self.node(item, depth + 1) for item in items])
+            case ast.Call():
+                arguments = tuple(self.node(argument, depth + 1) for argument in tree.args)
+                given = [self.option(keyword, position) for keyword in tree.keywords]
+                if twice := [name for name in given if given.count(name) > 1]:
+                    raise SpecError(f"given {twice[0]!r} twice", self.text, position)
+                options = {name: self.node(k.value, depth + 1) for name, k in zip(given, tree.keywords, strict=True)}
+                return Node(self.text, position, self.name(tree.func, position), None, arguments, options, self.scope)
+        found = ast.get_source_segment(self.text, tree) or self.text
+        raise SpecError(f"expected a name, a number, a string or a call, found {found!r}", self.text, position)
+
+    def name(self, tree: ast.expr, position: int) -> str:
+        """`name` or `plugin.name`."""
+        match tree:
+            case ast.Name(id=name):
+                return name
+            case ast.Attribute(value=ast.Name(id=plugin), attr=name):
+                return f"{plugin}.{name}"
+        raise SpecError("expected a component's name, `name` or `plugin.name`", self.text, position)
+
+    def option(self, keyword: ast.keyword, position: int) -> str:
+        if keyword.arg is None:
+            raise SpecError("`**` has no meaning here", self.text, position)
+        return keyword.arg

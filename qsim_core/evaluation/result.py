@@ -1,0 +1,137 @@
+"""The record of one evaluation: what was run, on what, and what came out."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from math import isfinite, nan
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qsim_core.components.component import explain
+from qsim_core.errors import QsimError, file_did_you_mean
+from qsim_core.files import writing
+from qsim_core.simulation.audit import Audit
+from qsim_core.transforms.report import LayerReport
+
+SCHEMA_VERSION = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+
+class PluginRecord(_Record):
+    distribution: str
+    version: str
+
+
+class DataRecord(_Record):
+    name: str
+    sha256: str
+    source: str | None = Field(None, description="the --data it was read from; none: the data that go with the model")
+
+
+class CalibrationRecord(DataRecord):
+    """What the transforms looked at; drawn by the run's seed."""
+
+    samples: int
+    length: int | None = Field(description="tokens of a sample; none: what the evaluator takes")
+
+
+class Intervals(_Record):
+    """How sure one metric is: the lowest and highest value of its 95% confidence intervals."""
+
+    baseline: tuple[float, float]
+    simulated: tuple[float, float]
+    ratio: tuple[float, float] = Field(description="simulated over baseline, of the same samples")
+    difference: tuple[float, float] = Field(description="simulated less baseline, of the same samples")
+
+
+class Environment(_Record):
+    """What the numbers were computed on."""
+
+    python: str
+    platform: str
+    versions: dict[str, str] = Field(description="of the libraries that take part in the arithmetic")
+    device: str
+    dtype: str
+    threads: int
+
+    @classmethod
+    def here(cls, device: str, dtype: str) -> Environment:
+        """This process."""
+        return cls(
+            python=platform.python_version(),
+            platform=platform.platform(),
+            versions={name: v for name in ("qsim-core", "torch", "transformers") if (v := version_of(name))},
+            device=device,
+            dtype=dtype,
+            threads=torch.get_num_threads(),
+        )
+
+
+class Result(_Record):
+    """One evaluation. `qsim evaluate --from FILE` runs it again from this record."""
+
+    schema_version: int = SCHEMA_VERSION
+    model: str
+    adapter: str
+    recipe: dict[str, Any] = Field(description="weights, activations, outputs, transforms, skip, overrides as text")
+    evaluator: str
+    protocol: str = Field(description="what exactly was measured, in words")
+    metric: str = Field(description="the metric to look at first")
+    baseline: dict[str, float] = Field(description="the model as it is, metric by metric")
+    simulated: dict[str, float] = Field(description="the model under the recipe")
+    intervals: dict[str, Intervals] = Field(default={}, description="95% confidence intervals, metric by metric")
+    audit: Audit
+    plugins: dict[str, PluginRecord] = Field(description="every plugin that had a part in it")
+    environment: Environment
+    data: DataRecord
+    calibration: CalibrationRecord | None = Field(None, description="what the transforms looked at")
+    transforms: list[LayerReport] = Field(default=[], description="what each transform did, layer by layer")
+    warnings: list[str] = Field(default=[], description="what can hardly be right in the calibration, with the site")
+    batch_size: int
+    limit: int | None
+    seed: int
+    seconds: dict[str, float] = Field(description="baseline, simulated, total")
+    cached: list[str] = Field(default=[], description="what an earlier run with this work directory had computed")
+
+    @property
+    def ratio(self) -> float:
+        """Simulated over baseline, of the first metric; NaN where the baseline is zero or infinite."""
+        before = self.baseline[self.metric]
+        return self.simulated[self.metric] / before if before and isfinite(before) else nan
+
+    def write(self, path: Path) -> None:
+        """Write JSON to a file, whole or not at all. Raises `QsimError`."""
+        with writing(path) as file:
+            file.write(self.model_dump_json(indent=2).encode() + b"\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        """Read a record back. Raises `QsimError` if the file is none."""
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or "it is not text"
+            raise QsimError(f"cannot read {path}: {why}{file_did_you_mean(path)}") from None
+        try:
+            result = cls.model_validate_json(text)
+        except ValidationError as error:
+            broken = error.errors()[0]["type"] == "json_invalid"
+            raise QsimError(f"{path} is no qsim result: {'it is not JSON' if broken else explain(error)}") from None
+        if result.schema_version != SCHEMA_VERSION:
+            raise QsimError(f"{path} has schema {result.schema_version}; this qsim reads schema {SCHEMA_VERSION}")
+        return result
+
+
+def version_of(distribution: str) -> str | None:
+    """The installed version of a distribution; None where it is not installed."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

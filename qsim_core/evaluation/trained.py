@@ -1,0 +1,85 @@
+"""A model that was trained under a recipe, as a directory: what `save_pretrained` writes, and two files more.
+
+`qsim.json` says under which recipe, `sites.safetensors` holds what its sites hold. `qsim evaluate DIR` reads both.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qsim_core.components.component import explain
+from qsim_core.errors import ModelError
+from qsim_core.files import writing
+from qsim_core.simulation.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RECORD = "qsim.json"
+STATE = "sites.safetensors"
+SIMULATED = ("weights", "activations", "outputs", "value_axis", "skip", "overrides")
+"""What of a recipe a trained model is still run under; its transforms are in the weights by now."""
+
+
+class Trained(BaseModel):
+    """What a directory says about the training that it comes from."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = 1
+    base: str = Field(description="the model that was trained")
+    recipe: dict[str, Any] = Field(description="as text, what it was trained under; transforms came first")
+    evaluator: str
+    data: str | None = Field(None, description="what it is evaluated on, as --data says it; none: the base's own")
+
+    @classmethod
+    def of(cls, directory: Path) -> Trained | None:
+        """What a directory says, if it is of a trained model. Raises `ModelError` if that cannot be read."""
+        path = directory / RECORD
+        if not path.is_file():
+            return None
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no text'}") from None
+        except ValidationError as error:
+            raise ModelError(f"{path} is no record of a training: {explain(error)}") from None
+
+    def write(self, directory: Path) -> None:
+        """Write it into a directory, whole or not at all."""
+        with writing(directory / RECORD) as file:
+            file.write(self.model_dump_json(indent=2).encode() + b"\n")
+
+    def simulated(self, host: Any) -> dict[str, Any]:
+        """The quantizers and exceptions that the model still runs under, built by a host."""
+        recipe = Recipe.of(self.recipe, host)
+        return {key: getattr(recipe, key) for key in SIMULATED}
+
+    def fits(self, recipe: Recipe, host: Any) -> bool:
+        """Whether a recipe is the one it was trained under, so that what its sites held belongs there."""
+        return not recipe.transforms and all(
+            getattr(recipe, key) == value for key, value in self.simulated(host).items()
+        )
+
+
+def write_state(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write what sites hold, whole or not at all. Raises `QsimError`."""
+    from safetensors.torch import save
+
+    with writing(path) as file:
+        file.write(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """What sites held when it was written. Raises `ModelError`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        found: dict[str, Tensor] = load(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"cannot read {path}, what the sites hold: {' '.join(str(error).split())[:160]}") from None
+    return found

@@ -1,0 +1,126 @@
+"""The blockwise path, on GPUs: codes of at most 8 bits under the scales of their blocks, multiplied by one kernel.
+
+Codes that share a scale on either side are multiplied and added up first: whole numbers in int32, exactly, others as
+bfloat16, which holds their significands, in float32. That sum is scaled once, and added to the others in float32:
+
+    y  =  sum over blocks of  (s t) sum over k of q r
+
+where float32 multiplies and rounds each s q t r.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsim_core.fast import fused, gpu
+from qsim_core.fast.identity_cache import remembered
+from qsim_core.fast.int8 import encoded, to_nearest
+from qsim_core.fast.significands import SMALLEST, significand
+from qsim_core.matmuls.call import LINEAR, Call
+from qsim_core.matmuls.layout import SECOND_LAST
+from qsim_core.quantizers.scales import Scales
+from qsim_core.quantizers.scheme import Scheme
+from qsim_core.quantizers.static_scale import Fixed, scheme_of
+from qsim_core.sites.lowered import Form
+
+ROW = 2**30
+"""The length of a block that is as long as its row."""
+
+
+@remembered
+def fits(scheme: Any) -> bool:
+    """Whether a scheme makes codes that bfloat16 holds, under scales of rows or of blocks along them."""
+    if not isinstance(scheme, Scheme) or not scheme.symmetric or isinstance(scheme.granularity, tuple):
+        return False
+    if not fused.as_written(type(scheme)) or significand(scheme.element) > 8:
+        return False
+    steps = scheme.element.steps
+    return steps is not None and steps.smallest >= SMALLEST
+
+
+def block_of(quantizer: Any, inner: int) -> int:
+    """How many columns share a scale, of rows of this length."""
+    granularity = scheme_of(quantizer).granularity
+    return granularity if isinstance(granularity, int) and granularity < inner else ROW
+
+
+def step_of(quantizers: Sequence[Any], inner: int) -> int:
+    """How many columns have one scale on either side."""
+    return min(inner, math.gcd(*(block_of(quantizer, inner) for quantizer in quantizers)))
+
+
+def possible(call: Call, quantizers: Sequence[Any]) -> bool:
+    """Whether the kernel can multiply these operands: both summed along their rows, enough columns to a scale, and as
+    many matrices on both sides."""
+    first, second = (layout.rows(operand) for layout, operand in zip(call.layouts, call.operands, strict=True))
+    alike = second.dim() == 2 or first.shape[:-2] == second.shape[:-2]
+    along_rows = call.function in LINEAR or call.layouts[1] is SECOND_LAST
+    inner = first.shape[-1]
+    return alike and along_rows and gpu.tile_of(step_of(quantizers, inner), inner) >= gpu.SHORTEST
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rows [..., R, K] as codes, and scales [rows or 1, blocks or 1] of all rows; they stand for the products."""
+
+    codes: Tensor
+    scales: Scales
+    block: int
+
+    def values(self) -> Tensor:
+        """What they stand for, float32."""
+        inner = self.codes.shape[-1]
+        scale = self.scales.scale.repeat_interleave(min(self.block, inner), -1)[..., :inner]
+        return (self.codes.float().flatten(0, -2) * scale).view_as(self.codes)
+
+    def matrices(self, shape: Sequence[int]) -> tuple[Tensor, Tensor, int]:
+        """As the kernel takes them, [S, R, K] and [S or 1, R or 1, blocks or 1], for rows [..., R] in this shape."""
+        samples, rows = math.prod(shape[:-1]), shape[-1]
+        scale = self.scales.scale
+        scale = scale.view(samples, rows, -1) if len(scale) > 1 else scale.unsqueeze(0)
+        return self.codes.view(samples, rows, -1), scale, self.block
+
+
+def code(quantizer: Any, rows: Tensor, known: Scales | None = None) -> Blocks | None:
+    """Rows in codes, as the quantizer rounds them; None where a static scale would hide a NaN.
+
+    With the scales `known` under which the rows have been rounded already, these are their codes.
+    """
+    scheme, static = scheme_of(quantizer), quantizer.scales(rows) if isinstance(quantizer, Fixed) else known
+    matrix = rows.detach().reshape(-1, rows.shape[-1])
+    whole = scheme.element.is_integer and scheme.element.min >= -128 and scheme.element.max <= 127
+    if whole and static is not known and bool(matrix.isnan().any()):
+        return None
+    dtype = torch.int8 if whole else torch.bfloat16
+    codes, scales = encoded(scheme, matrix, static, 0.0, dtype)
+    return Blocks(codes.view(rows.shape), scales, block_of(quantizer, rows.shape[-1]))
+
+
+class Blockwise(Form):
+    """Operands as codes under the scales of their blocks. Weights that were overwritten give them again."""
+
+    path = "blockwise"
+
+    def take(self, place: int, rows: Tensor) -> Blocks | None:
+        return code(self.quantizers[place], rows)
+
+    def again(self, rows: Tensor, kept: Scales) -> Blocks | None:
+        return code(to_nearest(scheme_of(self.quantizers[1])), rows, kept)
+
+    def product(self, call: Call, first: Blocks, second: Blocks) -> Tensor:
+        kernels = gpu.found(first.codes.device)
+        assert kernels is not None  # `lowering` has asked
+        shape = first.codes.shape
+        matrices = second.codes.dim() > 2
+        left = first.matrices(shape[:-1] if matrices else (1, math.prod(shape[:-1])))
+        right = second.matrices(second.codes.shape[:-1] if matrices else (1, len(second.codes)))
+        bias = call.bias if call.function in LINEAR else None
+        bias = None if bias is None else bias.detach().float().contiguous()
+        y: Tensor = kernels.multiply(left, right, step_of(self.quantizers, shape[-1]), bias)
+        return y.view(*shape[:-1], second.codes.shape[-2])

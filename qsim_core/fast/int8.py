@@ -1,0 +1,150 @@
+"""The int8 path: whole numbers of at most 8 bits, multiplied and added up as such, and scaled once.
+
+Their scales factor out of the sum (tensor, token, channel). With scales s, t and zero points z, y
+
+    sum over k of s (q - z) t (r - y)  =  s t (Σ q r - z Σ r - y (Σ q - K z))
+
+where Σ q r is added up in int32, exactly, and the rest computed in float64, with one rounding to float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsim_core.fast import fused
+from qsim_core.fast.identity_cache import remembered
+from qsim_core.fast.native import library
+from qsim_core.matmuls.call import Call
+from qsim_core.quantizers.scales import Scales
+from qsim_core.quantizers.scheme import Scheme
+from qsim_core.quantizers.static_scale import Fixed, scheme_of
+from qsim_core.sites.lowered import Form
+
+ROWS = frozenset({"tensor", "channel", "token"})
+LONGEST = 2**17 - 1
+"""So many products of two 8-bit integers stay within int32."""
+
+
+@remembered
+def fits(scheme: Any) -> bool:
+    """Whether a scheme makes codes of at most 8 bits whose scales factor out of a product of rows."""
+    if not isinstance(scheme, Scheme) or not scheme.element.is_integer or scheme.granularity not in ROWS:
+        return False
+    if scheme.element.rounding == "stochastic" or not fused.as_written(type(scheme)):
+        return False
+    return scheme.coded.max - scheme.coded.min <= 255
+
+
+def possible(call: Call) -> bool:
+    """Whether a GPU's integer matmul takes operands of these shapes: more than 16 rows, and eights."""
+    rows, (outputs, inner) = call.operands[0], call.layouts[1].rows(call.operands[1]).shape
+    return rows.numel() > 16 * inner and inner % 8 == 0 and outputs % 8 == 0
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Rows [M, K] as int8 codes; what they stand for is scale * (code - zero)."""
+
+    codes: Tensor
+    scales: Scales
+    """As the scheme has them: of each row, or one."""
+    scale: Tensor
+    """float32 [M]."""
+    zero: Tensor | None
+    """float64 [M], whole numbers; None: zero."""
+
+    @functools.cached_property
+    def sums(self) -> Tensor:
+        """Of the codes of each row, float64 [M]."""
+        return self.codes.sum(-1, dtype=torch.int32).double()
+
+    def values(self) -> Tensor:
+        """What they stand for, float32 [M, K]."""
+        units = self.codes.float()
+        units = units if self.zero is None else units.sub_(self.zero.float().unsqueeze(-1))
+        return units.mul_(self.scale.unsqueeze(-1))
+
+
+def code(quantizer: Any, rows: Tensor, known: Scales | None = None) -> Codes | None:
+    """Rows [..., K] in codes, as the quantizer rounds them; None where a static scale would hide a NaN.
+
+    With the scales `known` under which the rows have been rounded already, these are their codes.
+    """
+    scheme, static = scheme_of(quantizer), quantizer.scales(rows) if isinstance(quantizer, Fixed) else known
+    matrix = rows.detach().reshape(-1, rows.shape[-1])
+    if static is not known and bool(matrix.isnan().any()):
+        return None
+    shift = (scheme.coded.max + scheme.coded.min + 1) // 2  # unsigned codes are moved into int8's range
+    codes, scales = encoded(scheme, matrix, static, shift)
+    scale, zero = scales
+    offset = (0.0 if zero is None else zero.double()) - shift
+    if not isinstance(offset, Tensor):
+        offset = matrix.new_full((1,), offset, dtype=torch.float64) if offset else None
+    each = [None if t is None else t.reshape(-1).expand(len(matrix)).contiguous() for t in (scale, offset)]
+    return Codes(codes, scales, *each)  # type: ignore[arg-type]
+
+
+def encoded(
+    scheme: Scheme, matrix: Tensor, static: Scales | None, shift: float, dtype: torch.dtype = torch.int8
+) -> tuple[Tensor, Scales]:
+    """Rows [A, K] as int8 codes less `shift`, or in units of their scales in `dtype`; and scales and zero points."""
+    if (fast := fused.encode(scheme, matrix, static, shift, dtype)) is not None:
+        return fast
+    blocks = scheme.split(matrix)
+    if static is None:
+        _, exact, zero = scheme._measured(matrix)
+        found = scheme._rounded(exact)
+        static = Scales(found.reshape(-1, found.shape[-1]), None if zero is None else zero.reshape(-1, zero.shape[-2]))
+    scale, zero = (None if t is None else t.unsqueeze(-1) for t in static)
+    assert scale is not None
+    units = scheme._units(blocks, scale, zero)
+    codes = (units if zero is None else units + zero) - shift
+    codes = (
+        codes if dtype.is_floating_point else torch.where(scale.isnan(), 0.0, codes)
+    )  # the result is NaN in any case
+    return scheme.join(codes, matrix).to(dtype).contiguous(), static
+
+
+def product(x: Codes, weight: Codes, bias: Tensor | None) -> Tensor:
+    """Rows [M, K] times the rows of a weight [N, K], and a bias [N]: float32 [M, N]."""
+    sums = torch._int_mm(x.codes, weight.codes.T)
+    row_zero, column_zero, inner = x.zero, weight.zero, x.codes.shape[1]
+    row_sum = None if column_zero is None else x.sums if row_zero is None else x.sums - inner * row_zero
+    column_sum = None if row_zero is None else weight.sums
+    if (kernels := library(sums.numel(), sums.device)) is not None:
+        bias = None if bias is None else bias.detach().float().contiguous()
+        return kernels.scale_sums(sums, (x.scale, row_zero, row_sum), (weight.scale, column_zero, column_sum), bias)
+    value = sums.double()
+    if row_zero is not None and column_sum is not None:
+        value -= row_zero.unsqueeze(-1) * column_sum
+    if column_zero is not None and row_sum is not None:
+        value -= column_zero * row_sum.unsqueeze(-1)
+    value = value.mul_(x.scale.double().unsqueeze(-1)).mul_(weight.scale.double())
+    return (value if bias is None else value.add_(bias)).float()
+
+
+@remembered
+def to_nearest(scheme: Scheme) -> Scheme:
+    """The same scheme, rounding to nearest: what is a code times a scale is divided by it again, with an error."""
+    return scheme.replace(element=scheme.element.replace(rounding="even"))
+
+
+class Int8(Form):
+    """Operands as codes. Weights that were overwritten give them again, by their scales."""
+
+    path = "int8"
+
+    def take(self, place: int, rows: Tensor) -> Codes | None:
+        return code(self.quantizers[place], rows)
+
+    def again(self, rows: Tensor, kept: Scales) -> Codes | None:
+        return code(to_nearest(scheme_of(self.quantizers[1])), rows, kept)
+
+    def product(self, call: Call, first: Codes, second: Codes) -> Tensor:
+        y: Tensor = product(first, second, call.bias).unflatten(0, call.operands[0].shape[:-1])
+        return y

@@ -1,0 +1,128 @@
+"""Learned step sizes: scales that a site holds and an optimizer trains (LSQ, Esser et al., arXiv 1902.08153).
+
+They are parameters of the model, so that every trainer finds them, in submodules that save none of them: the model's
+`state_dict` stays what it was.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsim_core.errors import RecipeError
+from qsim_core.formats.quantizer import laid_out_as
+from qsim_core.formats.rounding import working
+from qsim_core.quantizers.scheme import Scheme, divisor_of
+from qsim_core.quantizers.static_scale import Fixed
+
+HOME = "qsim_steps"
+"""The name of these submodules."""
+
+
+class LearnedSteps(nn.Module):
+    """The learned steps of the sites of one module, its child: in `parameters()` and not in `state_dict()`."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        pass
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        pass
+
+    def extra_repr(self) -> str:
+        return ", ".join(self._parameters)
+
+    @classmethod
+    def register(cls, module: nn.Module, name: str, step: nn.Parameter) -> None:
+        """Make a step a parameter of a module, under a name of its own."""
+        if HOME not in module._modules:
+            module.add_module(HOME, cls())
+        module.get_submodule(HOME).register_parameter(name.replace(".", "/"), step)
+
+    @staticmethod
+    def forget(model: nn.Module) -> None:
+        """Take all steps away from a model."""
+        for module in list(model.modules()):
+            module._modules.pop(HOME, None)
+
+
+@dataclass(frozen=True, eq=False)
+class Learned(Fixed):
+    """A scheme with the steps that its site trains, `scale` [B, 1] for activations, [..., B, 1] for a weight.
+
+    The gradient of a step is the sum over its values v of eq. 3, by straight-through past the rounding of the scale,
+    times 1 / sqrt(N * max), max being the format's largest value (section 2.2). N are the values of a weight that share
+    the step, or the features of a row of an activation that do: it does not depend on how many rows a batch has. A step
+    that has gone below zero counts by its magnitude.
+    """
+
+    of_weight: bool = False
+
+    @property
+    def by_rows(self) -> bool:
+        return True
+
+    @property
+    def learns(self) -> bool:
+        """Whether the steps are trained, and not frozen."""
+        return self.scale.requires_grad
+
+    @property
+    def version(self) -> int:
+        """Changes whenever the steps do."""
+        return self.scale._version
+
+    def bits_per_element(self, shape: torch.Size) -> float | None:
+        """As of the scheme for a weight; those of activations are stored once for all data."""
+        return self.scheme.bits_per_element(shape) if self.of_weight else float(self.scheme.element.width)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and (x.requires_grad or self.learns) and x.numel():
+            result: Tensor = _LearnedStep.apply(x, self.scale, self)  # type: ignore[no-untyped-call]
+            return result
+        return self.quantize(x)
+
+    def share(self, x: Tensor) -> float:
+        """N: how many values share a step."""
+        if self.of_weight:
+            return x.numel() / self.scale.numel()
+        size = self.scheme.granularity
+        return min(size, x.shape[-1]) if isinstance(size, int) else x.shape[-1]
+
+    def _on(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        scale, zero = super()._on(x)
+        return self.scheme._rounded(scale.detach().abs()), zero
+
+
+class _LearnedStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, learned: Learned) -> Tensor:
+        """`x` quantized; keeps where its gradient passes, and d value / d step of each."""
+        scheme, blocks = learned.scheme, learned.scheme.split(working(x))
+        scale, zero = (part if part is None else part.to(blocks.dtype) for part in learned._on(x))
+        assert scale is not None
+        rounded, divisor = scheme.round_at(blocks, scale, zero), divisor_of(scale)
+        inside = scheme.passes_at(x, scale, zero, "lsq")
+        slope = torch.where(scheme.split(inside), rounded - blocks, rounded) / divisor
+        ctx.save_for_backward(inside, slope, step)
+        ctx.learned, ctx.factor = learned, 1 / math.sqrt(learned.share(x) * scheme.coded.max)
+        return laid_out_as(x, scheme.join(rounded, x))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        inside, slope, step = ctx.saved_tensors
+        blocks = ctx.learned.scheme.split(working(gradient))
+        of_step = (blocks * slope).sum(-1, keepdim=True).sum_to_size(step.shape)
+        of_step = (of_step * ctx.factor * torch.where(step < 0, -1.0, 1.0)).to(step.dtype)
+        return torch.where(inside, gradient, 0.0), of_step, None
+
+
+def of_weight(scheme: Scheme, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The scales and zero points, [..., B, 1] each, where the steps of a weight start. Raises `RecipeError`."""
+    if x.dim() > 2 and not scheme.by_rows:
+        raise RecipeError(f"{scheme}: experts cannot share learned scales; give each channel its own")
+    blocks = scheme.split(working(x))
+    return scheme.fit(blocks, scheme._counts(x, blocks))

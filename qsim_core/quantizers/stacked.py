@@ -1,0 +1,36 @@
+"""A stack of matrices, each quantized by itself: the experts of a layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qsim_core.formats.quantizer import Quantizer
+
+if TYPE_CHECKING:
+    pass
+
+
+class Stacked(Quantizer):
+    """A stack of matrices [E, rows, K], as a layer of E experts holds them: each is quantized by itself."""
+
+    name = "stacked"
+    each: Quantizer
+
+    def quantize(self, x: Tensor) -> Tensor:
+        return torch.stack([self.each.quantize(matrix) for matrix in x])
+
+    def passes(self, x: Tensor) -> Tensor | None:
+        return _stacked([self.each.passes(matrix) for matrix in x])
+
+    def gradient_passes(self, x: Tensor) -> Tensor | None:
+        return _stacked([self.each.gradient_passes(matrix) for matrix in x])
+
+    def bits_per_element(self, shape: torch.Size) -> float | None:
+        return self.each.bits_per_element(shape[1:])
+
+
+def _stacked(parts: list[Tensor | None]) -> Tensor | None:
+    return None if parts[0] is None else torch.stack(parts)  # type: ignore[arg-type]

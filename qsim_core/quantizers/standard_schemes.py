@@ -1,0 +1,145 @@
+"""The schemes of the core: which elements share a scale.
+
+`scaled(F, block)` says it all; `tensor(F)` `channel(F)` `token(F)` `block(F, n)` are its usual cases, and `cast(F)`
+rounds without a scale. A `channel` is a row of a weight, a `token` a row of an activation: both give one scale to
+every row along the matmul's reduction axis, so that it factors out of the sum.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field
+from torch import Tensor
+
+from qsim_core.formats.codes import Encoded
+from qsim_core.formats.format import Format
+from qsim_core.formats.quantizer import Granularity, Quantizer
+from qsim_core.hookspecs import hookimpl
+from qsim_core.quantizers.calibrators import MSE, AbsMax, Calibrator, MinMax, Percentile
+from qsim_core.quantizers.scheme import Scheme
+
+ROWS = ("tensor", "channel", "token")
+
+
+def _positive(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _size(value: Any) -> Any:
+    tile = isinstance(value, list | tuple) and len(value) == 2 and all(_positive(side) for side in value)
+    if _positive(value) or tile:
+        return tuple(value) if tile else value
+    raise ValueError(f"a block is a whole number from 1 on, or two of them like [128, 128], not {value!r}")
+
+
+def _block(value: Any) -> Any:
+    if value in ROWS:
+        return value
+    try:
+        return _size(value)
+    except ValueError as error:
+        raise ValueError(str(error).replace("a block is", "a block is tensor, channel, token,")) from None
+
+
+class Scaled(Scheme):
+    """A scale shared over any block."""
+
+    name = "scaled"
+    element: Format = Field(description="the number format of the scaled values")
+    block: Annotated[Literal["tensor", "channel", "token"] | int | tuple[int, int], BeforeValidator(_block)] = Field(
+        "tensor", description="what shares a scale: tensor, channel, token (a row), n along the row, or [rows, columns]"
+    )
+
+    @property
+    def granularity(self) -> Granularity:
+        return self.block
+
+
+class Tensorwise(Scheme):
+    """One scale for the whole tensor."""
+
+    name = "tensor"
+
+    @property
+    def granularity(self) -> Granularity:
+        return "tensor"
+
+
+class Channel(Scheme):
+    """One scale for each output channel of a weight."""
+
+    name = "channel"
+
+    @property
+    def granularity(self) -> Granularity:
+        return "channel"
+
+
+class Token(Scheme):
+    """One scale for each row (token) of an activation."""
+
+    name = "token"
+
+    @property
+    def granularity(self) -> Granularity:
+        return "token"
+
+
+class Block(Scheme):
+    """One scale for each n elements along the reduction axis, or for each tile of [rows, columns]."""
+
+    name = "block"
+    element: Format = Field(description="the number format of the scaled values")
+    n: Annotated[int | tuple[int, int], BeforeValidator(_size)] = Field(
+        description="elements that share a scale: n along the row, or [rows, columns]"
+    )
+
+    @property
+    def granularity(self) -> Granularity:
+        return self.n
+
+
+class Cast(Quantizer):
+    """Round to a format as it is, without any scale."""
+
+    name = "cast"
+    element: Format = Field(description="the number format of the values")
+
+    def quantize(self, x: Tensor) -> Tensor:
+        return self.element.quantize(x)
+
+    def passes(self, x: Tensor) -> Tensor | None:
+        return self.element.passes(x)
+
+    def encode(self, x: Tensor) -> Encoded:
+        return self.element.encode(x)
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        return self.element.decode(encoded)
+
+    def bits_per_element(self, shape: torch.Size) -> float:
+        return self.element.bits_per_element(shape)
+
+    @property
+    def granularity(self) -> Granularity:
+        return "element"
+
+    @property
+    def by_rows(self) -> bool:
+        return True
+
+    @property
+    def unscaled(self) -> Format:
+        return self.element
+
+
+@hookimpl
+def qsim_quantizers() -> list[type[Quantizer]]:
+    return [Scaled, Tensorwise, Channel, Token, Block, Cast]
+
+
+@hookimpl
+def qsim_calibrators() -> list[type[Calibrator]]:
+    return [MinMax, AbsMax, Percentile, MSE]

@@ -1,0 +1,269 @@
+"""What was quantized, with what, at what error.
+
+The audit runs one batch and looks twice: the sites tell what they met, and a dispatch mode below them counts
+every matrix product that torch computes outside any site. What the sites cannot meet is thereby found, and listed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from qsim_core.formats.quantizer import Quantizer
+from qsim_core.matmuls.dispatch import Watcher, operator_name
+from qsim_core.sites.site import Site
+from qsim_core.sites.sites import Sites
+
+PRODUCTS = frozenset(
+    [
+        "mm",
+        "bmm",
+        "addmm",
+        "baddbmm",
+        "addbmm",
+        "mv",
+        "addmv",
+        "dot",
+        "vdot",
+        "linear",
+        "mkldnn_linear",
+        "_addmm_activation",
+        "_int_mm",
+        "_scaled_mm",
+        "_grouped_mm",
+        "_scaled_grouped_mm",
+        "convolution",
+        "_convolution",
+        "convolution_overrideable",
+        "mkldnn_convolution",
+        "cudnn_convolution",
+        "_slow_conv2d_forward",
+        "_trilinear",
+        "conv_tbc",
+        "_sparse_mm",
+        "_sparse_addmm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_fused_attention_overrideable",
+        "_flash_attention_forward",
+        "_efficient_attention_forward",
+        "_native_multi_head_attention",
+        "_transformer_encoder_layer_fwd",
+        "mkldnn_rnn_layer",
+        "_cudnn_rnn",
+    ]
+)
+"""The ATen operators that multiply matrices."""
+
+
+class Measured(BaseModel):
+    """What quantizing did to the tensors at one site."""
+
+    model_config = ConfigDict(frozen=True)
+
+    sqnr_db: float | None = Field(description="10 log10 of signal power over error power; none: no error, or unknown")
+    clipped: float | None = Field(description="share of elements beyond what the format reaches; none: unknown")
+    flushed: float | None = Field(description="share of non-zero elements that became zero; none: unknown")
+    bits: float | None = Field(description="bits per element, the scales' share counted; none: unknown")
+
+
+class SiteAudit(BaseModel):
+    """One matmul."""
+
+    model_config = ConfigDict(frozen=True)
+
+    site: str
+    aliases: list[str] = []
+    op: str
+    input: str | None = Field(description="quantizer of every operand that is no parameter")
+    weight: str | None
+    output: str | None
+    path: str = Field(description="the arithmetic that computed it")
+    calls: int = Field(description="how often it was computed, in the audit's batch if there was one")
+    skipped: bool = False
+    measured: dict[str, Measured] = Field(default_factory=dict, description="by role: input, weight, output")
+    notes: list[str] = []
+
+
+class Audit(BaseModel):
+    """Every matmul that was found, and what stood at its sites."""
+
+    model_config = ConfigDict(frozen=True)
+
+    sites: list[SiteAudit]
+    covered: int = Field(description="matmuls with at least one quantizer on an operand or the result")
+    found: int
+    skipped: list[str] = Field(description="sites that the recipe leaves alone")
+    uncovered: list[str] = Field(
+        description="products outside any site, and operators not torch's own that may hold one, as path:operator"
+    )
+    bits_per_weight: float | None = Field(description="over all quantized weights, scales counted; none: unknown")
+    bits_per_activation: float | None = Field(description="over all quantized inputs of the batch, scales counted")
+
+    @property
+    def notes(self) -> list[str]:
+        return [f"{site.site}: {note}" for site in self.sites for note in site.notes]
+
+
+PART = 2**18
+"""Elements that are looked at in float64 at a time."""
+
+
+@dataclass
+class _Sums:
+    """Running sums over the tensors of one role at one site."""
+
+    elements: int = 0
+    signal: float = 0.0
+    error: float = 0.0
+    clipped: int | None = 0
+    flushed: int | None = 0
+    bits: float | None = 0.0
+
+    def add(self, before: Tensor, after: Tensor, quantizer: Quantizer) -> None:
+        """Count one tensor in, laid out as rows x K, before and after its quantizer."""
+        self.elements += before.numel()
+        bits = quantizer.bits_per_element(before.shape)
+        self.bits = None if bits is None or self.bits is None else self.bits + bits * before.numel()
+        if before is after:  # quantized before this audit, and the original is gone
+            self.clipped = self.flushed = None
+            return
+        for x, y in zip(before.reshape(-1).split(PART), after.reshape(-1).split(PART), strict=True):
+            wide = x.double()
+            self.signal += float(wide.square().sum())
+            self.error += float((wide - y).square().sum())
+            self.flushed = None if self.flushed is None else self.flushed + int(((x != 0) & (y == 0)).sum())
+        passes = quantizer.passes(before)
+        self.clipped = None if passes is None or self.clipped is None else self.clipped + int((~passes).sum())
+
+    def result(self) -> Measured:
+        """The sums as shares and decibels."""
+        share = 1 / max(self.elements, 1)
+        ratio = self.signal / self.error if self.error else math.inf
+        return Measured(
+            sqnr_db=10 * math.log10(ratio) if 0 < ratio < math.inf else None,
+            clipped=None if self.clipped is None else self.clipped * share,
+            flushed=None if self.flushed is None else self.flushed * share,
+            bits=None if self.bits is None else self.bits * share,
+        )
+
+
+class _Outside(Watcher):
+    """Lists the products that are computed while no site is at work."""
+
+    def __init__(self, sites: Sites) -> None:
+        super().__init__()
+        self.sites = sites
+        self.found: dict[str, int] = defaultdict(int)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = operator_name(func).rstrip("_")
+        product = name in PRODUCTS
+        if func.namespace != "aten":
+            name = f"{func.namespace}::{name}"
+            product = _may_multiply((*args, *(kwargs or {}).values()))
+        if product and not self.sites.thread.inside:
+            stack = self.sites.thread.stack
+            self.found[f"{stack[-1].path if stack else ''}:{name}"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _may_multiply(arguments: tuple[Any, ...]) -> bool:
+    """Whether an operator that is not torch's own has two matrices to multiply; what it does with them nobody sees."""
+    return sum(isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1 for x in arguments) > 1
+
+
+class _Watch:
+    """The observer of one audit: gathers sums for each site and role."""
+
+    def __init__(self) -> None:
+        self.sums: dict[tuple[str, str], _Sums] = defaultdict(_Sums)
+        self.dtypes: dict[str, torch.dtype] = {}
+
+    def __call__(self, site: Site, role: str, before: Tensor, after: Tensor, quantizer: Quantizer | None) -> None:
+        self.dtypes[site.name] = after.dtype
+        if quantizer is not None:
+            self.sums[site.name, role.rstrip("2")].add(before, after, quantizer)
+
+
+def audit(sites: Sites, run: Callable[[], Any] | None) -> Audit:
+    """Look at one batch, which `run` puts through the model; without it, only at what was met before."""
+    watch, outside = _Watch(), _Outside(sites)
+    calls = {name: site.calls for name, site in sites.table.items()}
+    if run is not None:
+        sites.observer = watch
+        try:
+            with outside:
+                run()
+        finally:
+            sites.observer = None
+        for name, site in sites.table.items():  # the audit's own batch leaves no trace at the sites
+            met, site.calls = site.calls, calls.get(name, 0)
+            calls[name] = met - site.calls
+    records = [_record(site, calls[site.name], watch, sites.recipe.value_axis) for site in sites.table.values()]
+    return Audit(
+        sites=records,
+        covered=sum(bool(r.input or r.weight or r.output) for r in records),
+        found=len(records) + len(outside.found),
+        skipped=[r.site for r in records if r.skipped],
+        uncovered=sorted(outside.found),
+        bits_per_weight=_mean_bits(watch, "weight"),
+        bits_per_activation=_mean_bits(watch, "input"),
+    )
+
+
+def _record(site: Site, calls: int, watch: _Watch, value_axis: str) -> SiteAudit:
+    plan = site.plan
+    roles = {role: sums.result() for (name, role), sums in watch.sums.items() if name == site.name}
+    return SiteAudit(
+        site=site.name,
+        aliases=site.aliases,
+        op=site.op,
+        input=", ".join(dict.fromkeys(map(str, site.inputs))) or None,
+        weight=str(plan.weight) if plan.weight and site.weight else None,
+        output=str(plan.output) if plan.output else None,
+        path=site.path if site.path != "float32" else str(watch.dtypes.get(site.name, torch.float32))[6:],
+        calls=calls,
+        skipped=plan.skipped,
+        measured=roles,
+        notes=list(_notes(site, value_axis)),
+    )
+
+
+def _notes(site: Site, value_axis: str) -> list[str]:
+    """What a careful reader must know: scales that see other samples, or later tokens."""
+    notes = []
+    if site.weight is None and (site.op == "linear" or site.op.startswith("conv")):
+        notes.append("its weight is computed, not a parameter: it takes the quantizer of activations")
+    multipliers = {quantizer.multiplier for quantizer in (site.plan.input, site.plan.weight) if quantizer is not None}
+    notes += [f"multiplied by {multiplier}" for multiplier in multipliers - {None}]
+    notes += [f"in training it is not quantized: {site.in_training}"] if site.in_training else []
+    notes += [f"its {role} is rotated by {rotation}" for role, rotation in site.rotations.items()]
+    for role, quantizer in (*(("input", quantizer) for quantizer in site.inputs), ("output", site.plan.output)):
+        sharing = quantizer.sharing if quantizer is not None else frozenset()
+        if isinstance(quantizer, Quantizer) and quantizer.granularity is None and not quantizer.by_rows:
+            notes.append(f"{quantizer} does not say what shares a scale: its {role} may depend on later tokens")
+        if "tensor" in sharing:
+            notes.append(f"one {role} scale for the whole tensor: it depends on the batch and sees later tokens")
+        for rows in sorted(block[0] for block in sharing if isinstance(block, tuple) and block[0] > 1):
+            notes.append(f"{role} scales are shared over {rows} rows and see later tokens")
+        of_values = role == "input" and quantizer is site.fixed.get("input2", site.plan.input)
+        if of_values and site.is_value_product and value_axis == "tokens" and sharing - {"tensor"}:
+            notes.append("v's scales are shared over tokens and see later ones (value_axis head: they do not)")
+    return notes
+
+
+def _mean_bits(watch: _Watch, role: str) -> float | None:
+    sums = [sums for (_, r), sums in watch.sums.items() if r == role]
+    if not sums or any(s.bits is None for s in sums):
+        return None
+    return sum(s.bits or 0.0 for s in sums) / sum(s.elements for s in sums)

@@ -1,0 +1,308 @@
+"""Put quantizers at a model's sites, look at what they do, and take them away again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from qsim_core.errors import CalibrationWarning, QsimError, RecipeError
+from qsim_core.evaluation import reuse
+from qsim_core.quantizers.learned_steps import LearnedSteps
+from qsim_core.simulation import audit, site_state, static_calibration
+from qsim_core.simulation.recipe import Recipe
+from qsim_core.sites.plan import Plan
+from qsim_core.sites.sites import Sites, functional
+from qsim_core.transforms.applying import apply_transforms, left_behind
+from qsim_core.transforms.context import Context
+from qsim_core.transforms.forward import Example, as_in_evaluation, call
+from qsim_core.transforms.offload import at_hand
+from qsim_core.transforms.offload import state as state_of
+from qsim_core.transforms.report import LayerReport
+from qsim_core.transforms.run import Run
+
+
+class Simulation:
+    """A model whose matmuls run in another precision, until `restore`."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, keep: bool) -> None:
+        self.model = model
+        self.recipe = recipe
+        self.keep = keep
+        self.example: Example = None
+        self.sites = Sites(model, recipe, keep)
+        self._handles: list[RemovableHandle] = []
+        self._before_transforms: dict[str, Tensor] = {}
+        self._left = ""
+        self.reports: list[LayerReport] = []
+        """What the transforms did, layer by layer."""
+        self.warnings: list[str] = []
+        """What can hardly be right about static scales and what transforms did, each with its site."""
+        self.cached: list[str] = []
+        """What an earlier run with this work directory had computed."""
+
+    def _attach(self) -> None:
+        self.sites.attach(self.model, self._handles)
+        for path, module in self.model.named_modules():
+            if "extra_repr" not in vars(module):
+                vars(module)["extra_repr"] = SiteText(self.sites, path, module)
+
+    def audit(self, example: Example = None) -> audit.Audit:
+        """Every matmul, its quantizers and their error, measured on one batch.
+
+        The batch is `example`, or the one that `simulate` was given; without any, the audit tells what has been
+        met so far and measures nothing.
+        """
+        if not self._handles:
+            raise QsimError("there is nothing to audit: this simulation was restored")
+        batch = self.example if example is None else example
+        if batch is None:
+            return audit.audit(self.sites, None)
+        with as_in_evaluation(self.model):
+            return audit.audit(self.sites, lambda: call(self.model, batch))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the sites hold beside the recipe: static scales, learned steps, zero points, places of random numbers.
+
+        Raises `QsimError` if a transform has left there what cannot be saved: rotations, hooks, weights that are final.
+        """
+        if self._left:
+            raise QsimError(f"{self._left}; a model that trains cannot be saved with it")
+        return site_state.gather(self.sites)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take what `state_dict` gave under the same recipe. Raises `QsimError` if it does not fit."""
+        site_state.spread(self.model, self.sites, state)
+
+    def folded_state_dict(self) -> tuple[dict[str, Tensor], list[str]]:
+        """The model's `state_dict` with weights quantized, and the names of quantized weights that could not be: tied
+        ones, which others see too, and those that are multiplied along two axes."""
+        with as_in_evaluation(self.model):
+            call(self.model, self.example)  # every quantized weight is at hand then
+        return self.sites.weights.folded_into(self.model.state_dict())
+
+    def restore(self) -> nn.Module:
+        """Take everything away; the model is what it was, bit for bit, but for training of what no transform changed.
+
+        Raises `QsimError` after `keep=False`.
+        """
+        if not self.keep:
+            raise QsimError("this simulation was made with keep=False: the original weights are gone; load them again")
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for module in self.model.modules():
+            if isinstance(vars(module).get("extra_repr"), SiteText):
+                del vars(module)["extra_repr"]
+        LearnedSteps.forget(self.model)
+        before, self._before_transforms = self._before_transforms, {}
+        with torch.no_grad():
+            for path, module in self.model.named_modules() if before else ():
+                with at_hand(module, inside=False):
+                    for name, tensor in [*module.named_parameters(path, False), *module.named_buffers(path, False)]:
+                        if name in before:
+                            tensor.copy_(before[name])
+        return self.model
+
+    def __enter__(self) -> Simulation:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.restore()
+
+    def _discover(self, example: Example) -> None:
+        """Run the example with every quantizer off, so that all sites are known; hold the recipe to them."""
+        self.example = example
+        self.sites.quantizing = False
+        try:
+            with as_in_evaluation(self.model):
+                call(self.model, example)
+        finally:
+            self.sites.quantizing = True
+        self.sites.checked = True
+        self.recipe.check_patterns(site.names for site in self.sites.table.values())
+        for key, role in (("weights", "weight"), ("activations", "input"), ("outputs", "output")):
+            quantizer = getattr(self.recipe, key)
+            if quantizer is not None and not any(getattr(s.plan, role) for s in self.sites.table.values()):
+                raise RecipeError(f"{key}: {quantizer} reached no site of this model")
+        for site in self.sites.table.values():
+            site.calls = 0
+
+    def _transform(self, batches: list[Example] | None, run: Run, declared: Mapping[str, Sequence[str]] | None) -> None:
+        """Apply the recipe's transforms, and keep what they say."""
+        contexts = [
+            Context(self.model, self.sites, batches, run, str(transform), self.example, declared, self._handles)
+            for transform in self.recipe.transforms
+        ]
+        hooks = len(self._handles)
+        self.sites.quantizing = False
+        try:
+            apply_transforms(zip(self.recipe.transforms, contexts, strict=True), self.model, self.sites)
+        finally:
+            self.sites.quantizing = True
+        for name, tensor in state_of(self.model):  # what no transform has changed may be trained, and stays so
+            if name in self._before_transforms and torch.equal(self._before_transforms[name], tensor):
+                del self._before_transforms[name]
+        self._left = left_behind(self.sites, len(self._handles) - hooks)
+        self.reports += [report for context in contexts for report in context.reports]
+        self.warnings += [warning for context in contexts for warning in context.warnings]
+
+    def _fix(self, batches: list[Example] | None, run: Run) -> None:
+        """Choose static scales, if any are wanted, in one pass of the unquantized model over the calibration data.
+
+        Scales that are trained start from the example, where there are no such data.
+        """
+        if not batches and self.recipe.learns and self.example is not None:
+            batches = [self.example]
+        if not batches or not self.recipe.has_static:
+            return
+        wanted = static_calibration.wanted(self.sites.table.values())
+        entry = None
+        if not self.recipe.transforms and not self.recipe.learns:  # what these leave at sites has no fingerprint
+            entry = reuse.Reusable.statistics(run.work_dir, self.model, self.recipe.value_axis, wanted, batches)
+        found, learning = None if entry is None else entry.get(), static_calibration.Learning()
+        if found is not None:
+            self.cached.append("statistics")
+        else:
+            fitter = self._gather(batches, run)
+            found, learning = fitter.statistics(), fitter.weights
+            if entry is not None and found.keys() <= {(name, role) for name, role, _ in wanted}:
+                entry.put(found)  # of a site that the example has not met, its fingerprint knows nothing
+        self.warnings += static_calibration.fix(self.model, self.sites.table, found, learning)
+
+    def _gather(self, batches: list[Example], run: Run) -> static_calibration.Fitter:
+        """Run the calibration data through the model as it is; who saw what passes where scales are wanted."""
+        fitter = static_calibration.Fitter()
+        self.sites.quantizing, self.sites.observer = False, fitter
+        try:
+            for fitter.batch, batch in enumerate(run.track(batches, len(batches), "static scales")):
+                with as_in_evaluation(self.model):
+                    call(self.model, batch)
+        finally:
+            self.sites.quantizing, self.sites.observer = True, None
+        for site in self.sites.table.values():
+            site.calls = 0
+        return fitter
+
+
+def simulate(
+    model: nn.Module,
+    recipe: Recipe | Mapping[str, Any] | None = None,
+    *,
+    weights: Any = None,
+    activations: Any = None,
+    outputs: Any = None,
+    skip: Any = None,
+    overrides: Mapping[str, Any] | None = None,
+    example: Example = None,
+    transforms: Iterable[Any] | None = None,
+    calibration: Iterable[Example] | None = None,
+    structure: Mapping[str, Sequence[str]] | None = None,
+    state: Mapping[str, Tensor] | None = None,
+    keep: bool = True,
+    run: Run | None = None,
+    host: Any = None,
+) -> Simulation:
+    """Simulate `model`, in place, with quantizers at every matmul's sites.
+
+    Say it with a `recipe`, or with its parts: quantizers, their text, or plain callables tensor -> tensor, for
+    `weights`, `activations` and `outputs`; patterns of sites to `skip`; `overrides` by pattern; `transforms` in the
+    order in which they are applied. With none of them the sites are put in place and nothing is quantized.
+
+    `calibration` is what transforms look at: batches, each like an example. `structure` declares which weights read
+    which norm (norm's path -> names of weights), where tracing does not find it by itself. `state`, the `state_dict` of
+    a simulation, has the scales that would be looked for. `run` shows progress.
+
+    With an `example` (a mapping of keyword arguments, a tuple of positional ones, or one argument) all sites are
+    known at once, else after the first forward; a pattern that matches none is then an error. `keep=False`
+    overwrites the weights instead of holding a second copy, and gives up `restore`.
+
+    Raises `RecipeError` or `SpecError` for what cannot be done, and leaves the model as it was; with `keep=False` what
+    the transforms before the one that failed have changed stays changed.
+    """
+    parts = {"weights": weights, "activations": activations, "outputs": outputs, "overrides": overrides}
+    given = {key: value for key, value in parts.items() if value is not None}
+    if skip is not None:
+        given["skip"] = skip if isinstance(skip, str) else tuple(skip)
+    if transforms is not None:
+        given["transforms"] = tuple(transforms)
+    if recipe is not None and given:
+        raise RecipeError(f"give a recipe or its parts, not both (here: recipe and {', '.join(given)})")
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.of(dict(recipe or given), host)
+    if any(isinstance(vars(module).get("extra_repr"), SiteText) for module in model.modules()):
+        raise QsimError("this model is simulated already; restore() it first")
+    simulation = Simulation(model, recipe, keep)
+    try:
+        simulation._attach()
+        if recipe.transforms and keep:
+            simulation._before_transforms = {name: parameter.clone() for name, parameter in state_of(model)}
+        batches = None if calibration is None else list(calibration)
+        if example is None and batches:
+            example = batches[0]
+        if example is not None:
+            simulation._discover(example)
+        simulation._transform(batches, run or Run(), structure)
+        if state is None:
+            simulation._fix(batches, run or Run())
+        elif example is None:
+            raise RecipeError("what sites held belongs to sites that are known; give simulate an example with state")
+        else:
+            simulation.load_state_dict(state)
+        for line in simulation.warnings:
+            warnings.warn(line, CalibrationWarning, stacklevel=2)
+    except BaseException:
+        simulation.keep = True  # nothing has been folded yet
+        simulation.restore()
+        raise
+    return simulation
+
+
+class SiteText:
+    """In place of a module's `extra_repr`: the module's own text, then the quantizers at its sites."""
+
+    def __init__(self, sites: Sites, path: str, module: nn.Module) -> None:
+        self.sites, self.path, self.module = sites, path, module
+
+    def __call__(self) -> str:
+        own = type(self.module).extra_repr(self.module)
+        return ", ".join(part for part in (own, *self._weighted(), *self._products()) if part)
+
+    def _weighted(self) -> Iterator[str]:
+        """The sites of this module's own weights, and of those of children that print without `extra_repr`."""
+        for site in self.sites.table.values():
+            if site.weight is None:
+                continue
+            owner, _, parameter = site.weight.rpartition(".")
+            if owner == self.path and _tells(self.module):
+                yield from _texts(site.plan, site.inputs, "" if parameter == "weight" else parameter)
+            elif owner.rpartition(".")[0] == self.path and owner and not _tells(self._child(owner)):
+                yield from _texts(site.plan, site.inputs, owner.rpartition(".")[2])
+        if not self.sites.table and isinstance(self.module, nn.Linear | nn.modules.conv._ConvNd):
+            plan = self.sites.recipe.plan([self.path])
+            yield from _texts(plan, [plan.input] if plan.input else [], "")
+
+    def _child(self, path: str) -> nn.Module | None:
+        return self.module._modules.get(path.rpartition(".")[2])
+
+    def _products(self) -> Iterator[str]:
+        for site in functional(self.sites, self.path):
+            plan = replace(site.plan, weight=None)
+            yield from _texts(plan, site.inputs, (site.aliases or [site.name])[0].rpartition(":")[2])
+
+
+def _tells(module: nn.Module | None) -> bool:
+    """Whether a module's text includes its `extra_repr`; transformers' Conv1D, for one, writes its own."""
+    return type(module).__repr__ is nn.Module.__repr__
+
+
+def _texts(plan: Plan, inputs: Sequence[Any], label: str) -> Iterator[str]:
+    quantizers = {"weight": plan.weight, "input": ", ".join(map(str, inputs)) or None, "output": plan.output}
+    texts = [f"{role}={quantizer}" for role, quantizer in quantizers.items() if quantizer is not None]
+    if texts:
+        yield f"{label}: {' '.join(texts)}" if label else ", ".join(texts)

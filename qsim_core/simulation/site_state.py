@@ -1,0 +1,73 @@
+"""What a site holds beside the recipe, as tensors by name: static scales, learned steps, how often it has drawn.
+
+model.decoder.layers.0.fc1:input.scale   [B, 1]
+model.decoder.layers.0.fc1:input.zero    the same, where there are zero points
+model.decoder.layers.0.fc1:calls         how often it was met: where stochastic rounding draws next
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from qsim_core.errors import QsimError
+from qsim_core.quantizers.scheme import Scheme
+from qsim_core.quantizers.static_scale import Fixed
+from qsim_core.sites.held_scales import hold
+
+if TYPE_CHECKING:
+    from qsim_core.sites.site import Site
+    from qsim_core.sites.sites import Sites
+
+
+def gather(sites: Sites) -> dict[str, Tensor]:
+    """What all sites hold. Raises `QsimError` where a transform has left something else there."""
+    tensors: dict[str, Tensor] = {}
+    for site in sites.table.values():
+        tensors[f"{site.name}:calls"] = torch.tensor(site.calls)
+        for role, fixed in site.fixed.items():
+            if not isinstance(fixed, Fixed):
+                raise QsimError(f"{site.name} ({role}): what a transform has put there, {fixed}, cannot be saved")
+            tensors[f"{site.name}:{role}.scale"] = fixed.scale.detach().clone()
+            if fixed.zero is not None:
+                tensors[f"{site.name}:{role}.zero"] = fixed.zero.clone()
+    return tensors
+
+
+def spread(model: nn.Module, sites: Sites, tensors: Mapping[str, Tensor]) -> None:
+    """Give the sites what was gathered under the same recipe. Raises `QsimError` if it does not fit them."""
+    wanted = {f"{site.name}:{role}.scale" for site in sites.table.values() for role, _ in _holding(site)}
+    found = {key for key in tensors if key.endswith(".scale")}
+    for key in sorted(wanted ^ found):
+        lacking = "the saved state lacks" if key in wanted else "this recipe has no place for the saved"
+        raise QsimError(f"{lacking} {key.removesuffix('.scale')}; it was saved under another recipe")
+    for site in sites.table.values():
+        for role, scheme in _holding(site):
+            key = f"{site.name}:{role}"
+            _give(model, site, role, scheme, tensors[f"{key}.scale"], tensors.get(f"{key}.zero"))
+        site.calls = int(tensors.get(f"{site.name}:calls", torch.tensor(0)))
+
+
+def _holding(site: Site) -> Iterator[tuple[str, Scheme]]:
+    """The roles of a site that hold scales, and their schemes."""
+    for role in ("weight", "input", "output") if site.weight else ("input", "input2", "output"):
+        scheme = site.planned(role)
+        if isinstance(scheme, Scheme) and (scheme.learns or (scheme.static and role != "weight")):
+            yield role, scheme
+
+
+def _give(model: nn.Module, site: Site, role: str, scheme: Scheme, scale: Tensor, zero: Tensor | None) -> None:
+    held = site.fixed.get(role)
+    if not isinstance(held, Fixed):
+        hold(model, site, role, scheme, scale, zero)
+        return
+    if held.scale.shape != scale.shape:
+        shapes = f"{tuple(scale.shape)} and not {tuple(held.scale.shape)}"
+        raise QsimError(f"the saved scales of {held.where} are {shapes}; they were saved under another recipe")
+    with torch.no_grad():  # in place: an optimizer may know the steps already
+        held.scale.copy_(scale)
+        if held.zero is not None and zero is not None:
+            held.zero.copy_(zero)

@@ -1,0 +1,118 @@
+"""Static scales, and those that training starts from: found once, in calibration data, and kept at the site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from qsim_core.errors import DataError, RecipeError
+from qsim_core.formats.quantizer import Quantizer
+from qsim_core.quantizers.learned_steps import of_weight
+from qsim_core.quantizers.observers import Observer
+from qsim_core.quantizers.scheme import Scheme
+from qsim_core.quantizers.static_scale import Fixed, check_blocks
+from qsim_core.sites.held_scales import hold
+
+if TYPE_CHECKING:
+    from qsim_core.sites.site import Site
+
+SPAN = 1e6
+"""Scales of one tensor that lie farther apart than this have collapsed."""
+CLIPPED = 0.01
+"""More than this share of values outside the range is suspicious."""
+
+
+Place = tuple[str, str]
+"""A site's name and a role."""
+Statistics = dict[Place, tuple[Tensor, Tensor | None]]
+"""What stands for all that has passed each place: values [B, n], and how many each stands for."""
+Wanted = dict[tuple[str, str, str], Observer]
+"""A site's name, a role, and which elements share a scale -> what is to gather it."""
+Learning = dict[str, tuple["Site", Scheme, Tensor, Tensor | None]]
+"""A weight's site -> where its learned steps start."""
+
+
+class Fitter:
+    """The observer of a calibration run: gathers what passes every site that wants static scales."""
+
+    def __init__(self) -> None:
+        self.seen: dict[Place, tuple[Scheme, Observer, int]] = {}
+        self.weights = Learning()
+        self.batch = 0
+
+    def __call__(self, site: Site, role: str, before: Tensor, after: Tensor, quantizer: Quantizer | None) -> None:
+        """Called with every tensor before it is quantized; nothing is, meanwhile. Raises `DataError` on NaN and Inf."""
+        scheme, key = _wants(site, role), (site.name, role)
+        if scheme is None:
+            return
+        if role == "weight":
+            self.weights.setdefault(site.name, (site, scheme, *of_weight(scheme, before)))
+            return
+        if not (scheme.granularity == "tensor" or isinstance(scheme.granularity, int)):
+            raise RecipeError(
+                f"{site.name} ({role}): {scheme} learns a scale for the tensor or for n along the row, "
+                f"not for {scheme.granularity}"
+            )
+        if not before.isfinite().all():
+            raise DataError(f"calibration batch {self.batch} brings NaN or Inf to {site.name}; leave it out")
+        if key not in self.seen:
+            self.seen[key] = scheme, scheme.range.observer(), scheme.blocks_of(before.shape)
+        check_blocks(f"{site.name} ({role})", scheme, self.seen[key][2], scheme.blocks_of(before.shape))
+        self.seen[key][1].update(*scheme.static_blocks(before))
+
+    def statistics(self) -> Statistics:
+        """What was gathered at each place."""
+        return {key: observer.values() for key, (_, observer, _) in self.seen.items()}
+
+
+def wanted(sites: Iterable[Site]) -> Wanted:
+    """Where static scales are still to be found, by which scheme shares them, and an observer that has seen nothing."""
+    found = ((site, role, _wants(site, role)) for site in sites for role in ("input", "input2", "output"))
+    return {
+        (site.name, role, repr(scheme.granularity)): scheme.range.observer()
+        for site, role, scheme in found
+        if scheme is not None
+    }
+
+
+def fix(model: nn.Module, sites: Mapping[str, Site], statistics: Statistics, weights: Learning) -> list[str]:
+    """Choose the scales and leave them at the model's sites; gives a line for each that can hardly be right."""
+    suspicions = []
+    for site, scheme, scale, zero in weights.values():
+        hold(model, site, "weight", scheme, scale, zero)
+    for (name, role), (values, counts) in statistics.items():
+        site = sites[name]
+        wants = _wants(site, role)
+        assert wants is not None
+        fixed = hold(model, site, role, wants, *wants.fit(values, counts))
+        suspicions += [f"{name} ({role}) {what}" for what in _suspicions(fixed, values, counts)]
+    return suspicions
+
+
+def _wants(site: Site, role: str) -> Scheme | None:
+    """The scheme whose static or learned scales are to be found; None: there is none, or a transform has chosen."""
+    scheme = site.planned(role)
+    if not isinstance(scheme, Scheme) or role in site.fixed:
+        return None
+    return scheme if scheme.learns or (scheme.static and role != "weight") else None
+
+
+def _suspicions(fixed: Fixed, values: Tensor, counts: Tensor | None) -> Iterator[str]:
+    """What is wrong with a scale, for values [B, n] that stand for `counts` each."""
+    scale = fixed.scale.detach()
+    if not bool((values != 0).any()):
+        yield "saw only zeros in the calibration data"
+        return
+    positive = scale[scale > 0]
+    if len(positive) and float(positive.max() / positive.min()) > SPAN:
+        yield f"has scales from {positive.min():.2g} to {positive.max():.2g}"
+    if counts is None:
+        return
+    units = values / torch.where(scale == 0, 1.0, scale)
+    inside = fixed.scheme.coded.passes(units if fixed.zero is None else units + fixed.zero)
+    clipped = 1 - float((counts * inside).sum() / counts.sum())
+    if clipped > CLIPPED:
+        yield f"clips {clipped:.1%} of its values"

@@ -1,0 +1,330 @@
+"""Following channels through a model: one run of an example, watched below autograd.
+
+Every tensor that comes of a source carries, element for element, the number of the channel that it comes from, as an
+integer tensor of its own shape; views and copies are done to those numbers too. So the tracer knows, with no word about
+any architecture, which column of which weight reads which channel, through fused projections, repeated heads and
+experts alike.
+
+What is not understood is refused: a source whose channels enter an operator that is not listed, or to which other
+tensors are added, says so and is left alone.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsim_core.matmuls.dispatch import Watcher, operator_name
+from qsim_core.structure.addresses import Parameters
+from qsim_core.structure.channels import (
+    CONSTANT,
+    CURVES,
+    FREE,
+    FRESH,
+    SCALES_THROUGH,
+    SUMS,
+    VIEWS,
+    WITH_WEIGHT,
+    Product,
+    Source,
+    Tag,
+    Tags,
+    Use,
+    axis_in,
+    channels_along,
+    is_norm,
+    numbered,
+    same_view,
+    tensors_in,
+)
+
+
+class Tracer(Watcher):
+    """Watches one run: `Tracer(model).run(lambda: model(**example))`; then look at `sources` and `products`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.sources: dict[tuple[str, str], Source] = {}
+        self.products: list[Product] = []
+        self.readers: dict[str, set[str]] = defaultdict(set)
+        """Operators that read each parameter, products left out."""
+        self.events: dict[str, set[int]] = defaultdict(set)
+        """The products in which each weight was read, numbered."""
+        self._event = 0
+        self._tags: dict[int, Tags] = {}
+        self._alive: list[Any] = []
+        self._softmaxed: set[int] = set()
+        self._stack: list[str] = []
+        self._quiet = 0
+        self._parameters = Parameters(model)
+
+    def run(self, forward: Callable[[], Any]) -> Tracer:
+        """Trace one run of the model. Outputs of the model are refused as ends of channels."""
+        handles = []
+        for path, module in self.model.named_modules():
+            handles.append(module.register_forward_pre_hook(self._entering(path)))
+            handles.append(module.register_forward_hook(self._leaving(path)))
+        try:
+            with torch.no_grad(), self:
+                output = forward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        for tensor in tensors_in(output):
+            self._refuse(tensor, "is an output of the model")
+        self._alive.clear()
+        return self
+
+    def _entering(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            self._stack.append(path)
+            self._quiet += is_norm(module)
+
+        return hook
+
+    def _leaving(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self._stack.pop()
+            if not is_norm(module):
+                return
+            self._quiet -= 1
+            if not self._quiet and isinstance(output, Tensor):
+                self._quiet += 1
+                self._norm(path, module, args, output)
+                self._quiet -= 1
+
+        return hook
+
+    def _norm(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        axis = 1 if isinstance(module, nn.GroupNorm | nn.modules.batchnorm._NormBase) else output.dim() - 1
+        for tensor in tensors_in(args):
+            self._refuse(tensor, f"feeds the norm {path}")
+        source = self.sources.setdefault(("norm", path), Source("norm", path, output.shape[axis], axis))
+        source.arguments = args
+        for name, _ in module.named_parameters():
+            self.readers[f"{path}.{name}"].add("norm")
+        self._tag(output, {source: Tag(numbered(output, axis))})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not self._quiet:
+            name = operator_name(func)
+            in_place = name.endswith("_") and not name.endswith("__")
+            inputs = list(tensors_in((args, kwargs)))
+            self._alive.append((out, inputs))
+            self._meet(name.rstrip("_") if in_place else name, func, args, kwargs, out, inputs, in_place)
+        return out
+
+    def _meet(
+        self, name: str, func: Any, args: Any, kwargs: Any, out: Any, inputs: list[Tensor], in_place: bool
+    ) -> None:
+        tagged = [tensor for tensor in inputs if self._tags.get(id(tensor))]
+        if name not in VIEWS and name not in WITH_WEIGHT and "convolution" not in name:
+            for tensor in inputs:
+                if (found := self._parameters.of(tensor)) is not None:
+                    self.readers[found[0]].add(name)
+        if name in WITH_WEIGHT:
+            left, right = (args[place] for place in WITH_WEIGHT[name])
+            self._multiply(left, right, out, args[0] if name == "addmm" else None)
+        elif "convolution" in name:
+            self._convolve(args, out, tagged)
+        elif "scaled_dot_product" in name:
+            self._attend(args[0], args[1], args[2], out[0] if isinstance(out, tuple | list) else out)
+        elif name in ("_softmax", "_safe_softmax"):
+            self._softmaxed.add(id(out))
+            self._lose(tagged, name)
+        elif name in VIEWS:
+            self._view(func, name, args, kwargs, out, inputs, in_place)
+        elif not tagged or name in FRESH or (isinstance(out, Tensor) and not out.is_floating_point()):
+            return
+        elif in_place and args[0]._is_view():
+            self._lose([*tagged, args[0]], f"{name}_ on a view")
+        elif name == "constant_pad_nd" and (len(args) < 3 or args[2] == 0):
+            tags = self._tags[id(args[0])]
+            self._tag(out, {s: Tag(func(t.channels, args[1], FREE), t.scales) for s, t in tags.items()})
+        elif name in ("cat", "stack"):
+            self._join(func, args, kwargs, out)
+        elif name in SCALES_THROUGH or name in CURVES or name in SUMS:
+            self._elementwise(name, args, out, tagged)
+        elif name in ("mean", "sum") and len(args) > 1 and args[1]:
+            self._reduce(args, kwargs, out)
+        else:
+            self._lose(tagged, name)
+
+    def _multiply(self, left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None) -> None:
+        """[..., K] x [..., K, N]: with a weight on one side it is read and makes channels, else channels meet."""
+        if (weight := self._parameters.of(right)) is not None:
+            self._read(left, -1, weight, right, right.dim() - 2 if right.dim() > 1 else 0)
+            if right.dim() > 1:
+                self._make(weight, right, right.dim() - 1, out, out.dim() - 1, bias)
+        elif (weight := self._parameters.of(left)) is not None:
+            self._read(right, right.dim() - 2, weight, left, -1)
+            self._make(weight, left, left.dim() - 2, out, out.dim() - 2, None)
+        else:
+            self._product(left, right, self._tags.get(id(left), {}), self._tags.get(id(right), {}), out)
+
+    def _convolve(self, args: Any, out: Tensor, tagged: list[Tensor]) -> None:
+        x, kernel, bias, transposed, groups = args[0], args[1], args[2], args[6], args[8]
+        weight = self._parameters.of(kernel)
+        if weight is None or groups != 1:
+            return self._lose(
+                tagged, "a grouped convolution" if groups != 1 else "a convolution with a computed kernel"
+            )
+        self._read(x, 1, weight, kernel, 0 if transposed else 1)
+        return self._make(weight, kernel, 1 if transposed else 0, out, 1, bias)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
+        """Fused attention: q meets k, and v's channels come out, once for each head that reads them."""
+        repeats = query.shape[1] // key.shape[1] if query.dim() > 3 else 1
+        keys = {s: Tag(t.channels.transpose(-1, -2), t.scales) for s, t in self._tags.get(id(key), {}).items()}
+        values = {
+            s: Tag(t.channels.repeat_interleave(repeats, 1) if repeats > 1 else t.channels, t.scales)
+            for s, t in self._tags.get(id(value), {}).items()
+        }
+        self._product(query, key, self._tags.get(id(query), {}), keys, None)
+        weights = torch.empty(0)
+        self._softmaxed.add(id(weights))
+        self._alive.append(weights)
+        self._product(weights, value, {}, values, out)
+
+    def _product(self, left: Tensor, right: Tensor, of_left: Tags, of_right: Tags, out: Tensor | None) -> None:
+        owner = self._stack[-1] if self._stack else ""
+        self.products.append(
+            Product(
+                owner,
+                {s: t.channels for s, t in of_left.items()},
+                {s: t.channels for s, t in of_right.items()},
+                id(left) in self._softmaxed,
+            )
+        )
+        kept: Tags = {}
+        for tags, axis in ((of_left, -1), (of_right, -2)):
+            for source, tag in tags.items():
+                first = tag.channels.narrow(axis, 0, 1)
+                if out is not None and bool((tag.channels == first).all()):
+                    kept[source] = Tag(first.expand(out.shape), tag.scales)
+                else:
+                    source.refuse(f"is multiplied with other activations in {owner}")
+        if out is not None:
+            self._tag(out, kept)
+
+    def _read(self, x: Tensor, axis: int, weight: tuple[str, Tensor], view: Tensor, view_axis: int) -> None:
+        name, parameter = weight
+        self._event += 1
+        self.events[name].add(self._event)
+        for source, tag in self._tags.get(id(x), {}).items():
+            channels = channels_along(tag.channels, axis)
+            place = axis_in(parameter, view, view_axis)
+            if channels is None or place is None:
+                source.refuse(f"reaches {name} in another order at every position")
+            else:
+                source.uses.append(Use(name, place, channels.cpu(), tag.scales, self._event))
+
+    def _make(
+        self, weight: tuple[str, Tensor], view: Tensor, view_axis: int, out: Tensor, axis: int, bias: Tensor | None
+    ) -> None:
+        name, parameter = weight
+        place = axis_in(parameter, view, view_axis)
+        if place is None:
+            return
+        source = self.sources.setdefault(("linear", name), Source("linear", name, out.shape[axis], place))
+        if source.size != out.shape[axis]:
+            source.refuse("is used in parts")
+            return
+        if bias is not None and (found := self._parameters.of(bias)) is not None and found[0] not in source.biases:
+            source.biases.append(found[0])
+        self._tag(out, {source: Tag(numbered(out, axis))})
+
+    def _view(
+        self, func: Any, name: str, args: Any, kwargs: Any, out: Any, inputs: list[Tensor], in_place: bool
+    ) -> None:
+        if not inputs:
+            return
+        first = inputs[0]
+        if name in ("_to_copy", "clone"):
+            self._parameters.copied(first, out)
+        if id(first) in self._softmaxed:
+            self._softmaxed.update(id(tensor) for tensor in tensors_in(out))
+        tags = self._tags.get(id(first), {})
+        if any(self._tags.get(id(other)) for other in inputs[1:]):
+            self._lose(inputs, name)
+        elif in_place:
+            self._lose([first], f"{name}_")
+        elif tags:
+            views = list(tensors_in(out))
+            made: list[Tags] = [{} for _ in views]
+            for source, tag in tags.items():
+                channels = same_view(func, name, tag.channels, args, kwargs, out)
+                for into, part in zip(made, tensors_in(channels), strict=True):
+                    into[source] = Tag(part, tag.scales)
+            for view, of_view in zip(views, made, strict=True):
+                self._tag(view, of_view)
+
+    def _join(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+        parts = [self._tags.get(id(tensor), {}) for tensor in args[0]]
+        made: Tags = {}
+        for source in {source for tags in parts for source in tags}:
+            channels = [
+                tags[source].channels if source in tags else torch.full(tensor.shape, CONSTANT)
+                for tags, tensor in zip(parts, args[0], strict=True)
+            ]
+            scales = all(tags[source].scales for tags in parts if source in tags)
+            made[source] = Tag(func(channels, *args[1:], **kwargs), scales)
+        self._tag(out, made)
+
+    def _elementwise(self, name: str, args: Any, out: Tensor, tagged: list[Tensor]) -> None:
+        where = self._stack[-1] if self._stack else "the model"
+        made: Tags = {}
+        for tensor in tagged:
+            other = next((other for other in args[:2] if other is not tensor), None)
+            for source, tag in self._tags[id(tensor)].items():
+                channels = tag.channels.expand(out.shape)
+                scales = tag.scales and name not in CURVES and not (name == "div" and tensor is not args[0])
+                twice = isinstance(other, Tensor) and source in self._tags.get(id(other), {})
+                if twice and not torch.equal(self._tags[id(other)][source].channels.expand(out.shape), channels):
+                    source.refuse(f"meets its own other channels in {where}")
+                elif name in SUMS and not twice and not self._adds_nothing(source, other, out):
+                    source.refuse(f"is added to another tensor in {where}")
+                first = made.get(source, Tag(channels))  # of x and rotated x, x tells the channels
+                made[source] = Tag(first.channels, first.scales and scales and not (twice and name not in SUMS))
+        self._tag(out, made)
+
+    def _adds_nothing(self, source: Source, other: Any, out: Tensor) -> bool:
+        """Whether what is added is zero, or the bias that belongs to the source."""
+        if not isinstance(other, Tensor):
+            return other in (0, None)
+        found = self._parameters.of(other)
+        if found is not None and source.kind == "linear" and found[1].dim() == 1 and found[1].numel() == source.size:
+            if found[0] not in source.biases:
+                source.biases.append(found[0])
+            return True
+        return not bool(other.any())
+
+    def _reduce(self, args: Any, kwargs: Any, out: Tensor) -> None:
+        axes = list(args[1]) if isinstance(args[1], list | tuple) else [args[1]]
+        made: Tags = {}
+        for source, tag in self._tags[id(args[0])].items():
+            low, high = tag.channels.amin(axes, keepdim=True), tag.channels.amax(axes, keepdim=True)
+            if bool((low == high).all()):
+                made[source] = Tag(high.reshape(out.shape), tag.scales)
+            else:
+                source.refuse(f"is summed over its channels in {self._stack[-1] if self._stack else 'the model'}")
+        self._tag(out, made)
+
+    def _tag(self, tensor: Tensor, tags: Tags) -> None:
+        self._alive.append(tensor)
+        self._tags[id(tensor)] = tags
+
+    def _lose(self, tensors: list[Tensor], name: str) -> None:
+        for tensor in tensors:
+            self._refuse(tensor, f"enters {name} in {self._stack[-1] if self._stack else 'the model'}")
+
+    def _refuse(self, tensor: Tensor, reason: str) -> None:
+        for source in self._tags.get(id(tensor), {}):
+            source.refuse(reason)

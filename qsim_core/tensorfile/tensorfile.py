@@ -1,0 +1,172 @@
+"""Files of tensors in the safetensors format, rounded tensor by tensor.
+
+The safetensors library writes a file from memory that holds all of it. Here the output has the input's header, so each
+tensor's place is known beforehand, and one tensor at a time is read, rounded (a few rows at a time, where rows do not
+depend on each other) and written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from qsim_core.errors import QsimError, RecipeError, did_you_mean, file_did_you_mean
+from qsim_core.files import writing
+from qsim_core.formats.quantizer import Quantizer
+from qsim_core.formats.random_bits import at
+from qsim_core.matmuls.layout import LAST, taps
+from qsim_core.simulation.recipe import matches
+from qsim_core.transforms.run import no_progress
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PART = 2**20
+"""Elements that are rounded at a time."""
+LONGEST_HEADER = 100_000_000
+"""The bound that the safetensors library sets, in bytes."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in a file's header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def is_weight(self) -> bool:
+        return self.dtype in DTYPES and len(self.shape) > 1 and math.prod(self.shape) > 0
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What was done to one tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    quantizer: str | None
+    sqnr_db: float | None = None
+    bits: float | None = None
+
+
+def read_header(file: BinaryIO, path: Path) -> tuple[bytes, list[Entry]]:
+    """The header's bytes, its length first, and its tensors in the order of their data. Raises `QsimError`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):  # the library's own checks: lengths, overlaps, dtypes
+            pass
+    except OSError as error:
+        raise QsimError(f"cannot read {path}: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise QsimError(f"{path} is no safetensors file, or corrupt: {' '.join(str(error).split())}") from None
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, "little")
+    header = file.read(length)
+    described: dict[str, Any] = json.loads(header)
+    described.pop("__metadata__", None)
+    entries = [Entry(n, d["dtype"], tuple(d["shape"]), *d["data_offsets"]) for n, d in described.items()]
+    return prefix + header, sorted(entries, key=lambda entry: entry.begin)
+
+
+def quantize_file(
+    source: Path,
+    target: Path,
+    quantizer: Quantizer,
+    skip: tuple[str, ...] = (),
+    conv1d: tuple[str, ...] = (),
+    track: Callable[[Iterable[Any], int, str], Iterable[Any]] = no_progress,
+) -> list[Rounded]:
+    """Round the weights of `source` into `target`, which appears whole or not at all.
+
+    Tensors of floats with two axes and more are weights, but for those that `skip` names; the others are copied
+    byte by byte. Raises `QsimError` for a file that is none, NaN or Inf in a weight or in what becomes of it, a pattern
+    that matches nothing, and where nothing is left to round.
+    """
+    if source.resolve() == target.resolve():
+        raise QsimError(f"{target} is the input; give the output another name")
+    try:
+        file = source.open("rb")
+    except OSError as error:
+        raise QsimError(f"cannot read {source}: {error.strerror}{file_did_you_mean(source)}") from None
+    with file:
+        header, entries = read_header(file, source)
+        names = [entry.name for entry in entries]
+        for pattern in (*skip, *conv1d):
+            if not any(matches(pattern, [name]) for name in names):
+                raise RecipeError(f"pattern {pattern!r} matches no tensor{did_you_mean(pattern, names)}")
+        chosen = {e.name for e in entries if e.is_weight and not any(matches(p, [e.name]) for p in skip)}
+        if not chosen:
+            raise QsimError(f"{source} holds no weight to round: no float tensor of two axes that is not skipped")
+        with writing(target) as out:
+            out.write(header)
+            return list(
+                _rounded(file, out, len(header), track(entries, len(entries), "rounding"), quantizer, chosen, conv1d)
+            )
+
+
+def _rounded(
+    file: BinaryIO,
+    out: BinaryIO,
+    start: int,
+    entries: Iterable[Entry],
+    quantizer: Quantizer,
+    chosen: set[str],
+    conv1d: tuple[str, ...],
+) -> Iterator[Rounded]:
+    for entry in entries:
+        file.seek(start + entry.begin)
+        data = bytearray(entry.end - entry.begin)
+        file.readinto(data)  # type: ignore[attr-defined]
+        if entry.name not in chosen:
+            out.write(data)
+            yield Rounded(entry.name, entry.shape, None)
+            continue
+        tensor = torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(entry.shape)
+        if not _finite(tensor):
+            raise QsimError(f"{entry.name} holds NaN or Inf; what is rounded from it would mean nothing")
+        kernel = len(entry.shape) > 3 or (len(entry.shape) == 3 and any(matches(p, [entry.name]) for p in conv1d))
+        layout = taps(tensor) if kernel else LAST
+        rows = layout.rows(tensor)
+        rounded = layout.back(_in_parts(quantizer, rows)).contiguous()
+        if not _finite(rounded):
+            raise QsimError(f"{entry.name} overflows in {quantizer}; a scale keeps it in range, as in channel(F)")
+        out.write(rounded.view(-1).view(torch.uint8).numpy().data)
+        bits = quantizer.bits_per_element(rows.shape)
+        yield Rounded(entry.name, entry.shape, str(quantizer), _sqnr(tensor, rounded), bits)
+
+
+def _in_parts(quantizer: Quantizer, rows: Tensor) -> Tensor:
+    """`quantizer.quantize(rows)`, bit for bit, a few rows at a time if it rounds them one by one."""
+    if not quantizer.by_rows:
+        return quantizer.quantize(rows)
+    flat = rows.flatten(0, -2)
+    rounded = torch.empty_like(flat)
+    count = max(1, PART // flat.shape[-1])
+    for start in range(0, len(flat), count):
+        part = flat[start : start + count]
+        with at(start=start, rows=len(part)):
+            rounded[start : start + count] = quantizer.quantize(part)
+    return rounded.view(rows.shape)
+
+
+def _finite(x: Tensor) -> bool:
+    return all(bool(end.isfinite()) for end in x.aminmax())  # NaN is either end, if there is one
+
+
+def _sqnr(before: Tensor, after: Tensor) -> float | None:
+    """10 log10 of signal over error power; None where there is no error. Summed row by row, to hold no wide copy."""
+    signal = error = 0.0
+    for x, y in zip(before, after, strict=True):
+        signal += float(x.double().square().sum())
+        error += float((x.double() - y.double()).square().sum())
+    return 10 * math.log10(signal / error) if error and signal else None

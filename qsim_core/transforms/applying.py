@@ -1,0 +1,85 @@
+"""Applying a recipe's transforms: in their order, each on what the one before left, each held to have done something.
+
+What a transform has settled, a weight on its grid or scales for the inputs as they are, is final: one that would change
+it comes too late, and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from qsim_core.errors import RecipeError
+from qsim_core.sites.sites import Sites
+from qsim_core.transforms.checkpoint import sha256
+from qsim_core.transforms.context import Context
+from qsim_core.transforms.offload import state
+from qsim_core.transforms.transform import Transform
+
+
+def apply_transforms(transforms: Iterable[tuple[Transform, Context]], model: nn.Module, sites: Sites) -> None:
+    """Apply each with its context. Raises `RecipeError` for one that changes nothing, or what is settled already."""
+    before = _digests(model)
+    for transform, context in transforms:
+        stood, settled, pinned = _standing(sites), _settled(sites, before), set(sites.weights.pinned)
+        with torch.no_grad():
+            transform.apply(model, context)
+        after = _digests(model)
+        changed = {name for name, digest in after.items() if digest != before[name]}
+        if not changed and _standing(sites) == stood:
+            raise RecipeError(f"{transform} changed nothing in this model: {_why(context)}")
+        late = sorted(changed & settled - (sites.weights.pinned - pinned))
+        if late:
+            raise RecipeError(
+                f"{transform} would change {late[0]}, which an earlier transform has put on its grid or whose inputs "
+                f"it has found scales for; put {transform} before that one"
+            )
+        before = after
+
+
+def _digests(model: nn.Module) -> dict[str, str]:
+    """The SHA-256 of every parameter and buffer."""
+    return {name: sha256([tensor]) for name, tensor in state(model)}
+
+
+def left_behind(sites: Sites, hooks: int) -> str:
+    """What transforms have left that is neither in the model's weights nor scales at its sites, in words."""
+    for name, plan, fixed, rotations, _ in _standing(sites):  # noise in training is no part of what was trained
+        if plan or fixed or rotations:
+            return f"a transform has left {'rotations' if rotations else 'quantizers of its own'} at {name}"
+    if hooks:
+        return f"a transform has left {hooks} hooks on the model"
+    if sites.weights.pinned:
+        return f"a transform has put {min(sites.weights.pinned)} on its grid for good"
+    return ""
+
+
+def _standing(sites: Sites) -> list[Any]:
+    """What stands at each site beside the recipe's quantizers."""
+    stands = []
+    for site in sites.table.values():
+        plan = None if site.plan == sites.recipe.plan(site.names) else site.plan
+        if plan or site.fixed or site.rotations or site.in_training:
+            stands.append((site.name, plan, dict(site.fixed), dict(site.rotations), site.in_training))
+    return stands
+
+
+def _settled(sites: Sites, names: Iterable[str]) -> set[str]:
+    """What must stay: pinned weights, and once inputs have scales all that they come from; biases may be corrected."""
+    if any(site.fixed for site in sites.table.values()):
+        return sites.weights.pinned | {name for name in names if not name.endswith("bias")}
+    return set(sites.weights.pinned)
+
+
+def _why(context: Context) -> str:
+    """Why a transform did nothing, and what may help."""
+    reasons = list(dict.fromkeys(report.note for report in context.reports if report.note))
+    why = "; ".join(reasons[:3]) or "it found nothing to do"
+    if len(reasons) > 3:
+        why += f"; and {len(reasons) - 3} more"
+    if "structure" in vars(context):
+        why += "; `qsim structure` shows what tracing found, simulate(…, structure={norm: [weights]}) declares the rest"
+    return why

@@ -1,0 +1,93 @@
+"""The blocks that a transform has finished, kept in a directory: a run that died goes on where it was.
+
+What was kept is found again by what it was made from: the recipe, the transform, every parameter before it, and the
+calibration data, by their SHA-256. Another run of another recipe may use the same directory; nothing is mistaken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsim_core import __version__
+from qsim_core.errors import QsimError
+from qsim_core.files import writing
+from qsim_core.transforms.offload import state
+
+
+class Checkpoint:
+    """One transform's finished blocks, a file for each; each file appears whole or not at all."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    @classmethod
+    def of(cls, work_dir: Path, model: nn.Module, batches: Sequence[Any], *texts: str) -> Checkpoint:
+        """The checkpoint of what these texts, the model as it is now and the data say. Raises `QsimError`."""
+        tensors = (tensor for _, tensor in state(model))
+        made_from = sha256(itertools.chain((__version__, torch.__version__, *texts), tensors, leaves(list(batches))))
+        directory = work_dir / made_from[:16]
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise QsimError(f"cannot use {work_dir} as work directory: {error.strerror}") from None
+        return cls(directory)
+
+    def save(self, index: int, block: nn.Module, said: dict[str, Any]) -> None:
+        """Keep a finished block's tensors, and what was said about it (plain data). Raises `QsimError`."""
+        tensors = {name: tensor.detach().cpu() for name, tensor in block.state_dict().items()}
+        self.directory.mkdir(parents=True, exist_ok=True)  # `qsim cache --clear` may have taken it away
+        with writing(self._file(index)) as file:
+            torch.save({"tensors": tensors, "said": said}, file)
+
+    def restore(self, index: int, block: nn.Module) -> dict[str, Any] | None:
+        """Give a block the tensors that were kept, if they were; what was said about it. Raises `QsimError`."""
+        path = self._file(index)
+        if not path.exists():
+            return None
+        try:
+            kept = torch.load(io.BytesIO(path.read_bytes()), weights_only=True)
+            with torch.no_grad():
+                for name, tensor in block.state_dict().items():
+                    tensor.copy_(kept["tensors"][name])
+        except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise QsimError(f"{path} cannot be read back ({type(error).__name__}); remove it and run again") from None
+        said: dict[str, Any] = kept["said"]
+        return said
+
+    def _file(self, index: int) -> Path:
+        return self.directory / f"block-{index:03}.pt"
+
+
+def leaves(tree: Any) -> Iterator[Any]:
+    """What mappings (transformers' too), lists and tuples hold, with the keys."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield key
+            yield from leaves(value)
+    elif isinstance(tree, list | tuple):
+        for item in tree:
+            yield from leaves(item)
+    else:
+        yield tree
+
+
+def sha256(leaves: Iterable[Any]) -> str:
+    """The SHA-256 of values one after another: a tensor's dtype, shape and bytes, anything else's repr."""
+    digest = hashlib.sha256()
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+            flat = leaf.detach().cpu().contiguous().as_strided((leaf.numel(),), (1,))  # one element may have any stride
+            digest.update(flat.view(torch.uint8).numpy().data)
+        else:
+            digest.update(repr(leaf).encode())
+    return digest.hexdigest()

@@ -1,0 +1,203 @@
+"""What a transform works with: the model's matmuls, calibration data, blocks, and a place to say what was done."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from qsim_core.errors import DataError
+from qsim_core.formats.quantizer import Quantizer
+from qsim_core.matmuls.call import Call
+from qsim_core.quantizers.scales import Scales
+from qsim_core.sites import trial
+from qsim_core.sites.site import Site
+from qsim_core.structure.structure import Structure, trace
+from qsim_core.transforms.blocks import Block, MatmulWatcher, walk
+from qsim_core.transforms.checkpoint import Checkpoint
+from qsim_core.transforms.forward import as_in_evaluation, call
+from qsim_core.transforms.offload import at_hand
+from qsim_core.transforms.report import LayerReport
+from qsim_core.transforms.run import Run
+
+if TYPE_CHECKING:
+    from qsim_core.sites.sites import Sites
+
+
+@dataclass(frozen=True)
+class MatmulWeight:
+    """A weight that a matmul multiplies by, and the quantizer that its site has for it."""
+
+    model: nn.Module
+    site: Site
+    name: str
+    """The parameter's full name."""
+    quantizer: Quantizer
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter as it is now: of an offloaded module it is another one each time."""
+        return self.model.get_parameter(self.name)
+
+
+class Context:
+    """One transform at work on a model whose sites are known and quantize nothing meanwhile."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sites,
+        batches: Sequence[Any] | None,
+        run: Run,
+        name: str,
+        example: Any = None,
+        declared: Mapping[str, Sequence[str]] | None = None,
+        handles: list[RemovableHandle] | None = None,
+    ) -> None:
+        self.model = model
+        self.sites = sites
+        self.run = run
+        self.name = name
+        self.reports: list[LayerReport] = []
+        self.warnings: list[str] = []
+        self._batches = batches
+        self._example = example
+        self._declared = declared
+        self.handles = [] if handles is None else handles
+        """Of hooks that a transform leaves in the model; `restore` takes them away."""
+
+    @functools.cached_property
+    def structure(self) -> Structure:
+        """What the model looks like, traced on the example (or the first calibration batch) when first asked for."""
+        with at_hand(self.model):
+            return trace(self.model, self.example, self._declared)
+
+    @property
+    def example(self) -> Any:
+        """One batch: the one that `simulate` was given, or the first of the calibration data."""
+        return self.batches[0] if self._example is None else self._example
+
+    @property
+    def all_sites(self) -> Iterable[Site]:
+        """Every site of the model, in the order in which they were met."""
+        return self.sites.table.values()
+
+    def look(self, watch: MatmulWatcher) -> None:
+        """Run the example through the model once, and show `watch` every matmul."""
+        with self.watching(watch, 0), as_in_evaluation(self.model):
+            call(self.model, self.example)
+
+    @property
+    def batches(self) -> Sequence[Any]:
+        """The calibration data: inputs of the model, batch by batch. Raises `DataError` if there are none."""
+        if not self._batches:
+            raise DataError(
+                f"{self.name} needs calibration data; give simulate(…, calibration=batches), or --calibration-data"
+            )
+        return self._batches
+
+    def weights(self) -> list[MatmulWeight]:
+        """Every weight that the recipe quantizes, in the order in which the model multiplies by them."""
+        known = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        return [
+            MatmulWeight(self.model, site, site.weight, site.plan.weight)
+            for site in self.sites.table.values()
+            if site.weight in known and site.weight is not None and site.plan.weight is not None
+        ]
+
+    def observe(self, watch: MatmulWatcher, description: str) -> None:
+        """Run all calibration data through the model once, and show `watch` every matmul."""
+        for index, batch in enumerate(self.run.track(self.batches, len(self.batches), description)):
+            with self.watching(watch, index), as_in_evaluation(self.model):
+                call(self.model, batch)
+
+    def simulated(self, site: Site, call: Call) -> Tensor:
+        """What a matmul that a watcher is shown would give under the recipe, its operands being what they are now.
+
+        Raises `RecipeError` where the recipe wants a static scale: those are found after all transforms.
+        """
+        pinned = site.weight in self.sites.weights.pinned
+        return trial.simulated(site, call, self.sites.recipe.value_axis, pinned)
+
+    @contextmanager
+    def watching(self, watch: MatmulWatcher, sample: int) -> Iterator[None]:
+        """Inside, `watch` is shown every matmul. Raises `DataError` where a calibration sample makes NaN or Inf."""
+
+        def checked(site: Site, call: Call) -> None:
+            for operand in call.operands:
+                if not operand.isfinite().all():
+                    raise DataError(f"calibration batch {sample} brings NaN or Inf to {site.name}; leave it out")
+            watch(site, call)
+
+        before, self.sites.watcher = self.sites.watcher, checked
+        try:
+            yield
+        finally:
+            self.sites.watcher = before
+
+    def blocks(self) -> Iterator[Block]:
+        """The model's blocks in order, each with the inputs that the blocks before it, as changed by now, give it."""
+        return walk(self)
+
+    def recall(self, index: int, block: nn.Module) -> bool:
+        """Whether an earlier run has finished this block; then all is as that run left it, reports and pins too."""
+        said = None if self._checkpoint is None else self._checkpoint.restore(index, block)
+        if said is not None:
+            self.sites.weights.pinned.update(said["pinned"])
+            for name, scales in said["scales"].items():
+                self.sites.weights.pin(name, self.model.get_parameter(name), Scales(*scales))
+            self.reports = [LayerReport.model_validate(report) for report in said["reports"]]
+            self.warnings = said["warnings"]
+        return said is not None
+
+    def remember(self, index: int, block: nn.Module) -> None:
+        """Keep a finished block for a later run, where there is a work directory."""
+        if self._checkpoint is not None:
+            reports = [report.model_dump() for report in self.reports]
+            pinned = self.sites.weights
+            scales = {name: tuple(known.lowered) for name, known in pinned.scales.items()}
+            said = {"pinned": sorted(pinned.pinned), "scales": scales, "reports": reports, "warnings": self.warnings}
+            self._checkpoint.save(index, block, said)
+
+    @functools.cached_property
+    def _checkpoint(self) -> Checkpoint | None:
+        """Made before the first block is changed: it is found again by the model as it was."""
+        if self.run.work_dir is None:
+            return None
+        seen = [*self.batches, self._example]
+        texts = self.sites.recipe.to_yaml(), self.name, repr(self._declared)
+        return Checkpoint.of(self.run.work_dir, self.model, seen, *texts)
+
+    def pin(self, weight: MatmulWeight, scales: Scales | None = None) -> None:
+        """Declare that a weight lies on its quantizer's grid: it is final and is not rounded again.
+
+        With the scales, and zero points, of its rows [N, B] its products take the faster paths too.
+        """
+        self.sites.weights.pin(weight.name, weight.parameter, scales)
+
+    def report(self, layer: str, **what: Any) -> None:
+        """Say what was done to a layer; it goes into the result."""
+        self.reports.append(LayerReport(transform=self.name, layer=layer, **what))
+
+    def warn(self, layer: str, text: str) -> None:
+        """Say that something was done to a layer that can hardly be right; it goes into the result and is shown."""
+        self.warnings.append(f"{layer} {text}")
+
+    @contextmanager
+    def timed(self) -> Iterator[Callable[[], float]]:
+        """Gives a function that says how many seconds have passed."""
+        start = time.perf_counter()
+        yield lambda: time.perf_counter() - start
+
+
+def relative_error(exact: Tensor, approximate: Tensor) -> float:
+    """|exact - approximate| / |exact|, in the Frobenius norm, float64."""
+    norm = float(torch.linalg.vector_norm(exact.double()))
+    return float(torch.linalg.vector_norm(exact.double() - approximate.double())) / norm if norm else 0.0

@@ -1,0 +1,45 @@
+"""How one evaluation is carried out: sizes, progress, where work is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+
+
+@contextmanager
+def no_count(total: int, done: int, description: str) -> Iterator[Callable[[str], None]]:
+    """What is called after each step, and shows nothing."""
+    yield lambda text: None
+
+
+def no_progress(items: Iterable[Any], total: int, description: str) -> Iterable[Any]:
+    """The items, and nothing shown."""
+    return items
+
+
+@dataclass(frozen=True)
+class Run:
+    """How one evaluation is carried out: nothing here says what is computed, but for `limit`."""
+
+    batch_size: int = 8
+    limit: int | None = None
+    """At most so many samples (windows, images), the first ones."""
+    seed: int = 0
+    track: Callable[[Iterable[Any], int, str], Iterable[Any]] = field(default=no_progress)
+    """Wraps a loop to show its progress: `for x in run.track(items, total, "perplexity")`."""
+    stage: Callable[[str], AbstractContextManager[Any]] = field(default=nullcontext)
+    """Surrounds work without a count to show that it goes on: `with run.stage("loading opt-tiny"):`."""
+    count: Callable[[int, int, str], AbstractContextManager[Callable[[str], None]]] = field(default=no_count)
+    """Surrounds steps that count themselves: `with run.count(total, done, "training") as step: … step("loss 3.2")`."""
+    work_dir: Path | None = None
+    """Where finished blocks are kept, so that a run that died goes on from there."""
+    reference: Any = None
+    """The `outputs` of the baseline's `Metrics`, for the simulated run; none in the baseline's own."""
+    allow_code_execution: bool = False
+    """Whether an evaluator may run programs that the model wrote."""
