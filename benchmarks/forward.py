@@ -16,12 +16,12 @@ import statistics
 from collections.abc import Callable
 
 import torch
+from qsim_fast.kernels import native
 from timing import machine, seconds
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
 import qsim_core as qsim
-from qsim_core.fast import native
 
 SHAPES = {"125m": (768, 12, 3072), "1.3b": (2048, 32, 8192)}
 FORMATS: dict[str, dict[str, str]] = {
@@ -146,7 +146,7 @@ def main() -> None:
         simulation = qsim.simulate(models[name], recipe, example={"input_ids": ids[:1, :64]}, keep=False)
         with torch.no_grad():
             models[name](ids[:1])
-        paths[name] = ", ".join(sorted({site.path for site in simulation.audit().sites if not site.skipped}))
+        paths[name] = ", ".join(sorted({site.arithmetic for site in simulation.audit().sites if not site.skipped}))
     for name, (package, make) in OTHERS.items() if given.others else ():
         if importlib.util.find_spec(package) is None:
             continue

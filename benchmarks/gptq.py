@@ -16,12 +16,12 @@ import sys
 import time
 
 import torch
+from qsim_fast.kernels import native
 from qsim_gptq.feedback import factorize, feed_back
 from qsim_gptq.grids import grids
 from torch import Tensor, nn
 
 import qsim_core as qsim
-from qsim_core.fast import native
 
 SHAPES = [(768, 3072), (3072, 768)]
 SCHEMES = {"channel(int4)": 0, "block(int4, 128)": 128}

@@ -14,10 +14,10 @@ import functools
 import statistics
 
 import torch
+from qsim_fast.kernels import native
 from timing import machine, seconds
 
 import qsim_core as qsim
-from qsim_core.fast import native
 
 TEXTS = ["token(int8)", "token(int8, symmetric=false)", "tensor(int8)", "abfp(int4, n=64)", "e4m3", "token(e4m3)"]
 TEXTS += ["mxfp8_e4m3", "mxfp4", "nvfp4"]

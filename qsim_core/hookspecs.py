@@ -1,4 +1,4 @@
-"""The five hooks of qsim: what a plugin may offer.
+"""The six hooks of qsim: the components that a plugin may offer.
 
 Each takes no argument and returns a list of component classes of its kind, or `Preset`s: names for filled-in
 components. Hooks only register; what a component does is on its base class.
@@ -29,9 +29,14 @@ def qsim_transforms() -> list:  # type: ignore[empty-body, type-arg]
 
 @hookspec
 def qsim_adapters() -> list:  # type: ignore[empty-body, type-arg]
-    """What is known about one model family: subclasses of `qsim_core.Adapter`."""
+    """Knowledge about one model family: subclasses of `qsim_core.Adapter`."""
 
 
 @hookspec
 def qsim_evaluators() -> list:  # type: ignore[empty-body, type-arg]
-    """What turns a model and data into metrics: subclasses of `qsim_core.Evaluator`."""
+    """Measures that turn a model and data into metrics: subclasses of `qsim_core.Evaluator`."""
+
+
+@hookspec
+def qsim_arithmetics() -> list:  # type: ignore[empty-body, type-arg]
+    """Ways to multiply and add up a product: subclasses of `qsim_core.Arithmetic`."""

@@ -55,9 +55,9 @@ def test_the_table_names_exceptions(qsim_: Qsim, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("path", "sites"), [("int8", 24), ("fp8", 0)])
 def test_a_path_that_is_named_says_how_many_took_it(path: str, sites: int, qsim_: Qsim) -> None:
-    outcome = qsim_("evaluate", "opt-tiny", "--precision", "w8a8", "--path", path, "--limit", "1")
+    outcome = qsim_("evaluate", "opt-tiny", "--precision", "w8a8", "--arithmetic", path, "--limit", "1")
 
-    assert f"{sites} of 33 matmuls took the path {path}; the others do not fit it here\n" in outcome.stdout
+    assert f"{sites} of 33 matmuls were computed in {path}; the others do not fit it here\n" in outcome.stdout
 
 
 def test_a_result_is_no_recipe_and_a_recipe_no_result(qsim_: Qsim, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_result_has_everything_that_its_schema_promises(record: Path) -> None:
         "activations": "abfp(int8)",
         "outputs": "cast(bf16)",
         "value_axis": "tokens",
-        "path": "auto",
+        "arithmetic": "auto",
         "transforms": [],
         "skip": ["lm_head"],
         "overrides": {},
@@ -115,7 +115,7 @@ def test_a_result_has_everything_that_its_schema_promises(record: Path) -> None:
     assert result["plugins"]["abfp"] == {"distribution": "qsim-abfp", "version": qsim.__version__}
     assert (result["model"], result["adapter"], result["evaluator"]) == ("opt-tiny", "opt", "perplexity")
     assert set(result["audit"]) >= {"sites", "covered", "found", "bits_per_weight", "bits_per_activation"}
-    assert set(result["audit"]["sites"][0]) >= {"site", "op", "input", "weight", "output", "path"}
+    assert set(result["audit"]["sites"][0]) >= {"site", "op", "input", "weight", "output", "arithmetic"}
     assert (result["audit"]["covered"], result["audit"]["found"]) == (32, 33)
     assert result["audit"]["bits_per_weight"] == 4.25
     assert 8.25 <= result["audit"]["bits_per_activation"] < 8.3
@@ -256,9 +256,9 @@ def test_a_dry_run_prints_a_recipe_that_runs(qsim_: Qsim) -> None:
 
 def test_the_path_is_an_option_and_in_the_audit(qsim_: Qsim) -> None:
     arguments = ["evaluate", "--precision", "w8a8", "--limit", "2", "--json", "-"]
-    records = [json.loads(qsim_(*arguments, "--path", path).stdout) for path in ("int8", "float32")]
+    records = [json.loads(qsim_(*arguments, "--arithmetic", path).stdout) for path in ("int8", "float32")]
 
-    assert [record["audit"]["sites"][0]["path"] for record in records] == ["int8", "float32"]
+    assert [record["audit"]["sites"][0]["arithmetic"] for record in records] == ["int8", "float32"]
 
 
 def test_the_value_axis_is_an_option(qsim_: Qsim) -> None:
@@ -296,7 +296,7 @@ def test_dtype_is_recorded_and_used(qsim_: Qsim) -> None:
 
     result = json.loads(outcome.stdout)
     assert result["environment"]["dtype"] == "bfloat16"
-    assert {site["path"] for site in result["audit"]["sites"]} == {"bfloat16"}
+    assert {site["arithmetic"] for site in result["audit"]["sites"]} == {"bfloat16"}
 
 
 def test_a_transform_runs_from_the_command_line_and_its_record_again(qsim_: Qsim) -> None:

@@ -78,7 +78,7 @@ def test_every_product_is_met_exactly_once(name: str) -> None:
     with no_fused_layers(), as_in_evaluation(plain), Products(plain) as products:
         call(plain, FAMILIES[name].example)
     simulation = qsim.simulate(model)
-    simulation.sites.watcher = lambda site, product: met.update([simulation.sites.thread.stack[-1].path])
+    simulation.sites.watcher = lambda site, product: met.update([simulation.sites.stack.frames[-1].path])
 
     outputs(model, name)
 

@@ -42,7 +42,7 @@ RAISED: dict[type[Exception], tuple[Callable[[], Any], str]] = {
     ),
     qsim.SpecError: (
         lambda: qsim.parse("abfp(int4, m=64)"),
-        "abfp has no option 'm'. There are: adc, element, gain, gradient, n, noise, range, rule, scale, seed, static, symmetric "
+        "abfp has no option 'm'. There are: element, gradient, n, range, rule, scale, static, symmetric "
         "(character 14 of 'abfp(int4, m=64)')",
     ),
     qsim.PluginError: (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import qsim_core as qsim
 from qsim_core.quantizers.stacked import Stacked
-from qsim_core.quantizers.static_scale import Fixed
+from qsim_core.quantizers.static_scale import StaticScheme
 
 SURROGATES: dict[str, Callable[[Tensor], Tensor]] = {
     "clipped": lambda units: units.clamp(-7.5, 7.5),
@@ -24,8 +24,8 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def at(text: str, scale: float) -> Fixed:
-    return Fixed(qsim.parse(text), torch.tensor([[scale]]), None, "here")
+def at(text: str, scale: float) -> StaticScheme:
+    return StaticScheme(qsim.parse(text), torch.tensor([[scale]]), None, "here")
 
 
 @pytest.mark.parametrize(

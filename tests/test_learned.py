@@ -1,4 +1,4 @@
-"""Learned step sizes: LSQ's gradients, where the steps live, and how they train."""
+"""LearnedScheme step sizes: LSQ's gradients, where the steps live, and how they train."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qsim_core as qsim
-from qsim_core.quantizers.learned_steps import Learned
+from qsim_core.quantizers.learned_steps import LearnedScheme
 
 Make = Callable[..., Any]
 
@@ -41,7 +41,7 @@ def test_the_gradients_are_those_of_equations_3_and_5() -> None:
     step = nn.Parameter(torch.tensor([[0.5]]))
     x = torch.tensor([0.2, 1.3, 9.0, -9.0], requires_grad=True)
 
-    Learned(qsim.parse("tensor(int4, gradient=lsq)"), step, None, "here", of_weight=True)(x).backward(
+    LearnedScheme(qsim.parse("tensor(int4, gradient=lsq)"), step, None, "here", of_weight=True)(x).backward(
         torch.tensor([1.0, 2.0, 3.0, 4.0])
     )
 
@@ -72,7 +72,7 @@ def test_a_steps_gradient_is_the_slope_of_the_surrogate_with_its_rounding_held(
     torch.manual_seed(0)
     step = nn.Parameter(0.1 + 0.2 * torch.rand(start[scheme.granularity], dtype=torch.float64))
     zero = torch.full_like(step.detach(), -2.0) if not scheme.symmetric else None
-    quantizer, upstream = Learned(scheme, step, zero, "here", of_weight), noise(6, 20, seed=1).double()
+    quantizer, upstream = LearnedScheme(scheme, step, zero, "here", of_weight), noise(6, 20, seed=1).double()
     low, high = (bound - (0 if zero is None else -2.0) for bound in (scheme.coded.min, scheme.coded.max))
     blocks = scheme.split(x)
     held = scheme.split(quantizer.quantize(x)) / step - (blocks / step).clamp(low, high)
@@ -193,7 +193,7 @@ def test_a_step_below_zero_counts_by_its_magnitude() -> None:
     x, grads = noise(4, 8), []
     for sign in (1.0, -1.0):
         step = nn.Parameter(torch.tensor([[0.3 * sign]]))
-        learned = Learned(qsim.parse("tensor(int4, gradient=lsq)"), step, None, "here")
+        learned = LearnedScheme(qsim.parse("tensor(int4, gradient=lsq)"), step, None, "here")
         learned(x).square().sum().backward()
         grads.append(step.grad)
 

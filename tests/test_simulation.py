@@ -339,7 +339,7 @@ class TestAudit:
 
     def test_it_measures_each_role(self) -> None:
         model = perceptron()
-        recipe = {"weights": "int4", "activations": "tensor(int8)", "outputs": "bf16", "path": "float32"}
+        recipe = {"weights": "int4", "activations": "tensor(int8)", "outputs": "bf16", "arithmetic": "float32"}
         simulation = qsim.simulate(model, recipe, example=X)
 
         site = simulation.audit().sites[0]
@@ -353,7 +353,7 @@ class TestAudit:
         assert site.measured["input"].bits == pytest.approx(8 + 32 / x.numel())
         assert site.measured["output"].bits == 16
         assert site.notes == ["one input scale for the whole tensor: it depends on the batch and sees later tokens"]
-        assert (site.site, site.op, site.path, site.calls) == ("0", "linear", "float32", 1)
+        assert (site.site, site.op, site.arithmetic, site.calls) == ("0", "linear", "float32", 1)
 
     def test_it_counts_what_is_clipped_and_flushed(self) -> None:
         model = nn.Linear(4, 1, bias=False)

@@ -352,7 +352,7 @@ def test_an_exception_in_mid_forward_leaves_no_mode_behind() -> None:
         model(torch.ones(1, 4))
 
     assert active_modes() == 0
-    assert simulation.sites.thread.stack == []
+    assert simulation.sites.stack.frames == []
 
 
 def test_ctrl_c_in_mid_forward_quantizes_nothing_afterwards() -> None:
@@ -367,7 +367,7 @@ def test_ctrl_c_in_mid_forward_quantizes_nothing_afterwards() -> None:
     model[1].error = None
     model(torch.ones(1, 4))
     assert active_modes() == 0
-    assert simulation.sites.thread.stack == []
+    assert simulation.sites.stack.frames == []
 
 
 def test_after_ctrl_c_our_mode_goes_and_others_stay() -> None:
@@ -883,6 +883,6 @@ def test_a_simulation_leaves_no_cycle_that_keeps_activations(make: Make, ids: Te
     simulation = qsim.simulate(model, activations="int8")
     logits(model, ids)
 
-    assert simulation.sites.thread.quantized is None
+    assert simulation.sites.stack.quantized is None
     gc.collect()
-    assert simulation.sites.thread.caller is None
+    assert simulation.sites.stack.caller is None

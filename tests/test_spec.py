@@ -117,10 +117,10 @@ def test_json_and_yaml_carry_the_same_text() -> None:
             "(character 14 of 'abfp(int4, n=7.5)')",
         ),
         ("int(-4)", "int: bits should be greater than or equal to 2, not -4 (character 5 of 'int(-4)')"),
-        ("abfp(int4, m=3)", "abfp has no option 'm'. There are: adc, element, gain, gradient, n, noise, range, rule, scale, seed, static, symmetric (character 14 of 'abfp(int4, m=3)')"),
+        ("abfp(int4, m=3)", "abfp has no option 'm'. There are: element, gradient, n, range, rule, scale, static, symmetric (character 14 of 'abfp(int4, m=3)')"),
         (
             "abfp(elemnt=int4)",
-            "abfp has no option 'elemnt'; did you mean 'element'? There are: adc, element, gain, gradient, n, noise, range, rule, scale, seed, static, symmetric "
+            "abfp has no option 'elemnt'; did you mean 'element'? There are: element, gradient, n, range, rule, scale, static, symmetric "
             "(character 13 of 'abfp(elemnt=int4)')",
         ),
         ("abfp(int4, n=32, n=64)", "given 'n' twice (character 1 of 'abfp(int4, n=32, n=64)')"),

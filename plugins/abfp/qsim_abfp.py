@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from qsim_core import Format, Quantizer, Scheme, hookimpl
+from qsim_core import Arithmetic, Format, Quantizer, RecipeError, Scheme, hookimpl
 from qsim_core.formats.random_bits import part, uniform
 from qsim_core.formats.rounding import divided, working
+from qsim_core.sites.arithmetic import QuantizedRows
 
 
 class ABFP(Scheme):
@@ -21,42 +22,20 @@ class ABFP(Scheme):
     weights and activations alike. A scale that `scale` rounds down lets the largest element of a block saturate.
     With a second level of scales: `scale=scaled(int8, channel)`; with powers of two: `scale=e8m0`.
 
-    With `adc` products are those of an analog device as arXiv 2205.06287 describes it, see `Device`; weights and
-    activations then have the same `n`, `adc`, `gain`, `noise` and `seed`.
+    The arithmetic `analog` computes products of such vectors as an analog device does.
     """
 
     name = "abfp"
     element: Format = Field("int4", description="the number format of the scaled values")  # type: ignore[assignment]
     n: PositiveInt = Field(64, description="elements of a vector that share a scale; the last vector may be short")
     scale: Quantizer | None = Field("bf16", description="what rounds the scales; none: float32")  # type: ignore[assignment]
-    adc: int | None = Field(None, ge=2, le=32, description="bits of an analog tile's output; none: no analog device")
-    gain: PositiveFloat = Field(1.0, description="amplifies a tile's output before it is digitized")
-    noise: NonNegativeFloat = Field(0.0, description="added before it is digitized: uniform, up to so many LSB")
-    seed: int = Field(0, ge=0, lt=2**64, description="of the noise")
 
     @property
     def granularity(self) -> int:
         return self.n
 
-    @property
-    def multiplier(self) -> Device | None:
-        return None if self.adc is None else Device(self.n, self.adc, self.gain, self.noise, self.seed)
 
-    @model_validator(mode="after")
-    def _fits_a_device(self) -> Self:
-        if self.adc is None and (self.gain, self.noise, self.seed) != (1, 0, 0):
-            raise ValueError("gain, noise and seed are an analog device's; say how many bits its adc has, like adc=8")
-        plain = self.symmetric and not self.static and self.rule == "divide"
-        rounded = self.scale is None or str(self.scale) == "bf16"
-        if self.adc is not None and not (plain and rounded):
-            raise ValueError(
-                "an analog device has scales max|x| / max(element) in bf16 or not rounded at all; leave adc out"
-            )
-        return self
-
-
-@dataclass(frozen=True)
-class Device:
+class Analog(Arithmetic):
     """An analog device that multiplies vectors of n elements, and digitizes each product.
 
     A tile's codes, in units of their scales, are multiplied and added up as they are. The sum p is amplified and read
@@ -65,42 +44,58 @@ class Device:
         y = clamp(round(gain p / step + ε), ±(2^(adc-1) - 1)) step / gain,
         step = n max(element of x) max(element of w) / (2^(adc-1) - 1)
 
-    so that without gain no sum is too large for it. With a gain of g steps are g times as fine, and sums beyond a g-th
-    of the largest saturate. y times both scales is added over the tiles in float32. A short last tile
-    is read in the same range: the rest of it is idle. Ties go to even; a tile of zeros gives zero.
+    Without gain no sum is too large for it. With a gain of g steps are g times as fine, and sums beyond a g-th of the
+    largest saturate. y times both scales is added over the tiles in float32. A short last tile is read in the same
+    range. Ties go to even; a tile of zeros gives zero.
+
+    Both operands are `abfp` with one n, and scales in bf16 or not rounded at all. Source: arXiv 2205.06287.
     """
 
-    n: int
-    adc: int
-    gain: float
-    noise: float
-    seed: int
+    name = "analog"
+    adc: int = Field(8, ge=2, le=32, description="bits of a tile's digitized output")
+    gain: PositiveFloat = Field(1.0, description="amplifies a tile's output before it is digitized")
+    noise: NonNegativeFloat = Field(0.0, description="added before it is digitized: uniform, up to so many LSB")
+    seed: int = Field(0, ge=0, lt=2**64, description="of the noise")
 
-    def __call__(self, left: Tensor, right: Tensor, quantizers: tuple[Quantizer, ...]) -> Tensor:
-        """Rows `[..., M, K]` and `[..., N, K]` to `[..., M, N]`."""
-        highest = [quantizer.element.max for quantizer in quantizers]  # type: ignore[attr-defined]
+    def check(self, quantizers: Sequence[Any]) -> None:
+        """Raise `RecipeError` unless both operands are `abfp` with the same n and scales that a device has."""
+        for quantizer in quantizers:
+            if not isinstance(quantizer, ABFP):
+                raise RecipeError("it takes abfp on both operands")
+            if not (quantizer.symmetric and not quantizer.static and quantizer.rule == "divide"):
+                raise RecipeError("it takes scales max|x| / max(element), found anew for each tensor")
+            if quantizer.scale is not None and not _is_bfloat16(quantizer.scale):
+                raise RecipeError("it takes scales in bf16, or not rounded at all")
+        if len({quantizer.n for quantizer in quantizers}) > 1:
+            raise RecipeError("it takes vectors of one length n")
+
+    def multiply(self, left: QuantizedRows, right: QuantizedRows) -> Tensor:
+        """Multiply rows `[..., M, K]` and `[..., N, K]` to `[..., M, N]`, tile by tile."""
+        n, highest = left.quantizer.n, [left.element.max, right.element.max]
         levels = 2 ** (self.adc - 1) - 1
-        largest = self.n * highest[0] * highest[1]
+        largest = n * highest[0] * highest[1]
         total: Tensor | float = 0.0
-        tiles = zip(working(left).split(self.n, -1), working(right).split(self.n, -1), strict=True)
+        tiles = zip(working(left.values).split(n, -1), working(right.values).split(n, -1), strict=True)
         for place, pair in enumerate(tiles):
             (x, of_x), (w, of_w) = (_in_units(tile, top) for tile, top in zip(pair, highest, strict=True))
             sums = (x @ w.transpose(-1, -2)).double()
-            read = sums * (levels * self.gain) / largest  # codes' sums are whole: ties are found exactly
+            read = sums * (levels * self.gain) / largest  # sums of codes are whole: ties are found exactly
             if self.noise:
                 with part(place):
                     read = read + self.noise * (2 * uniform(read, self.seed) - 1)
             found = read.round().clamp(-levels, levels) * (largest / levels / self.gain)
             total = total + found.to(x.dtype) * of_x * of_w.transpose(-1, -2)
-        return torch.as_tensor(total).to(left.dtype)
+        return torch.as_tensor(total).to(left.values.dtype)
 
-    def __str__(self) -> str:
-        noise = f", noise up to {self.noise:g} of its steps" if self.noise else ""
-        return f"an analog device (tiles of {self.n}, an ADC of {self.adc} bits, gain {self.gain:g}{noise})"
+
+def _is_bfloat16(scale: Quantizer) -> bool:
+    """Tell if scales are rounded to bfloat16 and no more."""
+    bare = scale.unscaled
+    return isinstance(bare, Format) and bare.native is torch.bfloat16 and bare.rounding == "even"
 
 
 def _in_units(tile: Tensor, highest: float) -> tuple[Tensor, Tensor]:
-    """A tile `[..., n]` in units of its scales, and these `[..., 1]`.
+    """A tile `[..., n]` in units of its scales, and the scales `[..., 1]`.
 
     A scale in bfloat16 is within 2^-9 of max|x| / max(element), and so the largest code of a tile is max(element).
     """
@@ -111,3 +106,8 @@ def _in_units(tile: Tensor, highest: float) -> tuple[Tensor, Tensor]:
 @hookimpl
 def qsim_quantizers() -> list[type[Quantizer]]:
     return [ABFP]
+
+
+@hookimpl
+def qsim_arithmetics() -> list[type[Arithmetic]]:
+    return [Analog]

@@ -52,10 +52,11 @@ RECIPE = (
     click.option("--static", metavar="CALIBRATOR", help="One static scale for each activation, like mse or entropy."),
     click.option("--value-axis", type=click.Choice(["tokens", "head"]), help="Along which axis v's scales are shared."),
     click.option(
-        "--path",
-        type=click.Choice(["auto", "float32", "int8", "bf16", "blockwise", "tf32", "fp8"]),
-        help="Arithmetic of products; auto: what is exact and fastest here.",
+        "--arithmetic",
+        metavar="TEXT",
+        help="How products are computed: auto (exact, and fastest here), float32, int8, …, or a device's own.",
     ),
+    click.option("--kv-cache", metavar="TEXT", help="Quantizer of attention's keys and values."),
     click.option("--skip", multiple=True, metavar="PATTERN", help="Sites to leave alone; 'none' for none; repeatable."),
     click.option(
         "--set", "settings", multiple=True, metavar="NAME.OPTION=VALUE", help="Change an option, like abfp.n=128."

@@ -106,7 +106,7 @@ def recipe_of(options: dict[str, Any], host: Host) -> Recipe:
     """The recipe that the command line's options say. Raises a `QsimError`."""
     values = _recipe_file(options["recipe"]) if options["recipe"] is not None else {}
     texts = {role: options[role] for role in ("weights", "activations", "outputs")}
-    for option, key in (("model", "model"), ("evaluator", "evaluate"), ("value_axis", "value_axis"), ("path", "path")):
+    for option, key in (("model", "model"), ("evaluator", "evaluate"), ("value_axis", "value_axis"), ("arithmetic", "arithmetic"), ("kv_cache", "kv_cache")):
         if options[option] is not None:
             values[key] = options[option]
     if options["skip"]:
@@ -205,9 +205,9 @@ def _lines(result: Result) -> Iterator[str]:
         yield f"left alone: {', '.join(result.recipe['skip'])} (--skip none quantizes everything)"
     for transform in dict.fromkeys(report.transform for report in result.transforms):
         yield _done(transform, [report for report in result.transforms if report.transform == transform])
-    if (path := result.recipe.get("path", "auto")) not in ("auto", "float32"):
-        took = sum(site.path == path for site in audit.sites)
-        yield f"{took} of {audit.found} matmuls took the path {path}; the others do not fit it here"
+    if (arithmetic := result.recipe["arithmetic"]) not in ("auto", "float32"):
+        took = sum(site.arithmetic == arithmetic for site in audit.sites)
+        yield f"{took} of {audit.found} matmuls were computed in {arithmetic}; the others do not fit it here"
     if audit.uncovered:
         yield f"not reached: {', '.join(audit.uncovered)}"
     grouped: dict[str, list[str]] = {}

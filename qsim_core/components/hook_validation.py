@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from qsim_core.components.component import Component, Preset
     from qsim_core.components.discovery import Plugin
 
-HOOKS = tuple(name for name, _ in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("qsim_"))
+HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("qsim_"))
+"""The names of the hooks, in the order in which hookspecs declares them."""
 
 
 def offers(plugin: Plugin, module: Any) -> dict[str, list[type[Component] | Preset]]:

@@ -43,7 +43,7 @@ class Host:
     """
 
     def __init__(self, *, discover: bool = True) -> None:
-        core = Plugin("core", "qsim-core", _core_version(), module="qsim_core.quantizers.standard_schemes")
+        core = Plugin("core", "qsim-core", _core_version(), module="qsim_core.sites.core_components")
         self._plugins = {"core": core, **(installed_plugins() if discover else {})}
         self._loaded: dict[str, Offers | PluginError] = {}
         self._everything: dict[str, list[tuple[str, type[Component] | Preset]]] | None = None
@@ -140,6 +140,7 @@ class Host:
         else:
             candidates = self.components().get(bare, [])
         fitting = [(p, o) for p, o in candidates if issubclass(self.class_of(o), kind)]
+        fitting = self._of_first_kind(fitting)
         if len(fitting) > 1:
             meant = [(p, o) for p, o in fitting if p in scope]
             fitting = meant if len(meant) == 1 else fitting
@@ -160,6 +161,14 @@ class Host:
         words = {of.name: of.doc for of in known if isinstance(of, Preset)}
         hint = did_you_mean(bare, [of.name for of in known], words)
         raise QsimError(f"no {kind.kind} {name!r}{hint}{self.not_looked_at()}")
+
+    def _of_first_kind(
+        self, offers: list[tuple[str, type[Component] | Preset]]
+    ) -> list[tuple[str, type[Component] | Preset]]:
+        """Of offers of several kinds under one name, those whose hook comes first: `int8` is the format."""
+        hooks = {self.class_of(offered).hook for _, offered in offers}
+        first = next((hook for hook in hook_validation.HOOKS if hook in hooks), "")
+        return [(plugin, offered) for plugin, offered in offers if self.class_of(offered).hook == first]
 
     def scope(self, plugin: str) -> frozenset[str]:
         """A plugin, the core, and the plugins among its distribution's dependencies: what its author relies on."""
@@ -189,7 +198,8 @@ class Host:
             raise
         except QsimError as error:
             raise node.error(str(error)) from None
-        alone = len(self.components().get(found.name, ())) == 1
+        hook = self.class_of(found).hook
+        alone = sum(self.class_of(o).hook == hook for _, o in self.components().get(found.name, ())) == 1
         name = found.name if alone else f"{plugin}.{found.name}"
         scope = self.scope(plugin)
         if not isinstance(found, Preset):

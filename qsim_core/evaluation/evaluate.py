@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -51,7 +51,7 @@ class Job:
         """Fill in model, evaluator and skipped sites from the adapter. Raises `ModelError` and `RecipeError`."""
         located = locate(DEFAULT_MODEL if recipe.model is None else recipe.model, host)
         adapter = located.adapter
-        evaluator = recipe.evaluate or _evaluator(located, host)
+        evaluator = cast("Evaluator | None", recipe.evaluate) or _evaluator(located, host)
         skip = adapter.skip if recipe.skip is None else recipe.skip
         filled = {**{key: getattr(recipe, key) for key in recipe.model_fields_set}, "model": located.name, "skip": skip}
         trained = located.trained
@@ -301,17 +301,11 @@ def _description(job: Job, loaded: LoadedModel, host: Host) -> dict[str, Any]:
     return {
         "model": job.located.name,
         "adapter": str(job.located.adapter),
-        "recipe": recipe_record(job.recipe),
+        "recipe": job.recipe.record(),
         "evaluator": str(job.evaluator),
         "protocol": job.evaluator.protocol(loaded),
         "plugins": _plugins(job, host),
     }
-
-
-def recipe_record(recipe: Recipe) -> dict[str, Any]:
-    record = recipe.model_dump(mode="json", exclude={"model", "evaluate"})
-    record["overrides"] = {p: o.model_dump(mode="json", exclude_unset=True) for p, o in recipe.overrides.items()}
-    return record
 
 
 def _plugins(job: Job, host: Host) -> dict[str, PluginRecord]:

@@ -20,7 +20,7 @@ from torch import nn
 
 from qsim_core.components.component import Component, components_in
 from qsim_core.evaluation.result import Environment, version_of
-from qsim_core.fast.native import processor
+from qsim_core.machine import processor
 from qsim_core.transforms.offload import state
 
 

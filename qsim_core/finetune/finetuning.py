@@ -23,7 +23,7 @@ from qsim_core.components.host import Host, installed
 from qsim_core.errors import DataError, ModelError, RecipeError, TrainingError
 from qsim_core.evaluation.adapter import LoadedModel
 from qsim_core.evaluation.data import Calibration, Data
-from qsim_core.evaluation.evaluate import Job, evaluate, from_anywhere, recipe_record
+from qsim_core.evaluation.evaluate import Job, evaluate, from_anywhere
 from qsim_core.evaluation.result import DataRecord, Result
 from qsim_core.evaluation.trained import STATE, Trained, write_state
 from qsim_core.files import writing
@@ -123,7 +123,7 @@ def finetune(
     seconds = time.perf_counter() - start
     Trained(
         base=job.located.name,
-        recipe=recipe_record(job.recipe),
+        recipe=job.recipe.record(),
         evaluator=str(job.evaluator),
         data=from_anywhere(measured_on),
     ).write(output)
@@ -168,7 +168,7 @@ def _measured_on(job: Job, data: str | None, eval_data: str | None) -> str | Non
 
 def _plan(job: Job, data: DataRecord, training: Training) -> dict[str, Any]:
     """What makes a run the same run."""
-    what = {"model": job.located.name, "data": data.sha256, **recipe_record(job.recipe)}
+    what = {"model": job.located.name, "data": data.sha256, **job.recipe.record()}
     return {**what, **training.model_dump(mode="json")}
 
 

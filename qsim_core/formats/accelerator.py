@@ -10,6 +10,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ class Accelerator(Protocol):
         `quantizer` is a `Format` or a `Scheme`. The result may be put into `out`, which has the shape, the strides and
         the dtype of `x`.
         """
+
+    # An accelerator may also have `attend(sites, query, key, value, …)`, which computes fused attention at its sites, and
+    # `compiled(source, elements)`, which compiles a C++ source of a plugin for this processor. Both may return None.
 
 
 _loaded: list[tuple[Accelerator, ...]] = []
@@ -57,6 +61,18 @@ def accelerated(quantizer: Any, x: Tensor, scales: Any = None, out: Tensor | Non
     for accelerator in accelerators():
         found = accelerator.quantize(quantizer, x, scales, out)
         if found is not None:
+            return found
+    return None
+
+
+def compiled(source: Path, elements: int) -> Any:
+    """A C++ source compiled for this processor by the first accelerator that can; None: Python does the work.
+
+    `elements` is the work of this call, counted as elements that are quantized: compiling has to be worth it.
+    """
+    for accelerator in accelerators():
+        compile_source = getattr(accelerator, "compiled", None)
+        if compile_source is not None and (found := compile_source(source, elements)) is not None:
             return found
     return None
 

@@ -128,8 +128,13 @@ class Format(Quantizer):
         return torch.where(rounded < low, -self.overflow if low < 0 else low, past)
 
     def quantize(self, x: Tensor) -> Tensor:
-        """`x` rounded without a scale, and back in its own dtype."""
-        fast = accelerated(self, floating(x))
+        """Round `x` without a scale, and give it back in its own dtype."""
+        return Format.quantize_into(self, x, None)
+
+    def quantize_into(self, x: Tensor, out: Tensor | None) -> Tensor:
+        if type(self).quantize is not Format.quantize and out is not None:  # a class with a way of its own
+            return self.quantize(x)
+        fast = accelerated(self, floating(x), out=out)
         return laid_out_as(x, self.round(working(x))) if fast is None else fast
 
     def passes(self, x: Tensor) -> Tensor:
@@ -162,6 +167,10 @@ class Format(Quantizer):
     @property
     def by_rows(self) -> bool:
         return True
+
+    @property
+    def draws(self) -> bool:
+        return self.rounding == "stochastic"
 
     @property
     def unscaled(self) -> Format:

@@ -1,15 +1,15 @@
 """Quantizers: functions tensor -> tensor whose values come from a number format after scaling.
 
 The base class, a plain callable in its place, and the straight-through gradient. Number formats are in
-`qsim_core.formats.format`, scales in `qsim_core.quantizers.scheme`. The reduction axis of the matmul comes last in every tensor that a
-quantizer is handed.
+`qsim_core.formats.format`, scales in `qsim_core.quantizers.scheme`. Every tensor that a quantizer is given has the
+reduction axis of its matmul last.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import ValidationInfo, model_validator
@@ -19,85 +19,110 @@ from qsim_core.components.component import Component
 from qsim_core.errors import QsimError
 from qsim_core.formats.codes import Encoded
 
-
-class Multiplier(Protocol):
-    """What multiplies two operands in place of a float matmul: a frozen value, equal to others of the same options."""
-
-    def __call__(self, left: Tensor, right: Tensor, quantizers: tuple[Quantizer, ...]) -> Tensor:
-        """Rows `[..., M, K]` and `[..., N, K]`, each quantized by its quantizer, to `[..., M, N]`."""
-
-
 Granularity = Literal["tensor", "channel", "token", "element"] | int | tuple[int, int]
 
 
-class Quantizer(Component):
-    """What rounds a tensor. One method to write: `quantize`.
+class SiteQuantizer(ABC):
+    """Anything that can stand at a site: a `Quantizer`, or one that holds tensors, such as static scales.
 
-    Calling a quantizer is `quantize` with a straight-through gradient: the identity, and zero where `gradient_passes`
-    says no; by default that is where the value lies outside what can be represented.
+    One method to write: `quantize`. Calling it is `quantize` with a straight-through gradient: the identity, and zero
+    where `gradient_passes` is false; by default that is outside the range that can be represented.
+
+    The properties answer what other modules ask about any quantizer. Each question has one property.
     """
-
-    kind: ClassVar[str] = "quantizer"
-    hook: ClassVar[str] = "qsim_quantizers"
 
     @abstractmethod
     def quantize(self, x: Tensor) -> Tensor:
-        """`x` rounded: same shape, same dtype, same device; `x` itself is left alone."""
+        """Round `x`: same shape, same dtype, same device; `x` itself is left alone."""
+
+    def quantize_into(self, x: Tensor, out: Tensor | None) -> Tensor:
+        """Do the same, and put the result into `out` where that saves memory: shape, strides and dtype of `x`."""
+        return self.quantize(x)
 
     def passes(self, x: Tensor) -> Tensor | None:
-        """Where a value lies inside what can be represented, as booleans; `None` means everywhere."""
+        """Tell which values lie inside the range that can be represented, as booleans; None: all."""
         return None
 
     def gradient_passes(self, x: Tensor) -> Tensor | None:
-        """Where the straight-through gradient passes; by default where the value does."""
+        """Tell where the straight-through gradient passes; by default where `passes` is true."""
         return self.passes(x)
 
-    def encode(self, x: Tensor) -> Encoded:
-        """`x` as codes and scales. Raises `QsimError` for a value without a code, or a quantizer without codes."""
-        raise QsimError(f"{self} has no codes: it says how values are rounded, not how they are stored")
-
-    def decode(self, encoded: Encoded) -> Tensor:
-        """What was encoded, quantized: `decode(encode(x))` is `quantize(x)`, bit for bit."""
-        raise QsimError(f"{self} has no codes: it says how values are rounded, not how they are stored")
-
     def bits_per_element(self, shape: torch.Size) -> float | None:
-        """Bits stored for one element of a tensor of this shape, its share of the scales counted; None: unknown."""
+        """Count the bits stored for one element of a tensor of this shape, with its share of scales; None: unknown."""
+        return None
+
+    def scales(self, x: Tensor) -> Any:
+        """Give the `Scales` under which the rows of `x` are rounded; None: there are none."""
         return None
 
     @property
     def granularity(self) -> Granularity | None:
-        """Which elements share a scale: the tensor, a row, a block of n or r x c, no others; None: unknown."""
+        """The elements that share a scale: the tensor, a row, a block of n or r x c, no others; None: unknown."""
         return None
 
     @property
     def by_rows(self) -> bool:
-        """Whether each row is rounded by itself, whatever the others hold."""
+        """True if each row is rounded by itself, independent of the other rows."""
         return False
 
     @property
-    def unscaled(self) -> Quantizer | None:
-        """The number format that it rounds to as it is, if it does nothing else; a scale rounded so saturates."""
-        return None
-
-    @property
-    def multiplier(self) -> Multiplier | None:
-        """What multiplies operands that are both quantized by it or its like; None: a float matmul."""
-        return None
-
-    @property
     def sharing(self) -> frozenset[Granularity]:
-        """The granularities of its scales, and of their scales in turn: what else a value may depend on."""
+        """The granularities of its scales, and of the scales of these: on what else a value may depend."""
         return frozenset() if self.granularity in (None, "element") else frozenset({self.granularity})
+
+    @property
+    def draws(self) -> bool:
+        """True if it draws random numbers, as stochastic rounding does."""
+        return False
+
+    @property
+    def learns(self) -> bool:
+        """True if its scales are trained."""
+        return False
+
+    @property
+    def version(self) -> int:
+        """A number that changes whenever what it holds changes."""
+        return 0
+
+    def needs_held_scales(self, role: str) -> bool:
+        """True if a site has to hold scales for it in this role: static ones, or scales that are trained."""
+        return False
+
+    @property
+    def plain(self) -> Any:
+        """The quantizer without the tensors that it holds; itself if it holds none."""
+        return self
 
     def __call__(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             return straight_through(x, self)
         return self.quantize(x)
 
+
+class Quantizer(SiteQuantizer, Component):
+    """Rounds a tensor. One method to write: `quantize`."""
+
+    kind: ClassVar[str] = "quantizer"
+    hook: ClassVar[str] = "qsim_quantizers"
+
+    def encode(self, x: Tensor) -> Encoded:
+        """Turn `x` into codes and scales. Raises `QsimError` for a value without a code, or where there are no codes."""
+        raise QsimError(f"{self} has no codes: it says how values are rounded, not how they are stored")
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """Turn codes back into quantized values: `decode(encode(x))` is `quantize(x)`, bit for bit."""
+        raise QsimError(f"{self} has no codes: it says how values are rounded, not how they are stored")
+
+    @property
+    def unscaled(self) -> Quantizer | None:
+        """The number format that it rounds to, if it does nothing else; a scale rounded so saturates."""
+        return None
+
     @model_validator(mode="wrap")
     @classmethod
     def _from_callable(cls, value: Any, handler: Any, info: ValidationInfo) -> Self:
-        """Where a quantizer is expected, a plain callable tensor -> tensor will do."""
+        """Accept a plain callable tensor -> tensor where a quantizer is expected."""
         if cls is Quantizer and callable(value) and not isinstance(value, Component | type):
             return Function(call=value)  # type: ignore[return-value]
         return handler(value)  # type: ignore[no-any-return]
@@ -106,14 +131,14 @@ class Quantizer(Component):
 class Function(Quantizer):
     """A plain callable tensor -> tensor in a quantizer's place; its text form names it but cannot be read back.
 
-    It may work in place: what it is handed is its own.
+    The callable may work in place: it is given a copy.
     """
 
     name = "function"
     call: Callable[[Any], Any]
 
     def quantize(self, x: Tensor) -> Tensor:
-        """What the callable makes of a copy of `x`. Raises `QsimError` unless shape and dtype are those of `x`."""
+        """Call it on a copy of `x`. Raises `QsimError` unless shape and dtype are those of `x`."""
         y = self.call(x.clone())
         if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
             found = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else repr(type(y).__name__)
@@ -121,7 +146,7 @@ class Function(Quantizer):
         return y
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.quantize(x)  # whoever gives a function gives its gradient
+        return self.quantize(x)  # the gradient is the callable's own
 
     def __str__(self) -> str:
         return f"function({getattr(self.call, '__name__', type(self.call).__name__)})"
@@ -129,11 +154,11 @@ class Function(Quantizer):
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, quantizer: Quantizer, value: Tensor | None) -> Tensor:
+    def forward(x: Tensor, quantizer: SiteQuantizer, value: Tensor | None) -> Tensor:
         return quantizer.quantize(x) if value is None else value.detach().view_as(value)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Quantizer, Tensor | None], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, SiteQuantizer, Tensor | None], output: Tensor) -> None:
         ctx.save_for_backward(inputs[0])
         ctx.quantizer = inputs[1]
 
@@ -144,8 +169,8 @@ class _StraightThrough(torch.autograd.Function):
         return gradient if passes is None else torch.where(passes, gradient, 0.0), None, None
 
 
-def straight_through(x: Tensor, quantizer: Quantizer, value: Tensor | None = None) -> Tensor:
-    """`quantizer.quantize(x)` whose gradient is the identity where `quantizer.gradient_passes(x)`, else zero.
+def straight_through(x: Tensor, quantizer: SiteQuantizer, value: Tensor | None = None) -> Tensor:
+    """Give `quantizer.quantize(x)` the gradient of the identity where `quantizer.gradient_passes(x)`, else zero.
 
     `value` is the quantized tensor, if it is known already. Source: Bengio et al., arXiv 1308.3432, section 4.
     """
@@ -154,13 +179,13 @@ def straight_through(x: Tensor, quantizer: Quantizer, value: Tensor | None = Non
 
 
 def floating(x: Tensor) -> Tensor:
-    """`x`, if it is a floating-point tensor; else a `QsimError`."""
+    """Return `x`, a floating-point tensor. Raises `QsimError` for another dtype."""
     if not x.is_floating_point():
         raise QsimError(f"a quantizer takes floating-point tensors, not {x.dtype}")
     return x
 
 
 def laid_out_as(x: Tensor, y: Tensor) -> Tensor:
-    """`y` in the dtype and the memory layout of `x`."""
+    """Bring `y` into the dtype and the memory layout of `x`."""
     y = y.to(x.dtype)
     return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)

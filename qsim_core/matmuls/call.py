@@ -27,12 +27,14 @@ class Call:
     layouts: tuple[Layout, ...]
     places: tuple[int | str, ...]
     addend: Tensor | None = None
-    """What `addmm` and `baddbmm` add the product to."""
+    """The tensor that `addmm` and `baddbmm` add to the product."""
     result: Layout = LAST
     """The result, with the axis last that the next matmul will sum over."""
     operation: str = "einsum"
     weight: int | None = None
     """Which operand is a parameter, or part of one; known once a site has met the call."""
+    masked: bool = False
+    """True if the addend is computed, as a mask is, and not a parameter: the product is quantized before it is added."""
 
     @property
     def input(self) -> Tensor:

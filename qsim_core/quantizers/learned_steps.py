@@ -17,7 +17,7 @@ from qsim_core.errors import RecipeError
 from qsim_core.formats.quantizer import laid_out_as
 from qsim_core.formats.rounding import working
 from qsim_core.quantizers.scheme import Scheme, divisor_of
-from qsim_core.quantizers.static_scale import Fixed
+from qsim_core.quantizers.static_scale import StaticScheme
 
 HOME = "qsim_steps"
 """The name of these submodules."""
@@ -50,7 +50,7 @@ class LearnedSteps(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class Learned(Fixed):
+class LearnedScheme(StaticScheme):
     """A scheme with the steps that its site trains, `scale` [B, 1] for activations, [..., B, 1] for a weight.
 
     The gradient of a step is the sum over its values v of eq. 3, by straight-through past the rounding of the scale,
@@ -92,17 +92,17 @@ class Learned(Fixed):
         size = self.scheme.granularity
         return min(size, x.shape[-1]) if isinstance(size, int) else x.shape[-1]
 
-    def _on(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        scale, zero = super()._on(x)
-        return self.scheme._rounded(scale.detach().abs()), zero
+    def held_for(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        scale, zero = super().held_for(x)
+        return self.scheme.rounded_scale(scale.detach().abs()), zero
 
 
 class _LearnedStep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, learned: Learned) -> Tensor:
+    def forward(ctx: Any, x: Tensor, step: Tensor, learned: LearnedScheme) -> Tensor:
         """`x` quantized; keeps where its gradient passes, and d value / d step of each."""
         scheme, blocks = learned.scheme, learned.scheme.split(working(x))
-        scale, zero = (part if part is None else part.to(blocks.dtype) for part in learned._on(x))
+        scale, zero = (part if part is None else part.to(blocks.dtype) for part in learned.held_for(x))
         assert scale is not None
         rounded, divisor = scheme.round_at(blocks, scale, zero), divisor_of(scale)
         inside = scheme.passes_at(x, scale, zero, "lsq")
@@ -125,4 +125,4 @@ def of_weight(scheme: Scheme, x: Tensor) -> tuple[Tensor, Tensor | None]:
     if x.dim() > 2 and not scheme.by_rows:
         raise RecipeError(f"{scheme}: experts cannot share learned scales; give each channel its own")
     blocks = scheme.split(working(x))
-    return scheme.fit(blocks, scheme._counts(x, blocks))
+    return scheme.fit(blocks, scheme.counts(x, blocks))

@@ -105,8 +105,16 @@ class Scheme(Quantizer):
 
     @property
     def learns(self) -> bool:
-        """Whether the scales are trained: a site holds them, and `range` only says where they start."""
+        """True if the scales are trained: a site holds them, and `range` only gives their start."""
         return self.gradient == "lsq"
+
+    @property
+    def draws(self) -> bool:
+        return self.element.draws or (self.scale is not None and self.scale.draws)
+
+    def needs_held_scales(self, role: str) -> bool:
+        """True if the scales are trained, or static and not those of a weight, which does not change."""
+        return self.learns or (self.static and role != "weight")
 
     @functools.cached_property
     def coded(self) -> Format:
@@ -114,14 +122,19 @@ class Scheme(Quantizer):
         return self.element if self.symmetric else self.element.full()
 
     def quantize(self, x: Tensor) -> Tensor:
-        """`x` rounded, in its own dtype; the arithmetic is float32's (float64's for float64)."""
+        """Round `x`, in its own dtype; the arithmetic is float32's (float64's for float64)."""
+        return Scheme.quantize_into(self, x, None)
+
+    def quantize_into(self, x: Tensor, out: Tensor | None) -> Tensor:
+        if out is not None and type(self).quantize is not Scheme.quantize:  # a scheme with a way of its own
+            return self.quantize(x)
         if floating(x).numel() == 0:
             return x.clone()
-        if (fast := accelerated(self, x)) is not None:
+        if (fast := accelerated(self, x, out=out)) is not None:
             return fast
-        blocks, exact, zero = self._measured(x)
-        scale = self._rounded(exact).unsqueeze(-1)
-        return laid_out_as(x, self.join(self._units(blocks, scale, zero) * scale, x))
+        blocks, exact, zero = self.measured(x)
+        scale = self.rounded_scale(exact).unsqueeze(-1)
+        return laid_out_as(x, self.join(self.units(blocks, scale, zero) * scale, x))
 
     def passes(self, x: Tensor) -> Tensor:
         """True where x / scale is at most half a step outside the element format; NaN does not pass."""
@@ -133,8 +146,8 @@ class Scheme(Quantizer):
     def _passing(self, x: Tensor, gradient: Gradient) -> Tensor:
         if x.numel() == 0:
             return torch.ones_like(x, dtype=torch.bool)
-        blocks, exact, zero = self._measured(x)
-        units = blocks / divisor_of(self._rounded(exact).unsqueeze(-1))
+        blocks, exact, zero = self.measured(x)
+        units = blocks / divisor_of(self.rounded_scale(exact).unsqueeze(-1))
         return self.join(passing(self.coded, units if zero is None else units + zero, gradient), x)
 
     def encode(self, x: Tensor) -> Encoded:
@@ -142,9 +155,9 @@ class Scheme(Quantizer):
         element = self.coded
         if floating(x).numel() == 0:
             return Encoded(as_codes(x, element.width), element.width, x.dtype)
-        blocks, exact, zero = self._measured(x)
-        scale = self._rounded(exact).unsqueeze(-1)
-        units = torch.where(scale.isnan(), element.max, self._units(blocks, scale, zero))
+        blocks, exact, zero = self.measured(x)
+        scale = self.rounded_scale(exact).unsqueeze(-1)
+        units = torch.where(scale.isnan(), element.max, self.units(blocks, scale, zero))
         if zero is not None:
             zero = torch.where(scale.isnan(), 0.0, zero)
             units = units + zero
@@ -173,8 +186,8 @@ class Scheme(Quantizer):
 
     def scale_map(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The scale and the zero point of each element of `x`, in its shape and in the dtype of the arithmetic."""
-        blocks, exact, zero = self._measured(x)
-        scale = self._rounded(exact).unsqueeze(-1)
+        blocks, exact, zero = self.measured(x)
+        scale = self.rounded_scale(exact).unsqueeze(-1)
         return self.join(scale.expand_as(blocks), x), None if zero is None else self.join(zero.expand_as(blocks), x)
 
     def round_at(self, x: Tensor, scale: Tensor, zero: Tensor | None, divisor: Tensor | None = None) -> Tensor:
@@ -182,40 +195,46 @@ class Scheme(Quantizer):
 
         Who rounds many times under one scale gives the `divisor_of` it too.
         """
-        return self._units(x, scale, zero, divisor).mul_(scale)
+        return self.units(x, scale, zero, divisor).mul_(scale)
 
     def static_blocks(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """`x` as [B, values], all that shares a static scale over all rows, and how many each stands for."""
         blocks = self.split(working(x))
-        counts = self._counts(x, blocks)
+        counts = self.counts(x, blocks)
         return _over_rows(blocks), None if counts is None else _over_rows(counts)
 
     def fit(self, values: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Static scales and zero points, [B, 1] each, for values [B, n] of which each stands for `counts`."""
         exact, zero = self._exact(values, counts)
-        return self._rounded(exact).unsqueeze(-1), zero
+        return self.rounded_scale(exact).unsqueeze(-1), zero
 
-    def quantize_at(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        """`x` quantized with static scales, in its own dtype."""
+    def scales(self, x: Tensor) -> Scales:
+        """Give the scales and zero points of `x`: [A, B] for its A rows of B blocks, or [1, 1] for the tensor."""
+        _, exact, zero = self.measured(x)
+        scale = self.rounded_scale(exact)
+        return Scales(scale.reshape(-1, scale.shape[-1]), None if zero is None else zero.reshape(-1, zero.shape[-2]))
+
+    def quantize_at(self, x: Tensor, scale: Tensor, zero: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """Quantize `x` with static scales, in its own dtype."""
         if floating(x).numel() == 0:
             return x.clone()
-        if (fast := accelerated(self, x, Scales.of(scale, zero))) is not None:
+        if (fast := accelerated(self, x, Scales.of(scale, zero), out)) is not None:
             return fast
         blocks = self.split(working(x))
         scale, zero = scale.to(blocks.dtype), None if zero is None else zero.to(blocks.dtype)
-        return laid_out_as(x, self.join(self._units(blocks, scale, zero) * scale, x))
+        return laid_out_as(x, self.join(self.units(blocks, scale, zero) * scale, x))
 
     def passes_at(self, x: Tensor, scale: Tensor, zero: Tensor | None, gradient: Gradient = "clipped") -> Tensor:
         """`passes`, or where another gradient does, with static scales."""
         units = self.split(working(x)) / divisor_of(scale)
         return self.join(passing(self.coded, units if zero is None else units + zero, gradient), x)
 
-    def _measured(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def measured(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """`x` in blocks [..., B, n], their scales [..., B] before these are rounded, and their zero points."""
         blocks = self.split(working(x))
-        return blocks, *self._exact(blocks, self._counts(x, blocks))
+        return blocks, *self._exact(blocks, self.counts(x, blocks))
 
-    def _counts(self, x: Tensor, blocks: Tensor) -> Tensor | None:
+    def counts(self, x: Tensor, blocks: Tensor) -> Tensor | None:
         """1 for each value of a block and 0 for each zero that fills it up; None where nothing does."""
         if blocks.numel() == x.numel():
             return None
@@ -228,13 +247,13 @@ class Scheme(Quantizer):
             seen = blocks.abs() if self.element.min < 0 else blocks.clamp(min=0)
 
         def error(low: Tensor, high: Tensor) -> Tensor:
-            exact, zero = self._covering(low, high)
-            scale = self._rounded(exact).unsqueeze(-1)
-            return self._units(blocks, scale, zero) * scale - blocks
+            exact, zero = self.covering(low, high)
+            scale = self.rounded_scale(exact).unsqueeze(-1)
+            return self.units(blocks, scale, zero) * scale - blocks
 
-        return self._covering(*self.range.range(seen, error, counts))
+        return self.covering(*self.range.range(seen, error, counts))
 
-    def _covering(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+    def covering(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         element = self.coded
         if not self.symmetric:
             low, high = low.clamp(max=0), high.clamp(min=0)
@@ -242,7 +261,7 @@ class Scheme(Quantizer):
             exact = divided(high - low, steps)
             apart = divided(high, steps) - divided(low, steps)  # the difference may overflow
             exact = _finite(torch.where(exact.isinf(), apart, exact))
-            offset = (low / divisor_of(self._rounded(exact))).round()
+            offset = (low / divisor_of(self.rounded_scale(exact))).round()
             return exact, (element.min - offset).clamp(element.min, element.max).unsqueeze(-1)
         if self.rule == "divide":
             return _finite(divided(high + 0.0, element.reach)), None  # the highest of -0 and 0 may be either
@@ -252,10 +271,10 @@ class Scheme(Quantizer):
         bare = unscaled_format(self.scale)
         return exact if bare is None else exact.clamp(max=bare.max)
 
-    def _rounded(self, exact: Tensor) -> Tensor:
+    def rounded_scale(self, exact: Tensor) -> Tensor:
         return exact if self.scale is None else _finite(self.scale.quantize(self._limited(exact)))
 
-    def _units(self, blocks: Tensor, scale: Tensor, zero: Tensor | None, divisor: Tensor | None = None) -> Tensor:
+    def units(self, blocks: Tensor, scale: Tensor, zero: Tensor | None, divisor: Tensor | None = None) -> Tensor:
         """The blocks in units of their scale, rounded; less the zero point, where there is one."""
         units, element = blocks / (divisor_of(scale) if divisor is None else divisor), self.coded
         if zero is None:

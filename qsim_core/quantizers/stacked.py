@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from qsim_core.formats.quantizer import Quantizer
 
-if TYPE_CHECKING:
-    pass
-
 
 class Stacked(Quantizer):
-    """A stack of matrices [E, rows, K], as a layer of E experts holds them: each is quantized by itself."""
+    """Matrices [E, rows, K], as a layer of E experts holds them: each is quantized by itself."""
 
     name = "stacked"
     each: Quantizer
@@ -30,6 +25,10 @@ class Stacked(Quantizer):
 
     def bits_per_element(self, shape: torch.Size) -> float | None:
         return self.each.bits_per_element(shape[1:])
+
+    @property
+    def draws(self) -> bool:
+        return self.each.draws
 
 
 def _stacked(parts: list[Tensor | None]) -> Tensor | None:

@@ -16,11 +16,9 @@ from torch import Tensor
 from qsim_core.formats.codes import Encoded
 from qsim_core.formats.format import Format
 from qsim_core.formats.quantizer import Granularity, Quantizer
-from qsim_core.hookspecs import hookimpl
-from qsim_core.quantizers.calibrators import MSE, AbsMax, Calibrator, MinMax, Percentile
 from qsim_core.quantizers.scheme import Scheme
 
-ROWS = ("tensor", "channel", "token")
+ROW_SCALES = ("tensor", "channel", "token")
 
 
 def _positive(value: Any) -> bool:
@@ -35,7 +33,7 @@ def _size(value: Any) -> Any:
 
 
 def _block(value: Any) -> Any:
-    if value in ROWS:
+    if value in ROW_SCALES:
         return value
     try:
         return _size(value)
@@ -110,6 +108,9 @@ class Cast(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         return self.element.quantize(x)
 
+    def quantize_into(self, x: Tensor, out: Tensor | None) -> Tensor:
+        return self.element.quantize_into(x, out)
+
     def passes(self, x: Tensor) -> Tensor | None:
         return self.element.passes(x)
 
@@ -131,15 +132,9 @@ class Cast(Quantizer):
         return True
 
     @property
+    def draws(self) -> bool:
+        return self.element.draws
+
+    @property
     def unscaled(self) -> Format:
         return self.element
-
-
-@hookimpl
-def qsim_quantizers() -> list[type[Quantizer]]:
-    return [Scaled, Tensorwise, Channel, Token, Block, Cast]
-
-
-@hookimpl
-def qsim_calibrators() -> list[type[Calibrator]]:
-    return [MinMax, AbsMax, Percentile, MSE]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.matmuls.dispatch import Watcher, operator_name
-from qsim_core.sites.site import Site
+from qsim_core.sites.site import ATTENTION, Site
 from qsim_core.sites.sites import Sites
 
 PRODUCTS = frozenset(
@@ -87,10 +87,13 @@ class SiteAudit(BaseModel):
     input: str | None = Field(description="quantizer of every operand that is no parameter")
     weight: str | None
     output: str | None
-    path: str = Field(description="the arithmetic that computed it")
+    arithmetic: str = Field(description="the arithmetic that computed it")
     calls: int = Field(description="how often it was computed, in the audit's batch if there was one")
     skipped: bool = False
-    measured: dict[str, Measured] = Field(default_factory=dict, description="by role: input, weight, output")
+    measured: dict[str, Measured] = Field(
+        default_factory=dict,
+        description="by role: input, weight, output; at attention also queries, keys, probabilities, values",
+    )
     notes: list[str] = []
 
 
@@ -113,6 +116,8 @@ class Audit(BaseModel):
     def notes(self) -> list[str]:
         return [f"{site.site}: {note}" for site in self.sites for note in site.notes]
 
+
+ATTENTION_ROLES = frozenset(role for roles in ATTENTION.values() for role in roles)
 
 PART = 2**18
 """Elements that are looked at in float64 at a time."""
@@ -171,9 +176,9 @@ class _Outside(Watcher):
         if func.namespace != "aten":
             name = f"{func.namespace}::{name}"
             product = _may_multiply((*args, *(kwargs or {}).values()))
-        if product and not self.sites.thread.inside:
-            stack = self.sites.thread.stack
-            self.found[f"{stack[-1].path if stack else ''}:{name}"] += 1
+        if product and not self.sites.stack.inside:
+            frames = self.sites.stack.frames
+            self.found[f"{frames[-1].path if frames else ''}:{name}"] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -193,6 +198,8 @@ class _Watch:
         self.dtypes[site.name] = after.dtype
         if quantizer is not None:
             self.sums[site.name, role.rstrip("2")].add(before, after, quantizer)
+            if (named := site.named(role)) in ATTENTION_ROLES:
+                self.sums[site.name, named].add(before, after, quantizer)
 
 
 def audit(sites: Sites, run: Callable[[], Any] | None) -> Audit:
@@ -209,7 +216,7 @@ def audit(sites: Sites, run: Callable[[], Any] | None) -> Audit:
         for name, site in sites.table.items():  # the audit's own batch leaves no trace at the sites
             met, site.calls = site.calls, calls.get(name, 0)
             calls[name] = met - site.calls
-    records = [_record(site, calls[site.name], watch, sites.recipe.value_axis) for site in sites.table.values()]
+    records = [_record(site, calls[site.name], watch) for site in sites.table.values()]
     return Audit(
         sites=records,
         covered=sum(bool(r.input or r.weight or r.output) for r in records),
@@ -221,7 +228,7 @@ def audit(sites: Sites, run: Callable[[], Any] | None) -> Audit:
     )
 
 
-def _record(site: Site, calls: int, watch: _Watch, value_axis: str) -> SiteAudit:
+def _record(site: Site, calls: int, watch: _Watch) -> SiteAudit:
     plan = site.plan
     roles = {role: sums.result() for (name, role), sums in watch.sums.items() if name == site.name}
     return SiteAudit(
@@ -231,11 +238,13 @@ def _record(site: Site, calls: int, watch: _Watch, value_axis: str) -> SiteAudit
         input=", ".join(dict.fromkeys(map(str, site.inputs))) or None,
         weight=str(plan.weight) if plan.weight and site.weight else None,
         output=str(plan.output) if plan.output else None,
-        path=site.path if site.path != "float32" else str(watch.dtypes.get(site.name, torch.float32))[6:],
+        arithmetic=site.arithmetic
+        if site.arithmetic != "float32"
+        else str(watch.dtypes.get(site.name, torch.float32))[6:],
         calls=calls,
         skipped=plan.skipped,
         measured=roles,
-        notes=list(_notes(site, value_axis)),
+        notes=list(_notes(site, site.plan.value_axis)),
     )
 
 
@@ -244,8 +253,6 @@ def _notes(site: Site, value_axis: str) -> list[str]:
     notes = []
     if site.weight is None and (site.op == "linear" or site.op.startswith("conv")):
         notes.append("its weight is computed, not a parameter: it takes the quantizer of activations")
-    multipliers = {quantizer.multiplier for quantizer in (site.plan.input, site.plan.weight) if quantizer is not None}
-    notes += [f"multiplied by {multiplier}" for multiplier in multipliers - {None}]
     notes += [f"in training it is not quantized: {site.in_training}"] if site.in_training else []
     notes += [f"its {role} is rotated by {rotation}" for role, rotation in site.rotations.items()]
     for role, quantizer in (*(("input", quantizer) for quantizer in site.inputs), ("output", site.plan.output)):
@@ -256,7 +263,9 @@ def _notes(site: Site, value_axis: str) -> list[str]:
             notes.append(f"one {role} scale for the whole tensor: it depends on the batch and sees later tokens")
         for rows in sorted(block[0] for block in sharing if isinstance(block, tuple) and block[0] > 1):
             notes.append(f"{role} scales are shared over {rows} rows and see later tokens")
-        of_values = role == "input" and quantizer is site.fixed.get("input2", site.plan.input)
+        of_values = role == "input" and quantizer is (
+            site.fixed["input2"] if "input2" in site.fixed else site.planned("input2")
+        )
         if of_values and site.is_value_product and value_axis == "tokens" and sharing - {"tensor"}:
             notes.append("v's scales are shared over tokens and see later ones (value_axis head: they do not)")
     return notes

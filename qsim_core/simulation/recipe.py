@@ -12,14 +12,25 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from qsim_core.components.component import Component, explain
-from qsim_core.errors import RecipeError, did_you_mean
-from qsim_core.evaluation.evaluator import Evaluator
+from qsim_core.components.hook_validation import base_of, kind_of
+from qsim_core.components.syntax import Node
+from qsim_core.errors import RecipeError, did_you_mean, with_article
 from qsim_core.formats.format import Format
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.quantizers.standard_schemes import Cast, Channel, Token
+from qsim_core.sites.arithmetic import AUTO, Arithmetic
 from qsim_core.sites.plan import Plan
 from qsim_core.transforms.transform import Transform
 
@@ -29,6 +40,19 @@ def _in_scheme(scheme: type[Component]) -> AfterValidator:
         return scheme.model_validate({"element": quantizer}) if isinstance(quantizer, Format) else quantizer
 
     return AfterValidator(wrap)
+
+
+def _of_hook(hook: str) -> tuple[Any, ...]:
+    """Accept a component of this hook, or its text."""
+
+    def build(value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, str | Node):
+            return base_of(hook).model_validate(value, context=info.context)
+        if value is not None and getattr(value, "hook", "") != hook:
+            raise ValueError(f"expected {with_article(kind_of(hook))} or its text, found {value!r}")
+        return value
+
+    return (BeforeValidator(build),)
 
 
 def _several(value: Any) -> Any:
@@ -44,41 +68,79 @@ class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
-class Override(_Strict):
-    """What is different at the sites that a pattern names; what is left out stays as it was."""
-
-    weights: Weights = None
-    activations: Activations = None
-    outputs: Outputs = None
+ROLES = ("queries", "keys", "probabilities", "values")
+"""The operands of attention, which may have quantizers of their own."""
+MOVED = {"path": "arithmetic"}
+"""Keys of earlier versions and the keys that took their place."""
 
 
-class Recipe(_Strict):
+class _Quantizers(_Strict):
+    """The quantizers of the sites that a recipe, or one of its overrides, speaks of."""
+
+    weights: Weights = Field(None, description="quantizer of every weight")
+    activations: Activations = Field(None, description="quantizer of every input of a matmul")
+    outputs: Outputs = Field(None, description="quantizer of every result of a matmul")
+    queries: Activations = Field(None, description="quantizer of attention's queries; not said: that of activations")
+    keys: Activations = Field(None, description="quantizer of attention's keys; not said: that of activations")
+    probabilities: Activations = Field(
+        None, description="quantizer of attention's probabilities; not said: that of activations"
+    )
+    values: Activations = Field(None, description="quantizer of attention's values; not said: that of activations")
+    arithmetic: Arithmetic = Field(
+        AUTO,
+        description="how products are multiplied and added up: auto, the fastest way here that gives float32's numbers; "
+        "float32; the name of an exact one; or a device's own arithmetic",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_cache(cls, values: Any) -> Any:
+        """Read `kv_cache: F` as `keys: F` and `values: F`."""
+        if not isinstance(values, dict) or "kv_cache" not in values:
+            return values
+        rest = {key: value for key, value in values.items() if key != "kv_cache"}
+        if twice := sorted({"keys", "values"} & rest.keys()):
+            raise ValueError(f"kv_cache says keys and values; leave {twice[0]} out")
+        return {**rest, "keys": values["kv_cache"], "values": values["kv_cache"]}
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """The quantizers, and the arithmetic, that were given."""
+        return {key: getattr(self, key) for key in (*QUANTIZERS, "arithmetic") if key in self.model_fields_set}
+
+    @property
+    def quantizers(self) -> list[Any]:
+        """Every quantizer that is named."""
+        return [quantizer for key in QUANTIZERS if (quantizer := getattr(self, key)) is not None]
+
+
+QUANTIZERS = ("weights", "activations", "outputs", *ROLES)
+
+
+class Override(_Quantizers):
+    """The differences at the sites that a pattern names; a key that is left out stays as it was."""
+
+
+class Recipe(_Quantizers):
     """Quantizers for weights, activations and outputs, transforms in order, and the exceptions.
 
     Everywhere a component stands in Python, its text does in YAML and JSON.
     """
 
     model: str | None = Field(None, description="a directory, a hub name, or a model of the zoo")
-    weights: Weights = Field(None, description="quantizer of every weight")
-    activations: Activations = Field(None, description="quantizer of every input of a matmul")
-    outputs: Outputs = Field(None, description="quantizer of every result of a matmul")
     value_axis: Literal["tokens", "head"] = Field(
         "tokens",
         description="along which axis v's scales are shared: tokens, the reduction axis of PV, which sees later "
         "tokens, or head, which does not",
-    )
-    path: Literal["auto", "float32", "int8", "bf16", "blockwise", "tf32", "fp8"] = Field(
-        "auto",
-        description="in which arithmetic a product may be computed that is exact in it: whichever is fastest here, or "
-        "this one (int8, bf16, on GPUs blockwise too); float32 for all; GPUs' tf32 and fp8, whose sums are not "
-        "float32's, only where they are named",
     )
     transforms: tuple[Transform, ...] = Field((), description="methods that rewrite the model first, in this order")
     skip: Annotated[tuple[str, ...] | None, BeforeValidator(_several)] = Field(
         None, description="patterns of sites to leave alone; none: the adapter's"
     )
     overrides: dict[str, Override] = Field(default_factory=dict, description="pattern -> what is different there")
-    evaluate: Evaluator | None = Field(None, description="the evaluator; none: the adapter's")
+    evaluate: Annotated[Component | None, *_of_hook("qsim_evaluators")] = Field(
+        None, description="the evaluator; none: the adapter's"
+    )
 
     @classmethod
     def of(cls, values: Any, host: Any = None) -> Recipe:
@@ -101,44 +163,68 @@ class Recipe(_Strict):
         return cls.of(read_yaml(text), host)
 
     def to_yaml(self) -> str:
-        """The recipe as YAML, what is not said left out; `from_yaml` reads it back."""
-        values = self.model_dump(mode="json", exclude_defaults=True)
+        """Write the recipe as YAML, without what is not said; `from_yaml` reads it back."""
+        said = self.model_dump(mode="json", exclude_defaults=True)
+        values = {key: said[key] for key in ("model", *said) if key in said}
+        values |= {key: None for key in ROLES if key in self.model_fields_set and getattr(self, key) is None}
         if self.overrides:  # an override's None says "leave alone", so it must stay
             values["overrides"] = {p: o.model_dump(mode="json", exclude_unset=True) for p, o in self.overrides.items()}
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
+    def record(self) -> dict[str, Any]:
+        """Give the recipe as plain data for a result: every key, but for attention's roles that were not said."""
+        unsaid = {key for key in ROLES if key not in self.model_fields_set}
+        record = self.model_dump(mode="json", exclude={"model", "evaluate", *unsaid})
+        record["overrides"] = {p: o.model_dump(mode="json", exclude_unset=True) for p, o in self.overrides.items()}
+        return record
+
+    @property
+    def parts(self) -> list[_Quantizers]:
+        """The recipe and its overrides."""
+        return [self, *self.overrides.values()]
+
     @property
     def quantizes(self) -> bool:
-        """Whether any quantizer is named at all."""
-        named: list[Recipe | Override] = [self, *self.overrides.values()]
-        return any(r.weights or r.activations or r.outputs for r in named)
+        """True if any quantizer is named at all."""
+        return any(part.quantizers for part in self.parts)
 
     @property
     def has_static(self) -> bool:
-        """Whether a quantizer of activations or outputs wants static scales, or any wants scales to learn."""
-        named: list[Recipe | Override] = [self, *self.overrides.values()]
-        return self.learns or any(getattr(q, "static", False) for r in named for q in (r.activations, r.outputs))
+        """True if a quantizer of activations or outputs needs static scales, or any needs scales to train."""
+        held = (
+            quantizer.needs_held_scales("weight" if key == "weights" else "input")
+            for part in self.parts
+            for key in QUANTIZERS
+            if (quantizer := getattr(part, key)) is not None
+        )
+        return any(held)
 
     @property
     def learns(self) -> bool:
-        """Whether a quantizer trains its scales."""
-        named: list[Recipe | Override] = [self, *self.overrides.values()]
-        return any(getattr(q, "learns", False) for r in named for q in (r.weights, r.activations, r.outputs))
+        """True if a quantizer trains its scales."""
+        return any(quantizer.learns for part in self.parts for quantizer in part.quantizers)
 
     def plan(self, names: Iterable[str]) -> Plan:
-        """The quantizers of the matmul that goes by these names (its own and its aliases)."""
+        """Plan the matmul that has these names (its own and its aliases)."""
         names = list(names)
         if any(matches(pattern, names) for pattern in self.skip or ()):
-            return Plan(skipped=True)
-        chosen: dict[str, Quantizer | None] = {
-            "weights": self.weights,
-            "activations": self.activations,
-            "outputs": self.outputs,
-        }
+            return Plan(value_axis=self.value_axis, skipped=True)
+        said = self.said
         for pattern, override in self.overrides.items():
             if matches(pattern, names):
-                chosen |= {key: getattr(override, key) for key in override.model_fields_set}
-        return Plan(chosen["weights"], chosen["activations"], chosen["outputs"])
+                said |= override.said
+        inputs = said.get("activations")
+        return Plan(
+            weight=said.get("weights"),
+            input=inputs,
+            output=said.get("outputs"),
+            queries=said.get("queries", inputs),
+            keys=said.get("keys", inputs),
+            probabilities=said.get("probabilities", inputs),
+            values=said.get("values", inputs),
+            arithmetic=said.get("arithmetic", AUTO),
+            value_axis=self.value_axis,
+        )
 
     def patterns(self) -> list[str]:
         return [*(self.skip or ()), *self.overrides]
@@ -157,7 +243,9 @@ def _check_keys(what: str, values: Any, of: type[_Strict]) -> None:
     if not isinstance(values, dict):
         raise RecipeError(f"{what} is a mapping of keys to values, not {type(values).__name__}")
     for key in values:
-        if key not in of.model_fields:
+        if key in MOVED:
+            raise RecipeError(f"{what} has no key {key!r} any more; it is called {MOVED[key]!r} now")
+        if key not in of.model_fields and key != "kv_cache":
             raise RecipeError(f"{what} has no key {str(key)!r}{did_you_mean(str(key), of.model_fields)}")
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qsim_core.components.host import Host, installed
 from qsim_core.errors import CalibrationWarning, QsimError, RecipeError
 from qsim_core.evaluation import reuse
 from qsim_core.quantizers.learned_steps import LearnedSteps
 from qsim_core.simulation import audit, site_state, static_calibration
 from qsim_core.simulation.recipe import Recipe
-from qsim_core.sites.plan import Plan
+from qsim_core.sites.arithmetic import Auto, ExactArithmetic
+from qsim_core.sites.site import Site
 from qsim_core.sites.sites import Sites, functional
 from qsim_core.transforms.applying import apply_transforms, left_behind
 from qsim_core.transforms.context import Context
@@ -26,16 +27,27 @@ from qsim_core.transforms.offload import state as state_of
 from qsim_core.transforms.report import LayerReport
 from qsim_core.transforms.run import Run
 
+REACHED = {
+    "weights": ("weight",),
+    "activations": ("input", "queries", "keys", "probabilities", "values"),
+    "outputs": ("output",),
+    "queries": ("queries",),
+    "keys": ("keys",),
+    "probabilities": ("probabilities",),
+    "values": ("values",),
+}
+"""A key of a recipe -> the roles of which at least one must get a quantizer."""
+
 
 class Simulation:
     """A model whose matmuls run in another precision, until `restore`."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, keep: bool) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, keep: bool, exact: Sequence[ExactArithmetic] = ()) -> None:
         self.model = model
         self.recipe = recipe
         self.keep = keep
         self.example: Example = None
-        self.sites = Sites(model, recipe, keep)
+        self.sites = Sites(model, recipe, keep, exact)
         self._handles: list[RemovableHandle] = []
         self._before_transforms: dict[str, Tensor] = {}
         self._left = ""
@@ -126,12 +138,17 @@ class Simulation:
             self.sites.quantizing = True
         self.sites.checked = True
         self.recipe.check_patterns(site.names for site in self.sites.table.values())
-        for key, role in (("weights", "weight"), ("activations", "input"), ("outputs", "output")):
+        for key, roles in REACHED.items():
             quantizer = getattr(self.recipe, key)
-            if quantizer is not None and not any(getattr(s.plan, role) for s in self.sites.table.values()):
+            if quantizer is not None and not self._reached(roles):
                 raise RecipeError(f"{key}: {quantizer} reached no site of this model")
         for site in self.sites.table.values():
             site.calls = 0
+
+    def _reached(self, roles: Sequence[str]) -> bool:
+        """Tell if a site has a quantizer in one of these roles, by the names that a recipe has for them."""
+        met = ((site, role) for site in self.sites.table.values() for role in (*site.input_roles, "weight", "output"))
+        return any(site.named(role) in roles and site.planned(role) is not None for site, role in met)
 
     def _transform(self, batches: list[Example] | None, run: Run, declared: Mapping[str, Sequence[str]] | None) -> None:
         """Apply the recipe's transforms, and keep what they say."""
@@ -197,6 +214,8 @@ def simulate(
     weights: Any = None,
     activations: Any = None,
     outputs: Any = None,
+    kv_cache: Any = None,
+    arithmetic: Any = None,
     skip: Any = None,
     overrides: Mapping[str, Any] | None = None,
     example: Example = None,
@@ -225,7 +244,14 @@ def simulate(
     Raises `RecipeError` or `SpecError` for what cannot be done, and leaves the model as it was; with `keep=False` what
     the transforms before the one that failed have changed stays changed.
     """
-    parts = {"weights": weights, "activations": activations, "outputs": outputs, "overrides": overrides}
+    parts = {
+        "weights": weights,
+        "activations": activations,
+        "outputs": outputs,
+        "kv_cache": kv_cache,
+        "arithmetic": arithmetic,
+        "overrides": overrides,
+    }
     given = {key: value for key, value in parts.items() if value is not None}
     if skip is not None:
         given["skip"] = skip if isinstance(skip, str) else tuple(skip)
@@ -237,7 +263,7 @@ def simulate(
         recipe = Recipe.of(dict(recipe or given), host)
     if any(isinstance(vars(module).get("extra_repr"), SiteText) for module in model.modules()):
         raise QsimError("this model is simulated already; restore() it first")
-    simulation = Simulation(model, recipe, keep)
+    simulation = Simulation(model, recipe, keep, exact_arithmetics(recipe, host))
     try:
         simulation._attach()
         if recipe.transforms and keep:
@@ -263,6 +289,16 @@ def simulate(
     return simulation
 
 
+def exact_arithmetics(recipe: Recipe, host: Host | None) -> list[ExactArithmetic]:
+    """The installed exact arithmetics that `auto` asks, in their order; none where no site is computed by `auto`."""
+    if not any(isinstance(part.arithmetic, Auto) for part in recipe.parts):
+        return []
+    found = (host or installed()).components(ExactArithmetic)
+    classes = [offered for offers in found.values() for _, offered in offers if isinstance(offered, type)]
+    made: list[Any] = [offered() for offered in classes]
+    return sorted((one for one in made if one.automatic), key=lambda one: (one.order, one.name))
+
+
 class SiteText:
     """In place of a module's `extra_repr`: the module's own text, then the quantizers at its sites."""
 
@@ -280,20 +316,20 @@ class SiteText:
                 continue
             owner, _, parameter = site.weight.rpartition(".")
             if owner == self.path and _tells(self.module):
-                yield from _texts(site.plan, site.inputs, "" if parameter == "weight" else parameter)
+                yield from _texts(*_quantizers(site), "" if parameter == "weight" else parameter)
             elif owner.rpartition(".")[0] == self.path and owner and not _tells(self._child(owner)):
-                yield from _texts(site.plan, site.inputs, owner.rpartition(".")[2])
+                yield from _texts(*_quantizers(site), owner.rpartition(".")[2])
         if not self.sites.table and isinstance(self.module, nn.Linear | nn.modules.conv._ConvNd):
             plan = self.sites.recipe.plan([self.path])
-            yield from _texts(plan, [plan.input] if plan.input else [], "")
+            yield from _texts(plan.weight, [plan.input] if plan.input else [], plan.output, "")
 
     def _child(self, path: str) -> nn.Module | None:
         return self.module._modules.get(path.rpartition(".")[2])
 
     def _products(self) -> Iterator[str]:
         for site in functional(self.sites, self.path):
-            plan = replace(site.plan, weight=None)
-            yield from _texts(plan, site.inputs, (site.aliases or [site.name])[0].rpartition(":")[2])
+            label = (site.aliases or [site.name])[0].rpartition(":")[2]
+            yield from _texts(None, site.inputs, site.plan.output, label)
 
 
 def _tells(module: nn.Module | None) -> bool:
@@ -301,8 +337,14 @@ def _tells(module: nn.Module | None) -> bool:
     return type(module).__repr__ is nn.Module.__repr__
 
 
-def _texts(plan: Plan, inputs: Sequence[Any], label: str) -> Iterator[str]:
-    quantizers = {"weight": plan.weight, "input": ", ".join(map(str, inputs)) or None, "output": plan.output}
+def _quantizers(site: Site) -> tuple[Any, Sequence[Any], Any]:
+    """The quantizers of a site's weight, inputs and output."""
+    return site.plan.weight, site.inputs, site.plan.output
+
+
+def _texts(weight: Any, inputs: Sequence[Any], output: Any, label: str) -> Iterator[str]:
+    """The quantizers as text, after the label if there is one."""
+    quantizers = {"weight": weight, "input": ", ".join(map(str, inputs)) or None, "output": output}
     texts = [f"{role}={quantizer}" for role, quantizer in quantizers.items() if quantizer is not None]
     if texts:
         yield f"{label}: {' '.join(texts)}" if label else ", ".join(texts)

@@ -8,19 +8,16 @@ model.decoder.layers.0.fc1:calls         how often it was met: where stochastic 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from qsim_core.errors import QsimError
 from qsim_core.quantizers.scheme import Scheme
-from qsim_core.quantizers.static_scale import Fixed
+from qsim_core.quantizers.static_scale import StaticScheme
 from qsim_core.sites.held_scales import hold
-
-if TYPE_CHECKING:
-    from qsim_core.sites.site import Site
-    from qsim_core.sites.sites import Sites
+from qsim_core.sites.site import Site
+from qsim_core.sites.sites import Sites
 
 
 def gather(sites: Sites) -> dict[str, Tensor]:
@@ -29,7 +26,7 @@ def gather(sites: Sites) -> dict[str, Tensor]:
     for site in sites.table.values():
         tensors[f"{site.name}:calls"] = torch.tensor(site.calls)
         for role, fixed in site.fixed.items():
-            if not isinstance(fixed, Fixed):
+            if not isinstance(fixed, StaticScheme):
                 raise QsimError(f"{site.name} ({role}): what a transform has put there, {fixed}, cannot be saved")
             tensors[f"{site.name}:{role}.scale"] = fixed.scale.detach().clone()
             if fixed.zero is not None:
@@ -55,13 +52,13 @@ def _holding(site: Site) -> Iterator[tuple[str, Scheme]]:
     """The roles of a site that hold scales, and their schemes."""
     for role in ("weight", "input", "output") if site.weight else ("input", "input2", "output"):
         scheme = site.planned(role)
-        if isinstance(scheme, Scheme) and (scheme.learns or (scheme.static and role != "weight")):
+        if isinstance(scheme, Scheme) and scheme.needs_held_scales(role):
             yield role, scheme
 
 
 def _give(model: nn.Module, site: Site, role: str, scheme: Scheme, scale: Tensor, zero: Tensor | None) -> None:
     held = site.fixed.get(role)
-    if not isinstance(held, Fixed):
+    if not isinstance(held, StaticScheme):
         hold(model, site, role, scheme, scale, zero)
         return
     if held.scale.shape != scale.shape:

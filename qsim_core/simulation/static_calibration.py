@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +12,9 @@ from qsim_core.formats.quantizer import Quantizer
 from qsim_core.quantizers.learned_steps import of_weight
 from qsim_core.quantizers.observers import Observer
 from qsim_core.quantizers.scheme import Scheme
-from qsim_core.quantizers.static_scale import Fixed, check_blocks
+from qsim_core.quantizers.static_scale import StaticScheme, check_blocks
 from qsim_core.sites.held_scales import hold
-
-if TYPE_CHECKING:
-    from qsim_core.sites.site import Site
+from qsim_core.sites.site import Site
 
 SPAN = 1e6
 """Scales of one tensor that lie farther apart than this have collapsed."""
@@ -31,7 +28,7 @@ Statistics = dict[Place, tuple[Tensor, Tensor | None]]
 """What stands for all that has passed each place: values [B, n], and how many each stands for."""
 Wanted = dict[tuple[str, str, str], Observer]
 """A site's name, a role, and which elements share a scale -> what is to gather it."""
-Learning = dict[str, tuple["Site", Scheme, Tensor, Tensor | None]]
+Learning = dict[str, tuple[Site, Scheme, Tensor, Tensor | None]]
 """A weight's site -> where its learned steps start."""
 
 
@@ -97,10 +94,10 @@ def _wants(site: Site, role: str) -> Scheme | None:
     scheme = site.planned(role)
     if not isinstance(scheme, Scheme) or role in site.fixed:
         return None
-    return scheme if scheme.learns or (scheme.static and role != "weight") else None
+    return scheme if scheme.needs_held_scales(role) else None
 
 
-def _suspicions(fixed: Fixed, values: Tensor, counts: Tensor | None) -> Iterator[str]:
+def _suspicions(fixed: StaticScheme, values: Tensor, counts: Tensor | None) -> Iterator[str]:
     """What is wrong with a scale, for values [B, n] that stand for `counts` each."""
     scale = fixed.scale.detach()
     if not bool((values != 0).any()):

@@ -1,10 +1,10 @@
-"""Weights are quantized once, not once a forward, and only where nobody else looks.
+"""Quantized weights: each is quantized once, not once a forward.
 
-With `keep` the quantized copy lies here, beside the model, whose parameters stay as they are. Without it the
-parameter itself is overwritten, unless it is tied, foreign to the module that multiplies by it, or used in parts:
-then its other users would see it, and a copy is held after all. A weight that trains is quantized in every
-forward, with its straight-through gradient. That a parameter has changed is seen by its identity, version and address:
-what is written behind autograd's back, through `parameter.data`, is not.
+With `keep` the quantized copy lies here, beside the model, whose parameters stay as they are. Without it the parameter
+itself is overwritten, unless it is tied, belongs to another module than the one that multiplies by it, or is used in
+parts: then its other users would see the change, and a copy is held. A weight that trains is quantized in every
+forward, with its straight-through gradient. A changed parameter is noticed by its identity, version and address;
+a change that is written behind autograd's back, through `parameter.data`, is not.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from qsim_core.errors import QsimError
-from qsim_core.formats.quantizer import Quantizer, straight_through
+from qsim_core.formats.quantizer import SiteQuantizer, straight_through
 from qsim_core.matmuls.layout import Layout
 from qsim_core.quantizers.scales import Scales
-from qsim_core.sites.lowered import Form, Lowered
+from qsim_core.sites.arithmetic import Lowered, Lowering
 
 MOVES = 2
 """A parameter object that was exchanged more often than this is being offloaded: no copy of it is held."""
@@ -32,34 +32,71 @@ MOVES = 2
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter met as an operand: whose it is, and whether the operand is all of it, met by its owner."""
+    """A parameter met as an operand."""
 
     name: str
+    """Its full name."""
     parameter: Tensor
     owned: bool
+    """True if the operand is all of it, met by the module that owns it."""
 
 
 @dataclass
-class _Folded:
-    """One quantized weight, and what it was made from: a copy, another form, or what the parameter itself became."""
+class _State:
+    """A parameter as it was at one time."""
 
-    in_place: bool
-    copy: Tensor | None
-    lowered: Any
-    """The other form; of a parameter that was overwritten what its form keeps."""
-    form: tuple[Any, ...] | None
-    """The key of that form."""
     of: weakref.ref[Tensor] | None
     """The parameter, as long as it lives; a new one may get its address and its id."""
     version: int
     address: int
     sums: tuple[float, float] | None = None
-    """Of values that overwrote the parameter: they are known again in a copy, or when they are loaded back."""
-    steps: int = 0
-    """The version of the learned steps that it was made with."""
+    """Sums of the values that were written into it: they identify it in a copy, or when it is loaded back."""
+
+    @classmethod
+    def now(cls, parameter: Tensor, written: bool) -> _State:
+        """The parameter's state; with sums if its values are those that were written into it."""
+        sums = _sums(parameter.detach()) if written else None
+        return cls(weakref.ref(parameter), _version(parameter), parameter.data_ptr(), sums)
 
     def is_of(self, parameter: Tensor) -> bool:
+        """Tell if it is the state of this very parameter."""
         return self.of is not None and self.of() is parameter
+
+    def holds(self, parameter: Tensor) -> bool:
+        """Tell if the parameter has not changed since, or holds the values that were written into another object."""
+        now = _version(parameter), parameter.data_ptr()
+        if self.is_of(parameter) and now == (self.version, self.address):
+            return True
+        held = self.sums is not None and self.sums == _sums(parameter.detach())
+        if held:
+            self.of = weakref.ref(parameter)
+            self.version, self.address = now
+        return held
+
+
+@dataclass
+class _Quantized:
+    """One quantized weight: a copy, its lowered form, or values that overwrote the parameter."""
+
+    state: _State
+    in_place: bool
+    copy: Tensor | None
+    lowered: Any
+    """The lowered form; of a parameter that was overwritten, what the lowering keeps to make it again."""
+    key: tuple[Any, ...] | None
+    """The key of the lowering."""
+    version: int = 0
+    """The version of the learned steps that it was made with."""
+    scales: Scales | None = None
+    """The scales of a parameter that was overwritten, where a simulated arithmetic needs them."""
+
+
+@dataclass
+class _Pinned:
+    """The scales of a weight that a transform has put on its grid."""
+
+    state: _State
+    scales: Scales
 
 
 class Weights:
@@ -70,50 +107,51 @@ class Weights:
         self.tied = frozenset(name for name, parameter in _named(model) if owners[_storage(parameter)] > 1)
         self.elsewhere = frozenset(name for name, parameter in _named(model) if parameter.is_meta)
         self.keep = keep
-        self.folded: dict[tuple[Any, ...], _Folded] = {}
+        self.folded: dict[tuple[Any, ...], _Quantized] = {}
         self.moves: Counter[str] = Counter()
         self.uses: dict[str, set[str]] = {}
         """The layouts in which each weight was met: along two reduction axes it cannot be overwritten."""
         self.pinned: set[str] = set()
         """Weights that a transform has put on their grid: final, and not rounded again."""
-        self.scales: dict[str, _Folded] = {}
-        """Under which, where it said so."""
+        self._pins: dict[str, _Pinned] = {}
         self.lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies are made anew in a copied model; that a parameter itself was overwritten has to be remembered."""
-        in_place = {key: replace(folded, of=None) for key, folded in self.folded.items() if folded.in_place}
-        scales = {name: replace(folded, of=None) for name, folded in self.scales.items()}
-        return {**self.__dict__, "folded": in_place, "moves": Counter(), "scales": scales, "lock": None}
+        """Forget copies, which are made again in a copied model; a parameter that was overwritten is remembered."""
+        in_place = {key: _without_reference(folded) for key, folded in self.folded.items() if folded.in_place}
+        pins = {name: _without_reference(pin) for name, pin in self._pins.items()}
+        return {**self.__dict__, "folded": in_place, "moves": Counter(), "_pins": pins, "lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.lock = threading.Lock()
 
     def met(self, weight: Weight, layout: Layout, module: nn.Module) -> None:
-        """Note a use of a weight; an embedding's table is looked up too."""
+        """Note a use of a weight; the table of an embedding is looked up too."""
         uses = self.uses.setdefault(weight.name, set())
         uses.add(layout.name)
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             uses.add("looked up")
 
     def pin(self, name: str, parameter: Tensor, scales: Scales | None) -> None:
-        """Take a weight for final: it lies on its grid, under scales of its rows [N, B] where it is known."""
+        """Take a weight as final: it lies on its grid, under scales of its rows [N, B] if these are known."""
         self.pinned.add(name)
         if scales is not None:
-            state = weakref.ref(parameter), _version(parameter), parameter.data_ptr(), _sums(parameter.detach())
-            self.scales[name] = _Folded(True, None, scales, None, *state)
+            self._pins[name] = _Pinned(_State.now(parameter, written=True), scales)
+
+    def pinned_scales(self) -> dict[str, Scales]:
+        """The scales of pinned weights by name, where they are known."""
+        return {name: pin.scales for name, pin in self._pins.items()}
 
     def _pinned_under(self, weight: Weight, rows: Tensor) -> Scales | None:
-        """The scales of a pinned weight, if this is all of it, and nobody has changed it since."""
-        known = self.scales.get(weight.name)
-        if known is None or not weight.owned or not self._holds(known, weight.parameter):
+        """The scales of a pinned weight, if the rows are all of it, and it has not changed since."""
+        pin = self._pins.get(weight.name)
+        if pin is None or not weight.owned or not pin.state.holds(weight.parameter):
             return None
-        scales: Scales = known.lowered
-        return scales if len(scales.scale) == len(rows) else None
+        return pin.scales if len(pin.scales.scale) == len(rows) else None
 
     def overwritten(self, weight: Weight) -> bool:
-        """Whether the parameter itself holds quantized values by now, so that the original is gone."""
+        """Tell if the parameter itself holds quantized values, so that the original is gone."""
         return any(key[0] == weight.name and folded.in_place for key, folded in self.folded.items())
 
     def quantized(
@@ -121,47 +159,56 @@ class Weights:
         weight: Weight,
         operand: Tensor,
         layout: Layout,
-        quantizer: Quantizer,
+        quantizer: SiteQuantizer,
         training: bool,
-        form: Form | None = None,
+        lowering: Lowering | None = None,
+        keep_scales: bool = False,
     ) -> Tensor:
-        """The operand quantized: made now where it trains, else from what was made before, in whatever form."""
+        """Quantize the operand: now if it trains, else by what was made before, in whatever form."""
         if weight.name in self.pinned:
             return operand
-        learns = getattr(quantizer, "learns", False)
+        learns = quantizer.learns
         differentiable = torch.is_grad_enabled() and (operand.requires_grad or learns)
         if differentiable and (training or learns):
             return layout.back(quantizer(layout.rows(operand)))
         with self.lock:
-            value = self._value(self._fold(weight, operand, layout, quantizer, form), operand, layout)
+            folded = self._fold(weight, operand, layout, quantizer, lowering, keep_scales)
+            value = self._value(folded, operand, layout)
         if differentiable:
             return layout.back(straight_through(layout.rows(operand), quantizer, layout.rows(value)))
         return value
 
     def lowered(
-        self, weight: Weight, operand: Tensor, layout: Layout, quantizer: Quantizer, form: Form
+        self, weight: Weight, operand: Tensor, layout: Layout, quantizer: SiteQuantizer, lowering: Lowering
     ) -> Lowered | None:
-        """The operand's rows in another form, made once; None where that is not exact.
+        """Lower the operand's rows, once for all calls; None where that is not exact.
 
-        Of a parameter that was overwritten it is made anew each time, from its values: there is no second copy.
+        Of a parameter that was overwritten the lowered form is made again each time, from its values.
         """
         if weight.name in self.pinned:
             rows = layout.rows(operand.detach())
-            found: Lowered | None = form.pinned(rows, self._pinned_under(weight, rows))
+            found: Lowered | None = lowering.pinned(rows, self._pinned_under(weight, rows))
             return found
         with self.lock:
-            folded = self._fold(weight, operand, layout, quantizer, form)
+            folded = self._fold(weight, operand, layout, quantizer, lowering)
             if not folded.in_place:
-                if folded.form != form.key and (made := form.new(layout.rows(operand.detach()))) is not None:
-                    folded.lowered, folded.form, folded.copy = made, form.key, None
-                return folded.lowered if folded.form == form.key else None
-        if folded.form is None or folded.form[0] != form.path:
+                if folded.key != lowering.key and (made := lowering.new(layout.rows(operand.detach()))) is not None:
+                    folded.lowered, folded.key, folded.copy = made, lowering.key, None
+                return folded.lowered if folded.key == lowering.key else None
+        if folded.key is None or folded.key[0] != lowering.arithmetic:
             return None
-        again: Lowered | None = form.again(layout.rows(operand.detach()), folded.lowered)
+        again: Lowered | None = lowering.again(layout.rows(operand.detach()), folded.lowered)
         return again
 
+    def scales_of(self, weight: Weight, operand: Tensor, layout: Layout) -> Scales | None:
+        """The scales of a weight whose original values are gone; None where they are there, or unknown."""
+        if weight.name in self.pinned:
+            return self._pinned_under(weight, layout.rows(operand.detach()))
+        folded = self.folded.get(_key(weight, operand, layout))
+        return None if folded is None or not folded.in_place else folded.scales
+
     @staticmethod
-    def _value(folded: _Folded, operand: Tensor, layout: Layout) -> Tensor:
+    def _value(folded: _Quantized, operand: Tensor, layout: Layout) -> Tensor:
         """The operand's quantized values."""
         if folded.in_place:
             return operand
@@ -175,52 +222,45 @@ class Weights:
         weight: Weight,
         operand: Tensor,
         layout: Layout,
-        quantizer: Quantizer,
-        form: Form | None = None,
-    ) -> _Folded:
-        parameter = weight.parameter
-        key = (weight.name, layout.name, operand.storage_offset(), tuple(operand.shape), operand.stride())
+        quantizer: SiteQuantizer,
+        lowering: Lowering | None = None,
+        keep_scales: bool = False,
+    ) -> _Quantized:
+        """The operand as it was quantized before, if it still is the same, else quantized now."""
+        parameter, key = weight.parameter, _key(weight, operand, layout)
         folded = self.folded.get(key)
         if folded is None and self.overwritten(weight):
             raise QsimError(
                 f"{weight.name} is multiplied along two axes and was overwritten for the first; keep its original "
                 f"with keep=True, or give simulate an example, so that both uses are known beforehand"
             )
-        steps = getattr(quantizer, "version", 0)
-        if folded is not None and folded.steps == steps and self._holds(folded, parameter):
+        if folded is not None and folded.version == quantizer.version and folded.state.holds(parameter):
             return folded
-        if folded is not None and not folded.is_of(parameter):
+        if folded is not None and not folded.state.is_of(parameter):
             self.moves[weight.name] += 1
         with torch.no_grad():
             rows = layout.rows(operand.detach())
-            lowered = form.new(rows) if form is not None else None
+            lowered = lowering.new(rows) if lowering is not None else None
             quantized: Any = quantizer.quantize(rows) if lowered is None else None
             alone = weight.name not in self.tied | self.elsewhere and len(self.uses[weight.name]) == 1
             in_place = not self.keep and weight.owned and alone
+            scales = quantizer.scales(rows) if in_place and keep_scales else None
             if in_place:
                 parameter.data.copy_(layout.back(quantized if lowered is None else lowered.values()))
                 quantized = None
                 _give_back()
-                lowered = None if form is None or lowered is None else form.keep(lowered)
+                lowered = None if lowering is None or lowered is None else lowering.keep(lowered)
             copy = None if quantized is None else torch.empty_like(operand).copy_(layout.back(quantized))
-        folded = _Folded(
-            in_place,
-            copy,
-            lowered,
-            None if form is None or lowered is None else form.key,
-            weakref.ref(parameter),
-            _version(parameter),
-            parameter.data_ptr(),
-            _sums(parameter.detach()) if in_place else None,
-            steps,
-        )
+        made_by = None if lowering is None or lowered is None else lowering.key
+        state = _State.now(parameter, written=in_place)
+        folded = _Quantized(state, in_place, copy, lowered, made_by, quantizer.version, scales)
         self.folded[key] = folded
         if weight.name in self.elsewhere or self.moves[weight.name] > MOVES:
             del self.folded[key]
         return folded
 
     def folded_into(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """A model's state with the quantized weights in it, and the names of those that others need as they are."""
+        """Put the quantized weights into a model's state; name those that other users need as they are."""
         copies = [(key, folded.copy) for key, folded in self.folded.items() if folded.copy is not None]
         left = {key[0] for key, _ in copies if key[0] in self.tied or len(self.uses[key[0]]) > 1}
         found = dict(state)
@@ -231,21 +271,19 @@ class Weights:
                 found[name].as_strided(shape, stride, offset - state[name].storage_offset()).copy_(copy)
         return found, sorted(left)
 
-    @staticmethod
-    def _holds(folded: _Folded, parameter: Tensor) -> bool:
-        """Whether the parameter still is (a copy), or still holds (in place), what was quantized."""
-        made_from = _version(parameter), parameter.data_ptr()
-        if folded.is_of(parameter) and made_from == (folded.version, folded.address):
-            return True
-        held = folded.in_place and folded.sums == _sums(parameter.detach())
-        if held:
-            folded.of = weakref.ref(parameter)
-            folded.version, folded.address = made_from
-        return held
+
+def _key(weight: Weight, operand: Tensor, layout: Layout) -> tuple[Any, ...]:
+    """The part of a parameter that an operand is, in its layout."""
+    return weight.name, layout.name, operand.storage_offset(), tuple(operand.shape), operand.stride()
+
+
+def _without_reference(kept: Any) -> Any:
+    """The same without the reference to the parameter object, which a copied model does not share."""
+    return replace(kept, state=replace(kept.state, of=None))
 
 
 def _give_back() -> None:
-    """Return to the system what was freed: glibc keeps it, for an allocation that does not come."""
+    """Return freed memory to the system: glibc keeps it, for an allocation that does not come."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -257,7 +295,7 @@ def _sums(x: Tensor) -> tuple[float, float]:
 
 
 def _storage(parameter: Tensor) -> int:
-    """What two parameters share that are tied; those that have no memory are known by themselves."""
+    """An identifier that tied parameters share; parameters without memory are identified by themselves."""
     address = 0 if parameter.is_meta else parameter.untyped_storage().data_ptr()
     return address or id(parameter)
 

@@ -13,6 +13,11 @@ from qsim_core.formats.quantizer import Quantizer
 from qsim_core.matmuls.call import Call
 from qsim_core.sites.plan import Plan
 
+OPERANDS = ("input", "input2")
+"""The roles of operands that are not weights: the first, and the second of a product of activations."""
+ATTENTION = {":qk": ("queries", "keys"), ":pv": ("probabilities", "values")}
+"""The ending of an alias -> the names that a recipe has for the two operands."""
+
 
 @dataclass
 class Site:
@@ -21,39 +26,49 @@ class Site:
     name: str
     op: str
     weight: str | None
-    """Full name of the parameter that is its weight."""
+    """The full name of the parameter that is its weight."""
     plan: Plan
     aliases: list[str] = field(default_factory=list)
-    path: str = "float32"
-    """The arithmetic of its last call: float32 stands for the model's own, see `qsim_core.fast.lowering`."""
+    arithmetic: str = "float32"
+    """The arithmetic of its last call; `float32` stands for the dtype of the model."""
     calls: int = 0
-    """How often it was met, recomputation in a backward pass not counted."""
+    """The number of times that it was met, without recomputation in a backward pass."""
     fixed: dict[str, Any] = field(default_factory=dict)
-    """By role ("input", "input2" for the other operand of a product of activations, "output") what stands in place of
-    the plan's quantizer: static scales, a transform's choice, or None for nothing."""
+    """By role, what stands in place of the plan's quantizer: static scales, a transform's choice, or None.
+
+    Roles are "input", "input2" (the other operand of a product of activations), "weight" and "output".
+    """
 
     rotations: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
-    """By role, an orthogonal map along the reduction axis that an input goes through before all else: a transform put
-    it there, and its inverse into the other operand."""
+    """By role, an orthogonal map along the reduction axis, applied to the operand first. A transform put it there."""
 
     in_training: Callable[[Call, int], Tensor] | None = None
-    """What computes it, call by call (a count), while the module that runs it is in training, in place of all
-    quantizers: a transform put it there."""
+    """A function that computes a call (and its count) while the module is in training, in place of all quantizers."""
 
     @property
     def names(self) -> list[str]:
+        """Its name and its aliases."""
         return [self.name, *self.aliases]
+
+    def named(self, role: str) -> str:
+        """The name that a recipe has for a role: `keys` for the second operand of q k."""
+        if role in OPERANDS:
+            for alias in self.aliases:
+                if (names := ATTENTION.get(alias[-3:])) is not None:
+                    return names[OPERANDS.index(role)]
+            return "input"
+        return role
 
     def planned(self, role: str) -> Quantizer | None:
         """The quantizer that the recipe has for a role."""
-        return getattr(self.plan, role.rstrip("2"))  # type: ignore[no-any-return]
+        return getattr(self.plan, self.named(role))  # type: ignore[no-any-return]
 
     def quantizer(self, role: str) -> Any:
-        """The same, with its static scales. Raises `RecipeError` where it wants some and none were found."""
-        planned = self.planned(role)
+        """The quantizer of a role, with its static scales. Raises `RecipeError` where it needs scales and has none."""
         if role in self.fixed:
             return self.fixed[role]
-        if getattr(planned, "learns", False) or (getattr(planned, "static", False) and role != "weight"):
+        planned = self.planned(role)
+        if planned is not None and planned.needs_held_scales(role):
             raise RecipeError(
                 f"{self.name}: {planned} has no scale, as no calibration data reached it; give simulate(…, "
                 f"calibration=batches), or --calibration-data"
@@ -61,12 +76,17 @@ class Site:
         return planned
 
     @property
+    def input_roles(self) -> tuple[str, ...]:
+        """The roles of its operands that are not weights."""
+        return OPERANDS[:1] if self.weight else OPERANDS
+
+    @property
     def inputs(self) -> list[Any]:
-        """The quantizers of its operands that are no weight, each once."""
-        roles = ("input",) if self.weight else ("input", "input2")
-        found = [self.fixed.get(role, self.plan.input) for role in roles]
+        """The quantizers of its operands that are not weights, each once."""
+        found = [self.fixed[role] if role in self.fixed else self.planned(role) for role in self.input_roles]
         return list({id(quantizer): quantizer for quantizer in found if quantizer is not None}.values())
 
     @property
     def is_value_product(self) -> bool:
+        """True for attention's product of probabilities and values."""
         return any(alias.endswith(":pv") for alias in self.aliases)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,9 @@ from qsim_core.errors import DataError
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.matmuls.call import Call
 from qsim_core.quantizers.scales import Scales
-from qsim_core.sites import trial
+from qsim_core.sites.executor import tried
 from qsim_core.sites.site import Site
+from qsim_core.sites.sites import Sites
 from qsim_core.structure.structure import Structure, trace
 from qsim_core.transforms.blocks import Block, MatmulWatcher, walk
 from qsim_core.transforms.checkpoint import Checkpoint
@@ -26,9 +27,6 @@ from qsim_core.transforms.forward import as_in_evaluation, call
 from qsim_core.transforms.offload import at_hand
 from qsim_core.transforms.report import LayerReport
 from qsim_core.transforms.run import Run
-
-if TYPE_CHECKING:
-    from qsim_core.sites.sites import Sites
 
 
 @dataclass(frozen=True)
@@ -118,13 +116,14 @@ class Context:
             with self.watching(watch, index), as_in_evaluation(self.model):
                 call(self.model, batch)
 
-    def simulated(self, site: Site, call: Call) -> Tensor:
+    def simulated(
+        self, site: Site, call: Call, roles: Iterable[str] = ("input", "input2", "weight", "output")
+    ) -> Tensor:
         """What a matmul that a watcher is shown would give under the recipe, its operands being what they are now.
 
         Raises `RecipeError` where the recipe wants a static scale: those are found after all transforms.
         """
-        pinned = site.weight in self.sites.weights.pinned
-        return trial.simulated(site, call, self.sites.recipe.value_axis, pinned)
+        return tried(site, call, self.sites.weights, roles)
 
     @contextmanager
     def watching(self, watch: MatmulWatcher, sample: int) -> Iterator[None]:
@@ -161,9 +160,9 @@ class Context:
         """Keep a finished block for a later run, where there is a work directory."""
         if self._checkpoint is not None:
             reports = [report.model_dump() for report in self.reports]
-            pinned = self.sites.weights
-            scales = {name: tuple(known.lowered) for name, known in pinned.scales.items()}
-            said = {"pinned": sorted(pinned.pinned), "scales": scales, "reports": reports, "warnings": self.warnings}
+            weights = self.sites.weights
+            scales = {name: tuple(known) for name, known in weights.pinned_scales().items()}
+            said = {"pinned": sorted(weights.pinned), "scales": scales, "reports": reports, "warnings": self.warnings}
             self._checkpoint.save(index, block, said)
 
     @functools.cached_property

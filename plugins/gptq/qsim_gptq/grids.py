@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from ctypes import c_int32, c_int64, c_void_p
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from qsim_core.fast import fused
-from qsim_core.fast.native import Library, library
+from qsim_core.formats.accelerator import compiled
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.formats.random_bits import at
 from qsim_core.formats.rounding import working
 from qsim_core.quantizers.scales import Scales
 from qsim_core.quantizers.scheme import Scheme, divisor_of
+
+SOURCE = Path(__file__).parent / "feedback.cpp"
+"""The loop over a run of columns in C++."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,16 @@ class Grid:
         """Round columns [n, N] from `first` on, each after those before it, by the native kernels, if they can."""
         if self.scale is None or self.place is not None or self.dtype != torch.float32:
             return False
-        steps = fused.rule_at(cast(Scheme, self.quantizer), moved)
-        kernels = None if steps is None else library(4 * moved.numel())
-        if steps is None or not isinstance(kernels, Library):
+        kernel = compiled(SOURCE, 4 * moved.numel())
+        steps = None if kernel is None else kernel.rule(cast(Scheme, self.quantizer), moved)
+        if steps is None:
             return False
         groups = torch.tensor(self.groups[first : first + len(moved)])
-        kernels.feed_back(start, moved, change, rounded, shares, self.scale, self.zero, groups, steps)
+        given = [c_void_p(t.data_ptr()) for t in (start, moved, change, rounded, shares)]
+        zeros = None if self.zero is None else c_void_p(self.zero.data_ptr())
+        held = c_void_p(self.scale.data_ptr()), zeros, c_void_p(groups.data_ptr())
+        sizes = [c_int64(size) for size in (*shares.stride(), *start.shape)]
+        kernel.functions.feed_back(*given, *sizes, *held, kernel.grid(steps), c_int32(torch.get_num_threads()))
         return True
 
     def fit(self, first: int, current: Tensor) -> None:
@@ -106,7 +114,7 @@ def grids(quantizer: Quantizer, rows: Tensor, count: int, refit: bool, place: st
     Scales stand as the quantizer finds them in `rows`. With `refit` those shared by n elements along a row are fitted
     anew, each group when its turn comes; where such a scale is itself scaled, the scales of the scales stand even so.
     """
-    places = [f"{place}:{index}" if _is_stochastic(quantizer) else None for index in range(count)]
+    places = [f"{place}:{index}" if quantizer.draws else None for index in range(count)]
     if not isinstance(quantizer, Scheme):
         return [Grid(quantizer, rows.dtype, drawn) for drawn in places]
     width, shared = rows.shape[-1], quantizer.granularity
@@ -155,9 +163,3 @@ def why_standing(quantizer: Quantizer) -> str | None:
     if scale is None or isinstance(scale, Scheme) or scale.granularity == "element":
         return None
     return f"{scale} may round the scales of several blocks together"
-
-
-def _is_stochastic(quantizer: Quantizer | None) -> bool:
-    if isinstance(quantizer, Scheme):
-        return _is_stochastic(quantizer.element) or _is_stochastic(quantizer.scale)
-    return getattr(getattr(quantizer, "element", quantizer), "rounding", None) == "stochastic"

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from qsim_fast.kernels import native
 from qsim_gptq.feedback import factorize
 from qsim_gptq.inputs import samples
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qsim_core as qsim
-from qsim_core.fast import native
 from qsim_core.matmuls.operators import read_call
 from qsim_core.testing import TransformSuite
 
@@ -215,23 +215,23 @@ def test_what_it_has_rounded_takes_the_faster_paths_too(
     x, results = inputs(96, 64, dtype=torch.float32), []
     for wanted, taken in ((path, path), ("float32", "float32")):
         model = linear(noise(40, 64, dtype=torch.float32)).eval()
-        simulation = gptq(model, [x], weights, text, activations=activations, outputs=outputs, path=wanted, skip=[])
+        simulation = gptq(model, [x], weights, text, activations=activations, outputs=outputs, arithmetic=wanted, skip=[])
         with torch.no_grad():
             results.append(model(x))
-        assert {site.path for site in simulation.sites.table.values()} == {taken}
+        assert {site.arithmetic for site in simulation.sites.table.values()} == {taken}
 
     assert torch.allclose(*results, rtol=2**-7 if outputs else 1e-5, atol=1e-4 * float(results[1].abs().max()))
 
 
 def test_weights_that_were_changed_afterwards_do_not() -> None:
     x, model = inputs(96, 64, dtype=torch.float32), linear(noise(40, 64, dtype=torch.float32)).eval()
-    simulation = gptq(model, [x], "int4", activations="int8", path="int8", skip=[])
+    simulation = gptq(model, [x], "int4", activations="int8", arithmetic="int8", skip=[])
 
     with torch.no_grad():
         model.weight.mul_(2)
         y = model(x)
 
-    assert {site.path for site in simulation.sites.table.values()} == {"float32"}
+    assert {site.arithmetic for site in simulation.sites.table.values()} == {"float32"}
     assert torch.equal(y, F.linear(qsim.parse("token(int8)").quantize(x), model.weight))
 
 

@@ -2,50 +2,21 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qsim_core import Format
-from qsim_core.formats.quantizer import Granularity, laid_out_as, straight_through
+from qsim_core.formats.quantizer import SiteQuantizer, laid_out_as
 from qsim_core.formats.rounding import round_to_integer, working
 
 SMALLEST, LARGEST = 1e-4, 1e4
 """The bounds of a scale, and of a zero point from above and below (quantizer.py of the reference)."""
 
 
-class Held(ABC):
-    """A quantizer at one site: it depends on nothing but the value itself."""
-
-    granularity: Granularity | None = None
-    sharing: frozenset[Granularity] = frozenset()
-
-    @abstractmethod
-    def quantize(self, x: Tensor) -> Tensor:
-        """`x` rounded, in its own shape and dtype."""
-
-    @abstractmethod
-    def passes(self, x: Tensor) -> Tensor:
-        """Where `x` lies at most half a step outside of what can be represented."""
-
-    def gradient_passes(self, x: Tensor) -> Tensor:
-        """Where the gradient passes: where the value does."""
-        return self.passes(x)
-
-    @abstractmethod
-    def bits_per_element(self, shape: torch.Size) -> float:
-        """Bits of a code; scales are stored once for all data."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            return straight_through(x, self)  # type: ignore[arg-type]
-        return self.quantize(x)
-
-
 @dataclass(frozen=True, eq=False)
-class Clustered(Held):
+class Clustered(SiteQuantizer):
     """A scale and a zero point for each channel, the same for all channels of a cluster.
 
     `scale` and `zero` are [K] for rows x K, or [heads, 1, K] and [heads, K, 1] for an operand of attention,
@@ -97,7 +68,7 @@ class Clustered(Held):
 
 
 @dataclass(frozen=True, eq=False)
-class Probabilities(Held):
+class Probabilities(SiteQuantizer):
     """round(x (2^bits - 1)) / (2^bits - 1): for values from 0 to 1, without a scale. NaN stays; the rest saturates."""
 
     bits: int

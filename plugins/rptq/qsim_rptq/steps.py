@@ -151,7 +151,7 @@ def _values(context: Context, attention: Attention, clusters: int, only_kv: bool
     """R3: v and what reads it behind the product, head by head."""
     value, name = attention.value, f"{attention.path}:pv"
     slots = _slots(value)
-    tokens_last = context.sites.recipe.value_axis == "tokens"
+    tokens_last = all(site.plan.value_axis == "tokens" for site in context.all_sites)
     places = [Place(site, role, slots, tokens_last) for site, role in _products(context, name, ("input2",))]
     slot_of = torch.full((value.size,), -1)
     slot_of[value.heads] = slots

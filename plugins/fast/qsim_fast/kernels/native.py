@@ -14,7 +14,6 @@ import hashlib
 import logging
 import math
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -31,11 +30,13 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-from qsim_core.fast.kernels import CPU, GIVEN, Grid, Kernels, Part, Scaling, Task, bits, buffer
 from qsim_core.files import cache
 from qsim_core.formats.rounding import Steps
+from qsim_core.machine import processor
+from qsim_fast.kernels.interface import CPU, GIVEN, Grid, Kernels, Part, Scaling, Task, bits, buffer
 
 SOURCE = Path(__file__).parent / "kernels.cpp"
+HEADER = Path(__file__).parent / "grid.h"
 FLAGS = ["-O2", "-ftree-vectorize", "-funswitch-loops", "-march=native", "-std=c++17", "-fPIC", "-shared"]
 EXACT = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"]
 WORTH = 2**27
@@ -64,7 +65,6 @@ class Library:
         self.raw.round_to_grid.argtypes = [c_void_p, c_int32, c_void_p, c_int32, POINTER(Task), POINTER(Grid)]
         self.raw.any_below.argtypes = [c_void_p, c_int64, c_int32, c_int32]
         self.raw.scale_sums.argtypes = [c_void_p, c_int64, c_int64, *[c_void_p] * 7, c_int32]
-        self.raw.feed_back.argtypes = [*[c_void_p] * 5, *[c_int64] * 4, *[c_void_p] * 3, POINTER(Grid), c_int32]
 
     def extremes(self, x: Tensor, block: int, magnitude: bool) -> tuple[Tensor | None, Tensor]:
         """`Kernels.extremes`."""
@@ -114,24 +114,6 @@ class Library:
         """`Kernels.any_below`."""
         return bool(self.raw.any_below(x.data_ptr(), x.numel(), bits(bound), torch.get_num_threads()))
 
-    def feed_back(
-        self,
-        start: Tensor,
-        moved: Tensor,
-        change: Tensor,
-        rounded: Tensor,
-        shares: Tensor,
-        scales: Tensor,
-        zeros: Tensor | None,
-        groups: Tensor,
-        steps: Steps,
-    ) -> None:
-        """A run of GPTQ's columns, [n, N] each: `moved` has all that came before them, `change` and `rounded` are
-        written. Scales and zero points [groups, N]; the group of each column, int64 [n]; shares [n, n]."""
-        given = [t.data_ptr() for t in (start, moved, change, rounded, shares)]
-        held = scales.data_ptr(), _address(zeros), groups.data_ptr()
-        self.raw.feed_back(*given, *shares.stride(), *start.shape, *held, Grid.of(steps), torch.get_num_threads())
-
     def scale_sums(
         self,
         sums: Tensor,
@@ -172,7 +154,7 @@ def library(elements: int, device: torch.device = CPU) -> Kernels | None:
     if switched_off() or forced() is not None:
         return forced()
     if device.type == "cuda":
-        from qsim_core.fast import gpu
+        from qsim_fast.kernels import gpu
 
         _waiting.elements += elements // AT_ONCE + PER_CALL
         return gpu.found(device) if _waiting.elements >= WORTH else None
@@ -204,18 +186,46 @@ def only(wanted: bool | Kernels) -> Iterator[None]:
 
 
 def load(build: bool) -> Library | None:
-    """The library out of the cache, or built if that is asked for. None where there is none, or no compiler."""
-    with _lock:
-        return _load(build)
+    """The kernels out of the cache, or built if `build`. None without a compiler, or where they are not built yet."""
+    path = _built(SOURCE, build)
+    return None if path is None else _library(path)
+
+
+@functools.cache
+def _library(path: Path) -> Library | None:
+    try:
+        return Library(path)
+    except OSError as error:
+        log.info("quantizing in Python: the kernels do not load (%s)", error)
+        return None
+
+
+def compiled(source: Path, elements: int) -> Path | None:
+    """Compile a source once Python has done the work of the compiler; `elements` is the work of this call.
+
+    None: there is no compiler, it is too early, or Python shall do everything.
+    """
+    kernels = forced()
+    if switched_off() or (kernels is not None and not isinstance(kernels, Library)):
+        return None
+    _waiting.elements += elements
+    return _built(source, build=_waiting.elements >= WORTH)
 
 
 _lock = threading.Lock()
 
 
+def _built(source: Path, build: bool) -> Path | None:
+    with _lock:
+        return _build(source, build)
+
+
 @functools.cache
-def _load(build: bool) -> Library | None:
+def _build(source: Path, build: bool) -> Path | None:
+    """The compiled source in the user's cache, under the digest of all that decides it."""
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    digest = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, EXACT, compiler, processor())).encode()).hexdigest()
+    texts = source.read_bytes() + HEADER.read_bytes()
+    digest = hashlib.sha256(texts + repr((FLAGS, EXACT, compiler, processor())).encode()).hexdigest()
     try:
         path = cache() / "kernels" / f"{digest[:16]}.so"
         if not path.exists():
@@ -223,9 +233,9 @@ def _load(build: bool) -> Library | None:
                 return None
             with _alone(path):
                 if not path.exists():  # another process may have been faster
-                    _compile(compiler, path)
-        return Library(path)
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: nobody's home
+                    _compile(compiler, source, path)
+        return path
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home directory
         log.info("quantizing in Python: no kernels could be built (%s)", error)
         return None
 
@@ -242,20 +252,11 @@ def _alone(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: str, source: Path, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         part = Path(scratch) / path.name
-        command = [compiler, *FLAGS, *EXACT, str(SOURCE), "-o", str(part)]
+        command = [compiler, *FLAGS, *EXACT, f"-I{HEADER.parent}", str(source), "-o", str(part)]
         threaded = subprocess.run([*command, "-fopenmp"], capture_output=True, timeout=120, check=False)
         if threaded.returncode:  # a compiler without OpenMP: one thread
             subprocess.run(command, capture_output=True, timeout=120, check=True)
         part.replace(path)
-
-
-def processor() -> str:
-    """What code made for this processor may rely on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())

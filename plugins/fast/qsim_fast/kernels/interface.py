@@ -125,7 +125,7 @@ class Kernels(Protocol):
     ) -> Tensor:
         """Integer sums [M, N] as float32 in the same memory; for rows and columns scale, zero points and sums of codes.
 
-        The formula is `qsim_core.fast.int8`'s.
+        The formula is `qsim_fast.int8`'s.
         """
 
 

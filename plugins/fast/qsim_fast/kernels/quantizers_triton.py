@@ -2,7 +2,7 @@
 
 A tensor is rows x columns, contiguous; a block is `length` columns of one row, the last one may be short. A program
 takes TOGETHER blocks, each as wide as the next power of two. Divisions are IEEE's, and no multiplication may be
-fused with an addition (`EXACT` in `qsim_core.fast.gpu`), or the bits would be others.
+fused with an addition (`EXACT` in `qsim_fast.kernels.gpu`), or the bits would be others.
 """
 
 # mypy: ignore-errors

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from qsim_fast import bf16, causal_attention, int8
+from qsim_fast.kernels import native
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qsim_core as qsim
-from qsim_core.fast import bf16, causal_attention, int8, native
 from qsim_core.formats.quantizer import Quantizer
 
 INT8 = [
@@ -56,10 +57,10 @@ def example() -> Tensor:
 
 def simulated(model: nn.Module, x: Tensor, path: str = "auto", keep: bool = True, **parts: Any) -> tuple[Tensor, str]:
     """What the model makes of `x`, and the path its first site took."""
-    recipe = qsim.Recipe(path=path, **parts)  # type: ignore[arg-type]
+    recipe = qsim.Recipe(arithmetic=path, **parts)  # type: ignore[arg-type]
     simulation = qsim.simulate(copy.deepcopy(model), recipe, example=x, keep=keep)
     with torch.no_grad():
-        return simulation.model(x), simulation.audit().sites[0].path
+        return simulation.model(x), simulation.audit().sites[0].arithmetic
 
 
 def values(text: str, x: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ def test_codes_of_kept_and_of_overwritten_weights_are_the_same(keep: bool) -> No
     layer, x = Layer(), example()
     simulation = qsim.simulate(
         copy.deepcopy(layer),
-        qsim.Recipe(path="int8", weights="int4", activations="int8"),
+        qsim.Recipe(arithmetic="int8", weights="int4", activations="int8"),
         keep=keep,  # type: ignore[arg-type]
     )
     with torch.no_grad():
@@ -148,7 +149,7 @@ def test_an_overwritten_weight_holds_its_quantized_values() -> None:
     model = copy.deepcopy(Layer())
     simulation = qsim.simulate(
         model,
-        qsim.Recipe(path="int8", weights="int4", activations="int8"),
+        qsim.Recipe(arithmetic="int8", weights="int4", activations="int8"),
         keep=False,  # type: ignore[arg-type]
     )
     with torch.no_grad():
@@ -159,7 +160,7 @@ def test_an_overwritten_weight_holds_its_quantized_values() -> None:
 
 def test_an_optimizers_step_is_seen() -> None:
     layer, x = Layer(), example()
-    simulation = qsim.simulate(layer, qsim.Recipe(path="int8", weights="int8", activations="int8"))  # type: ignore[arg-type]
+    simulation = qsim.simulate(layer, qsim.Recipe(arithmetic="int8", weights="int8", activations="int8"))  # type: ignore[arg-type]
     with torch.no_grad():
         simulation.model(x)
         layer.weight.mul_(2)
@@ -183,10 +184,10 @@ def test_nan_spreads_as_on_the_float32_path(where: str) -> None:
 
 def test_a_static_scale_hides_no_nan() -> None:
     layer, x = Layer(), example()
-    recipe = qsim.Recipe(path="int8", weights="int8", activations="tensor(int8, static=true)")  # type: ignore[arg-type]
+    recipe = qsim.Recipe(arithmetic="int8", weights="int8", activations="tensor(int8, static=true)")  # type: ignore[arg-type]
     simulation = qsim.simulate(layer, recipe, calibration=[x])
     with torch.no_grad():
-        assert simulation.audit(x).sites[0].path == "int8"
+        assert simulation.audit(x).sites[0].arithmetic == "int8"
         x[0, 0, 0] = torch.nan
         y = simulation.model(x)
 
@@ -327,10 +328,10 @@ def test_a_training_model_stays_on_float32() -> None:
     layer = Layer().train()
 
     assert simulated(layer, example(), "int8", weights="int8", activations="int8")[1] == "int8"  # the audit evaluates
-    simulation = qsim.simulate(layer, qsim.Recipe(path="int8", weights="int8", activations="int8"))  # type: ignore[arg-type]
+    simulation = qsim.simulate(layer, qsim.Recipe(arithmetic="int8", weights="int8", activations="int8"))  # type: ignore[arg-type]
     with torch.no_grad():
         simulation.model(example())
-    assert simulation.audit().sites[0].path == "float32"
+    assert simulation.audit().sites[0].arithmetic == "float32"
 
 
 def test_one_column_stays_on_float32() -> None:
@@ -355,7 +356,7 @@ def test_what_is_added_to_addmm_is_a_row_or_takes_float32(shape: tuple[int, ...]
 def test_a_bias_that_trains_alone_has_a_gradient() -> None:
     layer = Layer()
     layer.weight.requires_grad_(False)
-    qsim.simulate(layer, qsim.Recipe(path="int8", weights="int8", activations="int8"))  # type: ignore[arg-type]
+    qsim.simulate(layer, qsim.Recipe(arithmetic="int8", weights="int8", activations="int8"))  # type: ignore[arg-type]
     layer(example()).sum().backward()
 
     assert layer.bias is not None and layer.bias.grad is not None
@@ -376,7 +377,7 @@ def test_one_weight_with_a_bias_and_without(keep: bool) -> None:
 @pytest.mark.parametrize("path", ["int8", "bf16"])
 def test_what_was_made_in_inference_mode_serves_without_it(path: str) -> None:
     parts = {"weights": "channel(int4, rule=ceil)", "activations": "token(int8, rule=floor)", "outputs": "bf16"}
-    simulation = qsim.simulate(Layer(), qsim.Recipe(path=path, **parts))  # type: ignore[arg-type]
+    simulation = qsim.simulate(Layer(), qsim.Recipe(arithmetic=path, **parts))  # type: ignore[arg-type]
     with torch.inference_mode():
         first = simulation.model(example())
     with torch.no_grad():
@@ -385,7 +386,7 @@ def test_what_was_made_in_inference_mode_serves_without_it(path: str) -> None:
 
 def test_vmap_over_a_model_takes_float32() -> None:
     layer, x = Layer(), example()
-    qsim.simulate(layer, qsim.Recipe(path="int8", weights="int8", activations="int8"), example=x)  # type: ignore[arg-type]
+    qsim.simulate(layer, qsim.Recipe(arithmetic="int8", weights="int8", activations="int8"), example=x)  # type: ignore[arg-type]
     with torch.no_grad(), pytest.warns(UserWarning, match="performance drop"):
         assert torch.allclose(torch.vmap(layer)(x), layer(x), atol=1e-4)
 
@@ -401,7 +402,7 @@ def test_overwritten_weights_give_the_codes_that_they_had(rounding: str) -> None
 @pytest.mark.parametrize("path", ["int8", "float32"])
 def test_a_parameter_that_got_anothers_address_is_not_taken_for_it(path: str) -> None:
     layer, x = Layer(), example()
-    simulation = qsim.simulate(layer, qsim.Recipe(path=path, weights="int8", activations="int8"))  # type: ignore[arg-type]
+    simulation = qsim.simulate(layer, qsim.Recipe(arithmetic=path, weights="int8", activations="int8"))  # type: ignore[arg-type]
     for seed in range(20):
         weight = torch.randn(40, 96, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
@@ -431,17 +432,17 @@ def test_heads_of_other_shapes_stay_together(name: str, monkeypatch: pytest.Monk
 
     model = Attention().eval()
     qsim.simulate(model, activations="token(int8)", example=(query, key))
-    monkeypatch.setattr("qsim_core.fast.tiled_attention.TOGETHER", 1)
+    monkeypatch.setattr("qsim_fast.tiled_attention.TOGETHER", 1)
     with torch.no_grad():
         assert torch.allclose(model(query, key), F.scaled_dot_product_attention(query, key, key), atol=0.1)
 
 
 def test_a_gradient_takes_the_float32_path() -> None:
     layer, x = Layer(), example()
-    simulation = qsim.simulate(layer, qsim.Recipe(path="int8", weights="int8", activations="int8"))  # type: ignore[arg-type]
+    simulation = qsim.simulate(layer, qsim.Recipe(arithmetic="int8", weights="int8", activations="int8"))  # type: ignore[arg-type]
     simulation.model(x).sum().backward()
 
-    assert layer.weight.grad is not None and simulation.audit().sites[0].path == "float32"
+    assert layer.weight.grad is not None and simulation.audit().sites[0].arithmetic == "float32"
 
 
 def test_a_residual_that_is_added_is_no_bias() -> None:
@@ -463,7 +464,7 @@ def test_q_k_and_v_share_their_codes(make: Any, ids: Tensor, monkeypatch: pytest
     monkeypatch.setattr(int8, "code", lambda *given: seen.append(given[1].shape) or original(*given))
     model = make("llama", "sdpa")
     layers = model.config.num_hidden_layers
-    recipe = qsim.Recipe(path="int8", weights="int8", activations="int8", skip=("*:qk", "*:pv", "lm_head"))  # type: ignore[arg-type]
+    recipe = qsim.Recipe(arithmetic="int8", weights="int8", activations="int8", skip=("*:qk", "*:pv", "lm_head"))  # type: ignore[arg-type]
     qsim.simulate(model, recipe, example=ids)
     with torch.no_grad():
         model(ids)
@@ -489,9 +490,9 @@ def test_heads_apart_give_what_all_at_once_give(
     results = []
     for alone in (True, False):
         monkeypatch.setattr(
-            "qsim_core.fast.tiled_attention._alone", lambda query, alone=alone: alone and not torch.is_grad_enabled()
+            "qsim_fast.tiled_attention._alone", lambda query, alone=alone: alone and not torch.is_grad_enabled()
         )
-        monkeypatch.setattr("qsim_core.fast.tiled_attention.TOGETHER", together)
+        monkeypatch.setattr("qsim_fast.tiled_attention.TOGETHER", together)
         with torch.no_grad():
             results.append(model(**batch).logits)
     counts = {site.calls for site in simulation.sites.table.values() if site.weight is None}
@@ -503,8 +504,8 @@ def test_heads_apart_give_what_all_at_once_give(
 CUT = {
     "a row's scale": {"activations": "token(int8)"},
     "blocks": {"activations": "abfp(int4, n=4)"},
-    "bfloat16": {"activations": "mx(e4m3, n=4)", "outputs": "bf16", "path": "bf16"},
-    "v along the head": {"activations": "mx(e4m3, n=4)", "outputs": "bf16", "path": "bf16", "value_axis": "head"},
+    "bfloat16": {"activations": "mx(e4m3, n=4)", "outputs": "bf16", "arithmetic": "bf16"},
+    "v along the head": {"activations": "mx(e4m3, n=4)", "outputs": "bf16", "arithmetic": "bf16", "value_axis": "head"},
     "a format as it is": {"activations": "e4m3", "outputs": "fp16"},
     "static": {"activations": "tensor(int8, static=true)"},
     "results only": {"outputs": "fp16"},
@@ -543,16 +544,16 @@ def test_what_a_causal_mask_covers_is_left_out(
     model, cut, computed = Attention().eval(), causal_attention.causal_attention, []
     monkeypatch.setattr(native._waiting, "wanted", fast == "1")
     monkeypatch.setattr(
-        "qsim_core.fast.tiled_attention.causal_attention", lambda *given: computed.append(given) or cut(*given)
+        "qsim_fast.tiled_attention.causal_attention", lambda *given: computed.append(given) or cut(*given)
     )
-    monkeypatch.setattr("qsim_core.fast.causal_attention.ROWS", 4)
-    monkeypatch.setattr("qsim_core.fast.causal_attention.TOGETHER", 3 * 4 * 22)
+    monkeypatch.setattr("qsim_fast.causal_attention.ROWS", 4)
+    monkeypatch.setattr("qsim_fast.causal_attention.TOGETHER", 3 * 4 * 22)
     simulation = qsim.simulate(
         model, qsim.Recipe.of(parts), example=(query, key, value), calibration=[(query, key, value)]
     )
     results = []
     for rows in (4, 1000):
-        monkeypatch.setattr("qsim_core.fast.tiled_attention.ROWS", rows)
+        monkeypatch.setattr("qsim_fast.tiled_attention.ROWS", rows)
         with torch.no_grad():
             results.append(model(query, key, value))
 
@@ -560,7 +561,7 @@ def test_what_a_causal_mask_covers_is_left_out(
     assert torch.allclose(*results, atol=1e-6, rtol=2**-8 if parts.get("outputs") == "bf16" else 1e-6)
     assert bool(computed) == (parts in CUT.values())
     assert {site.calls for site in found} == {2}
-    assert {site.path for site in found} == {parts.get("path", "float32")}
+    assert {site.arithmetic for site in found} == {parts.get("arithmetic", "float32")}
 
 
 def test_a_scale_for_the_whole_tensor_keeps_the_heads_together(make: Any, ids: Tensor) -> None:
@@ -593,7 +594,7 @@ def heads(monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor, Tensor]:
 
 def by_explicit_attention(model: nn.Module, *given: Tensor) -> Tensor:
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr("qsim_core.fast.tiled_attention.ROWS", 1000)
+        patch.setattr("qsim_fast.tiled_attention.ROWS", 1000)
         return model(*given)  # type: ignore[no-any-return]
 
 
@@ -663,7 +664,7 @@ def test_a_gradient_is_that_of_what_was_computed() -> None:
             return out
 
     model, found = Half().eval(), []
-    qsim.simulate(model, qsim.Recipe.of({"weights": "int8", "activations": "token(int8)", "path": "float32"}))
+    qsim.simulate(model, qsim.Recipe.of({"weights": "int8", "activations": "token(int8)", "arithmetic": "float32"}))
     for alone in (False, True):
         x, y = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1)).unbind()
         x.requires_grad_()
@@ -710,7 +711,7 @@ def test_what_is_quantized_for_one_model_is_not_touched_by_another() -> None:
     other, model = nn.Linear(8, 8).eval(), Meanwhile()
     x, y = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1))
     for each in (other, model):
-        qsim.simulate(each, qsim.Recipe.of({"weights": "int8", "activations": "token(int8)", "path": "float32"}))
+        qsim.simulate(each, qsim.Recipe.of({"weights": "int8", "activations": "token(int8)", "arithmetic": "float32"}))
 
     with torch.no_grad():
         found = model(x, y)
@@ -727,7 +728,7 @@ def test_whoever_looks_on_below_keeps_what_was_quantized() -> None:
 
     seen: list[tuple[Tensor, Tensor]] = []
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3))).eval()
-    qsim.simulate(model, qsim.Recipe.of({"weights": "int8", "activations": "token(int8)", "path": "float32"}))
+    qsim.simulate(model, qsim.Recipe.of({"weights": "int8", "activations": "token(int8)", "arithmetic": "float32"}))
 
     with torch.no_grad(), Keeping():
         model(torch.randn(8, 64))

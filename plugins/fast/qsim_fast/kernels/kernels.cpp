@@ -9,18 +9,13 @@
 #include <cstring>
 #include <type_traits>
 
+#include "grid.h"
+
 namespace {
 
 struct BFloat16 {
     uint16_t bits;
 };
-
-template <class To, class From> inline To bits_as(From from) {
-    static_assert(sizeof(To) == sizeof(From));
-    To to;
-    std::memcpy(&to, &from, sizeof to);
-    return to;
-}
 
 inline float load(float x) { return x; }
 inline float load(BFloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
@@ -44,35 +39,8 @@ inline void store(NoneLost *to, float x) {
     to->bits = (rounded.bits & 0x7fff) == 0 && x != 0 ? uint16_t(rounded.bits | 1) : rounded.bits;
 }
 
-// What a format's values are, as qsim_core.numerics.Steps has it.
-struct Grid {
-    float low, high; // the lowest and the highest value
-    float overflow;  // what lies beyond becomes ± this; equal to `high` where the format saturates
-    float bound;     // no |x| is looked at beyond this
-    float smallest;  // the power of two below which the step does not shrink any more
-    float magic;     // times a power of two: adding it leaves the sum no bits below that binade's step
-    int32_t fixed;   // one step for all values
-    int32_t signed_zero;
-};
-
 // Rows that a thread takes at a time: some 64 KiB.
 inline int64_t grain(int64_t columns) { return columns < 16384 ? 16384 / columns : 1; }
-
-inline float clamp(float x, float low, float high) { // NaN stays
-    x = x < low ? low : x;
-    return x > high ? high : x;
-}
-
-template <bool fixed> inline float magic_of(float x, const Grid &grid) {
-    if (fixed) return grid.smallest * grid.magic;
-    float binade = bits_as<float>(bits_as<uint32_t>(x) & 0x7f800000u);
-    return (binade < grid.smallest ? grid.smallest : binade) * grid.magic;
-}
-
-template <bool fixed> inline float nearest(float x, const Grid &grid) {
-    float magic = magic_of<fixed>(x, grid), rounded = (x + magic) - magic;
-    return grid.signed_zero ? std::copysign(rounded, x) : rounded + 0.0f;
-}
 
 // How the range of a block becomes its scale: `Scheme._covering` and `Scheme._rounded`.
 struct Scaling {
@@ -276,18 +244,6 @@ void extremes_rows(const In *x, int64_t rows, int64_t columns, int64_t block, fl
         extremes_row<In>(columns, block, x + row * columns, !low, low ? low + row * blocks : nullptr, high + row * blocks);
 }
 
-// One value of each row, each under its own scale, and what this changes.
-template <bool fixed>
-inline void round_column(int64_t length, const float *__restrict x, const float *__restrict start, float *__restrict y,
-                         float *__restrict change, const float *__restrict scales, const float *__restrict zeros, const Grid grid) {
-    for (int64_t c = 0; c < length; c++) {
-        float scale = scales[c], divisor = scale == 0 ? 1.0f : scale, zero = zeros ? zeros[c] : 0.0f;
-        float value = nearest<fixed>(clamp(x[c] / divisor, grid.low - zero, grid.high - zero), grid) * scale;
-        y[c] = value;
-        change[c] = start[c] - value;
-    }
-}
-
 } // namespace
 
 extern "C" {
@@ -322,31 +278,6 @@ int32_t any_below(const void *x, int64_t length, int32_t bound, int32_t threads)
         found |= magnitude != 0 && magnitude < bound;
     }
     return found;
-}
-
-// A run of columns of a matrix, each after what the rounding of those before it has changed is made up for. A column is
-// a row here, [count, width] all: `moved` has what came before the run. Row g of `scales`, and of `zeros` if it is not
-// null, is that of the columns of group g; `shares` [count, count] has its own strides.
-void feed_back(const float *start, float *moved, float *change, float *rounded, const float *shares, int64_t share_row,
-               int64_t share_column, int64_t count, int64_t width, const float *scales, const float *zeros, const int64_t *groups,
-               const Grid *given, int32_t threads) {
-    const Grid grid = *given;
-    const int64_t part = 256;
-#pragma omp parallel for num_threads(threads)
-    for (int64_t first = 0; first < width; first += part) {
-        int64_t length = width - first < part ? width - first : part;
-        for (int64_t place = 0; place < count; place++) {
-            int64_t at = place * width + first, own = groups[place] * width + first;
-            float *__restrict now = moved + at;
-            for (int64_t i = 0; i < place; i++) {
-                float share = shares[place * share_row + i * share_column];
-                const float *__restrict before = change + i * width + first;
-                for (int64_t c = 0; c < length; c++) now[c] += share * before[c];
-            }
-            if (grid.fixed) round_column<true>(length, now, start + at, rounded + at, change + at, scales + own, zeros ? zeros + own : nullptr, grid);
-            else round_column<false>(length, now, start + at, rounded + at, change + at, scales + own, zeros ? zeros + own : nullptr, grid);
-        }
-    }
 }
 
 // Integer sums [rows, columns] to float32, where they stand: (sum - row_zero (column_sum) - column_zero (row_sum)) times

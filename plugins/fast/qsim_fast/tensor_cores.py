@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsim_core.fast import fused
-from qsim_core.fast.int8 import ROWS, encoded
-from qsim_core.fast.significands import significand_of
 from qsim_core.formats.format import unscaled_format
 from qsim_core.matmuls.call import Call
 from qsim_core.quantizers.scales import Scales
 from qsim_core.quantizers.scheme import Scheme
-from qsim_core.quantizers.static_scale import Fixed, scheme_of
-from qsim_core.sites.lowered import Form
+from qsim_core.quantizers.static_scale import StaticScheme, scheme_of
+from qsim_core.sites.arithmetic import Lowering
+from qsim_core.sites.workspace import Memory
+from qsim_fast import quantizing
+from qsim_fast.int8 import ROW_SCALES, encoded
+from qsim_fast.significands import significand_of
 
 TF32_SIGNIFICAND = 11
 """Bits of TF32's significands, the hidden one counted."""
@@ -38,7 +39,7 @@ def fits_tf32(scheme: Any) -> bool:
 
 def fits_fp8(scheme: Any) -> bool:
     """Whether a scheme makes e4m3 or e5m2 codes under scales of rows, of the tensor, or under none."""
-    if isinstance(scheme, Scheme) and (scheme.granularity not in ROWS or not fused.as_written(type(scheme))):
+    if isinstance(scheme, Scheme) and (scheme.granularity not in ROW_SCALES or not quantizing.as_written(type(scheme))):
         return False
     return code_type(scheme) is not None
 
@@ -61,12 +62,12 @@ class Exact:
         return self.rows
 
 
-class TF32(Form):
+class TF32Product(Lowering):
     """Operands as they are in float32, multiplied as TF32."""
 
-    path = "tf32"
+    arithmetic = "tf32"
 
-    def take(self, place: int, rows: Tensor) -> Exact:
+    def take(self, place: int, rows: Tensor, memory: Memory | None = None) -> Exact:
         return Exact(self.quantizers[place].quantize(rows))
 
     def again(self, rows: Tensor, kept: bool) -> Exact:
@@ -107,13 +108,13 @@ class Codes8:
         return (self.codes.float().flatten(0, -2) * self.scales.scale).view(self.codes.shape)
 
 
-class Native8(Form):
+class FP8Product(Lowering):
     """Operands as FP8 codes, which the GPU multiplies itself."""
 
-    path = "fp8"
+    arithmetic = "fp8"
 
-    def take(self, place: int, rows: Tensor) -> Codes8:
-        return _in_fp8(self.quantizers[place], rows)
+    def take(self, place: int, rows: Tensor, memory: Memory | None = None) -> Codes8:
+        return _in_fp8(self.quantizers[place], rows, memory=memory)
 
     def again(self, rows: Tensor, kept: Scales) -> Codes8:
         return _in_fp8(self.quantizers[1], rows, kept)
@@ -132,19 +133,19 @@ def code_type(scheme: Any) -> torch.dtype | None:
     """The dtype of a scheme's or a format's FP8 codes."""
     bare = unscaled_format(scheme)
     element = scheme.element if isinstance(scheme, Scheme) else bare
-    steps = None if element is None else fused.rule(element)
+    steps = None if element is None else quantizing.rule(element)
     if steps is None or steps.fixed or -steps.low != steps.high:
         return None
     return FP8.get((steps.mantissa, steps.min_exponent, steps.high))
 
 
-def _in_fp8(quantizer: Any, rows: Tensor, known: Scales | None = None) -> Codes8:
+def _in_fp8(quantizer: Any, rows: Tensor, known: Scales | None = None, memory: Memory | None = None) -> Codes8:
     """Rows as the quantizer rounds them; with `known` scales, as they have been rounded."""
-    scheme, static = scheme_of(quantizer), quantizer.scales(rows) if isinstance(quantizer, Fixed) else known
+    scheme, static = scheme_of(quantizer), quantizer.scales(rows) if isinstance(quantizer, StaticScheme) else known
     matrix, dtype = rows.detach().reshape(-1, rows.shape[-1]), code_type(scheme_of(quantizer))
     assert dtype is not None
     if isinstance(scheme, Scheme):
-        wide, scales = encoded(scheme, matrix, static, 0.0, torch.bfloat16)
+        wide, scales = encoded(scheme, matrix, static, 0.0, torch.bfloat16, memory)
     else:
         wide, scales = scheme.quantize(matrix).contiguous(), Scales(torch.ones(1, 1, device=rows.device), None)
     return Codes8(wide.to(dtype).view(rows.shape), scales)

@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from qsim_core.fast.identity_cache import remembered
-from qsim_core.fast.kernels import GIVEN, Grid, Kernels, Part, Scaling, buffer
-from qsim_core.fast.native import library
 from qsim_core.formats.format import Format, unscaled_format
 from qsim_core.formats.rounding import Steps
 from qsim_core.quantizers.calibrators import AbsMax, MinMax
 from qsim_core.quantizers.scales import Scales
 from qsim_core.quantizers.scheme import Scheme
-from qsim_core.sites import workspace
+from qsim_core.sites.workspace import Memory, like
+from qsim_fast.identity_cache import remembered
+from qsim_fast.kernels.interface import GIVEN, Grid, Kernels, Part, Scaling, buffer
+from qsim_fast.kernels.native import library
 
 DTYPES = (torch.float32, torch.bfloat16)
 DEVICES = ("cpu", "cuda")
@@ -31,26 +30,13 @@ RULES = [None, "divide", "floor", "ceil", "even", "rceil"]
 BY_GRID = 3
 
 
-class Fast:
-    """The kernels as an accelerator: of the CPU and, where Triton runs, of GPUs."""
-
-    def quantize(
-        self, quantizer: Any, x: Tensor, scales: Scales | None = None, out: Tensor | None = None
-    ) -> Tensor | None:
-        """`Accelerator.quantize`."""
-        return cast(quantizer, x) if isinstance(quantizer, Format) else quantize(quantizer, x, scales)
-
-
-ACCELERATOR = Fast()
-
-
-def cast(format: Format, x: Tensor) -> Tensor | None:
+def cast(format: Format, x: Tensor, out: Tensor | None = None) -> Tensor | None:
     """`format.quantize(x)`, or None where the reference has to do it."""
     if (steps := _steps(format, x)) is None or (order := _memory_order(x)) is None:
         return None
     if (kernels := library(x.numel(), x.device)) is None:
         return None
-    y = workspace.like(x)
+    y = torch.empty_like(x) if out is None else out
     kernels.round(_matrix(x, order), _matrix(y, order), steps, x.shape[-1])
     return y
 
@@ -62,6 +48,8 @@ def quantize(
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     second: float | Tensor | None = None,
+    result: Tensor | None = None,
+    memory: Memory | None = None,
 ) -> Tensor | None:
     """`scheme.quantize(x)`, or `quantize_at` with static scales; None where the reference has to do it.
 
@@ -80,13 +68,19 @@ def quantize(
         return out
     order = None if static is not None and len(static.scale) > 1 else _memory_order(x)  # scales have rows in order
     source = x.contiguous() if order is None else x
-    y = workspace.like(source, dtype)
+    usable = result is not None and source is x
+    y = result if usable and result is not None else like(memory, source, dtype)
     into(scheme, _matrix(source, order), _matrix(y, order), steps, kernels, static, second=second)
     return y if order is not None or dtype is not None else torch.empty_like(x).copy_(y)
 
 
 def encode(
-    scheme: Scheme, x: Tensor, static: Scales | None, shift: float, dtype: torch.dtype = torch.int8
+    scheme: Scheme,
+    x: Tensor,
+    static: Scales | None,
+    shift: float,
+    dtype: torch.dtype = torch.int8,
+    memory: Memory | None = None,
 ) -> tuple[Tensor, Scales] | None:
     """x [A, K] as int8 codes less `shift`, or in units of its scales; and these, with zero points.
 
@@ -98,7 +92,7 @@ def encode(
     if kernels is None or not _held(scheme, x.shape[-1], kernels) or (dtype != torch.int8 and not kernels.parts):
         return None
     x = x.contiguous()
-    codes = workspace.like(x, dtype)
+    codes = like(memory, x, dtype)
     return codes, into(scheme, x, codes, steps, kernels, static, shift, without="scale")
 
 
@@ -163,7 +157,7 @@ def plain(scheme: Scheme) -> bool:
     """
     scale = scheme.scale
     apart = scale is None or scale.granularity in ("element", "tensor") or scale.by_rows
-    if not as_written(type(scheme)) or "stochastic" in str(scale) or not apart:
+    if not as_written(type(scheme)) or (scale is not None and scale.draws) or not apart:
         return False
     return not isinstance(scheme.granularity, tuple) and type(scheme.range) in (MinMax, AbsMax)
 
@@ -198,8 +192,8 @@ def _given(scheme: Scheme, x: Tensor, block: int, kernels: Kernels) -> Scales | 
         low = -high
     if scheme.granularity == "tensor":
         low, high = low.amin().reshape(1, 1), high.amax().reshape(1, 1)
-    exact, zero = scheme._covering(low, high)
-    return Scales(scheme._rounded(exact).contiguous(), None if zero is None else zero.squeeze(-1).contiguous())
+    exact, zero = scheme.covering(low, high)
+    return Scales(scheme.rounded_scale(exact).contiguous(), None if zero is None else zero.squeeze(-1).contiguous())
 
 
 def _highest(scheme: Scheme, x: Tensor, kernels: Kernels) -> Tensor:
@@ -211,8 +205,8 @@ def scale_of_scales(scheme: Scheme, highest: Tensor) -> Tensor:
     """The scale that all scales have of a scheme with one `above`, where the highest magnitude is known; a number."""
     scheme_above = above(scheme)
     assert scheme_above is not None
-    exact, _ = scheme._covering(-highest, highest)
-    return scheme_above._covering(-exact, exact)[0]
+    exact, _ = scheme.covering(-highest, highest)
+    return scheme_above.covering(-exact, exact)[0]
 
 
 @remembered

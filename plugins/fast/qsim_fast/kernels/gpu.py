@@ -1,4 +1,4 @@
-"""The kernels of `kernels_gpu.py`, called with tensors: for a GPU what `qsim_core.fast.native` is for the CPU.
+"""The kernels of `kernels_gpu.py`, called with tensors: for a GPU what `qsim_fast.kernels.native` is for the CPU.
 
 Triton comes with torch's builds for GPUs, compiles each kernel when it is first called, in a second or so, and keeps it
 in a cache of its own. Where that does not work, or with QSIM_NATIVE=0, the reference in Python computes the same bits.
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsim_core.fast.kernels import GIVEN, Grid, Part, Scaling, bits, buffer
-from qsim_core.fast.native import forced, switched_off
 from qsim_core.formats.rounding import Steps
+from qsim_fast.kernels.interface import GIVEN, Grid, Part, Scaling, bits, buffer
+from qsim_fast.kernels.native import forced, switched_off
 
 TRITON = (3, 6)
 """The oldest version that the kernels were tried with."""
@@ -93,14 +93,14 @@ class GpuLibrary:
     @functools.cached_property
     def kernels(self) -> Any:
         """Those of quantizers. They need Triton."""
-        from qsim_core.fast import kernels_gpu
+        from qsim_fast.kernels import quantizers_triton as kernels_gpu
 
         return kernels_gpu
 
     @functools.cached_property
     def products(self) -> Any:
         """Those of products."""
-        from qsim_core.fast import products_gpu
+        from qsim_fast.kernels import products_triton as products_gpu
 
         return products_gpu
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from qsim_fast import quantizing as fused
+from qsim_fast.identity_cache import remembered
+from qsim_fast.kernels import native
 from torch import Tensor
 
 import qsim_core as qsim
 from qsim_core.errors import QsimError
-from qsim_core.fast import fused, native
-from qsim_core.fast.identity_cache import remembered
 from qsim_core.formats.quantizer import Function
 
 SCHEMES = [
@@ -260,7 +261,7 @@ def test_a_scheme_that_rounds_in_its_own_way_is_left_alone() -> None:
     simulation = qsim.simulate(torch.nn.Linear(200, 3).eval(), activations=scheme, weights="int8", example=x)
     with native.only(True):
         assert torch.equal(scheme.quantize(x), 2 * qsim.parse("token(int8)").quantize(x))  # type: ignore[attr-defined]
-        assert simulation.audit().sites[0].path == "float32"
+        assert simulation.audit().sites[0].arithmetic == "float32"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsim_core.fast import fused
-from qsim_core.fast.identity_cache import remembered
-from qsim_core.fast.native import library
 from qsim_core.matmuls.call import Call
 from qsim_core.quantizers.scales import Scales
 from qsim_core.quantizers.scheme import Scheme
-from qsim_core.quantizers.static_scale import Fixed, scheme_of
-from qsim_core.sites.lowered import Form
+from qsim_core.quantizers.static_scale import StaticScheme, scheme_of
+from qsim_core.sites.arithmetic import Lowering
+from qsim_core.sites.workspace import Memory
+from qsim_fast import quantizing
+from qsim_fast.identity_cache import remembered
+from qsim_fast.kernels.native import library
 
-ROWS = frozenset({"tensor", "channel", "token"})
+ROW_SCALES = frozenset({"tensor", "channel", "token"})
 LONGEST = 2**17 - 1
 """So many products of two 8-bit integers stay within int32."""
 
@@ -33,9 +34,9 @@ LONGEST = 2**17 - 1
 @remembered
 def fits(scheme: Any) -> bool:
     """Whether a scheme makes codes of at most 8 bits whose scales factor out of a product of rows."""
-    if not isinstance(scheme, Scheme) or not scheme.element.is_integer or scheme.granularity not in ROWS:
+    if not isinstance(scheme, Scheme) or not scheme.element.is_integer or scheme.granularity not in ROW_SCALES:
         return False
-    if scheme.element.rounding == "stochastic" or not fused.as_written(type(scheme)):
+    if scheme.element.draws or not quantizing.as_written(type(scheme)):
         return False
     return scheme.coded.max - scheme.coded.min <= 255
 
@@ -70,17 +71,17 @@ class Codes:
         return units.mul_(self.scale.unsqueeze(-1))
 
 
-def code(quantizer: Any, rows: Tensor, known: Scales | None = None) -> Codes | None:
+def code(quantizer: Any, rows: Tensor, known: Scales | None = None, memory: Memory | None = None) -> Codes | None:
     """Rows [..., K] in codes, as the quantizer rounds them; None where a static scale would hide a NaN.
 
     With the scales `known` under which the rows have been rounded already, these are their codes.
     """
-    scheme, static = scheme_of(quantizer), quantizer.scales(rows) if isinstance(quantizer, Fixed) else known
+    scheme, static = scheme_of(quantizer), quantizer.scales(rows) if isinstance(quantizer, StaticScheme) else known
     matrix = rows.detach().reshape(-1, rows.shape[-1])
     if static is not known and bool(matrix.isnan().any()):
         return None
     shift = (scheme.coded.max + scheme.coded.min + 1) // 2  # unsigned codes are moved into int8's range
-    codes, scales = encoded(scheme, matrix, static, shift)
+    codes, scales = encoded(scheme, matrix, static, shift, memory=memory)
     scale, zero = scales
     offset = (0.0 if zero is None else zero.double()) - shift
     if not isinstance(offset, Tensor):
@@ -90,19 +91,22 @@ def code(quantizer: Any, rows: Tensor, known: Scales | None = None) -> Codes | N
 
 
 def encoded(
-    scheme: Scheme, matrix: Tensor, static: Scales | None, shift: float, dtype: torch.dtype = torch.int8
+    scheme: Scheme,
+    matrix: Tensor,
+    static: Scales | None,
+    shift: float,
+    dtype: torch.dtype = torch.int8,
+    memory: Memory | None = None,
 ) -> tuple[Tensor, Scales]:
     """Rows [A, K] as int8 codes less `shift`, or in units of their scales in `dtype`; and scales and zero points."""
-    if (fast := fused.encode(scheme, matrix, static, shift, dtype)) is not None:
+    if (fast := quantizing.encode(scheme, matrix, static, shift, dtype, memory)) is not None:
         return fast
     blocks = scheme.split(matrix)
     if static is None:
-        _, exact, zero = scheme._measured(matrix)
-        found = scheme._rounded(exact)
-        static = Scales(found.reshape(-1, found.shape[-1]), None if zero is None else zero.reshape(-1, zero.shape[-2]))
+        static = scheme.scales(matrix)
     scale, zero = (None if t is None else t.unsqueeze(-1) for t in static)
     assert scale is not None
-    units = scheme._units(blocks, scale, zero)
+    units = scheme.units(blocks, scale, zero)
     codes = (units if zero is None else units + zero) - shift
     codes = (
         codes if dtype.is_floating_point else torch.where(scale.isnan(), 0.0, codes)
@@ -134,13 +138,13 @@ def to_nearest(scheme: Scheme) -> Scheme:
     return scheme.replace(element=scheme.element.replace(rounding="even"))
 
 
-class Int8(Form):
+class Int8Product(Lowering):
     """Operands as codes. Weights that were overwritten give them again, by their scales."""
 
-    path = "int8"
+    arithmetic = "int8"
 
-    def take(self, place: int, rows: Tensor) -> Codes | None:
-        return code(self.quantizers[place], rows)
+    def take(self, place: int, rows: Tensor, memory: Memory | None = None) -> Codes | None:
+        return code(self.quantizers[place], rows, memory=memory)
 
     def again(self, rows: Tensor, kept: Scales) -> Codes | None:
         return code(to_nearest(scheme_of(self.quantizers[1])), rows, kept)

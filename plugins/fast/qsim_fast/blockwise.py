@@ -18,16 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsim_core.fast import fused, gpu
-from qsim_core.fast.identity_cache import remembered
-from qsim_core.fast.int8 import encoded, to_nearest
-from qsim_core.fast.significands import SMALLEST, significand
 from qsim_core.matmuls.call import LINEAR, Call
 from qsim_core.matmuls.layout import SECOND_LAST
 from qsim_core.quantizers.scales import Scales
 from qsim_core.quantizers.scheme import Scheme
-from qsim_core.quantizers.static_scale import Fixed, scheme_of
-from qsim_core.sites.lowered import Form
+from qsim_core.quantizers.static_scale import StaticScheme, scheme_of
+from qsim_core.sites.arithmetic import Lowering
+from qsim_core.sites.workspace import Memory
+from qsim_fast import quantizing
+from qsim_fast.identity_cache import remembered
+from qsim_fast.int8 import encoded, to_nearest
+from qsim_fast.kernels import gpu
+from qsim_fast.significands import SMALLEST, significand
 
 ROW = 2**30
 """The length of a block that is as long as its row."""
@@ -38,7 +40,7 @@ def fits(scheme: Any) -> bool:
     """Whether a scheme makes codes that bfloat16 holds, under scales of rows or of blocks along them."""
     if not isinstance(scheme, Scheme) or not scheme.symmetric or isinstance(scheme.granularity, tuple):
         return False
-    if not fused.as_written(type(scheme)) or significand(scheme.element) > 8:
+    if not quantizing.as_written(type(scheme)) or significand(scheme.element) > 8:
         return False
     steps = scheme.element.steps
     return steps is not None and steps.smallest >= SMALLEST
@@ -87,28 +89,28 @@ class Blocks:
         return self.codes.view(samples, rows, -1), scale, self.block
 
 
-def code(quantizer: Any, rows: Tensor, known: Scales | None = None) -> Blocks | None:
+def code(quantizer: Any, rows: Tensor, known: Scales | None = None, memory: Memory | None = None) -> Blocks | None:
     """Rows in codes, as the quantizer rounds them; None where a static scale would hide a NaN.
 
     With the scales `known` under which the rows have been rounded already, these are their codes.
     """
-    scheme, static = scheme_of(quantizer), quantizer.scales(rows) if isinstance(quantizer, Fixed) else known
+    scheme, static = scheme_of(quantizer), quantizer.scales(rows) if isinstance(quantizer, StaticScheme) else known
     matrix = rows.detach().reshape(-1, rows.shape[-1])
     whole = scheme.element.is_integer and scheme.element.min >= -128 and scheme.element.max <= 127
     if whole and static is not known and bool(matrix.isnan().any()):
         return None
     dtype = torch.int8 if whole else torch.bfloat16
-    codes, scales = encoded(scheme, matrix, static, 0.0, dtype)
+    codes, scales = encoded(scheme, matrix, static, 0.0, dtype, memory)
     return Blocks(codes.view(rows.shape), scales, block_of(quantizer, rows.shape[-1]))
 
 
-class Blockwise(Form):
+class BlockwiseProduct(Lowering):
     """Operands as codes under the scales of their blocks. Weights that were overwritten give them again."""
 
-    path = "blockwise"
+    arithmetic = "blockwise"
 
-    def take(self, place: int, rows: Tensor) -> Blocks | None:
-        return code(self.quantizers[place], rows)
+    def take(self, place: int, rows: Tensor, memory: Memory | None = None) -> Blocks | None:
+        return code(self.quantizers[place], rows, memory=memory)
 
     def again(self, rows: Tensor, kept: Scales) -> Blocks | None:
         return code(to_nearest(scheme_of(self.quantizers[1])), rows, kept)

@@ -2,7 +2,7 @@
 
 One matmul accumulates in float32 and rounds once. A bias goes through it, as three more columns that hold its upper,
 middle and lower bits: added afterwards it would meet a result that is rounded already. Only the order of summation
-differs from the float32 path's; products that would be subnormal are flushed to zero, so such operands are refused.
+differs from the float32 path's; products that would be subnormal are flushed to zero, so such operands are refused..
 
 A GPU gives the sums in float32, whatever they are rounded to afterwards, if anything.
 """
@@ -18,17 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qsim_core.fast import fused
-from qsim_core.fast.kernels import buffer
-from qsim_core.fast.native import library
-from qsim_core.fast.significands import SMALLEST, significand_factored, significand_of, smallest_of
 from qsim_core.matmuls.call import LINEAR, Call
 from qsim_core.matmuls.convolution import Convolution, ran
 from qsim_core.matmuls.layout import Layout
 from qsim_core.quantizers.scheme import Scheme
-from qsim_core.quantizers.static_scale import Fixed, scheme_of
-from qsim_core.sites import workspace
-from qsim_core.sites.lowered import Form
+from qsim_core.quantizers.static_scale import StaticScheme, scheme_of
+from qsim_core.sites.arithmetic import Lowering
+from qsim_core.sites.workspace import Memory, empty
+from qsim_fast import quantizing
+from qsim_fast.kernels.interface import buffer
+from qsim_fast.kernels.native import library
+from qsim_fast.significands import SMALLEST, significand_factored, significand_of, smallest_of
 
 SIGNIFICAND = 8
 """Bits of bfloat16's, the hidden one counted."""
@@ -66,32 +66,32 @@ class Half:
         return (self.rows[..., :-PARTS] if self.wider else self.rows).float()
 
 
-def half(quantizer: Any, rows: Tensor, beside: Tensor | None = None) -> Half | None:
+def half(quantizer: Any, rows: Tensor, beside: Tensor | None = None, memory: Memory | None = None) -> Half | None:
     """Rows [..., K] quantized, in bfloat16, and `beside` them columns [rows or 1, PARTS] for a bias.
 
     None where a product would meet a value that is flushed to zero.
     """
     rows = rows.detach()
     if not fits(scheme_of(quantizer)):
-        values, factor = fused.factored(quantizer, rows)
+        values, factor = quantizing.factored(quantizer, rows)
         exact = functools.partial(quantizer.quantize, rows)
         return None if _flushed(quantizer, values) else Half(values, factor=factor, exact=exact)
     if beside is None:
-        values = _rounded(quantizer, rows, None)
+        values = _rounded(quantizer, rows, None, memory)
         return None if _flushed(quantizer, values) else Half(values)
     length = rows.shape[-1]
-    wide = workspace.empty(rows.numel() // length, length + PARTS, dtype=torch.bfloat16, device=rows.device)
+    wide = empty(memory, rows.numel() // length, length + PARTS, dtype=torch.bfloat16, device=rows.device)
     _rounded(quantizer, rows, wide[:, :-PARTS])
     wide[:, -PARTS:] = beside
     return None if _flushed(quantizer, wide) else Half(wide.view(*rows.shape[:-1], -1), wider=True)
 
 
-def _rounded(quantizer: Any, rows: Tensor, out: Tensor | None) -> Tensor:
+def _rounded(quantizer: Any, rows: Tensor, out: Tensor | None, memory: Memory | None = None) -> Tensor:
     """Rows [..., K] quantized in bfloat16, into `out` [rows, K] if there is one."""
-    scheme, static = scheme_of(quantizer), quantizer.scales(rows) if isinstance(quantizer, Fixed) else None
+    scheme, static = scheme_of(quantizer), quantizer.scales(rows) if isinstance(quantizer, StaticScheme) else None
     if isinstance(scheme, Scheme):
         matrix = rows if out is None else rows.reshape(out.shape)
-        if (fast := fused.quantize(scheme, matrix, static, torch.bfloat16, out)) is not None:
+        if (fast := quantizing.quantize(scheme, matrix, static, torch.bfloat16, out, memory=memory)) is not None:
             return fast
     values: Tensor = quantizer.quantize(rows)
     half = values.to(torch.bfloat16)
@@ -159,21 +159,26 @@ def matmul(layouts: Sequence[Layout], first: Half, second: Half) -> Tensor:
     return torch.matmul(left, right).float()
 
 
-class BF16(Form):
+class BF16Product(Lowering):
     """Operands in bfloat16; `biased` ones have columns more, through which the bias comes in."""
 
-    path = "bf16"
+    arithmetic = "bf16"
 
     def __init__(self, quantizers: Sequence[Any], biased: bool, rounds: bool = True) -> None:
         super().__init__(quantizers)
-        self.biased, self.rounds = biased and rounds, rounds
+        self.biased, self._rounds = biased and rounds, rounds
+
+    @property
+    def rounds(self) -> bool:
+        """True if the product comes rounded to bfloat16, the output's format."""
+        return self._rounds
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return self.path, self.biased
+        return self.arithmetic, self.biased
 
-    def take(self, place: int, rows: Tensor) -> Half | None:
-        return half(self.quantizers[place], rows, ONES if self.biased else None)
+    def take(self, place: int, rows: Tensor, memory: Memory | None = None) -> Half | None:
+        return half(self.quantizers[place], rows, ONES if self.biased else None, memory)
 
     def new(self, rows: Tensor) -> Half | None:
         made = half(self.quantizers[1], rows, ONES if self.biased else None)
@@ -183,12 +188,21 @@ class BF16(Form):
     def again(self, rows: Tensor, kept: bool | Tensor) -> Half | None:
         """Values that were found exact when they were made."""
         if isinstance(kept, Tensor):
-            return Half(fused.without_second(kept, rows), factor=kept)
+            return Half(quantizing.without_second(kept, rows), factor=kept)
         if not self.biased:
             return Half(rows.to(torch.bfloat16))
         wide = buffer(len(rows), rows.shape[1] + PARTS, dtype=torch.bfloat16)
         wide[:, :-PARTS].copy_(rows)
         return Half(wide, wider=True)
+
+    in_parts = True
+
+    def part(self, layouts: Sequence[Layout], first: Half, second: Half, memory: Memory) -> Tensor:
+        """Multiply rows [heads, R, K] and [heads, N, K]: rounded to bfloat16, in float32."""
+        left, right = first.rows, layouts[1].back(second.rows)
+        shape = *left.shape[:-1], right.shape[-1]
+        product = torch.bmm(left, right, out=memory.workspace.empty(memory.use, shape, left.dtype))
+        return memory.workspace.empty(memory.use, shape).copy_(product)
 
     def pinned(self, rows: Tensor, scales: Any) -> Half | None:
         made = self.again(rows, True) if fits(scheme_of(self.quantizers[1])) else None
@@ -204,7 +218,7 @@ class BF16(Form):
         return linear(first, second, bias) if call.function in LINEAR else matmul(call.layouts, first, second)
 
 
-class Convolved(BF16):
+class BF16Convolution(BF16Product):
     """The same of a convolution: its bias comes in as three more channels, at a tap that always meets the image."""
 
     def new(self, rows: Tensor) -> Half | None:

@@ -13,13 +13,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from qsim_fast import int8
+from qsim_fast import quantizing as fused
+from qsim_fast.bf16 import BF16
+from qsim_fast.kernels import gpu, native
 from test_fused import FORMATS, SCHEMES, assert_same_bits, values
 from test_lowering import INT8, Convolution, Layer, example, in_float64, ulps
 from torch import Tensor, nn
 
 import qsim_core as qsim
-from qsim_core.fast import fused, gpu, int8, native
-from qsim_core.fast.bf16 import BF16
 from qsim_core.formats.quantizer import Quantizer
 
 pytestmark = [
@@ -85,12 +87,12 @@ def test_static_scales_give_the_references_bits() -> None:
 
 def run(model: nn.Module, path: str, *inputs: Tensor, keep: bool = True, **parts: str) -> tuple[Tensor, set[str]]:
     """What the model makes of its inputs, on the CPU, and the paths that its sites took."""
-    recipe = qsim.Recipe(path=path, **parts)  # type: ignore[arg-type]
+    recipe = qsim.Recipe(arithmetic=path, **parts)  # type: ignore[arg-type]
     model, inputs = copy.deepcopy(model).eval().to(DEVICE), tuple(x.to(DEVICE) for x in inputs)
     simulation = qsim.simulate(model, recipe, example=inputs[0] if len(inputs) == 1 else inputs, keep=keep)
     with torch.no_grad():
         y = model(*inputs)
-    return y.cpu(), {site.path for site in simulation.sites.table.values()}
+    return y.cpu(), {site.arithmetic for site in simulation.sites.table.values()}
 
 
 def exact_of(parts: dict[str, str], layer: Layer | None = None, x: Tensor | None = None) -> Tensor:
@@ -360,7 +362,8 @@ def test_nvfp4_at_any_magnitude(magnitude: float) -> None:
 
 @on_a_gpu
 def test_no_kernel_is_compiled_for_each_length() -> None:
-    from qsim_core.fast import kernels_gpu, products_gpu
+    from qsim_fast.kernels import products_triton as products_gpu
+    from qsim_fast.kernels import quantizers_triton as kernels_gpu
 
     compiled = [kernels_gpu.extremes, kernels_gpu.round_blocks, products_gpu.multiply_blocks]
     counts = []

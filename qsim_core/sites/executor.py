@@ -1,0 +1,327 @@
+"""The one executor of a site: quantize the operands, multiply by the site's arithmetic, quantize the result.
+
+`Execution` does this step by step from the quantizers alone. `LiveExecution` does the same inside a running model: it
+takes weights that are quantized already, shares an operand between calls, uses exact arithmetics and shows observers
+what passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsim_core.errors import RecipeError
+from qsim_core.formats.quantizer import Quantizer
+from qsim_core.formats.random_bits import at
+from qsim_core.matmuls.call import Call
+from qsim_core.matmuls.layout import LAST, Layout
+from qsim_core.sites.arithmetic import Arithmetic, ExactArithmetic, Lowering, lowering_of
+from qsim_core.sites.call_stack import CallStack, Reusable, recomputing, reusable
+from qsim_core.sites.operand import Operand, operands_of
+from qsim_core.sites.quantized_weights import Weight, Weights
+from qsim_core.sites.simulated_product import check_arithmetic, simulated
+from qsim_core.sites.site import Site
+from qsim_core.sites.workspace import Memory, Workspace, like
+
+SiteObserver = Callable[[Site, str, Tensor, Tensor, Quantizer | None], None]
+"""Called with site, role (input, input2, weight or output), the tensor before and after, and its quantizer."""
+
+
+class Execution:
+    """One call at its site: operands quantized, multiplied, the result quantized."""
+
+    def __init__(
+        self, site: Site, call: Call, operands: Sequence[Operand], output: Any, arithmetic: Arithmetic | None = None
+    ) -> None:
+        self.site = site
+        self.arithmetic = site.plan.arithmetic if arithmetic is None else arithmetic
+        self.operands = operands
+        self.output = output
+        """The quantizer of the result; None: it stays as it is."""
+        layouts = tuple(operand.layout for operand in operands)
+        self.call = call if layouts == call.layouts else replace(call, layouts=layouts)
+
+    def result(self) -> Tensor:
+        """Compute the call."""
+        return self.finished(self.product([self.quantized(operand) for operand in self.operands]))
+
+    def quantized(self, operand: Operand) -> Tensor:
+        """Quantize one operand."""
+        if operand.quantizer is None:
+            return operand.tensor
+        return operand.layout.back(operand.quantizer.quantize(operand.rows.detach()))
+
+    def weight_scales(self) -> Any:
+        """The scales of a weight whose original values are gone; None: it has them."""
+        return None
+
+    def product(self, values: Sequence[Tensor]) -> Tensor:
+        """Multiply the quantized operands; without the addend if that is computed, as a mask is."""
+        call = self.call
+        if self.arithmetic.simulates:
+            call = simulated(self.site, call, self.operands, self.weight_scales())
+        if self.call.masked and self.output is not None:
+            return call.multiply(*values)
+        product: Tensor = call.run(values)
+        return product
+
+    def finished(self, product: Tensor) -> Tensor:
+        """Quantize the result: a bias is part of it, and a mask is added afterwards."""
+        if self.output is None:
+            return product
+        result = self.call.result
+        with at(f"{self.site.name}:output", self.site.calls):
+            rounded: Tensor = result.back(self.rounded_output(result.rows(product)))
+        kwargs = self.call.kwargs
+        if self.call.masked:
+            alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
+            rounded = alpha * rounded if alpha != 1 else rounded
+            rounded = rounded if beta == 0 else beta * self.call.addend + rounded
+        return kwargs["out"].copy_(rounded) if kwargs.get("out") is not None else rounded
+
+    def rounded_output(self, rows: Tensor) -> Tensor:
+        """Quantize the rows of the result."""
+        rounded: Tensor = self.output.quantize(rows.detach())
+        return rounded
+
+
+def tried(
+    site: Site, call: Call, weights: Weights, roles: Iterable[str] = ("input", "input2", "weight", "output")
+) -> Tensor:
+    """Compute a call that a watcher is shown as the site would, while the model around it stays as it is.
+
+    Only the given roles are quantized. A weight that a transform has put on its grid is taken as it is. Raises
+    `RecipeError` where a static scale is needed: these are found after all transforms.
+    """
+    wanted = set(roles)
+    met = [
+        Weight(site.weight or "", operand, owned=False) if place == call.weight else None
+        for place, operand in enumerate(call.operands)
+    ]
+
+    def quantizer_of(role: str) -> Any:
+        if role not in wanted or (role == "weight" and site.weight in weights.pinned):
+            return None
+        planned = site.planned(role)
+        if planned is not None and role not in site.fixed and role != "weight" and planned.needs_held_scales(role):
+            raise RecipeError(f"{site.name}: the static scale of its {role} is found after all transforms")
+        return site.quantizer(role)
+
+    with torch.no_grad():
+        operands = operands_of(site, call, met, quantizer_of)
+        return Execution(site, call, operands, quantizer_of("output")).result()
+
+
+class LiveExecution(Execution):
+    """A call in a running model."""
+
+    def __init__(
+        self,
+        site: Site,
+        call: Call,
+        operands: Sequence[Operand],
+        output: Any,
+        module: nn.Module,
+        stack: CallStack,
+        weights: Weights,
+        exact: Sequence[ExactArithmetic],
+        observer: SiteObserver | None,
+        arithmetic: Arithmetic | None = None,
+    ) -> None:
+        super().__init__(site, call, operands, output, arithmetic)
+        self.module = module
+        self.stack = stack
+        self.weights = weights
+        self.exact = exact
+        self.observer = observer
+        self.lowering: Lowering | None = None
+
+    def result(self) -> Tensor:
+        """Compute the call; where an exact arithmetic can, by that, and the site says which."""
+        site, self.lowering = self.site, self._plan()
+        values = [] if self.lowering is not None and self.observer is None else self._values()
+        lowered = None if self.lowering is None else self._lowered(self.lowering)
+        if lowered is not None and self.lowering is not None:
+            site.arithmetic = self.lowering.arithmetic
+            return self._finished_lowered(self.lowering, lowered, values)
+        site.arithmetic = str(self.arithmetic) if self.arithmetic.simulates else "float32"
+        values = values or self._values()
+        product = self.product(values)
+        result = self.finished(product)
+        self._observe("output", product, result if self.output is not None else product, self.call.result, self.output)
+        return result
+
+    def _plan(self) -> Lowering | None:
+        """The exact computation of this call; None: float32, or an arithmetic that is simulated.
+
+        A module in training is computed in float32: gradient checkpointing computes its forward again, with gradients,
+        and must find the same numbers.
+        """
+        if self.module.training or self.call.masked:
+            return None
+        roles = [operand.role for operand in self.operands]
+        quantizers = [*(operand.quantizer for operand in self.operands), self.output]
+        return lowering_of(self.arithmetic, self.exact, self.call, roles, quantizers)
+
+    def _values(self) -> list[Tensor]:
+        return [self.quantized(operand) for operand in self.operands]
+
+    def quantized(self, operand: Operand) -> Tensor:
+        """Quantize one operand: a weight once for all calls, an input once for all that read it."""
+        value = self._weight(operand) if operand.weight is not None else self._input(operand)
+        return value
+
+    def weight_scales(self) -> Any:
+        for operand in self.operands:
+            if operand.weight is not None and operand.quantizer is not None:
+                return self.weights.scales_of(operand.weight, operand.tensor, operand.layout)
+        return None
+
+    def _weight(self, operand: Operand) -> Tensor:
+        quantizer, weight = operand.quantizer, operand.weight
+        assert weight is not None
+        before = value = operand.tensor
+        self.weights.met(weight, operand.layout, self.module)
+        if quantizer is not None:
+            if self.observer is not None and not self.weights.overwritten(weight):
+                before = operand.tensor.detach().clone()  # it may be about to be overwritten
+            training = self.module.training
+            with at(f"{self.site.name}:weight", self.site.calls if training else 0):
+                value = self.weights.quantized(
+                    weight,
+                    operand.tensor,
+                    operand.layout,
+                    quantizer,
+                    training,
+                    self.lowering,
+                    keep_scales=self.arithmetic.simulates,
+                )
+        self._observe("weight", before, value, operand.layout, quantizer)
+        return value
+
+    def _input(self, operand: Operand) -> Tensor:
+        """Quantize an input; one that the call before this had too (q, k and v's) is not computed again.
+
+        Where random numbers are drawn they are each site's own, with a gradient and without.
+        """
+        quantizer, value = operand.quantizer, operand.tensor
+        if quantizer is not None:
+            stack = self.stack
+            if operand.layout is LAST and Reusable.holds(stack.quantized, quantizer, operand.tensor):
+                value = stack.quantized.value  # type: ignore[union-attr]
+            else:
+                with at(f"{self.site.name}:{operand.role}", self.site.calls) as place:
+                    value = operand.layout.back(self._rows(operand, quantizer))
+                    last = None if place.drawn else reusable(quantizer, operand.tensor, value, operand.layout)
+                stack.quantized = last
+        self._observe(operand.role, operand.tensor, value, operand.layout, quantizer)
+        return value
+
+    def _rows(self, operand: Operand, quantizer: Any) -> Tensor:
+        rows: Tensor = operand.rows
+        if torch.is_grad_enabled():
+            quantized: Tensor = quantizer(rows)
+            return quantized
+        alone = len(self.operands) == 2 and self.observer is None  # an einsum may have more operands
+        out = self.stack.memory_like(self.site, "quantized", rows) if alone else None
+        into: Tensor = quantizer(rows) if out is None else quantizer.quantize_into(rows, out)
+        return into
+
+    def _lowered(self, lowering: Lowering) -> Tensor | None:
+        """Compute the product in the exact arithmetic; None where that is not exact for these operands."""
+        taken: list[Any] = []
+        for place, operand in enumerate(self.operands):
+            if operand.weight is not None:
+                self.weights.met(operand.weight, operand.layout, self.module)
+                quantizer = operand.quantizer
+                taken.append(self.weights.lowered(operand.weight, operand.tensor, operand.layout, quantizer, lowering))
+                continue
+            key, last = lowering.of(place), self.stack.lowered
+            if operand.layout is LAST and Reusable.holds(last, key, operand.tensor):
+                taken.append(last.value)  # type: ignore[union-attr]
+            else:
+                memory = self.stack.memory(self.site, "lowered")
+                taken.append(lowering.take(place, operand.rows, memory))
+                self.stack.lowered = reusable(key, operand.tensor, taken[-1], operand.layout)
+        return None if any(operand is None for operand in taken) else lowering.product(self.call, *taken)
+
+    def _finished_lowered(self, lowering: Lowering, lowered: Tensor, values: Sequence[Tensor]) -> Tensor:
+        layout, quantizer = self.call.result, self.output
+        if lowering.rounds:  # the exact product is rounded to the output's format already
+            if self.observer is not None:
+                self._observe("output", self.call.run(values), lowered, layout, quantizer)
+            return lowered
+        result = self.finished(lowered)
+        self._observe("output", lowered, result, layout, quantizer)
+        return result
+
+    def rounded_output(self, rows: Tensor) -> Tensor:
+        rounded: Tensor = self.output(rows)
+        return rounded
+
+    def _observe(self, role: str, before: Tensor, after: Tensor, layout: Layout, quantizer: Any) -> None:
+        if self.observer is not None and not recomputing():
+            rows = layout.rows(before.detach())
+            self.observer(self.site, role, rows, rows if after is before else layout.rows(after.detach()), quantizer)
+
+
+class PartialExecution(Execution):
+    """A product of activations at its site, computed for some of its rows at a time, as attention by tiles does."""
+
+    def __init__(
+        self,
+        site: Site,
+        call: Call,
+        operands: Sequence[Operand],
+        output: Any,
+        exact: Sequence[ExactArithmetic],
+        workspace: Workspace,
+    ) -> None:
+        super().__init__(site, call, operands, output)
+        self.workspace = workspace
+        quantizers = [*(operand.quantizer for operand in operands), output]
+        lowering = lowering_of(self.arithmetic, exact, self.call, [operand.role for operand in operands], quantizers)
+        self.lowering = lowering if lowering is not None and lowering.in_parts else None
+
+    def take(self, place: int, rows: Tensor, memory: Memory | None = None) -> Any:
+        """Quantize rows [..., R, K] of the operand at this place: lowered, or as values."""
+        taken = None if self.lowering is None else self.lowering.take(place, rows, memory)
+        if taken is not None:
+            return taken
+        quantizer = self.operands[place].quantizer
+        if quantizer is None:
+            return rows
+        return quantizer.quantize_into(rows, None if memory is None else like(memory, rows))
+
+    def multiply(self, left: Any, right: Any, use: str) -> Tensor:
+        """Multiply rows [heads, R, K] and [heads, N, K] that were taken, and quantize the product [heads, R, N].
+
+        The product is put into the workspace, in the memory for this use.
+        """
+        memory = Memory(self.workspace, use)
+        if self.lowering is not None and not isinstance(left, Tensor) and not isinstance(right, Tensor):
+            self.site.arithmetic = self.lowering.arithmetic
+            product = self.lowering.part(self.call.layouts, left, right, memory)
+            return product if self.lowering.rounds else self._rounded(product)
+        self.site.arithmetic = "float32"
+        first, second = (operand if isinstance(operand, Tensor) else operand.values() for operand in (left, right))
+        second = self.call.layouts[1].back(second)
+        shape = *first.shape[:-1], second.shape[-1]
+        return self._rounded(torch.bmm(first, second, out=self.workspace.empty(use, shape, first.dtype)))
+
+    def _rounded(self, product: Tensor) -> Tensor:
+        rounded: Tensor = product if self.output is None else self.output.quantize(product)
+        return rounded
+
+
+def check_planned(site: Site, call: Call, weights: Sequence[Weight | None]) -> None:
+    """Raise `RecipeError` if the site's arithmetic cannot compute its planned formats, before anything is quantized.
+
+    A product of activations may still get an alias, and with it another plan: it is checked when it is computed.
+    """
+    if site.plan.arithmetic.simulates and site.weight is not None:
+        check_arithmetic(site, call, operands_of(site, call, weights, site.planned))

@@ -1,0 +1,61 @@
+"""One operand of a matmul at its site: its role, its layout, its quantizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from qsim_core.matmuls.call import Call
+from qsim_core.matmuls.layout import LAST, SECOND_LAST, Layout
+from qsim_core.quantizers.stacked import Stacked
+from qsim_core.sites.quantized_weights import Weight
+from qsim_core.sites.site import Site
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that a matmul multiplies, as the site sees it."""
+
+    role: str
+    """ "input", "input2" (the second operand of a product of activations) or "weight"."""
+    tensor: Tensor
+    layout: Layout
+    """How the scales are shared along the tensor: along the reduction axis, unless the recipe says otherwise."""
+    quantizer: Any = None
+    weight: Weight | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        """The tensor as rows x K, a view."""
+        return self.layout.rows(self.tensor)
+
+
+def roles_of(weights: Sequence[Any]) -> list[str]:
+    """The roles of a call's operands, of which some are weights (the others are None)."""
+    weighted = any(weight is not None for weight in weights)
+    return [
+        "weight" if weight is not None else "input2" if place and not weighted else "input"
+        for place, weight in enumerate(weights)
+    ]
+
+
+def operands_of(
+    site: Site, call: Call, weights: Sequence[Weight | None], quantizer_of: Callable[[str], Any]
+) -> tuple[Operand, ...]:
+    """The operands of a call at a site, each with the quantizer that `quantizer_of` its role gives.
+
+    A weight of three axes holds experts: a quantizer that does not round row by row is applied to each expert.
+    """
+    operands = []
+    for role, tensor, layout, weight in zip(roles_of(weights), call.operands, call.layouts, weights, strict=True):
+        if role == "input2" and site.plan.value_axis == "head" and site.is_value_product:
+            layout = LAST
+        quantizer = quantizer_of(role)
+        experts = role == "weight" and tensor.dim() == 3 and layout in (LAST, SECOND_LAST)
+        if quantizer is not None and experts and not quantizer.by_rows:
+            quantizer = Stacked(each=quantizer)
+        operands.append(Operand(role, tensor, layout, quantizer, weight))
+    return tuple(operands)
