@@ -246,7 +246,7 @@ def _check_keys(what: str, values: Any, of: type[_Strict]) -> None:
         if key in MOVED:
             raise RecipeError(f"{what} has no key {key!r} any more; it is called {MOVED[key]!r} now")
         if key not in of.model_fields and key != "kv_cache":
-            raise RecipeError(f"{what} has no key {str(key)!r}{did_you_mean(str(key), of.model_fields)}")
+            raise RecipeError(f"{what} has no key {str(key)!r}{did_you_mean(str(key), [*of.model_fields, 'kv_cache'])}")
 
 
 class _OnceEach(yaml.SafeLoader):
