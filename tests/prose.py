@@ -8,6 +8,7 @@ prints a line for each sentence that breaks a rule.
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ LONGEST = 25
 QUESTIONS = frozenset({"What", "Whether", "Which", "Why", "How", "Who", "Whose", "Where", "When"})
 """Words that begin a riddle and not a description. A docstring begins with a verb or the name of the thing."""
 RIDDLES = re.compile(
-    r"\b(is|are|was|were) (no|none|nobody|nothing)\b|\bnobody\b|\bwhoever\b|\bhas a say\b|\bhas none\b", re.I
+    r"(?<!there )\b(is|are|was|were) (no|none|nobody|nothing)\b|\b(nobody|whoever|whatever else)\b|\bhas a say\b", re.I
 )
 """Turns of phrase that a reader has to take apart: `is no number` for `is not a number`."""
 
@@ -33,20 +34,10 @@ def docstrings(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """The sentences of a text; tables, formulas, lists and code (all that is indented) are left out."""
-    text = re.sub(r"`[^`]*`", "`code`", text)
-    for paragraph in re.split(r"\n\s*\n", text):
-        lines = paragraph.split("\n")
-        if (
-            any(re.match(r" {4,}|\t", line) for line in lines[:1])
-            and len(lines) > 0
-            and paragraph.strip() != text.strip()
-        ):
-            first = lines[0]
-            indent = len(first) - len(first.lstrip())
-            if indent % 4 == 0 and indent >= 8:
-                continue
-        plain = " ".join(line.strip() for line in lines)
+    """The sentences of a text. Indented blocks (formulas, tables, code) and lines of lists of names are left out."""
+    for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text)):
+        lines = [line for line in paragraph.split("\n") if not re.match(r" {4,}|.*\S {2,}\S", line)]
+        plain = " ".join(re.sub(r"`[^`]*`", "`code`", " ".join(lines)).split())
         yield from (part for part in re.split(r"(?<=[.:;?!])\s+", plain) if part)
 
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qsim_core import __version__
 from qsim_core.cli.hub import offline_unless_reachable
 from qsim_core.cli.new_plugin import new_plugin
 from qsim_core.cli.options import CALIBRATION, FILE, POSITIVE, RECIPE, SHOWN, complete_directory, with_options
 from qsim_core.errors import QsimError
+from qsim_core.version import __version__
 
 if TYPE_CHECKING:
     from qsim_core.components.host import Plugin

@@ -10,8 +10,8 @@ from string import Template
 
 import click
 
-from qsim_core import __version__
 from qsim_core.errors import QsimError, with_article
+from qsim_core.version import __version__
 
 USES = {
     "quantizer": "qsim evaluate --weights $name",

@@ -6,6 +6,7 @@ returned. Here each of these is a `PluginError` that names the plugin and says w
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import types
 from typing import TYPE_CHECKING, Any
@@ -51,9 +52,8 @@ def kind_of(hook: str) -> str:
 
 def base_of(hook: str) -> type[Component]:
     """The public base class of the components that a hook offers: `qsim_core.Quantizer` for `qsim_quantizers`."""
-    import qsim_core
-
-    base: type[Component] = getattr(qsim_core, kind_of(hook).title())
+    public = importlib.import_module("qsim_core")  # by its public name: the base classes stand above this package
+    base: type[Component] = getattr(public, kind_of(hook).title())
     return base
 
 

@@ -275,7 +275,7 @@ def installed() -> Host:
 
 
 def _core_version() -> str:
-    from qsim_core import __version__
+    from qsim_core.version import __version__
 
     return __version__
 

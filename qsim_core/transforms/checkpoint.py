@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsim_core import __version__
 from qsim_core.errors import QsimError
 from qsim_core.files import writing
 from qsim_core.transforms.offload import state
+from qsim_core.version import __version__
 
 
 class Checkpoint:
