@@ -13,6 +13,7 @@ import importlib
 import inspect
 import sys
 import textwrap
+import tomllib
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cached_property
@@ -28,6 +29,7 @@ from qsim_core.cli.listing import described
 from qsim_core.cli.main import main
 from qsim_core.cli.recipe_options import catalogue
 from qsim_core.components.component import Preset
+from qsim_core.components.discovery import COMMANDS, GROUP
 from qsim_core.components.hook_validation import HOOKS, base_of
 
 ROOT = Path(__file__).parent.parent
@@ -44,12 +46,35 @@ FOR_AUTHORS = {
 def first_party() -> qsim.Host:
     """A host of the plugins in plugins/."""
     host = qsim.Host(discover=False)
-    for folder in sorted((ROOT / "plugins").iterdir()):
-        if (folder / "pyproject.toml").exists():
-            sys.path.insert(0, str(folder))
-            host.register(importlib.import_module(f"qsim_{folder.name}"), name=folder.name)
-            sys.path.remove(str(folder))
+    for folder, groups in projects():
+        for name, module in groups.get(GROUP, {}).items():
+            host.register(imported(folder, module), name=name)
     return host
+
+
+def projects() -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The folder of each plugin in plugins/, and its entry points by group."""
+    for path in sorted((ROOT / "plugins").glob("*/pyproject.toml")):
+        yield path.parent, tomllib.loads(path.read_text())["project"].get("entry-points", {})
+
+
+def imported(folder: Path, module: str) -> Any:
+    """A module of a plugin in plugins/."""
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(module)
+    finally:
+        sys.path.remove(str(folder))
+
+
+def commands_of_plugins() -> dict[str, click.Command]:
+    """Every command of a plugin in plugins/, by its name."""
+    found = {}
+    for folder, groups in projects():
+        for name, target in groups.get(COMMANDS, {}).items():
+            module, _, attribute = target.partition(":")
+            found[name] = getattr(imported(folder, module), attribute)
+    return found
 
 
 def table(*rows: tuple[str, ...]) -> str:
@@ -111,7 +136,7 @@ _QSIM_COMPLETE=fish_source qsim | source           # in ~/.config/fish/config.fi
 def cli() -> str:
     """Every command, argument and option, from the records of which `--help` is made."""
     parts = [CLI.format(written=WRITTEN), *(part for part in _command("qsim", main, None))]
-    for name, command in sorted(main.commands.items()):
+    for name, command in sorted({**main.commands, **commands_of_plugins()}.items()):
         parts += _command(f"qsim {name}", command, click.Context(main, info_name="qsim", **main.context_settings))
     return "\n".join(parts)
 

@@ -391,7 +391,12 @@ def test_what_has_no_table_says_so(arguments: list[str], code: int, message: str
 def test_plugins_lists_names_distributions_and_versions(qsim_: Qsim) -> None:
     rows = json.loads(qsim_("plugins", "--json").stdout)
 
-    assert {"name": "abfp", "distribution": "qsim-abfp", "version": qsim.__version__} in rows
+    assert {
+        "name": "abfp",
+        "distribution": "qsim-abfp",
+        "version": qsim.__version__,
+        "provides": ["components"],
+    } in rows
     assert [row["name"] for row in rows] == sorted(row["name"] for row in rows)
 
 

@@ -49,7 +49,7 @@ def test_pages_depend_on_no_terminal_and_no_optional_library() -> None:
     assert digests == {hashlib.sha256(repr(PAGES).encode()).hexdigest() + "\n"}
 
 
-@pytest.mark.parametrize("command", sorted(main.commands))
+@pytest.mark.parametrize("command", sorted({**main.commands, **MADE["commands_of_plugins"]()}))
 def test_every_option_that_help_shows_is_on_the_page(command: str) -> None:
     (section,) = re.findall(rf"^## `qsim {command}`\n(.*?)(?=^## |\Z)", PAGES["cli.md"], re.MULTILINE | re.DOTALL)
     shown = CliRunner().invoke(main, [command, "--help"]).stdout

@@ -218,7 +218,7 @@ def test_check_warns_and_exits_with_1(install: Install) -> None:
     result = CliRunner().invoke(main, ["plugins", "--check"])
 
     assert result.exit_code == 1
-    assert ["acme", "qsim-acme", "1.2", "fails"] in [line.split() for line in result.stdout.splitlines()]
+    assert ["acme", "qsim-acme", "1.2", "components", "fails"] in [line.split() for line in result.stdout.splitlines()]
     assert "Warning: plugin 'acme' (qsim-acme 1.2) does not import: RuntimeError: broken" in result.stderr
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,11 +48,13 @@ def test_a_plugin_has_its_four_parts(plugin: str) -> None:
 
 @pytest.mark.parametrize("plugin", PLUGINS)
 def test_a_plugins_directory_distribution_and_entry_point_have_one_name(plugin: str) -> None:
-    table = project(plugin)["project"]
+    table: Any = project(plugin)["project"]
+    groups = table["entry-points"]
 
-    assert table["name"] == f"qsim-{plugin}"  # type: ignore[index]
-    assert table["entry-points"] == {"qsim": {plugin: f"qsim_{plugin}"}}  # type: ignore[index]
-    assert table["readme"] == "README.md"  # type: ignore[index]
+    assert (table["name"], table["readme"]) == (f"qsim-{plugin}", "README.md")
+    assert groups.get("qsim", {plugin: f"qsim_{plugin}"}) == {plugin: f"qsim_{plugin}"}
+    assert groups and set(groups) <= {"qsim", "qsim.commands", "qsim.accelerators"}
+    assert all(re.match(rf"qsim_{plugin}[.:]|qsim_{plugin}$", to) for group in groups.values() for to in group.values())
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)

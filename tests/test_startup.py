@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 import qsim_core
 from qsim_core.cli.main import main
+from qsim_core.cli.plugin_commands import load_command, plugin_commands
 
 HEAVY = ("torch", "transformers", "numpy", "rich", "yaml", "qsim_int", "qsim_zoo")
 
@@ -76,21 +77,30 @@ def test_qsim_alone_shows_its_help_and_says_that_nothing_was_asked() -> None:
     assert run.stderr.splitlines()[1:] == HELP.splitlines()[1:]
 
 
-@pytest.mark.parametrize("command", sorted(main.commands))
+def every_command() -> dict[str, click.Command]:
+    """The core's commands and those of the plugins that are installed."""
+    of_plugins = {name: load_command(command.plugin) for name, command in plugin_commands().items()}
+    return {**of_plugins, **main.commands}
+
+
+COMMANDS = every_command()
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_has_a_help_that_says_what_each_option_does(command: str) -> None:
     long, short = (CliRunner().invoke(main, [command, option]) for option in ("--help", "-h"))
 
     assert (long.exit_code, long.stdout) == (0, short.stdout)
-    assert all(p.help for p in main.commands[command].params if isinstance(p, click.Option))
-    assert main.commands[command].help
+    assert all(p.help for p in COMMANDS[command].params if isinstance(p, click.Option))
+    assert COMMANDS[command].help
 
 
 def test_the_version_comes_with_those_of_every_plugin() -> None:
     lines = CliRunner().invoke(main, ["--version"]).stdout.splitlines()
 
     assert re.fullmatch(rf"qsim {re.escape(qsim_core.__version__)}, Python 3\.\d+\.\d+\S*, torch \d\S+", lines[0])
-    assert ["abfp", "qsim-abfp", qsim_core.__version__] in [line.split() for line in lines[1:]]
-    assert [line.split()[0] for line in lines[1:]] == list(qsim_core.Host().plugins)
+    assert ["abfp", "qsim-abfp", qsim_core.__version__, "components"] in [line.split() for line in lines[1:]]
+    assert {line.split()[0] for line in lines[1:]} >= {*qsim_core.Host().plugins, "fast"}
 
 
 def completions(words: str, shell: str = "bash") -> list[str]:

@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from qsim_core.cli.hub import offline_unless_reachable
 from qsim_core.cli.new_plugin import new_plugin
 from qsim_core.cli.options import CALIBRATION, FILE, POSITIVE, RECIPE, SHOWN, complete_directory, with_options
+from qsim_core.cli.plugin_commands import PluginCommand, plugin_commands
+from qsim_core.cli.plugins import lines, plugins, rows
 from qsim_core.errors import QsimError
 from qsim_core.version import __version__
-
-if TYPE_CHECKING:
-    from qsim_core.components.host import Plugin
 
 INTERRUPTED = 130
 """The exit code of a run that Ctrl-C ended, as shells have it."""
 
 
 class Commands(click.Group):
-    """A group whose commands end in one clear line for whatever the user can put right."""
+    """The core's commands and those of plugins; each ends in one clear line for what the user can put right.
+
+    A command of the core goes before a plugin's command of the same name, so that no plugin can take it away.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Every command by name."""
+        return sorted({*self.commands, *_of_plugins(ctx)})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name. A plugin's command is not imported yet."""
+        return self.commands.get(cmd_name) or _of_plugins(ctx).get(cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that the arguments name. An unknown name is an error that says which one was meant."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.NoSuchCommand as error:
+            raise click.NoSuchCommand(error.command_name, possibilities=self.list_commands(ctx), ctx=ctx) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; qsim's own errors become click's, Ctrl-C an exit code."""
@@ -48,6 +64,14 @@ class Commands(click.Group):
             ctx.exit(INTERRUPTED)
 
 
+def _of_plugins(ctx: click.Context) -> dict[str, PluginCommand]:
+    """The commands of plugins, looked up once in a run."""
+    found: dict[str, PluginCommand] = ctx.meta.setdefault(PluginCommand.__module__, {})
+    if not found:
+        found |= plugin_commands()
+    return found
+
+
 def _version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
     """qsim's version, what it stands on, and every plugin's, from the installed metadata alone."""
     if not wanted or ctx.resilient_parsing:
@@ -55,18 +79,10 @@ def _version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
     from importlib.metadata import version
     from platform import python_version
 
-    from qsim_core.components.host import Host
-
     click.echo(f"qsim {__version__}, Python {python_version()}, torch {version('torch')}")
-    for line in _rows(Host().plugins.values()):
+    for line in lines(rows()):
         click.echo(line)
     ctx.exit()
-
-
-def _rows(found: Collection[Plugin]) -> list[str]:
-    """Name, distribution and version of each plugin, in columns."""
-    names, distributions = (max(len(getattr(p, key)) for p in found) for key in ("name", "distribution"))
-    return [f"{p.name:{names}}  {p.distribution:{distributions}}  {p.version}" for p in found]
 
 
 def _target(json_file: str | None) -> Path | None:
@@ -134,6 +150,7 @@ def evaluate(ctx: click.Context, /, json_file: str | None, quiet: bool, **option
     MODEL is a directory, a hub name, or a model of the zoo (default: opt-tiny).
     """
     from qsim_core.cli import progress
+    from qsim_core.cli.hub import offline_unless_reachable
 
     offline_unless_reachable(options["model"], options["data"], options["calibration_data"])
     with nullcontext() if quiet else progress.stage("starting"):  # torch takes its time to load
@@ -192,6 +209,7 @@ def finetune(json_file: str | None, quiet: bool, **options: Any) -> None:
     gives the same number again.
     """
     from qsim_core.cli import progress
+    from qsim_core.cli.hub import offline_unless_reachable
 
     offline_unless_reachable(options["model"], *(options[f"{which}data"] for which in ("", "eval_", "calibration_")))
     with nullcontext() if quiet else progress.stage("starting"):  # torch takes its time to load
@@ -216,35 +234,13 @@ def structure(model: str | None, data: str | None, as_json: bool) -> None:
 
     Found by running one example; what the model's adapter declares is marked.
     """
+    from qsim_core.cli.hub import offline_unless_reachable
+
     offline_unless_reachable(model, data)
     from qsim_core.cli import listing
     from qsim_core.components.host import Host
 
     listing.structure(Host(), model, data, as_json)
-
-
-@main.command()
-@click.option("--check", is_flag=True, help="Load each plugin; exit code 1 if one of them fails.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def plugins(check: bool, as_json: bool) -> None:
-    """List the plugins that are installed. Without --check none of them is imported."""
-    from qsim_core.components.host import Host
-
-    host = Host()
-    failures = {name: str(error) for name, error in host.verify().items()} if check else {}
-    found = host.plugins.values()
-    if as_json:
-        rows = [{"name": p.name, "distribution": p.distribution, "version": p.version} for p in found]
-        errors = [{"error": failures.get(p.name)} if check else {} for p in found]
-        click.echo(json.dumps([row | error for row, error in zip(rows, errors, strict=True)], indent=2))
-    else:
-        for p, line in zip(found, _rows(found), strict=True):
-            state = ("  fails" if p.name in failures else "  ok") if check else ""
-            click.echo(f"{line}{state}")
-    for name in sorted(failures):
-        click.echo(f"Warning: {failures[name]}", err=True)
-    if failures:
-        sys.exit(1)
 
 
 @main.command()
@@ -314,3 +310,4 @@ def quantize(source: Path, target: Path, as_json: bool, quiet: bool, **options: 
 
 
 main.add_command(new_plugin)
+main.add_command(plugins)

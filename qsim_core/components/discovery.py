@@ -1,50 +1,113 @@
-"""Plugins as the installed metadata name them, before anything is imported."""
+"""Distributions that extend qsim, as the installed metadata names them, before anything is imported."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Collection
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, distributions
 from typing import Any
 
+from qsim_core.errors import PluginError
+
 GROUP = "qsim"
+"""The entry-point group of modules with hooks."""
+COMMANDS = "qsim.commands"
+"""The entry-point group of click commands."""
+ACCELERATORS = "qsim.accelerators"
+"""The entry-point group of accelerators."""
+GROUPS = {GROUP: "plugin", COMMANDS: "command", ACCELERATORS: "accelerator"}
+"""Each entry-point group, and the noun for its entry points in messages."""
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """A plugin that metadata (or `Host.register`) tells of; not necessarily one that loads."""
+    """An entry point that the metadata name, or an object that `Host.register` was given. It may fail to load."""
 
     name: str
     distribution: str
     version: str
     entry: EntryPoint | None = None
     module: Any = None
-    rivals: tuple[str, ...] = ()
-    """Other distributions that claim the same name."""
+    rivals: tuple[tuple[str, str], ...] = ()
+    """Other distributions that claim the same name, with their versions."""
+    group: str = GROUP
 
     def __str__(self) -> str:
-        return f"plugin {self.name!r} ({self.distribution} {self.version})"
+        return f"{self.noun} {self.name!r} ({self.distribution} {self.version})"
+
+    @property
+    def noun(self) -> str:
+        """The kind of entry point, for messages: a plugin, a command or an accelerator."""
+        return GROUPS[self.group]
+
+    @property
+    def claims(self) -> tuple[tuple[str, str], ...]:
+        """Every distribution that claims this name, with its version."""
+        return ((self.distribution, self.version), *self.rivals)
+
+    @property
+    def claimants(self) -> str:
+        """`claims`, for messages."""
+        return " and ".join(f"{distribution} {version}" for distribution, version in self.claims)
+
+    @property
+    def remedy(self) -> str:
+        """The way to get rid of an entry point that does not load."""
+        return f"reinstall or upgrade {self.distribution}, or uninstall it"
 
 
 def installed_plugins() -> dict[str, Plugin]:
-    """Every plugin that the installed metadata name; nothing is imported."""
-    found: dict[str, list[EntryPoint]] = {}
-    for entry in entry_points(group=GROUP):
-        known = found.setdefault(entry.name, [])
-        if entry.dist is not None and all(entry.dist.name != other.dist.name for other in known if other.dist):
-            known.append(entry)
-    plugins = {}
-    for name, entries in found.items():
-        if entries:
-            first, *others = sorted(entries, key=lambda e: e.dist.name if e.dist else "")
-            rivals = tuple(f"{e.dist.name} {e.dist.version}" for e in others if e.dist)
-            assert first.dist is not None
-            plugins[name] = Plugin(name, first.dist.name, first.dist.version, entry=first, rivals=rivals)
-    return plugins
+    """Every plugin with hooks that the installed metadata name; nothing is imported."""
+    return installed([GROUP])[GROUP]
+
+
+def installed(groups: Collection[str]) -> dict[str, dict[str, Plugin]]:
+    """The entry points of each group by name; nothing is imported.
+
+    Most distributions have no entry point for qsim. Their files are searched for the name of the group only, which
+    takes half the time of `importlib.metadata.entry_points`.
+    """
+    claims: dict[str, dict[str, dict[str, EntryPoint]]] = {group: {} for group in groups}
+    for distribution in distributions():
+        text = distribution.read_text("entry_points.txt")
+        if text is None or not any(group in text for group in groups):
+            continue
+        name = distribution.name
+        for entry in distribution.entry_points:
+            if entry.group in claims:
+                claims[entry.group].setdefault(entry.name, {}).setdefault(name, entry)
+    return {
+        group: {name: _claimed(group, name, claim) for name, claim in names.items()} for group, names in claims.items()
+    }
+
+
+def _claimed(group: str, name: str, claim: dict[str, EntryPoint]) -> Plugin:
+    (distribution, first), *others = sorted(claim.items())
+    rivals = tuple((other, _version(entry)) for other, entry in others)
+    return Plugin(name, distribution, _version(first), entry=first, rivals=rivals, group=group)
+
+
+def _version(entry: EntryPoint) -> str:
+    return entry.dist.version if entry.dist is not None else ""
 
 
 def import_plugin(plugin: Plugin) -> Any:
-    """The plugin's module, or the object that was registered."""
-    if plugin.entry is not None:
-        return plugin.entry.load()
-    return importlib.import_module(plugin.module) if isinstance(plugin.module, str) else plugin.module
+    """Import the plugin's module, command or accelerator. Raises `PluginError` with cause and remedy."""
+    if plugin.rivals:
+        raise PluginError(
+            f"{plugin.noun} {plugin.name!r} is claimed by {plugin.claimants}; uninstall all but one of them"
+        )
+    try:
+        if plugin.entry is not None:
+            return plugin.entry.load()
+        return importlib.import_module(plugin.module) if isinstance(plugin.module, str) else plugin.module
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise PluginError(f"{plugin} does not import: {in_one_line(error)}; {plugin.remedy}") from error
+
+
+def in_one_line(error: BaseException) -> str:
+    """The type and the message of an error, without line breaks."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from qsim_core.components import hook_validation
 from qsim_core.components.default_host import set_default_host
 from qsim_core.components.discovery import Plugin as Plugin
-from qsim_core.components.discovery import import_plugin, installed_plugins
+from qsim_core.components.discovery import import_plugin, in_one_line, installed_plugins
 from qsim_core.errors import PluginError, QsimError, SpecError, did_you_mean, with_article
 
 if TYPE_CHECKING:
@@ -58,6 +57,8 @@ class Host:
 
         Raises `PluginError` at once for what could not be used later.
         """
+        from qsim_core.components import hook_validation
+
         module = (
             objects[0]
             if len(objects) == 1 and hook_validation.has_hooks(objects[0])
@@ -247,25 +248,15 @@ class Host:
 
     @staticmethod
     def _collect(plugin: Plugin) -> Offers:
-        if plugin.rivals:
-            raise PluginError(
-                f"plugin {plugin.name!r} is claimed by "
-                f"{' and '.join((f'{plugin.distribution} {plugin.version}', *plugin.rivals))}; "
-                f"uninstall all but one of them"
-            )
-        remedy = f"reinstall or upgrade {plugin.distribution}, or uninstall it"
-        try:
-            module = import_plugin(plugin)
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            raise PluginError(f"{plugin} does not import: {_said(error)}; {remedy}") from error
+        from qsim_core.components import hook_validation
+
+        module = import_plugin(plugin)
         try:
             return Offers(plugin, hook_validation.offers(plugin, module))
         except PluginError:
             raise
         except Exception as error:
-            raise PluginError(f"{plugin}: {_said(error)}; {remedy}") from error
+            raise PluginError(f"{plugin}: {in_one_line(error)}; {plugin.remedy}") from error
 
 
 @functools.cache
@@ -278,10 +269,6 @@ def _core_version() -> str:
     from qsim_core.version import __version__
 
     return __version__
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 set_default_host(installed)
