@@ -13,6 +13,7 @@ import importlib
 import inspect
 import sys
 import textwrap
+import tomllib
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import qsim_structure
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -36,7 +38,16 @@ MADE_BY_QSIM = (qsim.Simulation, qsim.Context)
 WRITTEN = "This page is written by `python docs/generate.py`.\n"
 FOR_AUTHORS = {
     "qsim_core.transformers.pretrained": ["Pretrained"],
-    "qsim_core.structure.folding": ["permute_group", "permute_rows", "permute_scores", "scale_group", "scale_pair"],
+    "qsim_structure": [name for name in qsim_structure.__all__ if name != "Editing"],
+    "qsim_structure.for_transforms": [
+        "permute_group",
+        "permute_rows",
+        "permute_scores",
+        "scale_group",
+        "scale_pair",
+        "structure_of",
+        "trace_example",
+    ],
 }
 """Public names beside those of `qsim_core` itself: what adapters and transforms are made with."""
 
@@ -45,11 +56,16 @@ def first_party() -> qsim.Host:
     """A host of the plugins in plugins/."""
     host = qsim.Host(discover=False)
     for folder in sorted((ROOT / "plugins").iterdir()):
-        if (folder / "pyproject.toml").exists():
+        if (folder / "pyproject.toml").exists() and _has_hooks(folder):
             sys.path.insert(0, str(folder))
             host.register(importlib.import_module(f"qsim_{folder.name}"), name=folder.name)
             sys.path.remove(str(folder))
     return host
+
+
+def _has_hooks(folder: Path) -> bool:
+    """True if a distribution is a plugin with hooks, and not only a library."""
+    return "qsim" in tomllib.loads((folder / "pyproject.toml").read_text())["project"]["entry-points"]
 
 
 def table(*rows: tuple[str, ...]) -> str:

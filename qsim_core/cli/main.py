@@ -15,7 +15,7 @@ import click
 from qsim_core import __version__
 from qsim_core.cli.hub import offline_unless_reachable
 from qsim_core.cli.new_plugin import new_plugin
-from qsim_core.cli.options import CALIBRATION, FILE, POSITIVE, RECIPE, SHOWN, complete_directory, with_options
+from qsim_core.cli.options import CALIBRATION, FILE, POSITIVE, RECIPE, SHOWN, with_options
 from qsim_core.errors import QsimError
 
 if TYPE_CHECKING:
@@ -205,22 +205,6 @@ def finetune(json_file: str | None, quiet: bool, **options: Any) -> None:
         click.echo(finetuned.model_dump_json(indent=2))
     elif not quiet:
         finetuning_report.show(finetuned, options["output"])
-
-
-@main.command()
-@click.argument("model", required=False, shell_complete=complete_directory)
-@click.option("--data", type=FILE, metavar="FILE|NAME", help="Data to take the example from; default: the model's own.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def structure(model: str | None, data: str | None, as_json: bool) -> None:
-    """Show what a model looks like: blocks, norms and the weights that read them, and what is refused and why.
-
-    Found by running one example; what the model's adapter declares is marked.
-    """
-    offline_unless_reachable(model, data)
-    from qsim_core.cli import listing
-    from qsim_core.components.host import Host
-
-    listing.structure(Host(), model, data, as_json)
 
 
 @main.command()
