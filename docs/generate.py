@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import qsim_structure
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -38,7 +39,16 @@ MADE_BY_QSIM = (qsim.Simulation, qsim.Context)
 WRITTEN = "This page is written by `python docs/generate.py`.\n"
 FOR_AUTHORS = {
     "qsim_core.transformers.pretrained": ["Pretrained"],
-    "qsim_core.structure.folding": ["permute_group", "permute_rows", "permute_scores", "scale_group", "scale_pair"],
+    "qsim_structure": [name for name in qsim_structure.__all__ if name != "Editing"],
+    "qsim_structure.for_transforms": [
+        "permute_group",
+        "permute_rows",
+        "permute_scores",
+        "scale_group",
+        "scale_pair",
+        "structure_of",
+        "trace_example",
+    ],
 }
 """Public names beside those of `qsim_core` itself: what adapters and transforms are made with."""
 

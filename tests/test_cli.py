@@ -323,23 +323,6 @@ def test_a_transform_runs_from_the_command_line_and_its_record_again(qsim_: Qsim
     ]
 
 
-def test_structure_shows_what_was_found_and_what_was_refused(qsim_: Qsim) -> None:
-    shown, data = qsim_("structure", "opt-tiny"), json.loads(qsim_("structure", "--json").stdout)
-
-    assert shown.stdout.startswith("opt-tiny: 4 blocks, model.decoder.layers.0 to model.decoder.layers.3\n")
-    assert "  model.decoder.layers.0.final_layer_norm -> fc1 (declared)\n" in shown.stdout
-    assert "  model.decoder.layers.0.fc1 -> fc2 (scaled too)\n" in shown.stdout
-    assert (
-        "  model.decoder.layers.0.self_attn: 4 heads of 64; q q_proj, k k_proj, v v_proj -> out_proj\n" in shown.stdout
-    )
-    assert data["attention"][0]["outputs"] == ["model.decoder.layers.0.self_attn.out_proj.weight"]
-    assert data["ordered"] == []
-    assert (
-        "refused\n  model.decoder.final_layer_norm: model.decoder.embed_tokens.weight is also read by" in shown.stdout
-    )
-    assert (len(data["blocks"]), len(data["groups"]), len(data["pairs"]), len(data["refused"])) == (4, 8, 8, 1)
-
-
 def test_components_lists_and_shows(qsim_: Qsim, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     listing, one = qsim_("components"), qsim_("components", "abfp")

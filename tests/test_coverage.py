@@ -18,7 +18,6 @@ from torch.utils.flop_counter import flop_registry
 
 import qsim_core as qsim
 from qsim_core.simulation.audit import PRODUCTS
-from qsim_core.structure.channels import tensors_in
 from qsim_core.transforms.forward import as_in_evaluation, call
 
 COUNTED = {op.__name__ for op in flop_registry if hasattr(op, "overloads") and "backward" not in op.__name__}
@@ -55,9 +54,18 @@ def no_fused_layers() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+def leaves(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors of an output: in dictionaries, lists and tuples."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict | list | tuple):
+        for item in output.values() if isinstance(output, dict) else output:
+            yield from leaves(item)
+
+
 def outputs(model: nn.Module, name: str) -> list[Tensor]:
     with as_in_evaluation(model):
-        return [t.clone() for t in tensors_in(call(model, FAMILIES[name].example)) if t.is_floating_point()]
+        return [t.clone() for t in leaves(call(model, FAMILIES[name].example)) if t.is_floating_point()]
 
 
 def identity(x: Tensor) -> Tensor:

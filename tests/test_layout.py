@@ -16,6 +16,12 @@ PLUGINS = sorted(path.name for path in (ROOT / "plugins").iterdir() if (path / "
 TOP = {"qsim_core", "plugins", "tests", "docs", "benchmarks", ".ci"}
 HEAVY = ["lm_eval"]
 """Plugins that bring many distributions with them: for tests, and for those who ask for them."""
+LIBRARIES = {"structure"}
+"""Distributions that other plugins may import, if they declare them."""
+WITHOUT_CORE = {"structure"}
+"""Libraries that need no qsim-core, and have no hooks."""
+WITH_CORE = {"structure": {"for_transforms.py", "command.py"}}
+"""The modules of such a library that are for qsim, and import its core."""
 VAGUE = {"utils", "util", "helpers", "common", "misc"}
 
 
@@ -64,7 +70,8 @@ def test_first_party_packages_share_one_version_and_a_range_of_the_core(plugin: 
     first_party = [d for d in table["dependencies"] if d.startswith("qsim-")]  # type: ignore[index]
 
     assert table["version"] == qsim_core.__version__  # type: ignore[index]
-    assert f"qsim-core>={major}.{minor},<{major}.{int(minor) + 1}" in first_party
+    core = f"qsim-core>={major}.{minor},<{major}.{int(minor) + 1}"
+    assert (core in first_party) is (plugin not in WITHOUT_CORE)
     assert all(re.fullmatch(r"qsim-\w+>=\d+\.\d+,<\d+\.\d+", dependency) for dependency in first_party)
 
 
@@ -89,14 +96,22 @@ def test_torch_is_pinned_where_it_is_installed() -> None:
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
-def test_a_plugin_imports_the_core_and_no_other_plugin(plugin: str) -> None:
+def test_a_plugin_imports_the_core_and_libraries_that_it_declares_and_no_other_plugin(plugin: str) -> None:
     imported = {
         name
         for path in sources(f"plugins/{plugin}")
         for name in re.findall(r"^\s*(?:from|import) (qsim_\w+)", path.read_text(), re.MULTILINE)
     }
 
-    assert imported <= {"qsim_core", f"qsim_{plugin}"}
+    declared = {re.split(r"[^\w-]", d)[0] for d in project(plugin)["project"]["dependencies"]}  # type: ignore[index]
+    assert imported <= {"qsim_core", f"qsim_{plugin}", *(f"qsim_{n}" for n in LIBRARIES if f"qsim-{n}" in declared)}
+
+
+@pytest.mark.parametrize("library", WITHOUT_CORE)
+def test_a_library_imports_the_core_only_in_its_modules_for_qsim(library: str) -> None:
+    importing = {path.name for path in sources(f"plugins/{library}") if "qsim_core" in path.read_text()}
+
+    assert importing == WITH_CORE[library]
 
 
 def test_the_core_imports_no_plugin() -> None:

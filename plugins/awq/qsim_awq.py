@@ -8,15 +8,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveInt
+from qsim_structure import NormGroup, Structure, Use, WeightPair
+from qsim_structure.for_transforms import scale_group, scale_pair, structure_of
 from torch import Tensor, nn
 
 from qsim_core import Scheme, Transform, hookimpl
 from qsim_core.matmuls.call import Call
 from qsim_core.matmuls.layout import Layout, layout_of
 from qsim_core.sites.site import Site
-from qsim_core.structure.channels import Use
-from qsim_core.structure.folding import scale_group, scale_pair
-from qsim_core.structure.structure import NormGroup, Structure, WeightPair
 from qsim_core.transforms.blocks import Block
 from qsim_core.transforms.context import Context, MatmulWeight
 
@@ -75,7 +74,7 @@ class AWQ(Transform):
         state = context.sites.weights
         fixed = {*state.tied, *state.pinned, *(name for name, uses in state.uses.items() if len(uses) > 1)}
         weights = {weight.name: weight for weight in context.weights() if weight.name not in fixed}
-        structure = context.structure
+        structure = structure_of(context)
         found: list[NormGroup | WeightPair] = [*structure.groups, *(pair for pair in structure.pairs if pair.scales)]
         foldable = [item for item in found if not weights.keys().isdisjoint(item.weights)]
         for refused in structure.refused:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from pydantic import Field
+from qsim_structure.for_transforms import scale_group, structure_of
 from torch import Tensor, nn
 
 from qsim_core import Transform, hookimpl
 from qsim_core.matmuls.call import Call
 from qsim_core.matmuls.layout import Layout, layout_of
 from qsim_core.sites.site import Site
-from qsim_core.structure.folding import scale_group
 from qsim_core.transforms.context import Context
 from qsim_core.transforms.offload import editing
 
@@ -179,7 +179,7 @@ rotation = functools.lru_cache(maxsize=256)(Rotation)
 
 
 def _fold_norms(model: nn.Module, context: Context) -> None:
-    for group in context.structure.groups:
+    for group in structure_of(context).groups:
         with editing(model, f"{group.norm}.weight") as parameters:
             factors = parameters[f"{group.norm}.weight"].double() + group.offset
         if bool((factors.abs() > 1e-6 * factors.abs().max()).all()):

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from qsim_structure import NormGroup
+from qsim_structure.for_transforms import scale_group, structure_of
 from torch import Tensor, nn
 
 from qsim_core import Transform, hookimpl
-from qsim_core.structure.folding import scale_group
-from qsim_core.structure.structure import NormGroup
 from qsim_core.transforms.context import Context
 from qsim_core.transforms.offload import editing
 
@@ -42,8 +42,9 @@ class SmoothQuant(Transform):
     def apply(self, model: nn.Module, context: Context) -> None:
         """Fold every norm group that a quantizer of the recipe touches. Raises `DataError` without calibration data."""
         quantized = {s.weight for s in context.sites.table.values() if s.plan.weight or s.plan.input}
-        groups = [group for group in context.structure.groups if quantized & set(group.weights)]
-        for refused in context.structure.refused:
+        structure = structure_of(context)
+        groups = [group for group in structure.groups if quantized & set(group.weights)]
+        for refused in structure.refused:
             if ("norm" in refused.name or "ln" in refused.name) and not refused.name.endswith(".weight"):
                 context.report(refused.name, note=f"left alone: {'; '.join(refused.reasons)}")
         ranges = _ranges(model, context, groups)

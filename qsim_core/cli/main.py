@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from qsim_core.cli.new_plugin import new_plugin
-from qsim_core.cli.options import CALIBRATION, FILE, POSITIVE, RECIPE, SHOWN, complete_directory, with_options
+from qsim_core.cli.options import CALIBRATION, FILE, POSITIVE, RECIPE, SHOWN, with_options
 from qsim_core.cli.plugin_commands import PluginCommand, plugin_commands
 from qsim_core.cli.plugins import lines, plugins, rows
 from qsim_core.errors import QsimError
@@ -223,24 +223,6 @@ def finetune(json_file: str | None, quiet: bool, **options: Any) -> None:
         click.echo(finetuned.model_dump_json(indent=2))
     elif not quiet:
         finetuning_report.show(finetuned, options["output"])
-
-
-@main.command()
-@click.argument("model", required=False, shell_complete=complete_directory)
-@click.option("--data", type=FILE, metavar="FILE|NAME", help="Data to take the example from; default: the model's own.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def structure(model: str | None, data: str | None, as_json: bool) -> None:
-    """Show what a model looks like: blocks, norms and the weights that read them, and what is refused and why.
-
-    Found by running one example; what the model's adapter declares is marked.
-    """
-    from qsim_core.cli.hub import offline_unless_reachable
-
-    offline_unless_reachable(model, data)
-    from qsim_core.cli import listing
-    from qsim_core.components.host import Host
-
-    listing.structure(Host(), model, data, as_json)
 
 
 @main.command()

@@ -7,7 +7,7 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Watcher(TorchDispatchMode):
+class OperatorWatcher(TorchDispatchMode):
     """A dispatch mode that looks on: operators that hold a function, like flex_attention, run under it too."""
 
     supports_higher_order_operators = True

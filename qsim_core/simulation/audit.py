@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from qsim_core.formats.quantizer import Quantizer
-from qsim_core.matmuls.dispatch import Watcher, operator_name
+from qsim_core.matmuls.dispatch import OperatorWatcher, operator_name
 from qsim_core.sites.site import ATTENTION, Site
 from qsim_core.sites.sites import Sites
 
@@ -162,7 +162,7 @@ class _Sums:
         )
 
 
-class _Outside(Watcher):
+class _Outside(OperatorWatcher):
     """Lists the products that are computed while no site is at work."""
 
     def __init__(self, sites: Sites) -> None:

@@ -1,7 +1,6 @@
-"""Applying a recipe's transforms: in their order, each on what the one before left, each held to have done something.
+"""Apply a recipe's transforms in their order, each on the result of the one before. A transform must change something.
 
-What a transform has settled, a weight on its grid or scales for the inputs as they are, is final: one that would change
-it comes too late, and is refused.
+Pinned weights, and weights whose inputs have static scales, are final: a later transform that changes one is refused.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def _digests(model: nn.Module) -> dict[str, str]:
 
 
 def left_behind(sites: Sites, hooks: int) -> str:
-    """What transforms have left that is neither in the model's weights nor scales at its sites, in words."""
+    """Describe anything that transforms have left beside changed weights and scales at sites; empty if nothing."""
     for name, plan, fixed, rotations, _ in _standing(sites):  # noise in training is no part of what was trained
         if plan or fixed or rotations:
             return f"a transform has left {'rotations' if rotations else 'quantizers of its own'} at {name}"
@@ -58,7 +57,7 @@ def left_behind(sites: Sites, hooks: int) -> str:
 
 
 def _standing(sites: Sites) -> list[Any]:
-    """What stands at each site beside the recipe's quantizers."""
+    """List everything at the sites beside the recipe's quantizers."""
     stands = []
     for site in sites.table.values():
         plan = None if site.plan == sites.recipe.plan(site.names) else site.plan
@@ -68,18 +67,16 @@ def _standing(sites: Sites) -> list[Any]:
 
 
 def _settled(sites: Sites, names: Iterable[str]) -> set[str]:
-    """What must stay: pinned weights, and once inputs have scales all that they come from; biases may be corrected."""
+    """Name the weights that must stay: pinned ones, and all but biases once any input has a scale from a transform."""
     if any(site.fixed for site in sites.table.values()):
         return sites.weights.pinned | {name for name in names if not name.endswith("bias")}
     return set(sites.weights.pinned)
 
 
 def _why(context: Context) -> str:
-    """Why a transform did nothing, and what may help."""
+    """Say why a transform did nothing, followed by its hints."""
     reasons = list(dict.fromkeys(report.note for report in context.reports if report.note))
     why = "; ".join(reasons[:3]) or "it found nothing to do"
     if len(reasons) > 3:
         why += f"; and {len(reasons) - 3} more"
-    if "structure" in vars(context):
-        why += "; `qsim structure` shows what tracing found, simulate(…, structure={norm: [weights]}) declares the rest"
-    return why
+    return "; ".join([why, *context.hints])

@@ -1,4 +1,4 @@
-"""What a transform works with: the model's matmuls, calibration data, blocks, and a place to say what was done."""
+"""The context of a transform: the model's matmuls, calibration data and blocks, and reports of what it did."""
 
 from __future__ import annotations
 
@@ -20,11 +20,9 @@ from qsim_core.quantizers.scales import Scales
 from qsim_core.sites.executor import tried
 from qsim_core.sites.site import Site
 from qsim_core.sites.sites import Sites
-from qsim_core.structure.structure import Structure, trace
 from qsim_core.transforms.blocks import Block, MatmulWatcher, walk
 from qsim_core.transforms.checkpoint import Checkpoint
 from qsim_core.transforms.forward import as_in_evaluation, call
-from qsim_core.transforms.offload import at_hand
 from qsim_core.transforms.report import LayerReport
 from qsim_core.transforms.run import Run
 
@@ -67,15 +65,12 @@ class Context:
         self.warnings: list[str] = []
         self._batches = batches
         self._example = example
-        self._declared = declared
+        self.declared = declared
+        """For norms by path, the weights that read them, as `simulate(…, structure=…)` was given them."""
+        self.hints: dict[str, None] = {}
+        """Texts for the message of a transform that changes nothing."""
         self.handles = [] if handles is None else handles
         """Of hooks that a transform leaves in the model; `restore` takes them away."""
-
-    @functools.cached_property
-    def structure(self) -> Structure:
-        """What the model looks like, traced on the example (or the first calibration batch) when first asked for."""
-        with at_hand(self.model):
-            return trace(self.model, self.example, self._declared)
 
     @property
     def example(self) -> Any:
@@ -94,7 +89,7 @@ class Context:
 
     @property
     def batches(self) -> Sequence[Any]:
-        """The calibration data: inputs of the model, batch by batch. Raises `DataError` if there are none."""
+        """The calibration data: inputs of the model, batch by batch. Raises `DataError` without any."""
         if not self._batches:
             raise DataError(
                 f"{self.name} needs calibration data; give simulate(…, calibration=batches), or --calibration-data"
@@ -119,7 +114,7 @@ class Context:
     def simulated(
         self, site: Site, call: Call, roles: Iterable[str] = ("input", "input2", "weight", "output")
     ) -> Tensor:
-        """What a matmul that a watcher is shown would give under the recipe, its operands being what they are now.
+        """Compute a matmul that a watcher is shown under the recipe, on its operands as they are now.
 
         Raises `RecipeError` where the recipe wants a static scale: those are found after all transforms.
         """
@@ -146,7 +141,7 @@ class Context:
         return walk(self)
 
     def recall(self, index: int, block: nn.Module) -> bool:
-        """Whether an earlier run has finished this block; then all is as that run left it, reports and pins too."""
+        """Tell if an earlier run has finished this block; if so, restore what that run left, reports and pins too."""
         said = None if self._checkpoint is None else self._checkpoint.restore(index, block)
         if said is not None:
             self.sites.weights.pinned.update(said["pinned"])
@@ -171,7 +166,7 @@ class Context:
         if self.run.work_dir is None:
             return None
         seen = [*self.batches, self._example]
-        texts = self.sites.recipe.to_yaml(), self.name, repr(self._declared)
+        texts = self.sites.recipe.to_yaml(), self.name, repr(self.declared)
         return Checkpoint.of(self.run.work_dir, self.model, seen, *texts)
 
     def pin(self, weight: MatmulWeight, scales: Scales | None = None) -> None:
@@ -188,6 +183,10 @@ class Context:
     def warn(self, layer: str, text: str) -> None:
         """Say that something was done to a layer that can hardly be right; it goes into the result and is shown."""
         self.warnings.append(f"{layer} {text}")
+
+    def hint(self, text: str) -> None:
+        """Add a text to the message that is raised if the transform changes nothing: where a user may look next."""
+        self.hints.setdefault(text)
 
     @contextmanager
     def timed(self) -> Iterator[Callable[[], float]]:

@@ -11,14 +11,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from qsim_structure import Attention, NormGroup, Projection, Use, WeightPair
+from qsim_structure.for_transforms import permute_group, permute_rows, permute_scores, structure_of
 from torch import Tensor
 
 from qsim_core.matmuls.call import Call
 from qsim_core.sites.site import Site
-from qsim_core.structure.channels import Use
-from qsim_core.structure.folding import permute_group, permute_rows, permute_scores
-from qsim_core.structure.heads import Attention, Projection
-from qsim_core.structure.structure import NormGroup, WeightPair
 from qsim_core.transforms.context import Context
 
 
@@ -88,11 +86,11 @@ class Step:
 def steps(context: Context, clusters: int, head_clusters: int, only_kv: bool) -> Iterator[Step]:
     """Everything that can be reordered and that the recipe quantizes; what cannot be is reported with the reason."""
     if not only_kv:
-        for refused in context.structure.refused:
+        for refused in structure_of(context).refused:
             context.report(refused.name.removesuffix(".weight"), note=f"left alone: {'; '.join(refused.reasons)}")
         yield from _norms(context, clusters)
         yield from _pairs(context, clusters)
-    for attention in context.structure.attention:
+    for attention in structure_of(context).attention:
         yield from _scores(context, attention, head_clusters, only_kv)
         yield from _values(context, attention, head_clusters, only_kv)
 
@@ -103,7 +101,7 @@ def _norms(context: Context, clusters: int) -> Iterator[Step]:
     def fold(group: NormGroup, order: Tensor) -> None:
         context.handles.append(permute_group(context.model, group, order[0]))
 
-    for group in context.structure.groups:
+    for group in structure_of(context).groups:
         places = _readers(context, group.uses, torch.arange(group.size))
         if places and _free(context, group.norm, group.norm):
             yield Step(group.norm, 1, group.size, clusters, places, partial(fold, group), of_norm=True)
@@ -115,8 +113,8 @@ def _pairs(context: Context, clusters: int) -> Iterator[Step]:
     def fold(pair: WeightPair, order: Tensor) -> None:
         permute_rows(context.model, pair, order[0])
 
-    done = {attention.value.producer for attention in context.structure.attention}
-    for pair in context.structure.pairs:
+    done = {attention.value.producer for attention in structure_of(context).attention}
+    for pair in structure_of(context).pairs:
         if pair.producer in done:
             continue
         done |= {pair.producer, *(partner.producer for partner in pair.partners)}
@@ -199,7 +197,7 @@ def _products(context: Context, alias: str, roles: Iterable[str]) -> list[tuple[
 
 def _free(context: Context, name: str, layer: str) -> bool:
     """Whether channels may be put in another order; if not, the report says why."""
-    reasons = context.structure.why_ordered(name)
+    reasons = structure_of(context).why_ordered(name)
     if reasons:
         context.report(layer, note=f"left in order: {reasons}")
     return not reasons

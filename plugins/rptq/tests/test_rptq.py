@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from qsim_structure.for_transforms import structure_of
 from torch import Tensor, nn
 
 import qsim_core as qsim
@@ -314,7 +315,7 @@ def test_the_next_transform_meets_reordered_weights_and_the_same_blocks() -> Non
         name = "look"
 
         def apply(self, model: nn.Module, context: Context) -> None:
-            met.extend([context.weights(), context.structure, [block.inputs for block in context.blocks()]])
+            met.extend([context.weights(), structure_of(context), [block.inputs for block in context.blocks()]])
             next(p for name, p in model.named_parameters() if name.endswith("bias")).add_(1)
 
     before = build("opt").state_dict()

@@ -1,6 +1,6 @@
-"""The channels of a model: who makes them, which weights read them, and what operators do to them.
+"""The channels of a model: their sources, the weights that read them, and the effect of each operator on them.
 
-A *source* makes channels: a norm its last axis, a weight its rows. `qsim_core.structure.tracing` finds them by running the model.
+A *source* makes channels: a norm along its last axis, a weight as its rows. `qsim_structure.tracing` finds sources.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ import torch
 from torch import Tensor, nn
 
 CONSTANT = -1
-"""Instead of a channel's number: an element that does not depend on the source."""
+"""The channel number of an element that does not depend on the source."""
 FREE = -2
-"""A zero that was filled in: it goes with every channel."""
+"""The channel number of a padded zero, which fits every channel."""
 VIEWS = frozenset(
     "view _unsafe_view reshape permute transpose t expand slice select squeeze unsqueeze split split_with_sizes unbind "  # noqa: SIM905
     "chunk clone detach alias _to_copy contiguous index gather index_select roll flip repeat unfold _reshape_alias "
     "lift_fresh diagonal movedim repeat_interleave as_strided".split()
 )
 SCALES_THROUGH = frozenset({"mul", "div", "neg", "relu", "leaky_relu", "threshold", "dropout", "native_dropout"})
-"""f(s x) = s f(x) for s > 0, element by element."""
+"""Elementwise operators with f(s x) = s f(x) for s > 0."""
 CURVES = frozenset(
     "gelu silu sigmoid tanh pow exp sqrt rsqrt clamp clamp_min clamp_max erf softplus elu hardtanh hardswish abs "  # noqa: SIM905
     "square sin cos log1p reciprocal minimum maximum".split()
 )
-"""Element by element, but not linear: channels may be permuted across them and not scaled."""
+"""Elementwise operators that are not linear: channels may be permuted across them, but not scaled."""
 SUMS = frozenset({"add", "sub", "rsub"})
 WITH_WEIGHT = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2), "mv": (0, 1), "_grouped_mm": (0, 1)}
-"""Products: which arguments are the operands, [..., K] and [..., K, N]."""
+"""Matrix products, with the positions of the operands [..., K] and [..., K, N] among their arguments."""
 FRESH = frozenset(
     "zeros_like ones_like empty_like new_zeros new_ones new_empty full_like rand_like randn_like eq ne lt gt le ge "  # noqa: SIM905
     "argmax isnan isinf any all topk sort argsort sym_size is_nonzero _local_scalar_dense bernoulli".split()
 )
-"""What depends on the values but carries no channel on."""
+"""Operators whose result depends on the values but carries no channels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,16 +45,16 @@ class Use:
     weight: str
     axis: int
     channels: Tensor
-    """On the CPU, wherever the model is."""
+    """On the CPU, also for a model on another device."""
     scales: bool
-    """Whether a factor on the channel reaches the weight as that factor."""
+    """True if a factor on the channel reaches the weight as that factor."""
     event: int = 0
-    """Which product it was; sources that reach a weight in one product are multiplied with each other."""
+    """The number of the product. Sources that reach a weight in one product are multiplied with each other."""
 
 
 @dataclass(eq=False)
 class Source:
-    """Something that makes channels."""
+    """A norm or a weight that makes channels."""
 
     kind: str
     """"norm" or "linear"."""
@@ -62,21 +62,24 @@ class Source:
     """The norm's module path, or the weight's name."""
     size: int
     axis: int = 0
-    """Of a weight: which of its axes makes the channels."""
+    """The axis of the weight that makes the channels."""
     biases: list[str] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
     refusals: dict[str, None] = field(default_factory=dict)
-    """Why nothing can be folded across it, in the order in which it was found."""
+    """The reasons why nothing can be folded across it, in the order in which they were found."""
     arguments: tuple[Any, ...] = ()
-    """What a norm was called with."""
+    """The positional arguments of a norm's call."""
+    keywords: dict[str, Any] = field(default_factory=dict)
+    """The keyword arguments of a norm's call."""
 
     def refuse(self, reason: str) -> None:
+        """Add a reason not to fold across this source."""
         self.refusals.setdefault(reason)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What makes channels: a weight, which of its axes, and the biases that are added to them."""
+    """A weight, the axis of it that makes channels, and the biases that are added to them."""
 
     producer: str
     axis: int
@@ -85,17 +88,20 @@ class Rows:
 
 @dataclass(frozen=True)
 class Product:
-    """A product of two computed tensors: who computed it, and the sources of its operands with their channels."""
+    """A product of two activations, with the sources of its operands and their channels."""
 
     owner: str
+    """The path of the module that computes it."""
     left: dict[Source, Tensor]
     right: dict[Source, Tensor]
     after_softmax: bool
-    """Whether the left operand comes from a softmax: it is P, and the right one v."""
+    """True if the left operand comes from a softmax: then it is P, and the right one is v."""
 
 
 @dataclass(frozen=True)
 class Tag:
+    """The channels of one source in a tensor: for each element the number of its channel."""
+
     channels: Tensor
     scales: bool = True
 
@@ -104,13 +110,13 @@ Tags = dict[Source, Tag]
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalization: a leaf that calls itself one, with vectors for parameters."""
+    """Tell if a module is a normalization: a leaf with `norm` in its class name, whose parameters are vectors."""
     leaf = not any(True for _ in module.children())
     return leaf and "norm" in type(module).__name__.lower() and all(p.dim() == 1 for p in module.parameters())
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """The tensors in dictionaries, lists and tuples."""
+    """Yield the tensors in dictionaries, lists and tuples."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, dict):
@@ -122,13 +128,13 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 
 
 def numbered(tensor: Tensor, axis: int) -> Tensor:
-    """Each element's place along an axis, in the tensor's shape; takes no memory."""
+    """Number the elements along an axis, in the tensor's shape; the result takes no memory."""
     shape = [tensor.shape[axis] if place == axis else 1 for place in range(tensor.dim())]
     return torch.arange(tensor.shape[axis], device=tensor.device).view(shape).expand(tensor.shape)
 
 
 def channels_along(channels: Tensor, axis: int) -> Tensor | None:
-    """The channels along an axis, if they are the same at every place of the other axes."""
+    """Return the channels along an axis, if they are the same at every index of the other axes."""
     rows = channels.movedim(axis, -1).reshape(-1, channels.shape[axis])
     if not len(rows):  # an expert without tokens
         return None
@@ -137,7 +143,7 @@ def channels_along(channels: Tensor, axis: int) -> Tensor | None:
 
 
 def axis_in(parameter: Tensor, view: Tensor, axis: int) -> int | None:
-    """The axis of a parameter that is this axis of its view, if the view has all of it."""
+    """Return the axis of a parameter that an axis of its view is, if the view covers all of it."""
     for place in range(parameter.dim()):
         if parameter.stride(place) == view.stride(axis) and parameter.shape[place] == view.shape[axis]:
             return place
@@ -145,7 +151,7 @@ def axis_in(parameter: Tensor, view: Tensor, axis: int) -> int | None:
 
 
 def same_view(func: Any, name: str, channels: Tensor, args: Any, kwargs: Any, out: Any) -> Any:
-    """Channel numbers taken through the view, or the copy, that made `out`."""
+    """Apply the view or copy that made `out` to channel numbers."""
     if name in ("_to_copy", "clone", "contiguous", "alias", "detach", "lift_fresh"):
         return channels
     if name in ("view", "_unsafe_view", "_reshape_alias", "as_strided"):

@@ -1,21 +1,15 @@
-"""Channels in another order: the function stays, and where it would not, the structure says so."""
+"""Channels in another order: the function stays, and where it would not, the structure says why."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
+from families import make, tokens
+from qsim_structure import Structure, StructureError, Use, permute_group, permute_rows, permute_scores, trace
+from qsim_structure.folding import columns
 from torch import Tensor, nn
-
-import qsim_core as qsim
-from qsim_core.structure.channels import Use
-from qsim_core.structure.folding import columns, permute_group, permute_rows, permute_scores
-from qsim_core.structure.structure import Structure, trace
-
-Make = Callable[..., Any]
 
 
 def shuffled(*sets: Tensor, size: int, seed: int) -> Tensor:
@@ -28,7 +22,7 @@ def shuffled(*sets: Tensor, size: int, seed: int) -> Tensor:
 
 
 def reorder(model: nn.Module, structure: Structure, seed: int = 7) -> set[str]:
-    """Everything that may be in another order is put in one; gives what stayed."""
+    """Put all channels that may be reordered in another order. Return the names of the others."""
     values = {attention.value.producer for attention in structure.attention}
     for group in structure.groups:
         permute_group(model, group, shuffled(torch.arange(group.size), size=group.size, seed=seed))
@@ -62,12 +56,12 @@ def reorder(model: nn.Module, structure: Structure, seed: int = 7) -> set[str]:
     ],
 )
 def test_everything_in_another_order_is_the_same_function(
-    make: Make, ids: Tensor, family: str, stays: set[str], attention: str, dtype: torch.dtype, tolerance: float
+    family: str, stays: set[str], attention: str, dtype: torch.dtype, tolerance: float
 ) -> None:
-    model = make(family, attention).to(dtype)
+    model, ids = make(family, attention).to(dtype), tokens()
     before, weights = model(input_ids=ids).logits, [p.detach().clone() for p in model.parameters()]
 
-    structure = trace(model, {"input_ids": ids})
+    structure = trace(model, lambda: model(input_ids=ids))
     stayed = reorder(model, structure)
     if family == "llama":  # its norms compute in float32
         tolerance = max(tolerance, 1e-6)
@@ -78,9 +72,10 @@ def test_everything_in_another_order_is_the_same_function(
     assert len(structure.attention) == 2
 
 
-def test_heads_are_found_with_their_rows(make: Make, ids: Tensor) -> None:
-    llama = trace(make("llama"), {"input_ids": ids}).attention[0]
-    gpt2 = trace(make("gpt2"), {"input_ids": ids}).attention[0]
+def test_heads_are_found_with_their_rows() -> None:
+    models = make("llama"), make("gpt2")
+
+    llama, gpt2 = (trace(model, lambda: model(input_ids=tokens())).attention[0] for model in models)  # noqa: B023
 
     assert (llama.path, llama.heads, llama.key_heads, llama.head_size) == ("model.layers.0.self_attn", 4, 2, 16)
     assert llama.key is not None
@@ -97,9 +92,9 @@ def test_v_is_found_where_q_and_k_go_through_norms() -> None:
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = Qwen3Config(vocab_size=64, intermediate_size=48, head_dim=8, **sizes)
-    example = {"input_ids": torch.arange(6).view(1, 6), "use_cache": False}
+    model = Qwen3ForCausalLM._from_config(config).eval()
 
-    structure = trace(Qwen3ForCausalLM._from_config(config).eval(), example)
+    structure = trace(model, lambda: model(input_ids=torch.arange(6).view(1, 6)))
 
     (attention,) = structure.attention
     assert (attention.query, attention.key, attention.heads, attention.key_heads) == (None, None, 4, 2)
@@ -107,8 +102,10 @@ def test_v_is_found_where_q_and_k_go_through_norms() -> None:
     assert structure.why_ordered("model.layers.0.self_attn:qk") == "q or k is not what a weight makes"
 
 
-def test_rotary_embedding_keeps_q_and_k_in_order_and_says_why(make: Make, ids: Tensor) -> None:
-    structure = trace(make("llama"), {"input_ids": ids})
+def test_rotary_embedding_keeps_q_and_k_in_order_and_says_why() -> None:
+    model = make("llama")
+
+    structure = trace(model, lambda: model(input_ids=tokens()))
 
     assert structure.why_ordered("model.layers.0.self_attn:qk") == (
         "meets its own other channels in model.layers.0.self_attn"
@@ -118,15 +115,16 @@ def test_rotary_embedding_keeps_q_and_k_in_order_and_says_why(make: Make, ids: T
 
 def test_a_norm_of_groups_keeps_its_channels_in_order() -> None:
     model = nn.Sequential(nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 1)).eval()
+    x = torch.randn(2, 8, 3, 3, generator=torch.Generator().manual_seed(0))
 
-    structure = trace(model, torch.randn(2, 8, 3, 3, generator=torch.Generator().manual_seed(0)))
+    structure = trace(model, lambda: model(x))
 
     assert [group.norm for group in structure.groups] == ["0"]
     assert structure.why_ordered("0") == "its channels are not its input's last axis"
 
 
 def test_a_secret_product_of_q_keeps_its_order() -> None:
-    """What no tracer sees, the numbers do: here q is scaled by its place."""
+    """Tracing does not see that q is scaled by its place; the numeric check does."""
 
     class Attention(nn.Module):
         def __init__(self) -> None:
@@ -139,7 +137,9 @@ def test_a_secret_product_of_q_keeps_its_order() -> None:
             out: Tensor = self.out((torch.softmax(q @ k.transpose(-1, -2), -1) @ v).transpose(1, 2).flatten(-2))
             return out
 
-    structure = trace(Attention().eval(), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)))
+    model, x = Attention().eval(), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+
+    structure = trace(model, lambda: model(x))
 
     assert [(refused.name, refused.reasons) for refused in structure.ordered] == [
         (":qk", ("a product of the model changes",))
@@ -155,14 +155,14 @@ def test_columns_that_read_a_channel_twice_follow_in_their_order() -> None:
 def test_columns_that_cannot_follow_are_an_error() -> None:
     use = Use("w", 1, torch.tensor([0, 0, 1]), True)
 
-    with pytest.raises(qsim.ModelError) as error:
+    with pytest.raises(StructureError) as error:
         columns(use, torch.tensor([1, 0]))
 
     assert str(error.value) == "w reads some channels more often than those that would take their places"
 
 
-def test_a_copied_model_keeps_its_order(make: Make, ids: Tensor) -> None:
-    model = make("opt")
-    reorder(model, trace(model, {"input_ids": ids}))
+def test_a_copied_model_keeps_its_order() -> None:
+    model, ids = make("opt"), tokens()
+    reorder(model, trace(model, lambda: model(input_ids=ids)))
 
     assert torch.equal(copy.deepcopy(model)(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -1,28 +1,50 @@
-"""Edits that leave a model's function as it is: channels are scaled, or put in another order, on both sides.
+"""Scale or reorder channels on both sides, where they are made and where they are read: the model's function stays.
 
-A new order is a permutation [size]: place i takes what stood at place `order[i]`, so that folding x gives `x[order]`.
-Scaling is exact up to rounding, reordering up to the order in which sums are added.
+An order is a permutation [size]: the new x is `x[order]`. Scaling is exact up to rounding, reordering up to the order
+in which sums are added.
+
+Each function takes `editing`, a context manager that gives parameters by their names for changes in place. The default
+is for parameters in memory. For weights that are kept elsewhere, as accelerate's offloading does, pass one that loads
+them on entry and writes them back on exit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qsim_core.errors import ModelError
-from qsim_core.structure.channels import Use
-from qsim_core.transforms.offload import editing
+from qsim_structure.channels import Use
+from qsim_structure.errors import StructureError
 
 if TYPE_CHECKING:
-    from qsim_core.structure.heads import Attention, Projection
-    from qsim_core.structure.structure import NormGroup, WeightPair
+    from qsim_structure.heads import Attention, Projection
+    from qsim_structure.structure import NormGroup, WeightPair
 
 
-def scale_group(model: nn.Module, group: NormGroup, factors: Tensor) -> None:
+class Editing(Protocol):
+    """A context manager that gives parameters by their names, to be changed in place without gradients."""
+
+    def __call__(self, model: nn.Module, *names: str) -> AbstractContextManager[Mapping[str, nn.Parameter]]: ...
+
+
+@contextlib.contextmanager
+def in_memory(model: nn.Module, *names: str) -> Iterator[Mapping[str, nn.Parameter]]:
+    """Give parameters by their names. Raises `StructureError` for a parameter on the `meta` device."""
+    parameters = {name: model.get_parameter(name) for name in names}
+    for name, parameter in parameters.items():
+        if parameter.is_meta:
+            raise StructureError(f"{name} is not in memory (it is on the meta device); pass `editing` to load it")
+    with torch.no_grad():
+        yield parameters
+
+
+def scale_group(model: nn.Module, group: NormGroup, factors: Tensor, editing: Editing = in_memory) -> None:
     """Divide a norm's channels by `factors` [size] and multiply the columns that read them; the function stays."""
     weight, *bias = _of_norm(model, group)
     wide = factors.double()
@@ -31,10 +53,10 @@ def scale_group(model: nn.Module, group: NormGroup, factors: Tensor) -> None:
         parameters[weight].copy_(shifted / wide.to(shifted.device) - group.offset)
         for name in bias:
             parameters[name].copy_(parameters[name].double() / wide.to(shifted.device))
-    _scale_uses(model, group.uses, wide)
+    _scale_uses(model, group.uses, wide, editing)
 
 
-def scale_pair(model: nn.Module, pair: WeightPair, factors: Tensor) -> None:
+def scale_pair(model: nn.Module, pair: WeightPair, factors: Tensor, editing: Editing = in_memory) -> None:
     """Divide the rows of the producer, and its biases, by `factors` [size], and multiply the columns that read them."""
     wide = factors.double()
     with editing(model, pair.producer, *pair.biases) as parameters:
@@ -42,36 +64,40 @@ def scale_pair(model: nn.Module, pair: WeightPair, factors: Tensor) -> None:
         producer.copy_(producer.double() / _facing(wide, producer, pair.axis))
         for name in pair.biases:
             parameters[name].copy_(parameters[name].double() / wide.to(producer.device))
-    _scale_uses(model, pair.uses, wide)
+    _scale_uses(model, pair.uses, wide, editing)
 
 
-def permute_group(model: nn.Module, group: NormGroup, order: Tensor) -> RemovableHandle:
+def permute_group(model: nn.Module, group: NormGroup, order: Tensor, editing: Editing = in_memory) -> RemovableHandle:
     """Put a norm's channels, and the columns that read them, in another order; the function stays.
 
-    The norm's input is the residual stream, whose order is everyone's: a hook gathers it on entry. The handle that is
-    returned takes the hook away again, and leaves the parameters as they are.
+    The norm's input is the residual stream, which other modules read in the old order: a hook reorders it on entry to
+    the norm. The handle that is returned removes the hook, and leaves the parameters as they are.
     """
     with editing(model, *_of_norm(model, group)) as parameters:
         for parameter in parameters.values():
             parameter.copy_(parameter[order.to(parameter.device)])
-    _permute_uses(model, group.uses, order)
+    _permute_uses(model, group.uses, order, editing)
     return model.get_submodule(group.norm).register_forward_pre_hook(Gather(order), with_kwargs=True)
 
 
-def permute_rows(model: nn.Module, rows: WeightPair | Projection, order: Tensor) -> None:
-    """Put the channels that a weight makes, with its partners' and all their biases, in another order, and the columns
-    that read them. Where other products come between the two, as in attention, not every order leaves the function."""
+def permute_rows(model: nn.Module, rows: WeightPair | Projection, order: Tensor, editing: Editing = in_memory) -> None:
+    """Put the channels that a weight and its partners make, with their biases, and the columns that read them, in
+    another order. Where other products come in between, as in attention, not every order leaves the function."""
     for maker in (rows, *rows.partners):
         with editing(model, maker.producer, *maker.biases) as parameters:
             for name, axis in ((maker.producer, maker.axis), *((bias, -1) for bias in maker.biases)):
                 parameter = parameters[name]
                 parameter.copy_(parameter.index_select(axis, order.to(parameter.device)))
-    _permute_uses(model, rows.uses, order)
+    _permute_uses(model, rows.uses, order, editing)
 
 
-def permute_scores(model: nn.Module, attention: Attention, places: Sequence[Tensor]) -> None:
-    """Put the channels of q and k in another order within their heads, `places` [size of a head] for each head of k:
-    q·k stays."""
+def permute_scores(
+    model: nn.Module, attention: Attention, places: Sequence[Tensor], editing: Editing = in_memory
+) -> None:
+    """Put the channels of q and k in another order within their heads: q·k stays.
+
+    `places` has an order [size of a head] for each head of k.
+    """
     query, key = attention.query, attention.key
     assert query is not None and key is not None
     orders = {rows.producer: torch.arange(rows.size) for rows in (query, key)}
@@ -79,11 +105,11 @@ def permute_scores(model: nn.Module, attention: Attention, places: Sequence[Tens
         orders[query.producer][q] = q[places[group]]
         orders[key.producer][k] = k[places[group]]
     for rows in {rows.producer: rows for rows in (query, key)}.values():
-        permute_rows(model, rows, orders[rows.producer])
+        permute_rows(model, rows, orders[rows.producer], editing)
 
 
 class Gather:
-    """A norm's input in another order, on entry to the norm."""
+    """A hook that puts a norm's input in another order."""
 
     def __init__(self, order: Tensor) -> None:
         self.order = order
@@ -99,17 +125,17 @@ class Gather:
 
 
 def columns(use: Use, order: Tensor) -> Tensor:
-    """The order of the columns of a weight that reads channels in the order `order`.
+    """Find the order of the columns of a weight for channels in the order `order`.
 
-    Where a channel is read several times (once for each head of a group), its first reader becomes the first reader of
-    the channel that takes its place, and so on. Columns that read none stay.
+    Several columns may read one channel, such as one for each head of a group. Then its first reader becomes the first
+    reader of the channel that takes its place, and so on. Columns that read no channel stay.
     """
     channels = use.channels.to(order.device)
     read = (channels >= 0).nonzero().flatten()
     readers = read[channels[read].argsort(stable=True)]
     counts = torch.bincount(channels[read], minlength=len(order))
     if not torch.equal(counts, counts[order]):
-        raise ModelError(f"{use.weight} reads some channels more often than those that would take their places")
+        raise StructureError(f"{use.weight} reads some channels more often than those that would take their places")
     starts = counts.cumsum(0) - counts
     place = torch.empty_like(channels)
     place[readers] = torch.arange(len(readers), device=order.device) - starts.repeat_interleave(counts)
@@ -119,19 +145,19 @@ def columns(use: Use, order: Tensor) -> Tensor:
 
 
 def _of_norm(model: nn.Module, group: NormGroup) -> list[str]:
-    """The names of a norm's parameters, its weight first."""
+    """List the names of a norm's parameters, its weight first."""
     names = [name for name, _ in model.get_submodule(group.norm).named_parameters(group.norm, recurse=False)]
     return sorted(names, key=lambda name: not name.endswith("weight"))
 
 
-def _permute_uses(model: nn.Module, uses: Iterable[Use], order: Tensor) -> None:
+def _permute_uses(model: nn.Module, uses: Iterable[Use], order: Tensor, editing: Editing) -> None:
     for use in uses:
         with editing(model, use.weight) as parameters:
             parameter = parameters[use.weight]
             parameter.copy_(parameter.index_select(use.axis, columns(use, order).to(parameter.device)))
 
 
-def _scale_uses(model: nn.Module, uses: Iterable[Use], factors: Tensor) -> None:
+def _scale_uses(model: nn.Module, uses: Iterable[Use], factors: Tensor, editing: Editing) -> None:
     for use in uses:
         read = torch.where(use.channels >= 0, factors.cpu()[use.channels.clamp(min=0)], 1.0)
         with editing(model, use.weight) as parameters:
@@ -140,5 +166,5 @@ def _scale_uses(model: nn.Module, uses: Iterable[Use], factors: Tensor) -> None:
 
 
 def _facing(values: Tensor, parameter: Tensor, axis: int) -> Tensor:
-    """Values along an axis of a parameter, shaped to be multiplied with it."""
+    """Shape values along an axis of a parameter so that they broadcast with it."""
     return values.to(parameter.device).view([-1 if place == axis else 1 for place in range(parameter.dim())])

@@ -1,8 +1,8 @@
-"""What a model looks like: norms and the weights that read them, pairs of weights, attention.
+"""The structure of a model: norms and the weights that read them, pairs of weights, attention.
 
-Tracing proposes: `trace` runs one example and finds who makes channels and who reads them. A numeric check disposes:
-all that is to be folded is folded with random factors and in random orders, and every product must come out as
-before. What does not hold is refused, with the reason, and never folded.
+`trace` runs one example and finds the sources of channels and the weights that read them. Then it checks the result
+numerically: it folds random factors and random orders, and compares every product of the model. Where a product
+changes, the fold is refused, with the reason.
 """
 
 from __future__ import annotations
@@ -10,55 +10,55 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qsim_core.errors import ModelError
-from qsim_core.structure.channels import Rows, Source, Use
-from qsim_core.structure.equivalence_check import Edit, dispose
-from qsim_core.structure.folding import permute_group, permute_rows, permute_scores, scale_group, scale_pair
-from qsim_core.structure.heads import Attention, Projection, attention_in
-from qsim_core.structure.tracing import Tracer
-from qsim_core.transforms.forward import Example, as_in_evaluation, call
+from qsim_structure.channels import Rows, Source, Use
+from qsim_structure.equivalence_check import Edit, Run, refuse_changed_products
+from qsim_structure.errors import StructureError
+from qsim_structure.folding import permute_group, permute_rows, permute_scores, scale_group, scale_pair
+from qsim_structure.heads import Attention, Projection, attention_in
+from qsim_structure.operator_watcher import in_eval_mode
+from qsim_structure.tracing import Tracer
 
 
 @dataclass(frozen=True)
 class NormGroup:
-    """A norm, and all the weights that read its output: a factor on a channel can be moved from one to the others."""
+    """A norm and all the weights that read its output. A factor on a channel can be moved from the norm to them."""
 
     norm: str
-    """Path of the norm's module."""
+    """The path of the norm's module."""
     size: int
     uses: tuple[Use, ...]
     offset: float
-    """0 where the norm multiplies by its weight, 1 where it does by one more than its weight (Gemma)."""
+    """0 if the norm multiplies by its weight, 1 if it multiplies by one plus its weight (Gemma)."""
 
     @property
     def weights(self) -> list[str]:
-        """The reading weights' names, each once, in the order in which they are read."""
+        """The names of the weights that read it, each once, in the order of the forward."""
         return list(dict.fromkeys(use.weight for use in self.uses))
 
 
 @dataclass(frozen=True)
 class WeightPair(Rows):
-    """A weight whose rows are another's columns: channels may be permuted, and scaled where `scales`."""
+    """A weight that makes channels which other weights read. They may be permuted, and scaled if `scales` is true."""
 
     size: int
     uses: tuple[Use, ...]
     scales: bool
     partners: tuple[Rows, ...] = ()
-    """Weights whose channels are multiplied with these on the way (gate and up): they are permuted together."""
+    """Weights whose channels are multiplied with these (gate and up): they are permuted together."""
 
     @property
     def weights(self) -> list[str]:
+        """The names of the weights that read the channels, each once, in the order of the forward."""
         return list(dict.fromkeys(use.weight for use in self.uses))
 
 
 @dataclass(frozen=True)
 class Refused:
-    """What was found and may not be folded, and why."""
+    """A norm, weight or product that may not be folded, with the reasons."""
 
     name: str
     reasons: tuple[str, ...]
@@ -66,33 +66,46 @@ class Refused:
 
 @dataclass
 class Structure:
-    """What was found in one model."""
+    """The norm groups, weight pairs and attention of one model, and what was refused."""
 
     groups: list[NormGroup] = field(default_factory=list)
     pairs: list[WeightPair] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
     attention: list[Attention] = field(default_factory=list)
     ordered: list[Refused] = field(default_factory=list)
-    """Whose channels have to stay in their order, and why: norms, producers, and for orders within heads `path:qk` (q
-    with k) and `path:pv` (v)."""
+    """Norms and producers whose channels must keep their order, with the reasons.
+
+    For orders within heads the name is `path:qk` (q with k) or `path:pv` (v).
+    """
 
     def why_ordered(self, name: str) -> str:
-        """Why the order of these channels may not be changed; empty where it may."""
+        """Return the reasons why channels must keep their order; an empty text if they need not."""
         return "; ".join(reason for refused in self.ordered if refused.name == name for reason in refused.reasons)
 
     def group_of(self, weight: str) -> NormGroup | None:
-        """The norm group that a weight reads from."""
+        """Return the norm group that a weight reads from."""
         return next((group for group in self.groups if weight in group.weights), None)
 
 
-def trace(model: nn.Module, example: Example, declared: Mapping[str, Sequence[str]] | None = None) -> Structure:
-    """Run the example once and say what was found; then check numerically what is to be folded.
+def trace(
+    model: nn.Module,
+    run: Run,
+    declared: Mapping[str, Sequence[str]] | None = None,
+    *,
+    copied_bytes: int | None = None,
+) -> Structure:
+    """Find the structure of a model by running it, and check numerically that all of it can be folded.
 
-    `declared` says for norms, by module path, which weights read them, and stands in place of what tracing finds; it is
-    checked all the same. Raises `ModelError` if it names what the model has not.
+    `run` runs one example through the model, such as `lambda: model(x)`, and is called several times: in eval mode,
+    without gradients, with torch's generators at 0. All weights must be in memory. The model is restored.
+
+    `declared` gives, for norms by module path, the weights that read them, in place of those that tracing finds. It is
+    checked too. Raises `StructureError` if it names a norm or a weight that the model does not have.
+
+    `copied_bytes` limits the weights that the check copies at a time; by default 64 MiB, or an eighth of the model if
+    that is more. Less memory takes more runs.
     """
-    with as_in_evaluation(model):
-        tracer = Tracer(model).run(lambda: call(model, example))
+    tracer = Tracer(model).watch(run)
     structure = Structure()
     if declared is not None:
         _declare(model, tracer, declared)
@@ -106,31 +119,35 @@ def trace(model: nn.Module, example: Example, declared: Mapping[str, Sequence[st
         elif found is not None:
             structure.refused.append(found)
     structure.attention = attention_in(tracer)
-    _check(model, example, structure)
+    _check(model, run, structure, copied_bytes)
     return structure
 
 
 def _declare(model: nn.Module, tracer: Tracer, declared: Mapping[str, Sequence[str]]) -> None:
-    """Put a declaration in place of the norms that were found: each weight reads all channels in their order."""
+    """Put a declaration in place of the uses that were found: each weight reads all channels in their order."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for norm, weights in declared.items():
         source = tracer.sources.get(("norm", norm))
         if source is None:
-            raise ModelError(f"{norm!r} is declared as a norm, and the model runs none of that name")
+            raise StructureError(f"{norm!r} is declared as a norm, and the model does not run a norm of that name")
         source.refusals.clear()
         source.uses.clear()
         for name in weights:
             if name not in parameters:
-                raise ModelError(f"{norm!r} is declared to be read by {name!r}, which is no parameter of the model")
+                raise StructureError(
+                    f"{norm!r} is declared to be read by {name!r}, which is not a parameter of the model"
+                )
             axes = [axis for axis, size in enumerate(parameters[name].shape) if size == source.size]
             if not axes:
-                raise ModelError(f"{name!r} is declared to read the {source.size} channels of {norm!r}; no axis fits")
+                raise StructureError(
+                    f"{name!r} is declared to read the {source.size} channels of {norm!r}; no axis fits"
+                )
             channels = torch.arange(source.size)
             source.uses += [Use(name, axes[-1], channels, True, event) for event in tracer.events[name] or {0}]
 
 
 def _conflicts(source: Source, tracer: Tracer) -> list[str]:
-    """Why the weights that read a source may not be changed for its sake."""
+    """List the reasons why the weights that read a source may not be changed with it."""
     reasons = []
     for name in dict.fromkeys(use.weight for use in source.uses):
         first, *more = [use for use in source.uses if use.weight == name]
@@ -157,7 +174,7 @@ def _norm_group(model: nn.Module, source: Source, reasons: Sequence[str]) -> Nor
     elif weight.shape != (source.size,):
         found.append("its weight is not one number for each channel")
     elif not found:
-        offset = _offset(module, source.arguments)
+        offset = _offset(module, source)
         if offset is None:
             found.append("its weight is not a factor of its output")
     if found or offset is None:
@@ -183,18 +200,18 @@ def _unique(uses: Sequence[Use]) -> tuple[Use, ...]:
     return tuple({(use.weight, use.axis): use for use in uses}.values())
 
 
-def _offset(module: nn.Module, arguments: tuple[Any, ...]) -> float | None:
-    """o where the norm's output is (weight + o) f(x) + bias, found by running it; None where it is not of that form."""
+def _offset(module: nn.Module, source: Source) -> float | None:
+    """Find o of a norm whose output is (weight + o) f(x) + bias, by running it. None for any other form."""
     weight, bias = module.weight, getattr(module, "bias", None)
     kept = {p: p.detach().clone() for p in (weight, bias) if isinstance(p, nn.Parameter)}
     outputs = []
-    with torch.no_grad():
+    with torch.no_grad(), in_eval_mode(module):
         try:
             if isinstance(bias, nn.Parameter):
                 bias.zero_()
             for value in (0.0, 1.0, 2.0):
                 weight.fill_(value)  # type: ignore[operator]
-                outputs.append(module(*arguments).double())
+                outputs.append(module(*source.arguments, **source.keywords).double())
         finally:
             for parameter, values in kept.items():
                 parameter.copy_(values)
@@ -206,8 +223,8 @@ def _offset(module: nn.Module, arguments: tuple[Any, ...]) -> float | None:
     return round(float(zero.flatten()[place] / slope.flatten()[place]), 2)
 
 
-def _check(model: nn.Module, example: Example, structure: Structure) -> None:
-    """Fold everything with random factors, then with random orders; what changes a product is refused."""
+def _check(model: nn.Module, run: Run, structure: Structure, copied_bytes: int | None) -> None:
+    """Fold random factors, then random orders, and refuse the folds that change a product."""
     generator = torch.Generator().manual_seed(0)
     reason = "a product of the model changes when it is folded"
 
@@ -228,12 +245,13 @@ def _check(model: nn.Module, example: Example, structure: Structure) -> None:
         for p in structure.pairs
         if p.scales
     ]
-    dispose(model, example, edits, reason)
-    dispose(model, example, list(_reorderings(model, structure, generator)), "a product of the model changes")
+    refuse_changed_products(model, run, edits, reason, copied_bytes)
+    reorderings = list(_reorderings(model, structure, generator))
+    refuse_changed_products(model, run, reorderings, "a product of the model changes", copied_bytes)
 
 
 def _reorderings(model: nn.Module, structure: Structure, generator: torch.Generator) -> Iterator[Edit]:
-    """A random order for all channels whose order may be changed; where there are heads, within them."""
+    """Yield a random order for all channels whose order may change; within the heads of attention."""
 
     def within(size: int, *sets: Tensor) -> Tensor:
         order = torch.arange(size)

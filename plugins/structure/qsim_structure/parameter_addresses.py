@@ -1,4 +1,4 @@
-"""Which parameter a tensor is: by where it lies in memory, so that views and slices are known too."""
+"""Find the parameter that a tensor belongs to by its memory address, so that views and slices are found too."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 Named = tuple[str, Tensor]
 
 
-class Parameters:
-    """The parameters of a model by their addresses; of tied ones the first name counts."""
+class ParameterAddresses:
+    """The parameters of a model by their addresses. A tied parameter has the first of its names."""
 
     def __init__(self, model: nn.Module) -> None:
         named = {p.data_ptr(): (n, p) for n, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
@@ -20,7 +20,7 @@ class Parameters:
         self._copies: dict[int, Named] = {}
 
     def of(self, tensor: Any) -> Named | None:
-        """The name and the parameter that a tensor is a view of; or the name and the view that it is a copy of."""
+        """Return the name and the parameter that a tensor is a view of; of a copy, the name and the view it copies."""
         if not isinstance(tensor, Tensor):
             return None
         if id(tensor) in self._copies:
@@ -34,6 +34,6 @@ class Parameters:
         return (name, parameter) if inside and tensor.dtype == parameter.dtype else None
 
     def copied(self, tensor: Tensor, copy: Tensor) -> None:
-        """Remember that a tensor was copied or cast; whoever tells keeps both alive."""
+        """Record that a tensor was copied or cast. The caller keeps both alive."""
         if (found := self.of(tensor)) is not None:
             self._copies[id(copy)] = found[0], self._copies[id(tensor)][1] if id(tensor) in self._copies else tensor

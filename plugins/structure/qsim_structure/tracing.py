@@ -1,12 +1,11 @@
-"""Following channels through a model: one run of an example, watched below autograd.
+"""Follow channels through a model in one run, watched below autograd.
 
-Every tensor that comes of a source carries, element for element, the number of the channel that it comes from, as an
-integer tensor of its own shape; views and copies are done to those numbers too. So the tracer knows, with no word about
-any architecture, which column of which weight reads which channel, through fused projections, repeated heads and
-experts alike.
+Each tensor that depends on a source has channel numbers: an integer tensor of the same shape, with the channel that
+each element comes from. Views and copies of the tensor are applied to these numbers too. So the tracer finds which
+column of each weight reads which channel, for any architecture: fused projections, repeated heads and experts too.
 
-What is not understood is refused: a source whose channels enter an operator that is not listed, or to which other
-tensors are added, says so and is left alone.
+A source is refused, with the reason, if its channels enter an operator that is not listed, or if other tensors are
+added to them.
 """
 
 from __future__ import annotations
@@ -18,9 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsim_core.matmuls.dispatch import Watcher, operator_name
-from qsim_core.structure.addresses import Parameters
-from qsim_core.structure.channels import (
+from qsim_structure.channels import (
     CONSTANT,
     CURVES,
     FREE,
@@ -41,10 +38,12 @@ from qsim_core.structure.channels import (
     same_view,
     tensors_in,
 )
+from qsim_structure.operator_watcher import OperatorWatcher, operator_name, run_watched
+from qsim_structure.parameter_addresses import ParameterAddresses
 
 
-class Tracer(Watcher):
-    """Watches one run: `Tracer(model).run(lambda: model(**example))`; then look at `sources` and `products`."""
+class Tracer(OperatorWatcher):
+    """Watch one run with `Tracer(model).watch(run)`; then `sources` and `products` hold the results."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -52,33 +51,35 @@ class Tracer(Watcher):
         self.sources: dict[tuple[str, str], Source] = {}
         self.products: list[Product] = []
         self.readers: dict[str, set[str]] = defaultdict(set)
-        """Operators that read each parameter, products left out."""
+        """The operators that read each parameter, without products."""
         self.events: dict[str, set[int]] = defaultdict(set)
-        """The products in which each weight was read, numbered."""
+        """The numbers of the products in which each weight was read."""
         self._event = 0
         self._tags: dict[int, Tags] = {}
         self._alive: list[Any] = []
         self._softmaxed: set[int] = set()
         self._stack: list[str] = []
         self._quiet = 0
-        self._parameters = Parameters(model)
+        self._parameters = ParameterAddresses(model)
 
-    def run(self, forward: Callable[[], Any]) -> Tracer:
-        """Trace one run of the model. Outputs of the model are refused as ends of channels."""
+    def watch(self, run: Callable[[], Any]) -> Tracer:
+        """Trace one run of the model. Sources whose channels are outputs of the model, or of `run`, are refused."""
         handles = []
         for path, module in self.model.named_modules():
             handles.append(module.register_forward_pre_hook(self._entering(path)))
-            handles.append(module.register_forward_hook(self._leaving(path)))
+            handles.append(module.register_forward_hook(self._leaving(path), with_kwargs=True))
         try:
-            with torch.no_grad(), self:
-                output = forward()
+            output = run_watched(self.model, run, self)
         finally:
             for handle in handles:
                 handle.remove()
-        for tensor in tensors_in(output):
-            self._refuse(tensor, "is an output of the model")
+        self._refuse_outputs(output)
         self._alive.clear()
         return self
+
+    def _refuse_outputs(self, output: Any) -> None:
+        for tensor in tensors_in(output):
+            self._refuse(tensor, "is an output of the model")
 
     def _entering(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
@@ -88,24 +89,27 @@ class Tracer(Watcher):
         return hook
 
     def _leaving(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self._stack.pop()
-            if not is_norm(module):
-                return
-            self._quiet -= 1
-            if not self._quiet and isinstance(output, Tensor):
-                self._quiet += 1
-                self._norm(path, module, args, output)
+            if is_norm(module):
                 self._quiet -= 1
+                if not self._quiet and isinstance(output, Tensor):
+                    self._quiet += 1
+                    self._norm(path, module, args, kwargs, output)
+                    self._quiet -= 1
+            if module is self.model:  # `run` may return nothing
+                self._refuse_outputs(output)
 
         return hook
 
-    def _norm(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def _norm(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
         axis = 1 if isinstance(module, nn.GroupNorm | nn.modules.batchnorm._NormBase) else output.dim() - 1
-        for tensor in tensors_in(args):
+        for tensor in tensors_in((args, kwargs)):
             self._refuse(tensor, f"feeds the norm {path}")
         source = self.sources.setdefault(("norm", path), Source("norm", path, output.shape[axis], axis))
-        source.arguments = args
+        source.arguments, source.keywords = args, kwargs
         for name, _ in module.named_parameters():
             self.readers[f"{path}.{name}"].add("norm")
         self._tag(output, {source: Tag(numbered(output, axis))})
@@ -158,7 +162,7 @@ class Tracer(Watcher):
             self._lose(tagged, name)
 
     def _multiply(self, left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None) -> None:
-        """[..., K] x [..., K, N]: with a weight on one side it is read and makes channels, else channels meet."""
+        """Trace [..., K] x [..., K, N]: a weight on one side reads channels and makes channels."""
         if (weight := self._parameters.of(right)) is not None:
             self._read(left, -1, weight, right, right.dim() - 2 if right.dim() > 1 else 0)
             if right.dim() > 1:
@@ -180,7 +184,7 @@ class Tracer(Watcher):
         return self._make(weight, kernel, 1 if transposed else 0, out, 1, bias)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
-        """Fused attention: q meets k, and v's channels come out, once for each head that reads them."""
+        """Trace fused attention: q is multiplied with k, and the output has v's channels, once for each head."""
         repeats = query.shape[1] // key.shape[1] if query.dim() > 3 else 1
         keys = {s: Tag(t.channels.transpose(-1, -2), t.scales) for s, t in self._tags.get(id(key), {}).items()}
         values = {
@@ -291,12 +295,12 @@ class Tracer(Watcher):
                     source.refuse(f"meets its own other channels in {where}")
                 elif name in SUMS and not twice and not self._adds_nothing(source, other, out):
                     source.refuse(f"is added to another tensor in {where}")
-                first = made.get(source, Tag(channels))  # of x and rotated x, x tells the channels
+                first = made.get(source, Tag(channels))  # of x and rotated x, x has the channels
                 made[source] = Tag(first.channels, first.scales and scales and not (twice and name not in SUMS))
         self._tag(out, made)
 
     def _adds_nothing(self, source: Source, other: Any, out: Tensor) -> bool:
-        """Whether what is added is zero, or the bias that belongs to the source."""
+        """Tell if the tensor added to a source is zero, or is the bias of the source."""
         if not isinstance(other, Tensor):
             return other in (0, None)
         found = self._parameters.of(other)

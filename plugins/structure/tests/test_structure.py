@@ -1,21 +1,15 @@
-"""Structure by tracing, on many families: what is found can be folded, and what cannot be folded is refused by name."""
+"""Tracing, on many families: a structure that is found can be folded, and one that cannot be is refused by name."""
 
 from __future__ import annotations
 
-from collections import UserDict
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from families import make, tokens
+from qsim_structure import StructureError, permute_rows, scale_group, scale_pair, trace
 from torch import Tensor, nn
 
-import qsim_core as qsim
-from qsim_core.structure import equivalence_check
-from qsim_core.structure.folding import permute_rows, scale_group, scale_pair
-from qsim_core.structure.structure import Structure, trace
-
-Make = Callable[..., Any]
 SIZES = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LLAMA = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -76,20 +70,13 @@ def logits(model: nn.Module) -> Tensor:
         return model(**EXAMPLE).logits  # type: ignore[no-any-return]
 
 
-def norms(structure: Structure, model: nn.Module) -> tuple[int, int]:
-    modules = dict(model.named_modules())
-    return len(structure.groups), len(structure.groups) + sum(
-        r.name in modules for r in structure.refused if "proj" not in r.name
-    )
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_found_can_be_folded(name: str) -> None:
     model = build(name)
     expected = logits(model)
 
-    structure = trace(model, EXAMPLE)
+    structure = trace(model, lambda: model(**EXAMPLE))
 
     for group in structure.groups:
         scale_group(
@@ -111,7 +98,11 @@ def test_pairs_can_be_permuted(name: str) -> None:
     model = build(name)
     expected = logits(model)
 
-    pairs = [pair for pair in trace(model, EXAMPLE).pairs if pair.producer.endswith(("fc1.weight", "up_proj.weight"))]
+    pairs = [
+        pair
+        for pair in trace(model, lambda: model(**EXAMPLE)).pairs
+        if pair.producer.endswith(("fc1.weight", "up_proj.weight"))
+    ]
 
     assert len(pairs) == 2
     for pair in pairs:
@@ -119,8 +110,10 @@ def test_pairs_can_be_permuted(name: str) -> None:
     assert (logits(model) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_a_tied_weight_is_refused_by_name(make: Make, ids: Tensor) -> None:
-    structure = trace(make("opt"), {"input_ids": ids})
+def test_a_tied_weight_is_refused_by_name() -> None:
+    model = make("opt")
+
+    structure = trace(model, lambda: model(input_ids=tokens()))
 
     refused = {r.name: r.reasons for r in structure.refused}
     assert refused["model.decoder.final_layer_norm"] == (
@@ -129,13 +122,15 @@ def test_a_tied_weight_is_refused_by_name(make: Make, ids: Tensor) -> None:
 
 
 def test_gemmas_weight_is_one_more() -> None:
-    offsets = {group.offset for group in trace(build("gemma2"), EXAMPLE).groups}
+    model = build("gemma2")
+
+    offsets = {group.offset for group in trace(model, lambda: model(**EXAMPLE)).groups}
 
     assert offsets == {1.0}
 
 
-def test_what_tracing_proposes_wrongly_is_disposed_of_by_the_numbers() -> None:
-    """A norm that looks like one, and divides by its own weight's size: folding it would change the function."""
+def test_a_fold_that_changes_a_product_is_refused() -> None:
+    """The output also depends on the norm's largest weight, so that folding it would change the function."""
 
     class FakeNorm(nn.Module):
         def __init__(self) -> None:
@@ -151,13 +146,13 @@ def test_what_tracing_proposes_wrongly_is_disposed_of_by_the_numbers() -> None:
             self.norm, self.linear = FakeNorm(), nn.Linear(8, 8)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.linear(self.norm(x)) * self.norm.weight.detach().numpy().max()  # a way that no tracer sees
+            return self.linear(self.norm(x)) * self.norm.weight.detach().numpy().max()  # numpy hides it from the tracer
 
     model = Model().eval()
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     head = nn.Sequential(model, nn.Linear(8, 2)).eval()
 
-    structure = trace(head, x)
+    structure = trace(head, lambda: head(x))
 
     assert structure.groups == []
     assert ("0.norm", ("a product of the model changes when it is folded",)) in [
@@ -165,38 +160,21 @@ def test_what_tracing_proposes_wrongly_is_disposed_of_by_the_numbers() -> None:
     ]
 
 
-def test_a_declaration_stands_in_place_of_the_trace_and_agrees_with_it(make: Make, ids: Tensor) -> None:
-    model, example = make("opt"), {"input_ids": ids}
-    declared = qsim.parse("opt").structure(model)
-
-    by_trace, by_word = trace(model, example), trace(model, example, declared)
-
-    assert [(g.norm, g.weights) for g in by_trace.groups] == [(g.norm, g.weights) for g in by_word.groups]
-    assert {g.norm for g in by_word.groups} == set(declared)
-
-
-def test_of_the_adapters_only_opts_declares_anything(host: qsim.Host) -> None:
-    """Whichever comes next gets a test like the one above."""
-    adapters = {name: offered for name, found in host.components(qsim.Adapter).items() for _, offered in found}
-
-    assert {name for name, a in adapters.items() if a.structure is not qsim.Adapter.structure} == {"opt"}  # type: ignore[union-attr]
-
-
 @pytest.mark.parametrize(
     ("declared", "message"),
     [
-        ({"nonsense": []}, "'nonsense' is declared as a norm, and the model runs none of that name"),
-        ({"model.norm": ["x"]}, "'model.norm' is declared to be read by 'x', which is no parameter of the model"),
+        ({"nonsense": []}, "'nonsense' is declared as a norm, and the model does not run a norm of that name"),
+        ({"model.norm": ["x"]}, "'model.norm' is declared to be read by 'x', which is not a parameter of the model"),
         ({"model.norm": ["model.norm.weight"]}, None),
     ],
 )
 def test_a_declaration_of_what_is_not_there_is_an_error(declared: dict[str, list[str]], message: str | None) -> None:
     model = build("llama")
     if message is None:
-        assert "model.norm" not in {group.norm for group in trace(model, EXAMPLE, declared).groups}
+        assert "model.norm" not in {group.norm for group in trace(model, lambda: model(**EXAMPLE), declared).groups}
         return
-    with pytest.raises(qsim.ModelError) as error:
-        trace(model, EXAMPLE, declared)
+    with pytest.raises(StructureError) as error:
+        trace(model, lambda: model(**EXAMPLE), declared)
 
     assert str(error.value) == message
 
@@ -205,48 +183,137 @@ def test_a_trace_leaves_the_model_as_it_was() -> None:
     model = build("llama")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
 
-    trace(model, EXAMPLE)
+    trace(model, lambda: model(**EXAMPLE))
 
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 class Noisy(nn.Module):
-    """A model that draws noise, as a pipeline that makes images does: by torch's generator, or by one that it is given."""
+    """A model that adds noise from torch's generator, as a pipeline that makes images does."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 4)
 
-    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Any:
-        return self.linear(self.norm(x + torch.randn(x.shape, generator=generator)))
+    def forward(self, x: Tensor) -> Any:
+        return self.linear(self.norm(x + torch.randn(x.shape)))
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_what_a_model_draws_at_random_hides_nothing(own: bool) -> None:
-    model, generator = Noisy(), torch.Generator().manual_seed(5)
-    example = {"x": torch.ones(2, 8)} | ({"generator": generator} if own else {})
-    before = torch.get_rng_state(), generator.get_state()
+def test_every_run_draws_the_same_noise_and_the_generator_is_restored() -> None:
+    model, before = Noisy().eval(), torch.get_rng_state()
 
-    structure = trace(model, UserDict(example))
+    structure = trace(model, lambda: model(torch.ones(2, 8)))
 
     assert [group.norm for group in structure.groups] == ["norm"]
-    assert all(torch.equal(a, b) for a, b in zip(before, (torch.get_rng_state(), generator.get_state()), strict=True))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_model_in_training_mode_is_traced_in_eval_mode_and_restored() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4)).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    structure = trace(model, lambda: model(torch.randn(5, 8)))
+
+    assert [group.norm for group in structure.groups] == ["0"]
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+class TwoOutputs(nn.Module):
+    """A norm that a weight reads, and that is an output of the model too; norms are called with a keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.linear, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.first(input=x)
+        return hidden, self.head(self.second(input=self.linear(hidden)))
+
+
+@pytest.mark.parametrize("returned", [True, False])
+def test_an_output_of_the_model_is_not_folded_even_if_the_run_returns_nothing(returned: bool) -> None:
+    model, x = TwoOutputs().eval(), torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+
+    structure = trace(model, lambda: model(x) if returned else [model(x), None][1])
+
+    assert [group.norm for group in structure.groups] == ["second"]
+    assert [(refused.name, refused.reasons) for refused in structure.refused] == [
+        ("first", ("is an output of the model",)),
+    ]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_a_cache_of_keys_and_values_hides_nothing(name: str) -> None:
+    model, ids = build(name), EXAMPLE["input_ids"]
+
+    with_cache = trace(model, lambda: model(input_ids=ids, use_cache=True))
+
+    without = trace(model, lambda: model(input_ids=ids, use_cache=False))
+    assert [group.norm for group in with_cache.groups] == [group.norm for group in without.groups]
+    assert with_cache.refused == without.refused
+    assert with_cache.ordered == without.ordered
+
+
+def test_fused_weights_are_read_by_norms_and_hold_heads() -> None:
+    model = build("codegen")
+
+    found = trace(model, lambda: model(**EXAMPLE))
+
+    assert {group.norm: group.weights for group in found.groups}["transformer.h.0.ln_1"] == [
+        "transformer.h.0.attn.qkv_proj.weight",
+        "transformer.h.0.mlp.fc_in.weight",
+    ]
+    assert [(a.path, a.heads, a.head_size) for a in found.attention] == [
+        (f"transformer.h.{layer}.attn", 4, 8) for layer in (0, 1)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_does_not_stop_a_trace() -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    class Flex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.qkv = nn.LayerNorm(16), nn.Linear(16, 48)
+
+        def forward(self, x: Tensor) -> Tensor:
+            heads = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+            return flex_attention(*heads)  # type: ignore[return-value]
+
+    model, x = Flex().eval(), torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(0))
+
+    assert [group.weights for group in trace(model, lambda: model(x)).groups] == [["qkv.weight"]]
+
+
+def test_a_weight_that_is_not_in_memory_is_an_error() -> None:
+    model, x = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4)).eval(), torch.arange(16.0).view(2, 8)
+    (group,) = trace(model, lambda: model(x)).groups
+    model[1].to("meta")
+
+    with pytest.raises(StructureError) as error:
+        scale_group(model, group, torch.ones(8))
+
+    assert str(error.value) == "1.weight is not in memory (it is on the meta device); pass `editing` to load it"
 
 
 @pytest.mark.parametrize("name", ["opt-350m style", "bloom, residual after norm", "mixtral", "gemma2"])
-def test_edits_that_are_tried_a_few_at_a_time_are_disposed_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids = build(name), torch.arange(4, 20).unsqueeze(0)
-    tried: list[int] = []
-    original = equivalence_check._holds
-    monkeypatch.setattr(equivalence_check, "_holds", lambda *given: tried.append(len(given[2])) or original(*given))
-    together = trace(model, {"input_ids": ids})
-    monkeypatch.setattr(equivalence_check, "PORTION", 1)
-    once = len(tried)
+def test_less_memory_takes_more_runs_and_finds_the_same(name: str) -> None:
+    model, ids, runs = build(name), torch.arange(4, 20).unsqueeze(0), [0]
 
-    apart = trace(model, {"input_ids": ids})
+    def run() -> Any:
+        runs[0] += 1
+        return model(input_ids=ids)
 
-    assert len(tried) - once > once, "more of them, smaller ones"
+    together = trace(model, run)
+    at_once = runs[0]
+
+    apart = trace(model, run, copied_bytes=1)
+
+    assert runs[0] - at_once > at_once
     assert [group.norm for group in apart.groups] == [group.norm for group in together.groups]
     assert [pair.producer for pair in apart.pairs] == [pair.producer for pair in together.pairs]
     assert {refused.name for refused in apart.refused} == {refused.name for refused in together.refused}

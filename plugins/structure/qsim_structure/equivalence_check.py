@@ -1,7 +1,7 @@
-"""Numbers dispose: an edit that tracing proposes is tried, and every product of the model must come out as before.
+"""Try edits of a model and refuse those after which a product of the model differs.
 
-End to end a wrong fold can be invisible (a tiny model's logits hardly depend on its attention): each product with a
-weight is compared, and for edits inside attention each product of activations too.
+The outputs alone may not show a wrong edit: the logits of a tiny model hardly depend on its attention. So each product
+with a weight is compared, and for edits inside attention each product of two activations too.
 """
 
 from __future__ import annotations
@@ -16,73 +16,85 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qsim_core.errors import ModelError
-from qsim_core.matmuls.dispatch import Watcher, operator_name
-from qsim_core.structure.addresses import Parameters
-from qsim_core.structure.channels import WITH_WEIGHT
-from qsim_core.transforms.forward import Example, as_in_evaluation, call
+from qsim_structure.channels import WITH_WEIGHT
+from qsim_structure.errors import StructureError
+from qsim_structure.operator_watcher import OperatorWatcher, operator_name, run_watched
+from qsim_structure.parameter_addresses import ParameterAddresses
 
 TOLERANCE = 2e-4
-"""Of the largest value of each product; in half precision eight steps of it (a wrong fold changes 14% and more)."""
-ROWS = 256
-"""So many rows of each product are kept, from all over it: an edit changes a channel in every row."""
-PORTION = 2**26
-"""Bytes of weights that are copied while edits are tried, or more of a large model."""
+"""The largest difference, relative to the largest value of a product, or 8 ε of the dtype if that is more.
+
+A wrong edit changes a product by 14% and more.
+"""
+KEPT_ROWS = 256
+"""The number of rows of each product that are kept, evenly spread. An edit changes a channel in every row."""
+COPIED_BYTES = 2**26
+"""The bytes of weights that are copied at a time, by default: this, or an eighth of the model if that is more."""
 ACTIVATIONS = ""
-"""The name of the products of two activations, which have no weight's."""
+"""The name of the products of two activations; other products have the name of their weight."""
+
+Run = Callable[[], Any]
+"""A function that runs one example through the model."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A change that should leave the function alone, and how to go about it."""
+    """A change of a model that should leave its function as it is."""
 
     apply: Callable[[], RemovableHandle | None]
     parameters: frozenset[str]
-    """Parameters, or modules with all of theirs, that it changes."""
+    """The names of the parameters that it changes, or of modules whose parameters all may change."""
     producers: frozenset[str]
-    """Weights whose own products change: their channels are in another order, or scaled."""
+    """The weights whose own products change, because their channels are scaled or in another order."""
     refuse: Callable[[str], None]
-    """Called with the reason, if a product changes that should not."""
+    """Called with the reason if another product changes."""
     attention: bool = False
-    """Whether it leaves products of activations alone too."""
+    """True if it must not change products of two activations either."""
 
 
-def dispose(model: nn.Module, example: Example, edits: Sequence[Edit], reason: str) -> None:
-    """Try many edits at once, and where a product changes one by one; those that change one are refused."""
+def refuse_changed_products(
+    model: nn.Module, run: Run, edits: Sequence[Edit], reason: str, copied_bytes: int | None = None
+) -> None:
+    """Try many edits at once; if a product changes, try each by itself, and refuse those that change one.
+
+    `copied_bytes` limits the weights that are copied at a time.
+    """
     if not edits:
         return
+    if copied_bytes is None:
+        copied_bytes = max(COPIED_BYTES, sum(p.nbytes for p in model.parameters()) // 8)
     exact = _Recorder(model)
-    _run(model, example, exact)
-    for some in _portions(model, edits):
-        if not _holds(model, example, some, exact.results):
-            for edit in some:
-                if not _holds(model, example, [edit], exact.results):
+    run_watched(model, run, exact)
+    for portion in _portions(model, edits, copied_bytes):
+        if not _keeps_products(model, run, portion, exact.results):
+            for edit in portion:
+                if not _keeps_products(model, run, [edit], exact.results):
                     edit.refuse(reason)
 
 
-def _portions(model: nn.Module, edits: Sequence[Edit]) -> Iterator[list[Edit]]:
-    """The edits, so many at a time that no more than a `PORTION` of memory, or an eighth of the model, is copied."""
-    limit = max(PORTION, sum(p.nbytes for p in model.parameters()) // 8)
-    some: list[Edit] = []
+def _portions(model: nn.Module, edits: Sequence[Edit], limit: int) -> Iterator[list[Edit]]:
+    """Split edits into portions that change no more than `limit` bytes of weights, or one edit each."""
+    portion: list[Edit] = []
     size = 0
     for edit in edits:
         own = sum(p.nbytes for p in _touched(model, [edit]).values())
-        if some and size + own > limit:
-            yield some
-            some, size = [], 0
-        some.append(edit)
+        if portion and size + own > limit:
+            yield portion
+            portion, size = [], 0
+        portion.append(edit)
         size += own
-    yield some
+    yield portion
 
 
 def _touched(model: nn.Module, edits: Iterable[Edit]) -> dict[str, nn.Parameter]:
+    """Return the parameters that edits may change, by name."""
     names = {name for edit in edits for name in edit.parameters}
     parameters = model.named_parameters(remove_duplicate=False)
     return {name: p for name, p in parameters if name in names or name.rpartition(".")[0] in names}
 
 
-def _holds(model: nn.Module, example: Example, edits: Sequence[Edit], exact: dict[str, list[Tensor]]) -> bool:
-    """Whether every product but the producers' own comes out as before; the model is put back."""
+def _keeps_products(model: nn.Module, run: Run, edits: Sequence[Edit], exact: dict[str, list[Tensor]]) -> bool:
+    """Tell if every product, except the producers' own, stays the same under edits. The model is restored."""
     ignored = {name for edit in edits for name in edit.producers}
     if not all(edit.attention for edit in edits):
         ignored.add(ACTIVATIONS)
@@ -92,8 +104,8 @@ def _holds(model: nn.Module, example: Example, edits: Sequence[Edit], exact: dic
     edited = _Comparer(model, {name: results for name, results in exact.items() if name not in ignored})
     try:
         handles.extend(edit.apply() for edit in edits)
-        _run(model, example, edited)
-    except ModelError:
+        run_watched(model, run, edited)
+    except StructureError:
         return False
     finally:
         for handle in handles:
@@ -112,16 +124,16 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool((a.double() - b.double()).abs().max() <= tolerance * a.double().abs().max().clamp(min=1e-30))
 
 
-class _Products(Watcher):
-    """Shown the rows of every product: those with a parameter by the parameter."""
+class _ProductWatcher(OperatorWatcher):
+    """Pass the rows of every product to `see`, with the name of its weight."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.parameters = Parameters(model)
+        self.parameters = ParameterAddresses(model)
 
     @abstractmethod
     def see(self, name: str, rows: Tensor) -> None:
-        """A product's rows, at most `ROWS`."""
+        """Take the rows of a product, at most `KEPT_ROWS`."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -137,8 +149,8 @@ class _Products(Watcher):
         return out
 
 
-class _Recorder(_Products):
-    """Keeps the rows of all products."""
+class _Recorder(_ProductWatcher):
+    """Keep the rows of all products."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -148,8 +160,8 @@ class _Recorder(_Products):
         self.results[name].append(rows)
 
 
-class _Comparer(_Products):
-    """Compares the rows of products with what they were, and keeps none."""
+class _Comparer(_ProductWatcher):
+    """Compare the rows of products with recorded ones, without keeping them."""
 
     def __init__(self, model: nn.Module, exact: dict[str, list[Tensor]]) -> None:
         super().__init__(model)
@@ -164,18 +176,13 @@ class _Comparer(_Products):
             self.seen[name] += 1
 
     def same(self) -> bool:
-        """Whether all were there and came out as before."""
+        """Tell if all recorded products were computed again, with the same rows."""
         return self.close and all(self.seen[name] == len(before) for name, before in self.exact.items())
 
 
 def _rows(product: Tensor, channels: int) -> Tensor:
-    """At most `ROWS` rows of a product, evenly spread, each with all its channels."""
+    """Take at most `KEPT_ROWS` rows of a product, evenly spread, each with all its channels."""
     rows = product.detach().movedim(channels, -1).flatten(0, -2)
-    if len(rows) <= ROWS:
+    if len(rows) <= KEPT_ROWS:
         return rows.clone()
-    return rows[torch.linspace(0, len(rows) - 1, ROWS, device=rows.device).long()]
-
-
-def _run(model: nn.Module, example: Example, watcher: _Products) -> None:
-    with as_in_evaluation(model), watcher:
-        call(model, example)
+    return rows[torch.linspace(0, len(rows) - 1, KEPT_ROWS, device=rows.device).long()]

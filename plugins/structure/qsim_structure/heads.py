@@ -1,4 +1,4 @@
-"""Attention as tracing finds it: which weights make q, k and v, and which of their rows are which head's."""
+"""Find attention in a trace: the weights that make q, k and v, and the rows of each head."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qsim_core.structure.channels import Product, Rows, Source, Use
+from qsim_structure.channels import Product, Rows, Source, Use
 
 if TYPE_CHECKING:
-    from qsim_core.structure.tracing import Tracer
+    from qsim_structure.tracing import Tracer
 
 MEETS = "is multiplied with other activations"
-"""The beginning of the refusal that every q, k and fused projection has."""
+"""The first words of the refusal that every q, k and fused projection has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,30 +23,32 @@ class Projection(Rows):
     """The part of a weight that makes q, k or v."""
 
     size: int
-    """All channels that the weight makes; more than those of the heads where it is fused."""
+    """The number of channels that the weight makes. A fused weight makes more than those of the heads."""
     heads: Tensor
-    """[heads, size of a head]: the channel of each element of each head, as the product meets them; heads that share
-    keys or values have the same rows."""
+    """[heads, size of a head]: the channel of each element of each head, in the order of the product.
+
+    Heads that share keys or values have the same rows.
+    """
     uses: tuple[Use, ...]
-    """The weights that read its channels: v's, behind the product."""
+    """The weights that read its channels: for v, those after the product."""
     reasons: tuple[str, ...]
-    """Why its channels have to stay in their order within the heads (rotary embedding, …)."""
+    """The reasons why its channels must keep their order within the heads (rotary embedding, …)."""
     partners: tuple[Rows, ...] = ()
 
     @property
     def distinct(self) -> list[Tensor]:
-        """The channels of each head, heads that share them counted once."""
+        """The channels of each head; heads that share them are counted once."""
         return list({tuple(head.tolist()): head for head in self.heads}.values())
 
     @property
     def shares(self) -> list[int]:
-        """For each head, which of the `distinct` ones it is."""
+        """For each head, its index among the `distinct` ones."""
         places = {tuple(head.tolist()): place for place, head in enumerate(self.distinct)}
         return [places[tuple(head.tolist())] for head in self.heads]
 
     @property
     def text(self) -> str:
-        """The module, and which of its channels where it makes others too."""
+        """The path of the module, with the range of channels if it also makes others."""
         module = self.producer.removesuffix(".weight")
         read = self.heads.unique()
         return module if len(read) == self.size else f"{module}[{int(read[0])}…{int(read[-1])}]"
@@ -54,31 +56,33 @@ class Projection(Rows):
 
 @dataclass(frozen=True)
 class Attention:
-    """One module that multiplies q with k and, after a softmax, v."""
+    """A module that multiplies q with k and, after a softmax, the probabilities with v."""
 
     path: str
-    """The module that computes the products: its sites are `path:qk` and `path:pv`."""
+    """The module that computes the products. They are called `path:qk` and `path:pv`."""
     query: Projection | None
-    """None, like `key`, where it goes through a norm first."""
+    """None, like `key`, if it goes through a norm first."""
     key: Projection | None
     value: Projection
 
     @property
     def heads(self) -> int:
+        """The number of heads."""
         return len(self.value.heads)
 
     @property
     def key_heads(self) -> int:
-        """Fewer than `heads` where heads share keys and values."""
+        """The number of heads of keys and values: fewer than `heads` if heads share them."""
         return len(self.value.distinct)
 
     @property
     def head_size(self) -> int:
+        """The number of channels of one head of v."""
         return self.value.heads.shape[-1]
 
 
 def attention_in(tracer: Tracer) -> list[Attention]:
-    """The modules that compute one product before and one after a softmax, the latter with what a weight makes."""
+    """Find the modules that compute one product before a softmax and one after it, with v that a weight makes."""
     by_owner: dict[str, list[Product]] = defaultdict(list)
     for product in tracer.products:
         by_owner[product.owner].append(product)
@@ -97,7 +101,7 @@ def attention_in(tracer: Tracer) -> list[Attention]:
 
 
 def _projection(operand: dict[Source, Tensor], count: int | None) -> Projection | None:
-    """The weight that makes an operand with channels [..., heads, tokens, size of a head], or [batch·heads, …]."""
+    """Find the weight that makes an operand with channels [..., heads, tokens, size of a head], or [batch·heads, …]."""
     if len(operand) != 1:
         return None
     ((source, channels),) = operand.items()
@@ -106,14 +110,14 @@ def _projection(operand: dict[Source, Tensor], count: int | None) -> Projection 
     rows = channels[..., 0, :].flatten(0, -2)
     if bool((rows < 0).any()):
         return None
-    # the batch may come first on the same axis: then the heads begin again with the next sample
+    # the batch may be on the same axis: then the heads repeat with each sample
     periods = (n for n in range(1, len(rows) + 1) if len(rows) % n == 0)
     alike = (n for n in periods if torch.equal(rows, rows[:n].repeat(len(rows) // n, 1)))
     heads = channels.shape[-3] if channels.dim() > 3 else count or next(alike)
     if heads != len(rows) and not torch.equal(rows, rows[:heads].repeat(len(rows) // heads, 1)):
         return None
     rows = rows[:heads]
-    if count is not None and heads != count:  # fused attention is handed each shared key and value once
+    if count is not None and heads != count:  # fused attention gets each shared key and value once
         rows = rows.repeat_interleave(count // heads, 0)
     reasons = tuple(reason for reason in source.refusals if not reason.startswith(MEETS))
     uses = tuple({(use.weight, use.axis): use for use in source.uses}.values())

@@ -1,0 +1,88 @@
+"""Structure for qsim's transforms: trace a context's model, and fold weights wherever they are kept.
+
+The functions are those of `qsim_structure.folding`, for models whose weights accelerate keeps elsewhere too. An error
+is a `qsim_core.ModelError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from qsim_core import Context, ModelError
+from qsim_core.transforms.forward import as_in_evaluation, call
+from qsim_core.transforms.offload import at_hand, editing
+from qsim_structure import folding
+from qsim_structure.errors import StructureError
+from qsim_structure.heads import Attention, Projection
+from qsim_structure.structure import NormGroup, Structure, WeightPair, trace
+
+HINT = "`qsim structure` shows what tracing found, simulate(…, structure={norm: [weights]}) declares the rest"
+"""The text that follows the message of a transform that changed nothing."""
+
+_TRACED: WeakKeyDictionary[Context, Structure] = WeakKeyDictionary()
+
+
+def structure_of(context: Context) -> Structure:
+    """Return the structure of a context's model. It is traced on the context's example at the first call."""
+    if context not in _TRACED:
+        context.hint(HINT)
+        _TRACED[context] = trace_example(context.model, context.example, context.declared)
+    return _TRACED[context]
+
+
+def trace_example(model: nn.Module, example: Any, declared: Mapping[str, Sequence[str]] | None = None) -> Structure:
+    """Trace a model on one batch, with its weights brought into memory. Raises `ModelError`."""
+
+    def run() -> Any:
+        with as_in_evaluation(model):
+            return call(model, example)
+
+    with _as_model_error(), at_hand(model):
+        return trace(model, run, declared)
+
+
+def scale_group(model: nn.Module, group: NormGroup, factors: Tensor) -> None:
+    """Divide a norm's channels by `factors` [size] and multiply the columns that read them; the function stays."""
+    with _as_model_error():
+        folding.scale_group(model, group, factors, editing)
+
+
+def scale_pair(model: nn.Module, pair: WeightPair, factors: Tensor) -> None:
+    """Divide the rows of the producer, and its biases, by `factors` [size], and multiply the columns that read them."""
+    with _as_model_error():
+        folding.scale_pair(model, pair, factors, editing)
+
+
+def permute_group(model: nn.Module, group: NormGroup, order: Tensor) -> RemovableHandle:
+    """Put a norm's channels, and the columns that read them, in another order; the function stays.
+
+    A hook reorders the norm's input. Add the handle that is returned to `context.handles`.
+    """
+    with _as_model_error():
+        return folding.permute_group(model, group, order, editing)
+
+
+def permute_rows(model: nn.Module, rows: WeightPair | Projection, order: Tensor) -> None:
+    """Put the channels of a weight and its partners, and the columns that read them, in another order."""
+    with _as_model_error():
+        folding.permute_rows(model, rows, order, editing)
+
+
+def permute_scores(model: nn.Module, attention: Attention, places: Sequence[Tensor]) -> None:
+    """Put the channels of q and k in another order within their heads, `places` [size of a head] for each head of k."""
+    with _as_model_error():
+        folding.permute_scores(model, attention, places, editing)
+
+
+@contextlib.contextmanager
+def _as_model_error() -> Iterator[None]:
+    try:
+        yield
+    except StructureError as error:
+        raise ModelError(str(error)) from error
