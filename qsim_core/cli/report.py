@@ -106,9 +106,9 @@ def recipe_of(options: dict[str, Any], host: Host) -> Recipe:
     """The recipe that the command line's options say. Raises a `QsimError`."""
     values = _recipe_file(options["recipe"]) if options["recipe"] is not None else {}
     texts = {role: options[role] for role in ("weights", "activations", "outputs")}
-    for option, key in (("model", "model"), ("evaluator", "evaluate"), ("value_axis", "value_axis"), ("arithmetic", "arithmetic"), ("kv_cache", "kv_cache")):
+    for option in ("model", "evaluator", "value_axis", "arithmetic", "kv_cache"):
         if options[option] is not None:
-            values[key] = options[option]
+            values["evaluate" if option == "evaluator" else option] = options[option]
     if options["skip"]:
         values["skip"] = [] if options["skip"] == ("none",) else list(options["skip"])
     # the evaluator and skip that an adapter chooses are filled in first, so that --set can reach them

@@ -167,6 +167,8 @@ class Host:
         self, offers: list[tuple[str, type[Component] | Preset]]
     ) -> list[tuple[str, type[Component] | Preset]]:
         """Of offers of several kinds under one name, those whose hook comes first: `int8` is the format."""
+        from qsim_core.components import hook_validation
+
         hooks = {self.class_of(offered).hook for _, offered in offers}
         first = next((hook for hook in hook_validation.HOOKS if hook in hooks), "")
         return [(plugin, offered) for plugin, offered in offers if self.class_of(offered).hook == first]

@@ -88,7 +88,7 @@ class _Quantizers(_Strict):
     values: Activations = Field(None, description="quantizer of attention's values; not said: that of activations")
     arithmetic: Arithmetic = Field(
         AUTO,
-        description="how products are multiplied and added up: auto, the fastest way here that gives float32's numbers; "
+        description="how products are multiplied and added up: auto, the fastest way that gives float32's numbers; "
         "float32; the name of an exact one; or a device's own arithmetic",
     )
 

@@ -172,8 +172,7 @@ class LiveExecution(Execution):
 
     def quantized(self, operand: Operand) -> Tensor:
         """Quantize one operand: a weight once for all calls, an input once for all that read it."""
-        value = self._weight(operand) if operand.weight is not None else self._input(operand)
-        return value
+        return self._weight(operand) if operand.weight is not None else self._input(operand)
 
     def weight_scales(self) -> Any:
         for operand in self.operands:

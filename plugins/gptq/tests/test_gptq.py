@@ -215,7 +215,9 @@ def test_what_it_has_rounded_takes_the_faster_paths_too(
     x, results = inputs(96, 64, dtype=torch.float32), []
     for wanted, taken in ((path, path), ("float32", "float32")):
         model = linear(noise(40, 64, dtype=torch.float32)).eval()
-        simulation = gptq(model, [x], weights, text, activations=activations, outputs=outputs, arithmetic=wanted, skip=[])
+        simulation = gptq(
+            model, [x], weights, text, activations=activations, outputs=outputs, arithmetic=wanted, skip=[]
+        )
         with torch.no_grad():
             results.append(model(x))
         assert {site.arithmetic for site in simulation.sites.table.values()} == {taken}
