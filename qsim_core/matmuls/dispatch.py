@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class OperatorWatcher(TorchDispatchMode):
-    """A dispatch mode that looks on: operators that hold a function, like flex_attention, run under it too."""
+    """A dispatch mode that only watches: operators that hold a function, like flex_attention, run under it too."""
 
     supports_higher_order_operators = True
 
