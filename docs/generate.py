@@ -35,7 +35,7 @@ MADE_BY_QSIM = (qsim.Simulation, qsim.Context)
 """Classes that nobody else makes: what they are made of is no promise."""
 WRITTEN = "This page is written by `python docs/generate.py`.\n"
 FOR_AUTHORS = {
-    "qsim_core.transformers.pretrained": ["Pretrained"],
+    "qsim_transformers.pretrained": ["Pretrained"],
     "qsim_core.structure.folding": ["permute_group", "permute_rows", "permute_scores", "scale_group", "scale_pair"],
 }
 """Public names beside those of `qsim_core` itself: what adapters and transforms are made with."""

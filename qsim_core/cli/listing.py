@@ -149,7 +149,7 @@ def _short(value: float | str) -> str:
 
 def structure(host: Host, model: str | None, data: str | None, as_json: bool) -> None:
     """Print what was found in a model, and what was refused and why."""
-    from qsim_core.evaluation.evaluate import DEFAULT_MODEL, Job
+    from qsim_core.evaluation.job import DEFAULT_MODEL, Job
     from qsim_core.simulation.recipe import Recipe
     from qsim_core.simulation.simulation import simulate
     from qsim_core.structure.structure import trace

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qsim_core import __version__
-from qsim_core.cli.hub import offline_unless_reachable
 from qsim_core.cli.new_plugin import new_plugin
 from qsim_core.cli.options import CALIBRATION, FILE, POSITIVE, RECIPE, SHOWN, complete_directory, with_options
 from qsim_core.errors import QsimError
@@ -135,7 +134,6 @@ def evaluate(ctx: click.Context, /, json_file: str | None, quiet: bool, **option
     """
     from qsim_core.cli import progress
 
-    offline_unless_reachable(options["model"], options["data"], options["calibration_data"])
     with nullcontext() if quiet else progress.stage("starting"):  # torch takes its time to load
         from qsim_core.cli import report
 
@@ -193,7 +191,6 @@ def finetune(json_file: str | None, quiet: bool, **options: Any) -> None:
     """
     from qsim_core.cli import progress
 
-    offline_unless_reachable(options["model"], *(options[f"{which}data"] for which in ("", "eval_", "calibration_")))
     with nullcontext() if quiet else progress.stage("starting"):  # torch takes its time to load
         from qsim_core.finetune import report as finetuning_report
 
@@ -216,7 +213,6 @@ def structure(model: str | None, data: str | None, as_json: bool) -> None:
 
     Found by running one example; what the model's adapter declares is marked.
     """
-    offline_unless_reachable(model, data)
     from qsim_core.cli import listing
     from qsim_core.components.host import Host
 
