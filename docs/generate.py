@@ -38,7 +38,7 @@ MADE_BY_QSIM = (qsim.Simulation, qsim.Context)
 """Classes that nobody else makes: what they are made of is no promise."""
 WRITTEN = "This page is written by `python docs/generate.py`.\n"
 FOR_AUTHORS = {
-    "qsim_core.transformers.pretrained": ["Pretrained"],
+    "qsim_transformers.pretrained": ["Pretrained"],
     "qsim_structure": [name for name in qsim_structure.__all__ if name != "Editing"],
     "qsim_structure.for_transforms": [
         "permute_group",

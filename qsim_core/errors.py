@@ -94,3 +94,9 @@ def _closest(name: str, known: list[str]) -> str:
     close = [other for other in known if other.casefold() == name.casefold()]
     close = close or difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def one_line(error: BaseException) -> str:
+    """The beginning of a library's message in one line, cut off after 200 characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:199] + "…"

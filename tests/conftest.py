@@ -12,6 +12,9 @@ import torch
 
 import qsim_core as qsim
 
+collect_ignore = ["plugins_0_1"]
+"""Sources of plugins, which test_plugins_0_1.py builds."""
+
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: test_gpu.py

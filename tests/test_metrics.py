@@ -229,5 +229,5 @@ def test_samples_that_cannot_be_saved_are_told_at_once(evaluate: Any, tmp_path: 
 
     with pytest.raises(qsim.DataError, match="^squares makes no samples that could be saved$"):
         evaluate(samples=tmp_path)
-    with pytest.raises(qsim.DataError, match="file: it is no directory$"):
+    with pytest.raises(qsim.DataError, match="file: it is not a directory$"):
         evaluate(evaluate="seen", samples=tmp_path / "file")

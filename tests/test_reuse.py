@@ -16,8 +16,9 @@ from torch import nn
 
 import qsim_core as qsim
 from qsim_core import Metrics, Run
-from qsim_core.evaluation.fingerprint import of_code, of_component, of_model
-from qsim_core.evaluation.reuse import Reusable, baseline
+from qsim_core.evaluation.baseline_cache import cached_baseline, of_component
+from qsim_core.simulation.cache_entry import CacheEntry
+from qsim_core.simulation.fingerprint import of_code, of_model
 from qsim_core.simulation.store import Store
 from qsim_core.transforms.checkpoint import sha256
 
@@ -78,7 +79,7 @@ def test_two_runs_at_once_share_a_work_directory(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from qsim_core.store import Store
+from qsim_core.simulation.store import Store
 for count in range(200):
     Store(Path(sys.argv[1]), "baseline").put("digest", sys.argv[2].encode() * (1 + count))
 """
@@ -111,7 +112,7 @@ def test_metrics_are_kept_unless_the_simulated_run_needs_more(
 ) -> None:
     ran = []
     for _ in range(2):
-        found, _ = baseline(Reusable(tmp_path, "baseline", ["key"]), 0, lambda: ran.append(1) or metrics)
+        found, _ = cached_baseline(CacheEntry(tmp_path, "baseline", ["key"]), 0, lambda: ran.append(1) or metrics)
 
     assert (len(ran), dict(found)) == (times, dict(metrics))
 
@@ -247,7 +248,7 @@ def test_a_fingerprint_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
             made.append(weakref.ref(tensor))
             yield tensor
 
-    Reusable(tmp_path, "baseline", tensors())
+    CacheEntry(tmp_path, "baseline", tensors())
 
     assert max(alive) == 1
 

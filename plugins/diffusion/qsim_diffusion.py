@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from qsim_transformers.configuration import architecture, configuration, stored_dtype
+from qsim_transformers.hub import offline_unless_reachable
+from qsim_transformers.pretrained import load_model
 from torch import nn
 
 from qsim_core import Adapter, LoadedModel, ModelError, hookimpl
-from qsim_core.transformers.configuration import architecture, configuration, line
-from qsim_core.transformers.pretrained import load_model
+from qsim_core.errors import one_line
 
 
 class Pipeline(nn.Module):
@@ -54,6 +56,10 @@ class Diffusion(Adapter):
             f"{model} is of class {name}, which is no model and no pipeline of diffusers {diffusers.__version__}"
         )
 
+    def stored_dtype(self, model: str) -> str | None:
+        """The dtype of the weights, if the configuration names one. Raises `ModelError`."""
+        return stored_dtype(model)
+
     def evaluator_of(self, model: str) -> str:
         """A U-Net with its scheduler makes images of noise; anything else is held to its outputs in full precision."""
         parts = {part for part in configuration(model) if not part.startswith("_")}
@@ -73,9 +79,10 @@ def _load_pipeline(pipeline_class: Any, source: str, dtype: torch.dtype, to: str
     bars = log.is_progress_bar_enabled()
     log.disable_progress_bar()
     try:
-        pipeline = pipeline_class.from_pretrained(source, **networks)
-    except Exception as error:  # schedulers and tokenizers can be wrong in as many ways as there are
-        raise ModelError(f"{source} cannot be loaded: {line(error)}") from None
+        with offline_unless_reachable(source):
+            pipeline = pipeline_class.from_pretrained(source, **networks)
+    except Exception as error:  # each scheduler and tokenizer raises other errors
+        raise ModelError(f"{source} cannot be loaded: {one_line(error)}") from None
     finally:
         if bars:
             log.enable_progress_bar()

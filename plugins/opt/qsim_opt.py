@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from qsim_transformers.pretrained import Pretrained
 from torch import nn
 
 from qsim_core import Adapter, hookimpl
-from qsim_core.transformers.pretrained import Pretrained
 
 
 class OPT(Pretrained):

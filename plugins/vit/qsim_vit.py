@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from qsim_transformers.pretrained import Pretrained
+
 from qsim_core import Adapter, hookimpl
-from qsim_core.transformers.pretrained import Pretrained
 
 
 class ViT(Pretrained):

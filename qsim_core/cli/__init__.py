@@ -1,0 +1,5 @@
+"""The command line."""
+
+from qsim_core.moved import names_of_0_1
+
+__getattr__ = names_of_0_1(__name__)

@@ -150,9 +150,7 @@ def evaluate(ctx: click.Context, /, json_file: str | None, quiet: bool, **option
     MODEL is a directory, a hub name, or a model of the zoo (default: opt-tiny).
     """
     from qsim_core.cli import progress
-    from qsim_core.cli.hub import offline_unless_reachable
 
-    offline_unless_reachable(options["model"], options["data"], options["calibration_data"])
     with nullcontext() if quiet else progress.stage("starting"):  # torch takes its time to load
         from qsim_core.cli import report
 
@@ -209,9 +207,7 @@ def finetune(json_file: str | None, quiet: bool, **options: Any) -> None:
     gives the same number again.
     """
     from qsim_core.cli import progress
-    from qsim_core.cli.hub import offline_unless_reachable
 
-    offline_unless_reachable(options["model"], *(options[f"{which}data"] for which in ("", "eval_", "calibration_")))
     with nullcontext() if quiet else progress.stage("starting"):  # torch takes its time to load
         from qsim_core.finetune import report as finetuning_report
 

@@ -20,8 +20,11 @@ from qsim_core.cli.console import console
 from qsim_core.cli.recipe_options import compose
 from qsim_core.components.host import Host
 from qsim_core.errors import CalibrationWarning, RecipeError, file_did_you_mean
-from qsim_core.evaluation import evaluate as evaluation
 from qsim_core.evaluation.data import Calibration
+from qsim_core.evaluation.evaluate import evaluate
+from qsim_core.evaluation.job import Job
+from qsim_core.evaluation.record import recipe_of as recipe_of_record
+from qsim_core.evaluation.record import same_data
 from qsim_core.evaluation.result import Result
 from qsim_core.evaluation.trained import Trained
 from qsim_core.simulation.recipe import Recipe, read_yaml
@@ -44,16 +47,16 @@ def run(options: dict[str, Any], given: set[str], quiet: bool) -> Result | None:
         if clash := given - FREE_BESIDE_A_RECORD:
             raise RecipeError(f"--from runs a record as it is; leave {', '.join(sorted(clash))} out")
         before = Result.read(options["record"])
-        recipe = evaluation.recipe_of(before, host)
+        recipe = recipe_of_record(before, host)
         options = options | _recorded(before) | ({"device": options["device"]} if "device" in given else {})
     else:
         recipe = recipe_of(options, host)
     if options["dry_run"]:
-        click.echo(evaluation.Job.of(recipe, host).recipe.to_yaml(), nl=False)
+        click.echo(Job.of(recipe, host).recipe.to_yaml(), nl=False)
         return None
     progress.hush_libraries()
     warnings.simplefilter("ignore", CalibrationWarning)  # the result holds them; they are printed below
-    result = evaluation.evaluate(
+    result = evaluate(
         recipe,
         host=host,
         data=options["data"],
@@ -71,7 +74,7 @@ def run(options: dict[str, Any], given: set[str], quiet: bool) -> Result | None:
         ),
     )
     if before is not None:
-        evaluation.same_data(before, result)
+        same_data(before, result)
         for line in _differences(before, result):
             click.echo(f"Warning: {line}", err=True)
     for line in result.warnings[:SHOWN_WARNINGS]:
@@ -113,7 +116,7 @@ def recipe_of(options: dict[str, Any], host: Host) -> Recipe:
         values["skip"] = [] if options["skip"] == ("none",) else list(options["skip"])
     # the evaluator and skip that an adapter chooses are filled in first, so that --set can reach them
     if options["settings"] and "evaluate" not in values:
-        values["evaluate"] = str(evaluation.Job.of(Recipe.of({"model": values.get("model")}, host), host).evaluator)
+        values["evaluate"] = str(Job.of(Recipe.of({"model": values.get("model")}, host), host).evaluator)
     recipe = compose(
         host, values, options["plugins"], options["precision"], texts, options["settings"], options["static"]
     )

@@ -1,4 +1,4 @@
-"""The base class of adapters: what is known about one model family."""
+"""The base class of adapters. An adapter holds the knowledge about one model family."""
 
 from __future__ import annotations
 
@@ -6,62 +6,63 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from qsim_core.components.component import Component
 from qsim_core.errors import ModelError
+from qsim_core.evaluation import configuration
 from qsim_core.evaluation.data import Data
-
-if TYPE_CHECKING:
-    pass
+from qsim_core.transforms.offload import state
 
 
 @dataclass
 class LoadedModel:
-    """A model, ready to run, and what turns raw data into its inputs."""
+    """A model that is ready to run, with the tokenizer or processor that makes its inputs."""
 
     model: nn.Module
     tokenizer: Any = None
     processor: Any = None
-    """What prepares images or sound; of a diffusion model its scheduler."""
+    """Prepares images or sound; of a diffusion model the scheduler."""
 
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model that an adapter knows by name: where its directory is, and the data that goes with it."""
+    """A model that an adapter knows by name: its directory and its data."""
 
     directory: Callable[[], Path]
     data: Callable[[], Data]
     doc: str = ""
     calibration: Callable[[], Data] | None = None
-    """What transforms may look at: none of what the model is evaluated on."""
+    """Data for transforms and static scales; none of them are in `data`."""
     evaluator: str | None = None
-    """Text of the evaluator that goes with the data; none: the adapter's."""
+    """Text of the evaluator for these data; none: the adapter's."""
 
 
 class Adapter(Component):
-    """What is known about one model family; its name is the family's `model_type`."""
+    """Knowledge about one model family; its name is the family's `model_type`."""
 
     kind: ClassVar[str] = "adapter"
     hook: ClassVar[str] = "qsim_adapters"
     families: ClassVar[tuple[str, ...]] = ()
     """Other `model_type`s that it loads."""
+    fallback: ClassVar[bool] = False
+    """True for an adapter of models whose family no other adapter names. Such an adapter says what it recognizes."""
     evaluator: ClassVar[str | None] = None
-    """Text of the evaluator that its field uses."""
+    """Text of the evaluator of its field."""
     skip: ClassVar[tuple[str, ...]] = ()
-    """Sites left alone unless a recipe says otherwise."""
+    """Patterns of sites that are not quantized unless a recipe says otherwise."""
 
     @abstractmethod
     def load(self, model: str, dtype: torch.dtype) -> LoadedModel:
-        """The model in a local directory or of a hub's name, in eval mode. Raises `ModelError`."""
+        """The model in a directory, or of a name that the adapter understands, in eval mode. Raises `ModelError`."""
 
     def load_dispatched(self, model: str, dtype: torch.dtype, to: str) -> LoadedModel:
-        """The same with weights where accelerate puts them: "auto", on whatever has room, or "disk".
+        """The model with its weights where there is room (`to` is "auto"), or on disk ("disk").
 
-        Outside of a forward what is not at hand is on the meta device (`qsim_core.transforms.offload`). Raises `ModelError`.
+        Outside of a forward such weights are on the meta device (`qsim_core.transforms.offload`). Raises `ModelError`.
         """
         raise ModelError(f"adapter {self} cannot put weights elsewhere; name a --device")
 
@@ -69,10 +70,39 @@ class Adapter(Component):
         """Text of the evaluator for one checkpoint, where its head decides; none: a recipe has to say it."""
         return self.evaluator
 
+    def family(self, source: str) -> str | None:
+        """The family of a model whose directory names none, or that is not in a directory; None: not known.
+
+        Only fallback adapters are asked. Raises `ModelError` with the reason where `source` cannot be read.
+        """
+        return None
+
+    def recognizes(self, source: str) -> bool:
+        """True if a fallback adapter can load this model. May raise `ModelError` with the reason if not."""
+        return False
+
+    def note(self, source: str) -> str | None:
+        """A line for the reader of a result about the way a model was loaded; none: there is nothing to say."""
+        return None
+
+    def stored_dtype(self, source: str) -> str | None:
+        """The dtype of a checkpoint's weights, like "bfloat16"; none: not known. By default config.json tells it."""
+        directory = Path(source)
+        return configuration.stored_dtype(configuration.read_directory(directory)) if directory.is_dir() else None
+
     def structure(self, model: nn.Module) -> Mapping[str, Sequence[str]] | None:
-        """Norm's module path -> names of the weights that read it; none: as tracing finds it."""
+        """Norm's module path -> names of the weights that read it; none: it is found by tracing."""
         return None
 
     def models(self) -> Mapping[str, NamedModel]:
         """Models that this adapter knows by a name of their own."""
         return {}
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise `ModelError`, naming the parameter, if a weight is NaN or Inf."""
+    names = {name for name, _ in model.named_parameters()}
+    bad = [name for name, tensor in state(model) if name in names and not tensor.isfinite().all()]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise ModelError(f"weight {bad[0]}{more} holds NaN or Inf; nothing measured on this model would mean much")

@@ -1,18 +1,15 @@
-"""What a model is evaluated on, and what transforms look at."""
+"""Data for evaluation, and the choice of data for transforms."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a model is evaluated on; `sha256` tells whether two runs saw the same."""
+    """Data that a model is evaluated on; two runs with the same `sha256` have seen the same data."""
 
     name: str
     content: Any
@@ -26,7 +23,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which data transforms look at: `samples` of them, of `length` (tokens; none: what the evaluator takes)."""
+    """The data for transforms and static scales: `samples` of `length` tokens (none: the evaluator's own length)."""
 
     source: str | None = None
     samples: int = 32

@@ -1,11 +1,11 @@
-"""The base class of evaluators: what turns a model and data into metrics."""
+"""The base class of evaluators. An evaluator turns a model and data into metrics."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -14,9 +14,6 @@ from qsim_core.errors import DataError
 from qsim_core.evaluation.adapter import LoadedModel
 from qsim_core.evaluation.data import Data
 from qsim_core.transforms.run import Run
-
-if TYPE_CHECKING:
-    pass
 
 
 class Evaluator(Component):
@@ -33,21 +30,26 @@ class Evaluator(Component):
         """The metrics by name; deterministic for the same model, data and run. `Metrics` have confidence intervals."""
 
     def read(self, source: str, split: str = "test") -> Data:
-        """The data that a path or name stands for; of a data set's parts `split`, if the name says no other. Raises
-        `DataError`."""
+        """The data of a path or name; of a data set the part `split`, unless the name says another.
+
+        Raises `DataError`.
+        """
         raise DataError(f"{self.name} cannot read data; leave --data out")
 
     def default_data(self) -> Data | None:
-        """What is measured on when nothing is named: noise needs no file; none: the data that the model comes with."""
+        """The data that are used when none are named, such as noise; none: the data that the model comes with."""
         return None
 
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
-        """Batches of one sample each for transforms to look at, drawn by `seed`. Raises `DataError`."""
+        """Batches of one sample each for transforms and static scales, drawn by `seed`. Raises `DataError`."""
         raise DataError(f"{self.name} makes no calibration batches; use an evaluator that does, or Python")
 
     def training(self, loaded: LoadedModel, data: Data, length: int | None) -> Sequence[dict[str, torch.Tensor]]:
-        """What the model is trained on: samples of `length` tokens (none: what the evaluator takes), each the keyword
-        arguments of a forward that gives a `loss`, without the axis of a batch. Raises `DataError`."""
+        """Training samples of `length` tokens (none: the evaluator's own length).
+
+        Each holds the keyword arguments of a forward that gives a `loss`, without the axis of a batch. Raises
+        `DataError`.
+        """
         raise DataError(f"{self.name} makes no training samples; use an evaluator that does, or Python")
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any] | None:
@@ -55,9 +57,9 @@ class Evaluator(Component):
         return None
 
     def protocol(self, loaded: LoadedModel) -> str:
-        """What exactly is measured, in one sentence that a paper could print."""
+        """The exact measurement in one sentence that a paper could print."""
         return str(self)
 
     def save_samples(self, baseline: Any, simulated: Any, directory: Path) -> None:
-        """Write what a person would look at, from the `outputs` of both runs' `Metrics`. Raises `DataError`."""
+        """Write samples for a person to look at, from the `outputs` of both runs' `Metrics`. Raises `DataError`."""
         raise DataError(f"{self.name} makes no samples that could be saved")

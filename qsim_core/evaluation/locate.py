@@ -1,30 +1,28 @@
 """From a model's name to its adapter.
 
-A name is looked for among the models that adapters know (the zoo's), then as a directory, then on the hub. So a
-directory that happens to be called like a model of the zoo is `./opt-tiny`.
+A name is looked for among the models that adapters know by name, then as a directory. Any other name goes to the
+fallback adapters, which may ask a hub. A directory that has the name of a known model is written `./NAME`.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qsim_core.components.component import Component
 from qsim_core.components.host import Host
 from qsim_core.errors import ModelError, did_you_mean, file_did_you_mean
+from qsim_core.evaluation import configuration
 from qsim_core.evaluation.adapter import Adapter, NamedModel
 from qsim_core.evaluation.data import Data
 from qsim_core.evaluation.trained import Trained
-from qsim_core.transformers.configuration import family, stored_dtype
-from qsim_core.transformers.pretrained import Generic
 
 
 @dataclass(frozen=True)
 class Located:
-    """A model that was found: what loads it, from where, and the data that goes with it."""
+    """A model that was found: its adapter, its directory or name, and its data."""
 
     name: str
     source: str
@@ -34,14 +32,14 @@ class Located:
     data: Callable[[], Data] | None = None
     calibration: Callable[[], Data] | None = None
     evaluator: str | None = None
-    """Text of the evaluator that goes with these data."""
+    """Text of the evaluator for these data."""
     trained: Trained | None = None
-    """What it says about the training that it comes from, if it comes from one of qsim's."""
+    """The record of the training, if the model was trained under a recipe."""
 
     def notes(self, dtype: str) -> list[str]:
-        """What a reader must know about how it was found, and is computed."""
-        notes = [self.adapter.note(self.source)] if isinstance(self.adapter, Generic) else []
-        stored = stored_dtype(self.source)
+        """Lines for the reader of a result: how the model was loaded, and in which dtype it is computed."""
+        note, stored = self.adapter.note(self.source), self.adapter.stored_dtype(self.source)
+        notes = [] if note is None else [note]
         if dtype == "float32" and stored in ("bfloat16", "float16"):
             notes.append(
                 f"its weights are stored in {stored} and computed in float32, which takes twice their memory; "
@@ -52,9 +50,7 @@ class Located:
 
 def named_models(host: Host) -> dict[str, tuple[Adapter, NamedModel]]:
     """Every model that an installed adapter knows by name."""
-    adapters = [offered for found in host.components(Adapter).values() for _, offered in found]
-    made = [adapter() for adapter in adapters if isinstance(adapter, type)]
-    return {name: (a, model) for a in made if isinstance(a, Adapter) for name, model in a.models().items()}
+    return {name: (adapter, model) for adapter in _adapters(host) for name, model in adapter.models().items()}
 
 
 def locate(name: str, host: Host) -> Located:
@@ -66,22 +62,20 @@ def locate(name: str, host: Host) -> Located:
         adapter = _adapter(directory, name, host)
         return Located(name, directory, adapter, (adapter, library), model.data, model.calibration, model.evaluator)
     if not name.strip():
-        raise ModelError(f"an empty name is no model{did_you_mean(name, named)}")
+        raise ModelError(f"an empty name is not a model{did_you_mean(name, named)}")
     path = Path(name).expanduser()
-    if path.is_file():
-        raise ModelError(f"{name} is a file; a model is a directory that save_pretrained wrote")
-    if not path.is_dir() and (name.startswith((".", "/", "~")) or path.suffix in {".safetensors", ".bin", ".json"}):
-        raise ModelError(f"there is no directory {name}{file_did_you_mean(path)}")
     if not path.is_dir():
-        _check_it_may_be_on_the_hub(name, named, host)
-    source = str(path.resolve()) if path.is_dir() else name  # a record must mean the same from any directory
+        _check_name(name, path, named, host)
+        adapter = _adapter(name, name, host)
+        return Located(name, name, adapter, (adapter,))
+    source = str(path.resolve())  # a record must mean the same from any directory
     adapter = _adapter(source, name, host)
-    trained = Trained.of(path) if path.is_dir() else None
+    trained = Trained.of(path)
     return Located(source, source, adapter, (adapter,)) if trained is None else _as(trained, source, adapter, host)
 
 
 def _as(trained: Trained, source: str, adapter: Adapter, host: Host) -> Located:
-    """A trained model, with the data that go with the one that it was made from, if that is still there."""
+    """A trained model, with the data of the model that it was made from if that is still there."""
     try:
         base = locate(trained.base, host)
     except ModelError:
@@ -91,31 +85,78 @@ def _as(trained: Trained, source: str, adapter: Adapter, host: Host) -> Located:
     )
 
 
-def _check_it_may_be_on_the_hub(name: str, named: dict[str, Any], host: Host) -> None:
-    """A name that nearly is one of the zoo's is a slip: the hub, which answers late if at all, need not be asked."""
-    if "/" not in name and (difflib.get_close_matches(name, named)):
+def _check_name(name: str, path: Path, named: Iterable[str], host: Host) -> None:
+    """Raise `ModelError` for a name that can only be a mistake: an adapter that asks a hub would answer late."""
+    if path.is_file():
+        raise ModelError(f"{name} is a file; a model is a directory that save_pretrained wrote")
+    if name.startswith((".", "/", "~")) or path.suffix in {".safetensors", ".bin", ".json"}:
+        raise ModelError(f"there is no directory {name}{file_did_you_mean(path)}")
+    if "/" not in name and difflib.get_close_matches(name, named):
         raise ModelError(f"no model {name!r}{did_you_mean(name, named)}{host.not_looked_at()}")
 
 
+def _adapters(host: Host) -> list[Adapter]:
+    """Every installed adapter, with its default options."""
+    offers = [offered for found in host.components(Adapter).values() for _, offered in found]
+    return [offered() for offered in offers if isinstance(offered, type) and issubclass(offered, Adapter)]
+
+
 def _adapter(source: str, name: str, host: Host) -> Adapter:
-    """The one adapter that bears the family's name, or names it among its `families`; else the generic one."""
-    of = family(source)
+    """The one adapter that bears the family's name, or has it among its `families`; else a fallback adapter."""
+    family = _family(source, name, host)
     offers = [(plugin, offered) for found in host.components(Adapter).values() for plugin, offered in found]
-    fitting = [(p, o) for p, o in offers if of.replace("-", "_") == o.name or of in getattr(o, "families", ())]
+    fitting = [(p, o) for p, o in offers if family.replace("-", "_") == o.name or family in getattr(o, "families", ())]
     if len(fitting) > 1:
         plugins = " and ".join(str(host.plugins[plugin]) for plugin, _ in fitting)
-        raise ModelError(f"{name} is a {of!r} model, which {plugins} load; uninstall all but one of them")
+        raise ModelError(f"{name} is a {family!r} model, which {plugins} load; uninstall all but one of them")
     if fitting:
         ((plugin, offered),) = fitting
         return host.parse(f"{plugin}.{offered.name}", Adapter)  # type: ignore[no-any-return]
-    if (failure := host.check().get(of.replace("-", "_"))) is not None:
+    if (failure := host.check().get(family.replace("-", "_"))) is not None:
         raise failure
-    try:
-        Generic().model_class(source)
-    except (ModelError, ImportError) as error:
-        known = ", ".join(host.components(Adapter)) or "none"
-        raise ModelError(
-            f"{name} is a {of!r} model, no adapter of that name is installed (there are: {known}), and it cannot be "
-            f"loaded without one: {error}; from Python, qsim_core.simulate takes any model"
-        ) from None
-    return Generic()
+    return _fallback(source, name, family, host)
+
+
+def _family(source: str, name: str, host: Host) -> str:
+    """The family that a directory's configuration names, or that a fallback adapter finds. Raises `ModelError`."""
+    directory, refused = Path(source), None
+    found = configuration.family(configuration.read_directory(directory)) if directory.is_dir() else None
+    for adapter in _adapters(host):
+        if found is None and adapter.fallback:
+            try:
+                found = adapter.family(source)
+            except ModelError as error:
+                refused = refused or error
+    if found is not None:
+        return found
+    if refused is not None:
+        raise refused
+    if directory.is_dir():
+        raise ModelError(f"{source}/config.json names no model_type")
+    raise ModelError(
+        f"no model {name!r}: it is neither a directory nor a model that a plugin names, and no installed adapter looks "
+        f"elsewhere{host.not_looked_at()}"
+    )
+
+
+def _fallback(source: str, name: str, family: str, host: Host) -> Adapter:
+    """The one fallback adapter that recognizes a model. Raises `ModelError` if there is none, or more than one."""
+    adapters, reasons = _adapters(host), []
+    recognizing = []
+    for adapter in adapters:
+        try:
+            if adapter.fallback and adapter.recognizes(source):
+                recognizing.append(adapter)
+        except ModelError as error:
+            reasons.append(str(error))
+    if len(recognizing) > 1:
+        plugins = " and ".join(str(host.plugin_of(adapter)) for adapter in recognizing)
+        raise ModelError(f"{name} is a {family!r} model, which {plugins} load; uninstall all but one of them")
+    if recognizing:
+        return recognizing[0]
+    why = f": {'; '.join(reasons)}" if reasons else ""
+    known = ", ".join(adapter.name for adapter in adapters if not adapter.fallback) or "none"
+    raise ModelError(
+        f"{name} is a {family!r} model, no adapter of that name is installed (there are: {known}), and it cannot be "
+        f"loaded without one{why}; from Python, qsim_core.simulate takes any model"
+    )

@@ -1,9 +1,9 @@
-"""Metrics that know their samples: what confidence intervals are made from.
+"""Metrics with their samples, and the confidence intervals that are computed from these.
 
-An evaluator may return any dict of numbers. One that returns `Metrics` says how they come from its samples, and the
-core can say how sure they are: it draws the samples again and again (the percentile bootstrap of Efron and Tibshirani,
-*An Introduction to the Bootstrap*, 1993, §13.3), the same ones for the model as it is and under a recipe, so that what
-both find hard is no part of the uncertainty of their ratio.
+An evaluator may return any dict of numbers. `Metrics` also say how the numbers come from samples. The core then draws
+the samples again and again: the percentile bootstrap of Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993,
+§13.3. The same ones are drawn for the baseline and for the simulated model. A sample that is hard for both then adds
+nothing to the uncertainty of their ratio.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def _as_they_are(means: Means) -> Means:
 class Metrics(dict[str, float]):
     """Metrics that are functions of means over samples.
 
-    `samples` has tensors `[samples]`, such as the log-likelihood and the tokens of each window; `of_means` makes the
+    `samples` has tensors `[samples]`, such as the log-likelihood and the tokens of each window. `of_means` makes the
     metrics from their means, element by element, for one set of means or for many: a perplexity is
     `lambda m: {"perplexity": (m["nll"] / m["tokens"]).exp()}`. Without it each mean is a metric. `counts` are numbers
-    that are not uncertain. `outputs` is what the same model under a recipe is compared with: the core hands the
+    that are not uncertain. `outputs` are compared with those of the same model under a recipe: the core hands the
     baseline's to the simulated run as `Run.reference`.
     """
 
@@ -51,7 +51,7 @@ class Metrics(dict[str, float]):
 
     @property
     def size(self) -> int:
-        """How many samples there are."""
+        """The number of samples."""
         return len(next(iter(self.samples.values()))) if self.samples else 0
 
     def resampled(self, seed: int) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ class Metrics(dict[str, float]):
 
 
 class Resampled(Metrics):
-    """Metrics of which only their draws are known: enough for intervals, and small, however many samples there were."""
+    """Metrics of which only the draws are known. They are enough for intervals, and small for any number of samples."""
 
     def __init__(self, values: Mapping[str, float], size: int, draws: Mapping[str, Tensor]) -> None:
         super().__init__({}, counts=values)
@@ -80,14 +80,14 @@ class Resampled(Metrics):
         return self._size
 
     def resampled(self, seed: int) -> dict[str, Tensor]:
-        """What was drawn with the seed of the run; there is no other."""
+        """The draws with the seed of the run; there are no others."""
         return self._draws
 
 
 def intervals(baseline: dict[str, float], simulated: dict[str, float], seed: int) -> dict[str, dict[str, Any]]:
     """For each metric the confidence intervals of `baseline`, `simulated`, their `ratio` and their `difference`.
 
-    Empty for metrics that are no `Metrics`, or have fewer than two samples.
+    Empty for a plain dict, and for fewer than two samples.
     """
     if not (isinstance(baseline, Metrics) and isinstance(simulated, Metrics)):
         return {}

@@ -1,20 +1,18 @@
-"""The record of one evaluation: what was run, on what, and what came out."""
+"""The record of one evaluation: the recipe, the data, the machine, and the metrics."""
 
 from __future__ import annotations
 
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qsim_core.components.component import explain
 from qsim_core.errors import QsimError, file_did_you_mean
 from qsim_core.files import writing
 from qsim_core.simulation.audit import Audit
+from qsim_core.simulation.environment import Environment
 from qsim_core.transforms.report import LayerReport
 
 SCHEMA_VERSION = 1
@@ -36,42 +34,19 @@ class DataRecord(_Record):
 
 
 class CalibrationRecord(DataRecord):
-    """What the transforms looked at; drawn by the run's seed."""
+    """The data for transforms and static scales; samples are drawn by the run's seed."""
 
     samples: int
     length: int | None = Field(description="tokens of a sample; none: what the evaluator takes")
 
 
 class Intervals(_Record):
-    """How sure one metric is: the lowest and highest value of its 95% confidence intervals."""
+    """The lowest and the highest value of one metric's 95% confidence intervals."""
 
     baseline: tuple[float, float]
     simulated: tuple[float, float]
     ratio: tuple[float, float] = Field(description="simulated over baseline, of the same samples")
     difference: tuple[float, float] = Field(description="simulated less baseline, of the same samples")
-
-
-class Environment(_Record):
-    """What the numbers were computed on."""
-
-    python: str
-    platform: str
-    versions: dict[str, str] = Field(description="of the libraries that take part in the arithmetic")
-    device: str
-    dtype: str
-    threads: int
-
-    @classmethod
-    def here(cls, device: str, dtype: str) -> Environment:
-        """This process."""
-        return cls(
-            python=platform.python_version(),
-            platform=platform.platform(),
-            versions={name: v for name in ("qsim-core", "torch", "transformers") if (v := version_of(name))},
-            device=device,
-            dtype=dtype,
-            threads=torch.get_num_threads(),
-        )
 
 
 class Result(_Record):
@@ -113,7 +88,7 @@ class Result(_Record):
 
     @classmethod
     def read(cls, path: Path) -> Result:
-        """Read a record back. Raises `QsimError` if the file is none."""
+        """Read a record back. Raises `QsimError` if the file is not a record."""
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -127,11 +102,3 @@ class Result(_Record):
         if result.schema_version != SCHEMA_VERSION:
             raise QsimError(f"{path} has schema {result.schema_version}; this qsim reads schema {SCHEMA_VERSION}")
         return result
-
-
-def version_of(distribution: str) -> str | None:
-    """The installed version of a distribution; None where it is not installed."""
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None

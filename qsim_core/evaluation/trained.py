@@ -1,6 +1,6 @@
-"""A model that was trained under a recipe, as a directory: what `save_pretrained` writes, and two files more.
+"""The directory of a model that was trained under a recipe: the files of `save_pretrained`, and two more.
 
-`qsim.json` says under which recipe, `sites.safetensors` holds what its sites hold. `qsim evaluate DIR` reads both.
+`qsim.json` names the recipe, `sites.safetensors` holds the state of the sites. `qsim evaluate DIR` reads both.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 RECORD = "qsim.json"
 STATE = "sites.safetensors"
 SIMULATED = ("weights", "activations", "outputs", "value_axis", "skip", "overrides")
-"""What of a recipe a trained model is still run under; its transforms are in the weights by now."""
+"""The keys of the recipe that still apply to a trained model; its transforms are in the weights by now."""
 
 
 class Trained(BaseModel):
-    """What a directory says about the training that it comes from."""
+    """The record of the training of the model in a directory."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -37,7 +37,7 @@ class Trained(BaseModel):
 
     @classmethod
     def of(cls, directory: Path) -> Trained | None:
-        """What a directory says, if it is of a trained model. Raises `ModelError` if that cannot be read."""
+        """The record in a directory, if there is one. Raises `ModelError` if it cannot be read."""
         path = directory / RECORD
         if not path.is_file():
             return None
@@ -59,14 +59,14 @@ class Trained(BaseModel):
         return {key: getattr(recipe, key) for key in SIMULATED}
 
     def fits(self, recipe: Recipe, host: Any) -> bool:
-        """Whether a recipe is the one it was trained under, so that what its sites held belongs there."""
+        """True if a recipe is the one of the training, so that the saved state belongs to its sites."""
         return not recipe.transforms and all(
             getattr(recipe, key) == value for key, value in self.simulated(host).items()
         )
 
 
 def write_state(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write what sites hold, whole or not at all. Raises `QsimError`."""
+    """Write the state of the sites, whole or not at all. Raises `QsimError`."""
     from safetensors.torch import save
 
     with writing(path) as file:
@@ -74,7 +74,7 @@ def write_state(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """What sites held when it was written. Raises `ModelError`."""
+    """The state of the sites. Raises `ModelError`."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 

@@ -23,7 +23,9 @@ from qsim_core.components.host import Host, installed
 from qsim_core.errors import DataError, ModelError, RecipeError, TrainingError
 from qsim_core.evaluation.adapter import LoadedModel
 from qsim_core.evaluation.data import Calibration, Data
-from qsim_core.evaluation.evaluate import Job, evaluate, from_anywhere
+from qsim_core.evaluation.evaluate import evaluate
+from qsim_core.evaluation.job import Job
+from qsim_core.evaluation.record import from_anywhere
 from qsim_core.evaluation.result import DataRecord, Result
 from qsim_core.evaluation.trained import STATE, Trained, write_state
 from qsim_core.files import writing

@@ -1,0 +1,5 @@
+"""Simulation of a recipe on a model."""
+
+from qsim_core.moved import names_of_0_1
+
+__getattr__ = names_of_0_1(__name__)

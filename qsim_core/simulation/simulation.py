@@ -12,10 +12,10 @@ from torch.utils.hooks import RemovableHandle
 
 from qsim_core.components.host import Host, installed
 from qsim_core.errors import CalibrationWarning, QsimError, RecipeError
-from qsim_core.evaluation import reuse
 from qsim_core.quantizers.learned_steps import LearnedSteps
 from qsim_core.simulation import audit, site_state, static_calibration
 from qsim_core.simulation.recipe import Recipe
+from qsim_core.simulation.statistics_cache import statistics_entry
 from qsim_core.sites.arithmetic import Auto, ExactArithmetic
 from qsim_core.sites.site import Site
 from qsim_core.sites.sites import Sites, functional
@@ -181,7 +181,7 @@ class Simulation:
         wanted = static_calibration.wanted(self.sites.table.values())
         entry = None
         if not self.recipe.transforms and not self.recipe.learns:  # what these leave at sites has no fingerprint
-            entry = reuse.Reusable.statistics(run.work_dir, self.model, self.recipe.value_axis, wanted, batches)
+            entry = statistics_entry(run.work_dir, self.model, self.recipe.value_axis, wanted, batches)
         found, learning = None if entry is None else entry.get(), static_calibration.Learning()
         if found is not None:
             self.cached.append("statistics")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from qsim_transformers.pretrained import Pretrained
+
 import qsim_core as qsim
-from qsim_core.transformers.pretrained import Pretrained
 
 
 class GPT2(Pretrained):

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from qsim_core import DataError, LoadedModel
 from qsim_core.components.host import installed
+from qsim_core.errors import one_line
 from qsim_core.evaluation.locate import locate
-from qsim_core.transformers.configuration import line
 from qsim_evaluators.pixels import picture, pixels
 
 Features = Callable[[Sequence[Any]], Tensor]
@@ -64,7 +64,7 @@ def _of_program(name: str, device: torch.device) -> Features:
     try:
         program = torch.export.load(Path(name).expanduser()).module().to(device)
     except Exception as error:  # a file can be wrong in as many ways as there are parts of a program
-        raise DataError(f"{name} cannot be loaded as a program that torch.export saved: {line(error)}") from None
+        raise DataError(f"{name} cannot be loaded as a program that torch.export saved: {one_line(error)}") from None
 
     def found(images: Sequence[Any]) -> Tensor:
         arrays = [np.array(picture(image, place, 3)) for place, image in enumerate(images)]
@@ -74,7 +74,7 @@ def _of_program(name: str, device: torch.device) -> Features:
                 outputs = program(batch.to(device))
         except Exception as error:  # it says in words of its own that it takes other shapes
             shape = " by ".join(map(str, arrays[0].shape))
-            raise DataError(f"{name} takes no {len(arrays)} images of {shape}: {line(error)}") from None
+            raise DataError(f"{name} takes no {len(arrays)} images of {shape}: {one_line(error)}") from None
         if not isinstance(outputs, Tensor) or outputs.dim() != 2 or len(outputs) != len(arrays):
             raise DataError(f"{name} should give one row of features for each image, [images, width]")
         return outputs.float().cpu()

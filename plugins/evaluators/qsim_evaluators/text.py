@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from qsim_transformers.hub import offline_unless_reachable
 from torch import Tensor
 
 from qsim_core import Data, DataError, LoadedModel
@@ -49,7 +50,8 @@ def read_rows(source: str, columns: list[str], split: str) -> Any:
         if path.is_file():
             rows = load_dataset(ROWS[path.suffix], data_files=str(path), split="train")
         else:
-            rows = load_dataset(name, config or None, split=named or split)
+            with offline_unless_reachable(name):
+                rows = load_dataset(name, config or None, split=named or split)
     except Exception as error:  # datasets raises whatever its many loaders raise
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         cannot = "datasets cannot load"

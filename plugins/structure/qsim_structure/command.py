@@ -18,17 +18,13 @@ def structure(model: str | None, data: str | None, as_json: bool) -> None:
 
     It is found by running one example. Norms that the model's adapter declares are marked.
     """
-    from qsim_core.cli.hub import offline_unless_reachable
-
-    offline_unless_reachable(model, data)
-
     import torch
     from rich.text import Text
 
     from qsim_core import Host, QsimError, Recipe, simulate
     from qsim_core.cli.console import console
     from qsim_core.cli.progress import hush_libraries
-    from qsim_core.evaluation.evaluate import DEFAULT_MODEL, Job
+    from qsim_core.evaluation.job import DEFAULT_MODEL, Job
     from qsim_core.transforms.blocks import block_paths
     from qsim_structure.for_transforms import trace_example
     from qsim_structure.listing import record, sections

@@ -1,7 +1,6 @@
-"""Models on disk or on the hub, through their library's own `from_pretrained`: safetensors only, no remote code.
+"""Loading of models through their library's own `from_pretrained`: safetensors only, no remote code.
 
-What every adapter of transformers' and diffusers' families shares. The libraries are imported when a model is loaded,
-and are the adapter's dependency, not the core's.
+All adapters of families of transformers and diffusers share it. The libraries are imported when a model is loaded.
 """
 
 from __future__ import annotations
@@ -16,35 +15,39 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from qsim_core.errors import ModelError
-from qsim_core.evaluation.adapter import Adapter, LoadedModel
-from qsim_core.transformers.configuration import DIFFUSERS, architecture, evaluator_of, family, line
-from qsim_core.transforms.offload import state
+from qsim_core.errors import ModelError, one_line
+from qsim_core.evaluation.adapter import Adapter, LoadedModel, check_finite
+from qsim_transformers.configuration import DIFFUSERS, architecture, evaluator_of, family, stored_dtype
+from qsim_transformers.hub import offline_unless_reachable
 
 TOKENIZERS = ("tokenizer.json", "*vocab*", "*.model", "merges.txt", "tekken.json")
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 class Pretrained(Adapter):
-    """An adapter for families of transformers: it loads the class that a checkpoint names."""
+    """An adapter for a family of transformers: it loads the class that a checkpoint names."""
 
     heads: ClassVar[tuple[str, ...]] = ()
-    """How the names of the classes that it loads end; every class of the family if there are none."""
+    """Endings of the names of the classes that it loads; none: every class of the family."""
 
     def load(self, model: str, dtype: torch.dtype) -> LoadedModel:
-        """The model and what prepares its inputs, in eval mode. Raises `ModelError`."""
+        """The model, in eval mode, with its tokenizer or processor. Raises `ModelError`."""
         return load_pretrained(self.model_class(model), model, dtype)
 
     def load_dispatched(self, model: str, dtype: torch.dtype, to: str) -> LoadedModel:
-        """With accelerate: "auto" fills GPUs, then memory, then disk; "disk" leaves every weight in its file."""
+        """The model, its weights placed by accelerate: "auto" on GPUs, in memory, then on disk; "disk" all on disk."""
         return load_pretrained(self.model_class(model), model, dtype, to)
 
     def evaluator_of(self, model: str) -> str:
-        """The evaluator of the field that the checkpoint's head is made for."""
+        """The evaluator of the field of the checkpoint's head."""
         return evaluator_of(architecture(model))
 
+    def stored_dtype(self, model: str) -> str | None:
+        """The dtype of the checkpoint's weights, if its configuration names one. Raises `ModelError`."""
+        return stored_dtype(model)
+
     def model_class(self, model: str) -> Any:
-        """transformers' class of the name and the family that a checkpoint gives. Raises `ModelError`."""
+        """The class of transformers that a checkpoint names. Raises `ModelError` if it is of another family."""
         import transformers
 
         name, of = architecture(model), family(model)
@@ -62,46 +65,39 @@ class Pretrained(Adapter):
         return found
 
 
-class Generic(Pretrained):
-    """For a family of transformers that no adapter is installed for: the class that the checkpoint names, as it is."""
-
-    name = "generic"
-
-    def note(self, model: str) -> str:
-        """What a reader must know about a model that was loaded so."""
-        return (
-            f"no adapter for {family(model)!r} models is installed: loaded as {architecture(model)}, and no site is "
-            f"left alone unless --skip says so"
-        )
-
-
 def load_pretrained(model_class: Any, source: str, dtype: torch.dtype, to: str = "cpu") -> LoadedModel:
-    """A model and its tokenizer or image processor, in eval mode. Raises `ModelError` as `load_model` does,
-    and for a tokenizer or processor that is missing."""
+    """A model in eval mode, with its tokenizer or image processor.
+
+    Raises `ModelError` as `load_model` does, and for a tokenizer or processor that is missing.
+    """
     _check_weights_exist(model_class, source)
     _check_preparation_exists(model_class, source)
     model = load_model(model_class, source, dtype, to=to)
     try:
-        return LoadedModel(model, *_preparation(model_class, source))
-    except Exception as error:  # they are read from as many files as there are kinds of tokenizers
-        raise ModelError(f"what prepares the inputs of {source} cannot be loaded: {line(error)}") from None
+        with offline_unless_reachable(source):
+            return LoadedModel(model, *_preparation(model_class, source))
+    except Exception as error:  # each kind of tokenizer reads other files and raises other errors
+        raise ModelError(f"what prepares the inputs of {source} cannot be loaded: {one_line(error)}") from None
 
 
 def load_model(model_class: Any, source: str, dtype: torch.dtype, subfolder: str = "", to: str = "cpu") -> Any:
-    """A model of transformers or diffusers in eval mode, on the CPU or dispatched ("auto", "disk"). Raises `ModelError`
-    for weights that are missing, pickled, corrupt, of other shapes than the configuration's, or not finite."""
+    """A model of transformers or diffusers in eval mode, on the CPU or dispatched ("auto", "disk").
+
+    Raises `ModelError` for weights that are missing, pickled, corrupt, of other shapes than the configuration's, or not
+    finite.
+    """
     from safetensors import SafetensorError
 
     where = f"{source}/{subfolder}" if subfolder else source
     _check_weights_exist(model_class, where)
     how: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
     if not _of_diffusers(model_class):
-        how["trust_remote_code"] = False  # diffusers has no remote code for single models
+        how["trust_remote_code"] = False  # diffusers has no such option for single models
     folder = None
     if to != "cpu":
         if importlib.util.find_spec("accelerate") is None:
             raise ModelError(f"--device {to} needs accelerate; pip install accelerate")
-        folder = tempfile.TemporaryDirectory(prefix="qsim-")  # what no safetensors file holds in this dtype goes there
+        folder = tempfile.TemporaryDirectory(prefix="qsim-")  # for tensors that no file holds in this dtype
         how |= {"device_map": {"": to}, "offload_folder": folder.name, "offload_buffers": True}
     try:
         if to == "auto":
@@ -109,13 +105,14 @@ def load_model(model_class: Any, source: str, dtype: torch.dtype, subfolder: str
         read = functools.partial(
             model_class.from_pretrained, source, subfolder=subfolder, output_loading_info=True, **how
         )
-        model, report = read()
-        if report["missing_keys"] and all(name.startswith("pooler.") for name in report["missing_keys"]):
-            model, report = read(add_pooling_layer=False)  # saved without, as the pooler was not trained
+        with offline_unless_reachable(source):
+            model, report = read()
+            if report["missing_keys"] and all(name.startswith("pooler.") for name in report["missing_keys"]):
+                model, report = read(add_pooling_layer=False)  # the checkpoint has no pooler: it was not trained
     except SafetensorError as error:
-        raise ModelError(f"the weights of {where} are corrupt: {line(error)}; fetch or save them again") from None
-    except Exception as error:  # a configuration can be wrong in as many ways as a library has layers
-        raise ModelError(f"{where} cannot be loaded: {line(error)}") from None
+        raise ModelError(f"the weights of {where} are corrupt: {one_line(error)}; fetch or save them again") from None
+    except Exception as error:  # a wrong configuration fails anywhere in the library
+        raise ModelError(f"{where} cannot be loaded: {one_line(error)}") from None
     _check_all_weights_there(report, where)
     check_finite(model)
     if folder is not None:
@@ -124,7 +121,7 @@ def load_model(model_class: Any, source: str, dtype: torch.dtype, subfolder: str
 
 
 def _check_all_weights_there(report: Any, where: str) -> None:
-    """Raise `ModelError` for what a library filled in at random, as it found no weight or one of another shape."""
+    """Raise `ModelError` for weights that the library filled in at random: those missing, or of another shape."""
     if report["mismatched_keys"]:
         name, stored, expected = sorted(report["mismatched_keys"])[0]
         raise ModelError(
@@ -136,7 +133,7 @@ def _check_all_weights_there(report: Any, where: str) -> None:
 
 
 def _device_map(model_class: Any, source: str, subfolder: str, dtype: torch.dtype) -> Any:
-    """ "auto"; for a model of diffusers that does not say which modules stay together a map that splits no block."""
+    """ "auto"; for a model of diffusers that does not name the modules to keep together, a map that splits no block."""
     if not _of_diffusers(model_class) or model_class._no_split_modules is not None:
         return "auto"
     from accelerate import infer_auto_device_map, init_empty_weights
@@ -149,7 +146,7 @@ def _device_map(model_class: Any, source: str, subfolder: str, dtype: torch.dtyp
 
 
 def _preparation(model_class: Any, source: str) -> tuple[Any, Any]:
-    """Tokenizer and processor: what the model's main input needs, and the other if it lies beside it."""
+    """Tokenizer and processor: the one that the main input needs, and the other if its files are there."""
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
     main = model_class.main_input_name
@@ -161,16 +158,6 @@ def _preparation(model_class: Any, source: str) -> tuple[Any, Any]:
         kind = AutoFeatureExtractor if main in ("input_features", "input_values") else AutoImageProcessor
         processor = kind.from_pretrained(source, trust_remote_code=False)
     return tokenizer, processor
-
-
-def check_finite(model: nn.Module) -> None:
-    """Raise `ModelError`, naming the parameter, if a weight is NaN or Inf."""
-    names = {name for name, _ in model.named_parameters()}
-    bad = [name for name, tensor in state(model) if name in names and not tensor.isfinite().all()]
-    if bad:
-        raise ModelError(
-            f"weight {bad[0]}{_more(bad)} holds NaN or Inf; nothing measured on this model would mean much"
-        )
 
 
 def _of_diffusers(model_class: Any) -> bool:
@@ -192,7 +179,7 @@ def _check_weights_exist(model_class: Any, source: str) -> None:
 
 
 def _check_preparation_exists(model_class: Any, source: str) -> None:
-    """Without its files transformers makes a tokenizer that knows no word."""
+    """Raise `ModelError` for a missing tokenizer or processor; transformers would make one without a vocabulary."""
     if not Path(source).is_dir():
         return
     if model_class.main_input_name == "input_ids":
@@ -206,7 +193,7 @@ def _check_preparation_exists(model_class: Any, source: str) -> None:
 
 
 def _has(source: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a directory holds a file of one of these names; a hub is not asked."""
+    """True if a directory holds a file of one of these names; the hub is not asked."""
     return any(next(Path(source).glob(pattern), None) for pattern in patterns)
 
 

@@ -1,0 +1,109 @@
+"""Baselines that an earlier run with the same work directory has measured.
+
+A baseline is found by everything that decides it: model, data, evaluator and their code, options, libraries, machine.
+Cached metrics equal measured ones to the last digit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+from typing import Any
+
+from qsim_core.components.component import Component, components_in
+from qsim_core.components.host import Host
+from qsim_core.evaluation.adapter import LoadedModel
+from qsim_core.evaluation.data import Data
+from qsim_core.evaluation.job import Job
+from qsim_core.evaluation.metrics import Metrics, Resampled
+from qsim_core.simulation.cache_entry import CacheEntry
+from qsim_core.simulation.environment import version_of
+from qsim_core.simulation.fingerprint import Unknowable, of_code, of_machine, of_model
+from qsim_core.transforms.run import Run
+
+
+def baseline_entry(
+    job: Job, host: Host, loaded: LoadedModel, data: Data, run: Run, device: str, dtype: str
+) -> CacheEntry | None:
+    """The entry of a baseline; None without a work directory, or where something that decides it is not known."""
+    if run.work_dir is None:
+        return None
+    parts = [job.evaluator, *job.located.components]
+    plugins = {plugin for part in parts for c in components_in(part) if (plugin := host.plugin_of(c)) is not None}
+    options = (run.batch_size, run.limit, run.seed, run.allow_code_execution)
+    made_from = itertools.chain(
+        of_model(loaded.model),
+        of_preparation(loaded.tokenizer),
+        of_preparation(loaded.processor),
+        *map(of_component, parts),
+        (job.evaluator.protocol(loaded), data.sha256, *options),
+        of_machine(device, dtype, loaded.model),
+        of_requirements({"qsim-core", *(plugin.distribution for plugin in plugins)}),
+    )
+    what = f"{job.evaluator}, {data.name}, {dtype}"
+    with run.stage("looking for an earlier baseline"):
+        return CacheEntry.of(run.work_dir, "baseline", made_from, model=job.located.name, what=what)
+
+
+def cached_baseline(
+    entry: CacheEntry | None, seed: int, evaluate: Callable[[], dict[str, float]]
+) -> tuple[dict[str, float], bool]:
+    """The baseline's metrics, and True if an earlier run had measured them.
+
+    Metrics with `outputs` are not kept, as the simulated run is compared with these.
+    """
+    if entry is None:
+        return evaluate(), False
+    kept = entry.get()
+    if kept is not None:
+        return Resampled(**kept), True
+    metrics = evaluate()
+    if isinstance(metrics, Metrics) and metrics.outputs is not None:
+        return metrics, False
+    size = metrics.size if isinstance(metrics, Metrics) else 0
+    draws = metrics.resampled(seed) if isinstance(metrics, Metrics) and size > 1 else {}
+    found: dict[str, Any] = {
+        "values": {name: float(value) for name, value in metrics.items()},
+        "size": size,
+        "draws": draws,
+    }
+    entry.put(found)
+    return Resampled(**found), False
+
+
+def of_preparation(thing: Any) -> Iterator[Any]:
+    """A tokenizer or processor, by the files that its `save_pretrained` writes. Raises `Unknowable` if it has none."""
+    if thing is None:
+        return
+    if not hasattr(thing, "save_pretrained"):
+        raise Unknowable(f"{type(thing).__name__} cannot be saved")
+    with tempfile.TemporaryDirectory(prefix="qsim-") as folder:
+        thing.save_pretrained(folder)
+        for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            yield from (str(file.relative_to(folder)), file.read_bytes())
+
+
+def of_component(component: Component) -> Iterator[Any]:
+    """A component's text, its code, and the size and time of each file that it names."""
+    yield str(component)
+    parts = list(components_in(component))
+    yield from of_code(*map(type, parts))
+    named = [value for part in parts for _, value in part if isinstance(value, Path)]
+    for path in named:
+        for file in sorted(p for p in (path, *path.rglob("*")) if p.is_file()):
+            yield from (str(file), file.stat().st_size, file.stat().st_mtime_ns)
+
+
+def of_requirements(distributions: Iterable[str]) -> Iterator[Any]:
+    """The versions of distributions and of their dependencies."""
+    for distribution in sorted(distributions):
+        try:
+            lines = requires(distribution) or []
+        except PackageNotFoundError:
+            continue
+        names = {match[0] for line in lines if (match := re.match(r"[\w.-]+", line))}
+        yield from ((name, version_of(name)) for name in sorted({distribution, *names}))

@@ -1,0 +1,45 @@
+"""The configuration in a model's directory, config.json or model_index.json: its family, and the weights' dtype."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qsim_core.errors import ModelError
+
+FILES = ("model_index.json", "config.json")
+"""The names of the file. The first is that of a pipeline of several models."""
+
+
+def read_directory(directory: Path) -> dict[str, Any]:
+    """The configuration in a directory. Raises `ModelError` if there is none."""
+    for name in FILES:
+        if (directory / name).is_file():
+            return read_configuration(directory / name)
+    raise ModelError(f"{directory} has no config.json; a model is a directory that save_pretrained wrote")
+
+
+def read_configuration(path: Path) -> dict[str, Any]:
+    """A configuration from its file. Raises `ModelError` if that is not a mapping in JSON."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} is not the JSON of a model's configuration")
+    return found
+
+
+def family(configuration: Mapping[str, Any]) -> str | None:
+    """The `model_type` that a configuration names; None if it names none."""
+    found = configuration.get("model_type")
+    return found if isinstance(found, str) else None
+
+
+def stored_dtype(configuration: Mapping[str, Any]) -> str | None:
+    """The dtype of the weights, like "bfloat16", of the model or of one of its parts; None if none is named."""
+    parts = (configuration, *(part for part in configuration.values() if isinstance(part, dict)))
+    named = (part.get("dtype") or part.get("torch_dtype") for part in parts)
+    return next((name for name in named if isinstance(name, str)), None)

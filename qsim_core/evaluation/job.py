@@ -1,0 +1,118 @@
+"""A job: a recipe with everything filled in, and the model, evaluator and data that it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from qsim_core.components.host import Host
+from qsim_core.errors import DataError, QsimError, RecipeError, SpecError, did_you_mean
+from qsim_core.evaluation.adapter import LoadedModel
+from qsim_core.evaluation.data import Calibration, Data
+from qsim_core.evaluation.evaluator import Evaluator
+from qsim_core.evaluation.locate import Located, locate
+from qsim_core.evaluation.trained import STATE, read_state
+from qsim_core.simulation.recipe import Recipe
+
+DEFAULT_MODEL = "opt-tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DISPATCHED = ("auto", "disk")
+"""Devices for which the adapter places the weights."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe with everything filled in, and the model and evaluator that were found for it: ready to run."""
+
+    recipe: Recipe
+    located: Located
+    evaluator: Evaluator
+    trained_so: bool = False
+    """True if the model was trained under this recipe: then its directory has the state of the sites."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, host: Host) -> Job:
+        """Fill in model, evaluator and skipped sites from the adapter. Raises `ModelError` and `RecipeError`."""
+        located = locate(DEFAULT_MODEL if recipe.model is None else recipe.model, host)
+        adapter = located.adapter
+        evaluator = cast("Evaluator | None", recipe.evaluate) or _evaluator(located, host)
+        skip = adapter.skip if recipe.skip is None else recipe.skip
+        filled = {**{key: getattr(recipe, key) for key in recipe.model_fields_set}, "model": located.name, "skip": skip}
+        trained = located.trained
+        if trained is not None and not recipe.quantizes and not recipe.transforms:
+            filled |= trained.simulated(host)
+        complete = Recipe.of({**filled, "evaluate": evaluator}, host)
+        return cls(complete, located, evaluator, trained is not None and trained.fits(complete, host))
+
+    def load(self, device: str, dtype: str) -> LoadedModel:
+        """Load the model onto a device. Raises `QsimError`."""
+        if dtype not in DTYPES:
+            raise QsimError(f"no dtype {dtype!r}{did_you_mean(dtype, DTYPES)}")
+        if device in DISPATCHED:
+            return self.located.adapter.load_dispatched(self.located.source, DTYPES[dtype], device)
+        loaded = self.located.adapter.load(self.located.source, DTYPES[dtype])
+        try:
+            loaded.model.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise QsimError(f"device {device!r} cannot be used: {' '.join(str(error).split())[:160]}") from None
+        return loaded
+
+    def data(self, source: str | None) -> Data:
+        """The data named by `source`, else the evaluator's own, else the model's. Raises `DataError`."""
+        if source is not None:
+            return self.evaluator.read(source)
+        trained = self.located.trained
+        if trained is not None and trained.data is not None:
+            return self.evaluator.read(trained.data)
+        found = self.evaluator.default_data()
+        if found is None and self.located.data is not None:
+            found = self.located.data()
+        if found is None:
+            raise DataError(f"{self.located.name} comes without data; name some with --data")
+        return found
+
+    def state(self) -> dict[str, torch.Tensor] | None:
+        """The state of the sites at the end of the training, if the model was trained under this recipe."""
+        return read_state(Path(self.located.source) / STATE) if self.trained_so else None
+
+    def notes(self, dtype: str) -> list[str]:
+        """Lines for the reader of a result: how the model was found and loaded, and in which dtype it is computed."""
+        notes = self.located.notes(dtype)
+        if self.located.trained is not None and not self.trained_so:
+            notes.append(f"{self.located.name} was trained under another recipe; what its sites learned is left aside")
+        return notes
+
+    def calibration(self, given: Calibration) -> Data | None:
+        """The data for transforms and static scales, if the recipe has any. Raises `DataError` if none are named."""
+        if self.trained_so or (not self.recipe.transforms and not self.recipe.has_static):
+            return None
+        if given.source is not None:
+            return self.evaluator.read(given.source, split="train")
+        if self.located.calibration is not None:
+            return self.located.calibration()
+        found = self.evaluator.default_data()
+        if found is None:
+            needing = self.recipe.transforms[0] if self.recipe.transforms else "a static scale"
+            raise DataError(
+                f"{needing} needs calibration data, and {self.located.name} comes without; name some with "
+                f"--calibration-data"
+            )
+        return found
+
+
+def _evaluator(located: Located, host: Host) -> Evaluator:
+    """The evaluator of a named model, or the choice of its adapter. Raises `RecipeError` if there is none."""
+    text = located.evaluator or located.adapter.evaluator_of(located.source)
+    if text is None:
+        raise RecipeError(f"adapter {located.adapter} names no evaluator; say which with `evaluate:`")
+    try:
+        return host.parse(text, Evaluator)  # type: ignore[no-any-return]
+    except SpecError as error:
+        known = ", ".join(host.components(Evaluator)) or "none"
+        raise RecipeError(
+            f"{located.name} is evaluated by {text!r}, and no evaluator of that name is installed (there are: "
+            f"{known}); install one, or say another with `evaluate:`"
+        ) from error

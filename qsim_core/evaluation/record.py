@@ -1,0 +1,69 @@
+"""The parts of a result that describe the run, and the way back from a result to its recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qsim_core.components.component import components_in
+from qsim_core.components.host import Host
+from qsim_core.errors import DataError
+from qsim_core.evaluation.adapter import LoadedModel
+from qsim_core.evaluation.data import Calibration, Data
+from qsim_core.evaluation.job import Job
+from qsim_core.evaluation.result import CalibrationRecord, DataRecord, PluginRecord, Result
+from qsim_core.simulation.recipe import Recipe
+
+
+def description(job: Job, loaded: LoadedModel, host: Host) -> dict[str, Any]:
+    """The model, the recipe, the evaluator and the plugins of a run, as fields of `Result`."""
+    return {
+        "model": job.located.name,
+        "adapter": str(job.located.adapter),
+        "recipe": job.recipe.record(),
+        "evaluator": str(job.evaluator),
+        "protocol": job.evaluator.protocol(loaded),
+        "plugins": _plugins(job, host),
+    }
+
+
+def data_record(source: str | None, data: Data) -> DataRecord:
+    """The data, and the name or path that they were read from."""
+    return DataRecord(name=data.name, sha256=data.sha256, source=from_anywhere(source))
+
+
+def calibration_record(given: Calibration, data: Data) -> CalibrationRecord:
+    """The calibration data, their source and their size."""
+    source = from_anywhere(given.source)
+    return CalibrationRecord(
+        name=data.name, sha256=data.sha256, source=source, samples=given.samples, length=given.length
+    )
+
+
+def from_anywhere(source: str | None) -> str | None:
+    """A path that a record can be run again with from any directory; a name stays as it is."""
+    if source is None or not Path(source).expanduser().exists():
+        return source
+    return str(Path(source).expanduser().resolve())
+
+
+def recipe_of(result: Result, host: Host) -> Recipe:
+    """The recipe that a record was made with."""
+    return Recipe.of({**result.recipe, "model": result.model, "evaluate": result.evaluator}, host)
+
+
+def same_data(result: Result, rerun: Result) -> None:
+    """Raise `DataError` if the data of a record have changed."""
+    if result.data.sha256 != rerun.data.sha256:
+        raise DataError(
+            f"the data {result.data.name!r} have changed since the record was made "
+            f"({result.data.sha256[:12]} then, {rerun.data.sha256[:12]} now); the numbers do not compare"
+        )
+
+
+def _plugins(job: Job, host: Host) -> dict[str, PluginRecord]:
+    """Every plugin that offers a component of the recipe, or had a part in finding the model."""
+    parts: list[Any] = [job.recipe, *job.located.components]
+    found = {host.plugin_of(component) for part in parts for component in components_in(part)}
+    plugins = sorted((plugin for plugin in found if plugin is not None), key=lambda plugin: plugin.name)
+    return {p.name: PluginRecord(distribution=p.distribution, version=p.version) for p in plugins}

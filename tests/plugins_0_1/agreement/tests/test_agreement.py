@@ -1,0 +1,5 @@
+from qsim_core.testing import EvaluatorSuite
+
+
+class TestAgreement(EvaluatorSuite):
+    text = "agreement"

@@ -1,0 +1,5 @@
+from qsim_core.testing import TransformSuite
+
+
+class TestClip(TransformSuite):
+    text = "clip"

@@ -1,0 +1,5 @@
+from qsim_core.testing import CalibratorSuite
+
+
+class TestDeviations(CalibratorSuite):
+    text = "deviations"

@@ -1,0 +1,5 @@
+from qsim_core.testing import QuantizerSuite
+
+
+class TestPowers(QuantizerSuite):
+    text = "powers"
