@@ -1,7 +1,8 @@
-"""Arithmetics: how a product is multiplied and added up.
+"""Arithmetics: the ways to multiply and add up a product.
 
-An arithmetic of a device computes a product in its own way: one method, `multiply`. An exact one gives the numbers of
-the reference and saves time: it plans how a call's operands are lowered, and declines what it does not compute exactly.
+An arithmetic of a device computes a product in that device's way: an author writes one method, `multiply`.
+An exact arithmetic gives the reference's numbers in less time. It plans how a call's operands are lowered, and declines
+a call that it does not compute exactly.
 """
 
 from __future__ import annotations
@@ -25,22 +26,23 @@ from qsim_core.sites.workspace import Memory
 
 @dataclass(frozen=True)
 class QuantizedRows:
-    """One operand of a product as an arithmetic is given it: quantized rows, the reduction axis last."""
+    """One operand of a product, as an arithmetic gets it: quantized rows with the reduction axis last."""
 
     values: Tensor
-    """[..., R, K], quantized."""
+    """The quantized rows [..., R, K]."""
     quantizer: Any
-    """The quantizer of the rows; None: they are not quantized."""
+    """The quantizer of the rows; None if they are not quantized."""
     find_scales: Callable[[], Scales | None]
+    """Finds the scales of the rows when an arithmetic first asks for them."""
 
     @functools.cached_property
     def scales(self) -> Scales | None:
-        """The scales and zero points of the rows, [R or 1, B or 1] over all leading axes; None: there are none."""
+        """The scales and zero points of the rows, [R or 1, B or 1] with all leading axes in R; None without scales."""
         return self.find_scales()
 
     @property
     def element(self) -> Any:
-        """The number format of the scaled values. Raises `RecipeError` without a quantizer that has one."""
+        """The number format of the scaled values. Raises `RecipeError` if the quantizer has none."""
         plain = getattr(self.quantizer, "plain", None)
         element = getattr(plain, "element", None) or getattr(plain, "unscaled", None)
         if element is None:
@@ -49,7 +51,7 @@ class QuantizedRows:
 
     @functools.cached_property
     def scale(self) -> Tensor:
-        """The scale of each value, [..., R, K] or to broadcast to it; 1 where there are none."""
+        """The scale of each value, [..., R, K] or a shape that broadcasts to it; 1 without scales."""
         found = self.scales
         if found is None:
             return torch.ones((), dtype=self.values.dtype, device=self.values.device)
@@ -63,21 +65,21 @@ class QuantizedRows:
 
     @property
     def block(self) -> int:
-        """The number of columns that share a scale; K where all of a row does."""
+        """The number of columns that share a scale; K if a whole row shares one."""
         granularity = getattr(self.quantizer, "granularity", None)
         length = self.values.shape[-1]
         return min(granularity, length) if isinstance(granularity, int) else length
 
     @functools.cached_property
     def units(self) -> Tensor:
-        """The values in units of their scales, [..., R, K]: the element format's own values, whole for integers."""
+        """The values divided by their scales, [..., R, K]: values of the element format, whole numbers for integers."""
         scale = self.scale
         exact = self.values / torch.where(scale == 0, 1.0, scale)
         return exact.round() if self.element.is_integer else exact
 
 
 class Arithmetic(Component):
-    """Multiplies and adds up a product. One method to write: `multiply`.
+    """Multiplies and adds up a product. An author writes one method: `multiply`.
 
     The gradient is that of the float32 product.
     """
@@ -85,28 +87,28 @@ class Arithmetic(Component):
     kind: ClassVar[str] = "arithmetic"
     hook: ClassVar[str] = "qsim_arithmetics"
     simulates: ClassVar[bool] = True
-    """True if `multiply` gives other numbers than a float32 product, and so has to be called."""
+    """True if `multiply` gives other numbers than a float32 product. Then every product is computed by it."""
 
     @abstractmethod
     def multiply(self, left: QuantizedRows, right: QuantizedRows) -> Tensor:
         """Multiply rows `[..., M, K]` and `[..., N, K]` to `[..., M, N]`, in the dtype of the left values."""
 
     def check(self, quantizers: Sequence[Any]) -> None:
-        """Raise `RecipeError` if the operands' quantizers are not what this arithmetic computes with.
+        """Raise `RecipeError` if this arithmetic cannot multiply operands with these quantizers.
 
-        The message says what it takes; the site is added to it.
+        The message says which quantizers it takes. The site's name is added by the caller.
         """
 
     def lower(self, call: Call, roles: Sequence[str], quantizers: Sequence[Any]) -> Lowering | None:
-        """Plan an exact computation of the call; None: the product is computed in the model's own dtype.
+        """Plan an exact computation of the call; None declines, and the product is computed in the model's own dtype.
 
-        `roles` are those of the operands, `quantizers` those of the operands and of the result.
+        `roles` are the roles of the operands. `quantizers` are those of the operands, and then that of the result.
         """
         return None
 
 
 class Float32(Arithmetic):
-    """The float32 product (float64 for float64) of the model: the reference."""
+    """The product in float32 (float64 for a float64 model): the reference."""
 
     name = "float32"
     simulates = False
@@ -116,30 +118,30 @@ class Float32(Arithmetic):
 
 
 class ExactArithmetic(Float32):
-    """Computes some products faster, with the reference's numbers. One method to write: `lower`."""
+    """Computes some products faster, with the reference's numbers. An author writes one method: `lower`."""
 
     automatic: ClassVar[bool] = True
     """True if `auto` may choose it."""
     order: ClassVar[int] = 100
-    """Its place among the arithmetics that `auto` asks: the lowest number is asked first."""
+    """The place in the order in which `auto` asks the exact arithmetics: the lowest number is asked first."""
 
     @abstractmethod
     def lower(self, call: Call, roles: Sequence[str], quantizers: Sequence[Any]) -> Lowering | None: ...
 
     def worthwhile(self, call: Call) -> bool:
-        """True if it is faster than float32 for such a call, on this machine; `auto` asks."""
+        """True if it is faster than float32 for this call on this machine; `auto` skips it otherwise."""
         return True
 
 
 class Lowered(Protocol):
-    """An operand's rows in the form of an exact arithmetic."""
+    """An operand's quantized rows in the form that an exact arithmetic multiplies."""
 
     def values(self) -> Tensor:
-        """Give the rows in float32, quantized."""
+        """Give the quantized rows in float32."""
 
 
 class Lowering(ABC):
-    """The plan of one exact product. Where it is not exact for an operand, its methods give None."""
+    """The plan of one exact product. A method gives None if the product would not be exact for an operand."""
 
     arithmetic: ClassVar[str]
     """The name of the arithmetic, for audits."""
@@ -150,36 +152,36 @@ class Lowering(ABC):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """The arithmetic, and all else that distinguishes its operands from those of other plans."""
+        """The arithmetic's name, and all else that tells its lowered operands apart from those of other plans."""
         return (self.arithmetic,)
 
     @property
     def rounds(self) -> bool:
-        """True if the product comes rounded to the output's format."""
+        """True if the product is already rounded to the output's format."""
         return False
 
     def of(self, place: int) -> tuple[Any, ...]:
-        """A key of all that decides what the operand at this place becomes."""
+        """A key for the lowered operand at this place: two equal keys lower a tensor to the same result."""
         return *self.key, self.quantizers[place]
 
     @abstractmethod
     def take(self, place: int, rows: Tensor, memory: Memory | None = None) -> Any:
-        """Quantize an operand's rows [..., K] into this form, in this memory if there is one."""
+        """Quantize an operand's rows [..., K] into the lowered form, in `memory` if it is given."""
 
     def new(self, rows: Tensor) -> Any:
-        """Quantize a weight's rows [N, K] into this form."""
+        """Quantize a weight's rows [N, K] into the lowered form."""
         return self.take(1, rows)
 
     @abstractmethod
     def again(self, rows: Tensor, kept: Any) -> Any:
-        """Make this form of a weight's rows that were overwritten with their quantized values, from what `keep` kept."""
+        """Lower the rows of a weight that was overwritten with its quantized values. `kept` is the result of `keep`."""
 
     def pinned(self, rows: Tensor, scales: Any) -> Any:
-        """Make this form of a weight's rows that a transform has put on their grid, under its scales (None: unknown)."""
+        """Lower the rows of a weight that a transform has quantized, by the transform's scales (None: unknown)."""
         return None if scales is None else self.again(rows, scales)
 
     def keep(self, made: Any) -> Any:
-        """Give what `again` needs to know of what `new` made."""
+        """Give the part of a result of `new` that `again` needs."""
         return made.scales
 
     @abstractmethod
@@ -187,15 +189,15 @@ class Lowering(ABC):
         """Compute the call's product, with its bias, in float32."""
 
     in_parts: ClassVar[bool] = False
-    """True if `part` multiplies some rows of the operands at a time, as attention by tiles does."""
+    """True if `part` can multiply some rows of the operands at a time, as attention by tiles needs."""
 
     def part(self, layouts: Sequence[Layout], first: Any, second: Any, memory: Memory) -> Tensor:
-        """Multiply some rows of both operands, in float32, in this memory."""
+        """Multiply some rows of both operands; the product is float32 and lies in `memory`."""
         raise NotImplementedError
 
 
 class Auto(Float32):
-    """Each product in the fastest way that gives the reference's numbers: an exact arithmetic, or float32."""
+    """Computes each product in the fastest way that gives the reference's numbers: an exact arithmetic, or float32."""
 
     name = "auto"
 
@@ -210,7 +212,7 @@ def lowering_of(
     roles: Sequence[str],
     quantizers: Sequence[Any],
 ) -> Lowering | None:
-    """Plan a call under an arithmetic; `auto` takes the first of the `exact` ones that does not decline."""
+    """Plan a call under an arithmetic; `auto` takes the first of the `exact` arithmetics that does not decline."""
     if type(arithmetic) is not Auto:
         return arithmetic.lower(call, roles, quantizers)
     for candidate in exact:

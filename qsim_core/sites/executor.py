@@ -1,8 +1,8 @@
 """The one executor of a site: quantize the operands, multiply by the site's arithmetic, quantize the result.
 
-`Execution` does this step by step from the quantizers alone. `LiveExecution` does the same inside a running model: it
-takes weights that are quantized already, shares an operand between calls, uses exact arithmetics and shows observers
-what passes.
+`Execution` does this step by step from the quantizers alone. `LiveExecution` does the same inside a running model.
+It reuses weights that are already quantized, shares an input between calls, uses exact arithmetics, and shows every
+tensor to an observer.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from qsim_core.sites.site import Site
 from qsim_core.sites.workspace import Memory, Workspace, like
 
 SiteObserver = Callable[[Site, str, Tensor, Tensor, Quantizer | None], None]
-"""Called with site, role (input, input2, weight or output), the tensor before and after, and its quantizer."""
+"""Called with the site, the role (input, input2, weight or output), the tensor before and after, and its quantizer."""
 
 
 class Execution:
-    """One call at its site: operands quantized, multiplied, the result quantized."""
+    """One call at its site: quantizes the operands, multiplies them, quantizes the result."""
 
     def __init__(
         self, site: Site, call: Call, operands: Sequence[Operand], output: Any, arithmetic: Arithmetic | None = None
@@ -41,12 +41,12 @@ class Execution:
         self.arithmetic = site.plan.arithmetic if arithmetic is None else arithmetic
         self.operands = operands
         self.output = output
-        """The quantizer of the result; None: it stays as it is."""
+        """The quantizer of the result; None leaves the result as it is."""
         layouts = tuple(operand.layout for operand in operands)
         self.call = call if layouts == call.layouts else replace(call, layouts=layouts)
 
     def result(self) -> Tensor:
-        """Compute the call."""
+        """Compute the quantized result of the call."""
         return self.finished(self.product([self.quantized(operand) for operand in self.operands]))
 
     def quantized(self, operand: Operand) -> Tensor:
@@ -56,11 +56,11 @@ class Execution:
         return operand.layout.back(operand.quantizer.quantize(operand.rows.detach()))
 
     def weight_scales(self) -> Any:
-        """The scales of a weight whose original values are gone; None: it has them."""
+        """The scales of a weight whose original values were overwritten; None for any other."""
         return None
 
     def product(self, values: Sequence[Tensor]) -> Tensor:
-        """Multiply the quantized operands; without the addend if that is computed, as a mask is."""
+        """Multiply the quantized operands. A mask is left out if the result is quantized; `finished` adds it."""
         call = self.call
         if self.arithmetic.simulates:
             call = simulated(self.site, call, self.operands, self.weight_scales())
@@ -70,7 +70,7 @@ class Execution:
         return product
 
     def finished(self, product: Tensor) -> Tensor:
-        """Quantize the result: a bias is part of it, and a mask is added afterwards."""
+        """Quantize the result. A bias is part of it; a mask is added afterwards."""
         if self.output is None:
             return product
         result = self.call.result
@@ -92,10 +92,10 @@ class Execution:
 def tried(
     site: Site, call: Call, weights: Weights, roles: Iterable[str] = ("input", "input2", "weight", "output")
 ) -> Tensor:
-    """Compute a call that a watcher is shown as the site would, while the model around it stays as it is.
+    """Compute a call that a watcher sees as its site would compute it, without a change to the model.
 
-    Only the given roles are quantized. A weight that a transform has put on its grid is taken as it is. Raises
-    `RecipeError` where a static scale is needed: these are found after all transforms.
+    Only the given roles are quantized. A weight that a transform has quantized is taken as it is. Raises
+    `RecipeError` for a role that needs a static scale: static scales are found after all transforms.
     """
     wanted = set(roles)
     met = [
@@ -141,7 +141,7 @@ class LiveExecution(Execution):
         self.lowering: Lowering | None = None
 
     def result(self) -> Tensor:
-        """Compute the call; where an exact arithmetic can, by that, and the site says which."""
+        """Compute the call by an exact arithmetic if one can, and note the arithmetic at the site."""
         site, self.lowering = self.site, self._plan()
         values = [] if self.lowering is not None and self.observer is None else self._values()
         lowered = None if self.lowering is None else self._lowered(self.lowering)
@@ -156,10 +156,10 @@ class LiveExecution(Execution):
         return result
 
     def _plan(self) -> Lowering | None:
-        """The exact computation of this call; None: float32, or an arithmetic that is simulated.
+        """Plan an exact computation of this call; None for float32, or for an arithmetic that is simulated.
 
-        A module in training is computed in float32: gradient checkpointing computes its forward again, with gradients,
-        and must find the same numbers.
+        A module in training is computed in float32. Gradient checkpointing computes its forward again, with gradients,
+        and must get the same numbers.
         """
         if self.module.training or self.call.masked:
             return None
@@ -171,7 +171,7 @@ class LiveExecution(Execution):
         return [self.quantized(operand) for operand in self.operands]
 
     def quantized(self, operand: Operand) -> Tensor:
-        """Quantize one operand: a weight once for all calls, an input once for all that read it."""
+        """Quantize one operand: a weight once for all calls, an input once for the consecutive calls that share it."""
         return self._weight(operand) if operand.weight is not None else self._input(operand)
 
     def weight_scales(self) -> Any:
@@ -187,7 +187,7 @@ class LiveExecution(Execution):
         self.weights.met(weight, operand.layout, self.module)
         if quantizer is not None:
             if self.observer is not None and not self.weights.overwritten(weight):
-                before = operand.tensor.detach().clone()  # it may be about to be overwritten
+                before = operand.tensor.detach().clone()  # quantizing may overwrite the parameter
             training = self.module.training
             with at(f"{self.site.name}:weight", self.site.calls if training else 0):
                 value = self.weights.quantized(
@@ -203,9 +203,9 @@ class LiveExecution(Execution):
         return value
 
     def _input(self, operand: Operand) -> Tensor:
-        """Quantize an input; one that the call before this had too (q, k and v's) is not computed again.
+        """Quantize an input. The input of the call just before (as q, k and v share one) is not quantized again.
 
-        Where random numbers are drawn they are each site's own, with a gradient and without.
+        A result that drew random numbers is not shared: each site draws its own, with and without gradients.
         """
         quantizer, value = operand.quantizer, operand.tensor
         if quantizer is not None:
@@ -231,7 +231,7 @@ class LiveExecution(Execution):
         return into
 
     def _lowered(self, lowering: Lowering) -> Tensor | None:
-        """Compute the product in the exact arithmetic; None where that is not exact for these operands."""
+        """Compute the product by the exact arithmetic; None if it is not exact for these operands."""
         taken: list[Any] = []
         for place, operand in enumerate(self.operands):
             if operand.weight is not None:
@@ -250,7 +250,7 @@ class LiveExecution(Execution):
 
     def _finished_lowered(self, lowering: Lowering, lowered: Tensor, values: Sequence[Tensor]) -> Tensor:
         layout, quantizer = self.call.result, self.output
-        if lowering.rounds:  # the exact product is rounded to the output's format already
+        if lowering.rounds:  # the exact product is already rounded to the output's format
             if self.observer is not None:
                 self._observe("output", self.call.run(values), lowered, layout, quantizer)
             return lowered
@@ -269,7 +269,7 @@ class LiveExecution(Execution):
 
 
 class PartialExecution(Execution):
-    """A product of activations at its site, computed for some of its rows at a time, as attention by tiles does."""
+    """A product of activations at its site that is computed some rows at a time, for attention by tiles."""
 
     def __init__(
         self,
@@ -287,7 +287,7 @@ class PartialExecution(Execution):
         self.lowering = lowering if lowering is not None and lowering.in_parts else None
 
     def take(self, place: int, rows: Tensor, memory: Memory | None = None) -> Any:
-        """Quantize rows [..., R, K] of the operand at this place: lowered, or as values."""
+        """Quantize rows [..., R, K] of the operand at this place: into the lowered form, or into a tensor."""
         taken = None if self.lowering is None else self.lowering.take(place, rows, memory)
         if taken is not None:
             return taken
@@ -297,9 +297,9 @@ class PartialExecution(Execution):
         return quantizer.quantize_into(rows, None if memory is None else like(memory, rows))
 
     def multiply(self, left: Any, right: Any, use: str) -> Tensor:
-        """Multiply rows [heads, R, K] and [heads, N, K] that were taken, and quantize the product [heads, R, N].
+        """Multiply results of `take`, of rows [heads, R, K] and [heads, N, K], and quantize the product [heads, R, N].
 
-        The product is put into the workspace, in the memory for this use.
+        The product lies in the workspace, in the memory for this use.
         """
         memory = Memory(self.workspace, use)
         if self.lowering is not None and not isinstance(left, Tensor) and not isinstance(right, Tensor):
@@ -318,9 +318,9 @@ class PartialExecution(Execution):
 
 
 def check_planned(site: Site, call: Call, weights: Sequence[Weight | None]) -> None:
-    """Raise `RecipeError` if the site's arithmetic cannot compute its planned formats, before anything is quantized.
+    """Raise `RecipeError` if the site's arithmetic cannot multiply its planned formats, before anything is quantized.
 
-    A product of activations may still get an alias, and with it another plan: it is checked when it is computed.
+    A product of activations is checked when it is computed, as it may still get an alias and with it another plan.
     """
     if site.plan.arithmetic.simulates and site.weight is not None:
         check_arithmetic(site, call, operands_of(site, call, weights, site.planned))

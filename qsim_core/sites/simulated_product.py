@@ -1,4 +1,4 @@
-"""A call of a matmul that the arithmetic of a device computes."""
+"""Calls of a matmul whose product a simulated arithmetic computes."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ CONVOLUTIONS = frozenset({"conv1d", "conv2d"})
 
 @dataclass(frozen=True)
 class SimulatedCall(Call):
-    """A call of a matmul whose product an arithmetic computes. Its gradient is that of the float32 product."""
+    """A call of a matmul whose product `arithmetic` computes. The gradient is that of the float32 product."""
 
     arithmetic: Arithmetic = None  # type: ignore[assignment]
     quantized: tuple[Operand, ...] = ()
-    """The operands before they were quantized, with their quantizers."""
+    """The operands before quantization, with their quantizers."""
     weight_scales: Scales | None = None
-    """The scales of a weight that was overwritten with its quantized values."""
+    """The scales of a weight that was overwritten with its quantized values; None for any other."""
     site: str = ""
     step: int = 0
-    """The count of the site's calls, from which its random numbers follow."""
+    """The count of the site's calls, which selects the random numbers."""
 
     def run(self, operands: Sequence[Tensor]) -> Any:
-        """Compute the product of other operands, and add what the call adds."""
+        """Compute the product of these operands, and add the call's bias or addend."""
         left, right = operands
         if self.operation in CONVOLUTIONS:
             return self._with_gradient(super().run, operands, self._convolved(right))
@@ -51,7 +51,7 @@ class SimulatedCall(Call):
         return product if self.kwargs.get("out") is None else self.kwargs["out"].copy_(product)
 
     def multiply(self, left: Tensor, right: Tensor) -> Tensor:
-        """Compute the product alone."""
+        """Compute the product alone, without a bias or an addend."""
         with torch.no_grad():
             rows = [self._rows(place, tensor) for place, tensor in enumerate((left, right))]
             value = self._product(*rows)
@@ -86,9 +86,9 @@ class SimulatedCall(Call):
 
     @torch.no_grad()
     def _convolved(self, weight: Tensor) -> Tensor:
-        """Compute a convolution as a product of patches, which are what a device is given.
+        """Compute a convolution as a product of patches, as a device does.
 
-        Vectors along K hold several taps, so the patches are quantized, and not the image.
+        A vector along K holds several taps, so the patches are quantized, and not the image.
         """
         image, kernel = self.operands[0], weight
         space = kernel.dim() - 2
@@ -97,7 +97,7 @@ class SimulatedCall(Call):
         over = Convolution.of(self)
         taps, stride, dilation, groups = over.taps, over.stride, over.dilation, over.groups
         image = F.pad(image, [pad for side in reversed(over.sides) for pad in side])
-        if space == 1:  # as an image of one line
+        if space == 1:  # treat it as an image with one row
             image, taps, stride, dilation = image.unsqueeze(2), (1, *taps), (1, *stride), (1, *dilation)
         patches = F.unfold(image, taps, dilation=dilation, stride=stride)
         grouped = patches.unflatten(1, (groups, -1, taps[0] * taps[1])).permute(0, 1, 4, 3, 2).flatten(3)
