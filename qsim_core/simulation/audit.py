@@ -1,7 +1,7 @@
-"""What was quantized, with what, at what error.
+"""The audit: every matmul, its quantizers, and the error of each.
 
-The audit runs one batch and looks twice: the sites tell what they met, and a dispatch mode below them counts
-every matrix product that torch computes outside any site. What the sites cannot meet is thereby found, and listed.
+The audit runs one batch and looks twice. The sites record what they met, and a dispatch mode below them counts every
+matrix product that torch computes outside any site. So products that the sites cannot meet are found, and listed.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ PRODUCTS = frozenset(
 
 
 class Measured(BaseModel):
-    """What quantizing did to the tensors at one site."""
+    """The effect of quantizing on the tensors at one site."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -98,7 +98,7 @@ class SiteAudit(BaseModel):
 
 
 class Audit(BaseModel):
-    """Every matmul that was found, and what stood at its sites."""
+    """Every matmul that was found, and the quantizers at its sites."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -183,7 +183,7 @@ class _Outside(OperatorWatcher):
 
 
 def _may_multiply(arguments: tuple[Any, ...]) -> bool:
-    """Whether an operator that is not torch's own has two matrices to multiply; what it does with them nobody sees."""
+    """Tell if an operator that is not torch's own has two matrices to multiply; it may multiply them unseen."""
     return sum(isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1 for x in arguments) > 1
 
 
@@ -202,7 +202,7 @@ class _Watch:
                 self.sums[site.name, named].add(before, after, quantizer)
 
 
-def audit(sites: Sites, run: Callable[[], Any] | None) -> Audit:
+def measured_audit(sites: Sites, run: Callable[[], Any] | None) -> Audit:
     """Look at one batch, which `run` puts through the model; without it, only at what was met before."""
     watch, outside = _Watch(), _Outside(sites)
     calls = {name: site.calls for name, site in sites.table.items()}
@@ -249,7 +249,7 @@ def _record(site: Site, calls: int, watch: _Watch) -> SiteAudit:
 
 
 def _notes(site: Site, value_axis: str) -> list[str]:
-    """What a careful reader must know: scales that see other samples, or later tokens."""
+    """Give notes for a careful reader: scales that depend on other samples, or on later tokens."""
     notes = []
     if site.weight is None and (site.op == "linear" or site.op.startswith("conv")):
         notes.append("its weight is computed, not a parameter: it takes the quantizer of activations")

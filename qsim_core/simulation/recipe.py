@@ -239,7 +239,7 @@ class Recipe(_Quantizers):
 
 
 def _check_keys(what: str, values: Any, of: type[_Strict]) -> None:
-    """Raise `RecipeError` for what is no mapping, and for a key that there is not."""
+    """Raise `RecipeError` unless the values are a mapping whose keys all exist."""
     if not isinstance(values, dict):
         raise RecipeError(f"{what} is a mapping of keys to values, not {type(values).__name__}")
     for key in values:
@@ -264,7 +264,7 @@ class _OnceEach(yaml.SafeLoader):
 
 
 def read_yaml(text: str) -> Any:
-    """YAML as plain data. Raises `RecipeError` with line and column where it is none."""
+    """Read YAML as plain data. Raises `RecipeError` with line and column for text that is not YAML."""
     try:
         return yaml.load(text, _OnceEach)
     except yaml.MarkedYAMLError as error:
@@ -276,5 +276,5 @@ def read_yaml(text: str) -> Any:
 
 
 def matches(pattern: str, names: Iterable[str]) -> bool:
-    """Whether a shell glob matches any of the names, case and all."""
+    """Tell if a shell glob matches any of the names, with their case."""
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)

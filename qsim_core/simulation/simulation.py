@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from torch.utils.hooks import RemovableHandle
 from qsim_core.components.host import Host, installed
 from qsim_core.errors import CalibrationWarning, QsimError, RecipeError
 from qsim_core.quantizers.learned_steps import LearnedSteps
-from qsim_core.simulation import audit, site_state, static_calibration
+from qsim_core.simulation import site_state, static_calibration
+from qsim_core.simulation.audit import Audit, measured_audit
+from qsim_core.simulation.module_text import ModuleText
 from qsim_core.simulation.recipe import Recipe
 from qsim_core.simulation.statistics_cache import statistics_entry
 from qsim_core.sites.arithmetic import Auto, ExactArithmetic
-from qsim_core.sites.site import Site
-from qsim_core.sites.sites import Sites, functional
+from qsim_core.sites.sites import Sites
 from qsim_core.transforms.applying import apply_transforms, left_behind
 from qsim_core.transforms.context import Context
 from qsim_core.transforms.forward import Example, as_in_evaluation, call
@@ -52,56 +53,60 @@ class Simulation:
         self._before_transforms: dict[str, Tensor] = {}
         self._left = ""
         self.reports: list[LayerReport] = []
-        """What the transforms did, layer by layer."""
+        """The reports of the transforms, layer by layer."""
         self.warnings: list[str] = []
-        """What can hardly be right about static scales and what transforms did, each with its site."""
+        """Doubts about static scales and about what transforms did, each with its site."""
         self.cached: list[str] = []
-        """What an earlier run with this work directory had computed."""
+        """The parts that an earlier run with this work directory had computed."""
 
     def _attach(self) -> None:
         self.sites.attach(self.model, self._handles)
         for path, module in self.model.named_modules():
             if "extra_repr" not in vars(module):
-                vars(module)["extra_repr"] = SiteText(self.sites, path, module)
+                vars(module)["extra_repr"] = ModuleText(self.sites, path, module)
 
-    def audit(self, example: Example = None) -> audit.Audit:
-        """Every matmul, its quantizers and their error, measured on one batch.
+    def audit(self, example: Example = None) -> Audit:
+        """List every matmul with its quantizers and their error, measured on one batch.
 
-        The batch is `example`, or the one that `simulate` was given; without any, the audit tells what has been
-        met so far and measures nothing.
+        The batch is `example`, or the one that `simulate` was given. Without a batch the audit lists what has been
+        met so far and measures nothing. Raises `QsimError` after `restore`.
         """
         if not self._handles:
             raise QsimError("there is nothing to audit: this simulation was restored")
         batch = self.example if example is None else example
         if batch is None:
-            return audit.audit(self.sites, None)
+            return measured_audit(self.sites, None)
         with as_in_evaluation(self.model):
-            return audit.audit(self.sites, lambda: call(self.model, batch))
+            return measured_audit(self.sites, lambda: call(self.model, batch))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the sites hold beside the recipe: static scales, learned steps, zero points, places of random numbers.
+        """Gather what the sites hold beside the recipe: static scales, learned steps, zero points, counts of calls.
 
-        Raises `QsimError` if a transform has left there what cannot be saved: rotations, hooks, weights that are final.
+        Raises `QsimError` if a transform has left something there that cannot be saved: rotations, hooks, or weights
+        that are final.
         """
         if self._left:
             raise QsimError(f"{self._left}; a model that trains cannot be saved with it")
         return site_state.gather(self.sites)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take what `state_dict` gave under the same recipe. Raises `QsimError` if it does not fit."""
+        """Give the sites what `state_dict` gathered under the same recipe. Raises `QsimError` if it does not fit."""
         site_state.spread(self.model, self.sites, state)
 
     def folded_state_dict(self) -> tuple[dict[str, Tensor], list[str]]:
-        """The model's `state_dict` with weights quantized, and the names of quantized weights that could not be: tied
-        ones, which others see too, and those that are multiplied along two axes."""
+        """Give the model's `state_dict` with weights quantized, and the names of the weights that were left as they are.
+
+        Left are tied weights, which other modules use too, and weights that are multiplied along two axes.
+        """
         with as_in_evaluation(self.model):
             call(self.model, self.example)  # every quantized weight is at hand then
         return self.sites.weights.folded_into(self.model.state_dict())
 
     def restore(self) -> nn.Module:
-        """Take everything away; the model is what it was, bit for bit, but for training of what no transform changed.
+        """Take everything away: the model is what it was, bit for bit.
 
-        Raises `QsimError` after `keep=False`.
+        Parameters that were trained, and that no transform had changed, stay trained. Raises `QsimError` after
+        `keep=False`.
         """
         if not self.keep:
             raise QsimError("this simulation was made with keep=False: the original weights are gone; load them again")
@@ -109,7 +114,7 @@ class Simulation:
             handle.remove()
         self._handles.clear()
         for module in self.model.modules():
-            if isinstance(vars(module).get("extra_repr"), SiteText):
+            if isinstance(vars(module).get("extra_repr"), ModuleText):
                 del vars(module)["extra_repr"]
         LearnedSteps.forget(self.model)
         before, self._before_transforms = self._before_transforms, {}
@@ -128,7 +133,7 @@ class Simulation:
         self.restore()
 
     def _discover(self, example: Example) -> None:
-        """Run the example with every quantizer off, so that all sites are known; hold the recipe to them."""
+        """Run the example with every quantizer off, so that all sites are known; check the recipe against them."""
         self.example = example
         self.sites.quantizing = False
         try:
@@ -151,7 +156,7 @@ class Simulation:
         return any(site.named(role) in roles and site.planned(role) is not None for site, role in met)
 
     def _transform(self, batches: list[Example] | None, run: Run, declared: Mapping[str, Sequence[str]] | None) -> None:
-        """Apply the recipe's transforms, and keep what they say."""
+        """Apply the recipe's transforms, and keep their reports and warnings."""
         contexts = [
             Context(self.model, self.sites, batches, run, str(transform), self.example, declared, self._handles)
             for transform in self.recipe.transforms
@@ -170,9 +175,9 @@ class Simulation:
         self.warnings += [warning for context in contexts for warning in context.warnings]
 
     def _fix(self, batches: list[Example] | None, run: Run) -> None:
-        """Choose static scales, if any are wanted, in one pass of the unquantized model over the calibration data.
+        """Choose static scales, if any are needed, in one pass of the unquantized model over the calibration data.
 
-        Scales that are trained start from the example, where there are no such data.
+        Scales that are trained start from the example where there are no calibration data.
         """
         if not batches and self.recipe.learns and self.example is not None:
             batches = [self.example]
@@ -193,7 +198,7 @@ class Simulation:
         self.warnings += static_calibration.fix(self.model, self.sites.table, found, learning)
 
     def _gather(self, batches: list[Example], run: Run) -> static_calibration.Fitter:
-        """Run the calibration data through the model as it is; who saw what passes where scales are wanted."""
+        """Run the calibration data through the model as it is, and gather what passes the places that need scales."""
         fitter = static_calibration.Fitter()
         self.sites.quantizing, self.sites.observer = False, fitter
         try:
@@ -229,20 +234,21 @@ def simulate(
 ) -> Simulation:
     """Simulate `model`, in place, with quantizers at every matmul's sites.
 
-    Say it with a `recipe`, or with its parts: quantizers, their text, or plain callables tensor -> tensor, for
-    `weights`, `activations` and `outputs`; patterns of sites to `skip`; `overrides` by pattern; `transforms` in the
-    order in which they are applied. With none of them the sites are put in place and nothing is quantized.
+    Give a `recipe`, or its parts. `weights`, `activations`, `outputs` and `kv_cache` (attention's keys and values) are
+    quantizers, their text, or plain callables tensor -> tensor. `arithmetic` is a component or its text. `skip` has
+    patterns of sites, `overrides` are given by pattern. `transforms` are applied in their order. Without any of these
+    the sites are put in place and nothing is quantized.
 
-    `calibration` is what transforms look at: batches, each like an example. `structure` declares which weights read
-    which norm (norm's path -> names of weights), where tracing does not find it by itself. `state`, the `state_dict` of
-    a simulation, has the scales that would be looked for. `run` shows progress.
+    `calibration` holds batches for transforms and static scales, each like an example. `structure` declares the weights
+    that read a norm (norm's path -> names of weights), where tracing does not find them. `state`, the `state_dict` of a
+    simulation, holds the static scales. `run` shows progress.
 
-    With an `example` (a mapping of keyword arguments, a tuple of positional ones, or one argument) all sites are
-    known at once, else after the first forward; a pattern that matches none is then an error. `keep=False`
+    An `example` is a mapping of keyword arguments, a tuple of positional ones, or one argument. With it all sites are
+    known at once, else after the first forward; a pattern that matches no site is then an error. `keep=False`
     overwrites the weights instead of holding a second copy, and gives up `restore`.
 
-    Raises `RecipeError` or `SpecError` for what cannot be done, and leaves the model as it was; with `keep=False` what
-    the transforms before the one that failed have changed stays changed.
+    Raises `RecipeError` or `SpecError` for what cannot be done, and leaves the model as it was. With `keep=False`
+    changes of the transforms before the one that failed stay.
     """
     parts = {
         "weights": weights,
@@ -261,7 +267,7 @@ def simulate(
         raise RecipeError(f"give a recipe or its parts, not both (here: recipe and {', '.join(given)})")
     if not isinstance(recipe, Recipe):
         recipe = Recipe.of(dict(recipe or given), host)
-    if any(isinstance(vars(module).get("extra_repr"), SiteText) for module in model.modules()):
+    if any(isinstance(vars(module).get("extra_repr"), ModuleText) for module in model.modules()):
         raise QsimError("this model is simulated already; restore() it first")
     simulation = Simulation(model, recipe, keep, exact_arithmetics(recipe, host))
     try:
@@ -297,54 +303,3 @@ def exact_arithmetics(recipe: Recipe, host: Host | None) -> list[ExactArithmetic
     classes = [offered for offers in found.values() for _, offered in offers if isinstance(offered, type)]
     made: list[Any] = [offered() for offered in classes]
     return sorted((one for one in made if one.automatic), key=lambda one: (one.order, one.name))
-
-
-class SiteText:
-    """In place of a module's `extra_repr`: the module's own text, then the quantizers at its sites."""
-
-    def __init__(self, sites: Sites, path: str, module: nn.Module) -> None:
-        self.sites, self.path, self.module = sites, path, module
-
-    def __call__(self) -> str:
-        own = type(self.module).extra_repr(self.module)
-        return ", ".join(part for part in (own, *self._weighted(), *self._products()) if part)
-
-    def _weighted(self) -> Iterator[str]:
-        """The sites of this module's own weights, and of those of children that print without `extra_repr`."""
-        for site in self.sites.table.values():
-            if site.weight is None:
-                continue
-            owner, _, parameter = site.weight.rpartition(".")
-            if owner == self.path and _tells(self.module):
-                yield from _texts(*_quantizers(site), "" if parameter == "weight" else parameter)
-            elif owner.rpartition(".")[0] == self.path and owner and not _tells(self._child(owner)):
-                yield from _texts(*_quantizers(site), owner.rpartition(".")[2])
-        if not self.sites.table and isinstance(self.module, nn.Linear | nn.modules.conv._ConvNd):
-            plan = self.sites.recipe.plan([self.path])
-            yield from _texts(plan.weight, [plan.input] if plan.input else [], plan.output, "")
-
-    def _child(self, path: str) -> nn.Module | None:
-        return self.module._modules.get(path.rpartition(".")[2])
-
-    def _products(self) -> Iterator[str]:
-        for site in functional(self.sites, self.path):
-            label = (site.aliases or [site.name])[0].rpartition(":")[2]
-            yield from _texts(None, site.inputs, site.plan.output, label)
-
-
-def _tells(module: nn.Module | None) -> bool:
-    """Whether a module's text includes its `extra_repr`; transformers' Conv1D, for one, writes its own."""
-    return type(module).__repr__ is nn.Module.__repr__
-
-
-def _quantizers(site: Site) -> tuple[Any, Sequence[Any], Any]:
-    """The quantizers of a site's weight, inputs and output."""
-    return site.plan.weight, site.inputs, site.plan.output
-
-
-def _texts(weight: Any, inputs: Sequence[Any], output: Any, label: str) -> Iterator[str]:
-    """The quantizers as text, after the label if there is one."""
-    quantizers = {"weight": weight, "input": ", ".join(map(str, inputs)) or None, "output": output}
-    texts = [f"{role}={quantizer}" for role, quantizer in quantizers.items() if quantizer is not None]
-    if texts:
-        yield f"{label}: {' '.join(texts)}" if label else ", ".join(texts)

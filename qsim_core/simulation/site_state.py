@@ -1,8 +1,8 @@
-"""What a site holds beside the recipe, as tensors by name: static scales, learned steps, how often it has drawn.
+"""The state of sites as tensors by name: static scales, learned steps, counts of calls.
 
 model.decoder.layers.0.fc1:input.scale   [B, 1]
 model.decoder.layers.0.fc1:input.zero    the same, where there are zero points
-model.decoder.layers.0.fc1:calls         how often it was met: where stochastic rounding draws next
+model.decoder.layers.0.fc1:calls         the number of calls: where stochastic rounding draws next
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qsim_core.sites.sites import Sites
 
 
 def gather(sites: Sites) -> dict[str, Tensor]:
-    """What all sites hold. Raises `QsimError` where a transform has left something else there."""
+    """Gather what all sites hold. Raises `QsimError` where a transform has left something else there."""
     tensors: dict[str, Tensor] = {}
     for site in sites.table.values():
         tensors[f"{site.name}:calls"] = torch.tensor(site.calls)

@@ -1,4 +1,4 @@
-"""Static scales, and those that training starts from: found once, in calibration data, and kept at the site."""
+"""Static calibration: scales found once, in calibration data, and held at the site; also those that training changes."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ CLIPPED = 0.01
 Place = tuple[str, str]
 """A site's name and a role."""
 Statistics = dict[Place, tuple[Tensor, Tensor | None]]
-"""What stands for all that has passed each place: values [B, n], and how many each stands for."""
+"""Values [B, n] that stand for all that has passed each place, and the number that each stands for."""
 Wanted = dict[tuple[str, str, str], Observer]
-"""A site's name, a role, and which elements share a scale -> what is to gather it."""
+"""A site's name, a role, and the granularity of its scales -> the observer that gathers values for it."""
 Learning = dict[str, tuple[Site, Scheme, Tensor, Tensor | None]]
-"""A weight's site -> where its learned steps start."""
+"""A weight's site -> the scales and zero points where its learned steps start."""
 
 
 class Fitter:
-    """The observer of a calibration run: gathers what passes every site that wants static scales."""
+    """The observer of a calibration run: gathers what passes every site that needs static scales."""
 
     def __init__(self) -> None:
         self.seen: dict[Place, tuple[Scheme, Observer, int]] = {}
@@ -41,7 +41,7 @@ class Fitter:
         self.batch = 0
 
     def __call__(self, site: Site, role: str, before: Tensor, after: Tensor, quantizer: Quantizer | None) -> None:
-        """Called with every tensor before it is quantized; nothing is, meanwhile. Raises `DataError` on NaN and Inf."""
+        """Take in a tensor that passes a site, while nothing is quantized. Raises `DataError` on NaN and Inf."""
         scheme, key = _wants(site, role), (site.name, role)
         if scheme is None:
             return
@@ -61,12 +61,12 @@ class Fitter:
         self.seen[key][1].update(*scheme.static_blocks(before))
 
     def statistics(self) -> Statistics:
-        """What was gathered at each place."""
+        """Give the values that were gathered at each place."""
         return {key: observer.values() for key, (_, observer, _) in self.seen.items()}
 
 
 def wanted(sites: Iterable[Site]) -> Wanted:
-    """Where static scales are still to be found, by which scheme shares them, and an observer that has seen nothing."""
+    """List the places that still need static scales, each with an observer that has seen nothing."""
     found = ((site, role, _wants(site, role)) for site in sites for role in ("input", "input2", "output"))
     return {
         (site.name, role, repr(scheme.granularity)): scheme.range.observer()
@@ -76,7 +76,7 @@ def wanted(sites: Iterable[Site]) -> Wanted:
 
 
 def fix(model: nn.Module, sites: Mapping[str, Site], statistics: Statistics, weights: Learning) -> list[str]:
-    """Choose the scales and leave them at the model's sites; gives a line for each that can hardly be right."""
+    """Choose the scales and leave them at the model's sites; give a line for each scale that is doubtful."""
     suspicions = []
     for site, scheme, scale, zero in weights.values():
         hold(model, site, "weight", scheme, scale, zero)
@@ -90,7 +90,7 @@ def fix(model: nn.Module, sites: Mapping[str, Site], statistics: Statistics, wei
 
 
 def _wants(site: Site, role: str) -> Scheme | None:
-    """The scheme whose static or learned scales are to be found; None: there is none, or a transform has chosen."""
+    """The scheme whose static or learned scales are to be found; None if there is none, or a transform has chosen."""
     scheme = site.planned(role)
     if not isinstance(scheme, Scheme) or role in site.fixed:
         return None
@@ -98,7 +98,7 @@ def _wants(site: Site, role: str) -> Scheme | None:
 
 
 def _suspicions(fixed: StaticScheme, values: Tensor, counts: Tensor | None) -> Iterator[str]:
-    """What is wrong with a scale, for values [B, n] that stand for `counts` each."""
+    """Give the doubts about a scale, for values [B, n] that stand for `counts` each."""
     scale = fixed.scale.detach()
     if not bool((values != 0).any()):
         yield "saw only zeros in the calibration data"

@@ -1,8 +1,8 @@
-"""What one run keeps in its work directory for others: a file for each entry, named by what it was made from.
+"""Entries that runs keep in a work directory for later runs: a file for each, named by what it was made from.
 
-A file is one line of JSON, which says what it is about, and the content, whose SHA-256 is in that line. It appears
-whole or not at all, so any number of runs may share a directory: at worst two of them compute the same. A file that is
-damaged is as good as none.
+A file is one line of JSON, which describes the entry, and the content, whose SHA-256 is in that line. It is written
+whole or not at all, so several runs may share a directory; two of them may compute the same entry. A damaged file is
+ignored.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def make(work_dir: Path) -> None:
 
 
 def about(path: Path) -> dict[str, Any]:
-    """What the first line of an entry says; empty for a damaged one."""
+    """Read the description in the first line of an entry; empty for a damaged one."""
     try:
         with path.open("rb") as file:
             said = json.loads(file.readline(2**16))

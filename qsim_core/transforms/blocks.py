@@ -66,7 +66,7 @@ class Block:
                     self.module(*args, **kwargs)
 
     def outputs(self) -> Iterator[Any]:
-        """What the block, as it is now, makes of its inputs, one batch after another."""
+        """Give the outputs of the block as it is now, one batch after another."""
         with as_in_evaluation(self.module):
             for args, kwargs in self.inputs:
                 yield self.module(*args, **kwargs)
@@ -108,7 +108,7 @@ def _within(name: str, path: str) -> bool:
 
 
 def walk(context: Walked) -> Iterator[Block]:
-    """The blocks in order; whoever takes one may change it, and nothing outside of it, before asking for the next.
+    """Give the blocks in order. The caller may change a block, and nothing outside of it, before asking for the next.
 
     Blocks that an earlier run has finished (`Run.work_dir`) are given back their tensors and passed over.
     """
@@ -131,8 +131,11 @@ def walk(context: Walked) -> Iterator[Block]:
 
 
 def _capture(context: Walked, paths: list[str]) -> tuple[list[Inputs], dict[str, list[Inputs]], int]:
-    """Run all batches: the first block's inputs, the later ones' without what the block before gives, and how many
-    blocks in a row take the output of the one before."""
+    """Run all batches and capture the inputs of the blocks.
+
+    Returns the first block's inputs; the later blocks' inputs, without the output of the block before; and the number
+    of blocks in a row that take the output of the block before.
+    """
     first: list[Inputs] = []
     others: dict[str, list[Inputs]] = {path: [] for path in paths[1:]}
     chained = dict.fromkeys(paths[1:], True)

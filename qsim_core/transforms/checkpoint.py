@@ -68,7 +68,7 @@ class Checkpoint:
 
 
 def leaves(tree: Any) -> Iterator[Any]:
-    """What mappings (transformers' too), lists and tuples hold, with the keys."""
+    """Give all that mappings (transformers' too), lists and tuples hold, with the keys."""
     if isinstance(tree, Mapping):
         for key, value in tree.items():
             yield key

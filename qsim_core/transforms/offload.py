@@ -54,7 +54,7 @@ def state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def computes_on(model: nn.Module) -> torch.device:
-    """Where a model wants its inputs: where accelerate computes its first module, else where its parameters are."""
+    """The device of a model's inputs: where accelerate computes its first module, else where its parameters are."""
     for module in model.modules():
         for part in _hooks(module):
             if getattr(part, "execution_device", None) is not None:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import BaseModel, ConfigDict, Field
-
-if TYPE_CHECKING:
-    pass
 
 
 class LayerReport(BaseModel):
-    """What one transform did to one layer."""
+    """The report of one transform about one layer."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -19,6 +14,6 @@ class LayerReport(BaseModel):
     layer: str
     before: float | None = Field(None, description="the error that the layer would have had")
     after: float | None = Field(None, description="the error that it has")
-    measure: str = Field("", description="what `before` and `after` are")
+    measure: str = Field("", description="the measure of `before` and `after`")
     seconds: float = 0.0
-    note: str = Field("", description="what else there is to say: why a layer was left alone, what was retried")
+    note: str = Field("", description="a remark: why a layer was left alone, what was retried")

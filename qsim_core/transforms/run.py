@@ -1,4 +1,4 @@
-"""How one evaluation is carried out: sizes, progress, where work is kept."""
+"""The circumstances of one evaluation: sizes, progress, the work directory."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 @contextmanager
 def no_count(total: int, done: int, description: str) -> Iterator[Callable[[str], None]]:
-    """What is called after each step, and shows nothing."""
+    """Give a function to call after each step that shows nothing."""
     yield lambda text: None
 
 
@@ -25,7 +22,7 @@ def no_progress(items: Iterable[Any], total: int, description: str) -> Iterable[
 
 @dataclass(frozen=True)
 class Run:
-    """How one evaluation is carried out: nothing here says what is computed, but for `limit`."""
+    """The circumstances of one evaluation. Only `limit` and `seed` change what is computed."""
 
     batch_size: int = 8
     limit: int | None = None
@@ -38,8 +35,8 @@ class Run:
     count: Callable[[int, int, str], AbstractContextManager[Callable[[str], None]]] = field(default=no_count)
     """Surrounds steps that count themselves: `with run.count(total, done, "training") as step: … step("loss 3.2")`."""
     work_dir: Path | None = None
-    """Where finished blocks are kept, so that a run that died goes on from there."""
+    """The directory of finished blocks, from which a run that died goes on."""
     reference: Any = None
     """The `outputs` of the baseline's `Metrics`, for the simulated run; none in the baseline's own."""
     allow_code_execution: bool = False
-    """Whether an evaluator may run programs that the model wrote."""
+    """True if an evaluator may run programs that the model wrote."""
