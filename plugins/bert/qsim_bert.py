@@ -8,7 +8,7 @@ from qsim_core import Adapter, hookimpl
 
 
 class BERT(Pretrained):
-    """Encoders of text: the checkpoint's head says what for, a plain encoder is held to its own embeddings."""
+    """Text encoders. The checkpoint's head determines the evaluator; a model without head gives embeddings."""
 
     name = "bert"
     families = ("distilbert", "roberta", "xlm-roberta")

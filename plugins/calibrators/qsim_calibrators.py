@@ -12,14 +12,15 @@ from qsim_core.quantizers.observers import MovingExtremes, Observer, bin_exponen
 
 
 class MovingAverage(Calibrator):
-    """The extremes of each batch, averaged: new = momentum * old + (1 - momentum) * batch, from the first batch on.
+    """The lowest and highest value of each batch, averaged: new = momentum * old + (1 - momentum) * batch.
 
-    For a scale that is found anew for each tensor it is the tensor's extremes. Source: the range tracking of RPTQ's
-    reference (arXiv 2304.01089), whose momentum is 0.99.
+    The average starts with the values of the first batch. A scale that is computed anew for each tensor takes the
+    tensor's own lowest and highest value. Source: the range tracking of RPTQ's reference (arXiv 2304.01089), whose
+    momentum is 0.99.
     """
 
     name = "moving_average"
-    momentum: float = Field(0.99, ge=0, lt=1, description="share of the old value that stays")
+    momentum: float = Field(0.99, ge=0, lt=1, description="share of the old value in the new one")
 
     def range(self, blocks: Tensor, error: object, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         return blocks.amin(-1), blocks.amax(-1)
@@ -29,18 +30,18 @@ class MovingAverage(Calibrator):
 
 
 class Entropy(Calibrator):
-    """The range under which quantized magnitudes are distributed most like the true ones (Kullback-Leibler).
+    """The range that minimizes the Kullback-Leibler divergence of the quantized magnitudes from the original ones.
 
-    Magnitudes fall into 1,024 to 2,048 bins, those of a static scale's histogram. For each number of bins to keep, from
-    that of the levels on, those beyond are counted into the last one kept; the kept ones are merged to 2^(bits - 1)
-    levels and spread evenly over their non-empty bins again. The range ends where the divergence is least. A zero point
-    is not considered: the range reaches as far to either side. Source: NVIDIA's "8-bit inference with TensorRT" (GTC
-    2017), whose bins divide the largest magnitude by 2,048.
+    Magnitudes are counted in 1,024 to 2,048 bins, the bins of a static scale's histogram. A candidate range keeps the
+    first k bins, where k is at least the number of levels. The bins beyond are added to the last kept bin. The kept
+    bins are merged to 2^(bits - 1) levels, and each level is spread evenly over its non-empty bins. The range with the
+    least divergence is chosen. It is symmetric about zero, also for a scale with a zero point. Source: NVIDIA's "8-bit
+    inference with TensorRT" (GTC 2017), where the largest magnitude is divided into 2,048 bins.
     """
 
     name = "entropy"
-    bits: int = Field(8, ge=2, le=10, description="of the format that is to be scaled")
-    stride: int = Field(8, ge=1, description="bins from one candidate to the next")
+    bits: int = Field(8, ge=2, le=10, description="bits of the format that is scaled")
+    stride: int = Field(8, ge=1, description="bins between one candidate range and the next")
 
     def range(self, blocks: Tensor, error: object, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         magnitudes = blocks.abs()
@@ -61,12 +62,15 @@ class Entropy(Calibrator):
         levels = 2 ** (self.bits - 1)
         kept = torch.arange(bins, levels - 1, -self.stride).flip(0)
         divergences = torch.stack([_divergence(histogram, int(bins), levels) for bins in kept])
-        best = len(kept) - 1 - int(divergences.flip(0).argmin())  # of equals the widest
+        best = len(kept) - 1 - int(divergences.flip(0).argmin())  # of equal divergences the widest range
         return torch.minimum(((kept[best].double() + 0.5) * width.cpu()).to(largest), largest)
 
 
 def _divergence(histogram: Tensor, bins: int, levels: int) -> Tensor:
-    """KL divergence of the first `bins` bins, the rest counted into the last, from their merging to `levels`."""
+    """Compute the KL divergence of the first `bins` bins from the same bins merged to `levels`.
+
+    The counts beyond these bins are added to the last one, but not to the merged levels.
+    """
     truth = histogram[:bins].clone()
     truth[-1] += histogram[bins:].sum()
     filled = (truth > 0).double()

@@ -15,26 +15,27 @@ from torch import Tensor
 from qsim_core import Format, Preset, hookimpl
 from qsim_core.errors import file_did_you_mean
 
-MOST = 2**16
+MOST_VALUES = 2**16
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-"""QLoRA, arXiv 2305.14314, appendix E."""
+"""The values of QLoRA's 4-bit NormalFloat, from arXiv 2305.14314, appendix E."""
 
 
 class Codebook(Format):
-    """Any list of values; rounding is to the nearest, and a tie goes to the even code: the place in ascending order.
+    """Any list of values. Rounding is to the nearest value, and a tie goes to the even code.
 
-    Values are taken in float32. NaN stays NaN, though no code stands for it; ±Inf saturates. A file is read once, when
-    the format is built: numbers with blanks, commas or line ends between them, or a JSON list; `#` begins a comment.
-    The text form has the values themselves, so that a record of a run does not depend on the file.
+    The code of a value is its place in ascending order. Values are stored in float32. NaN stays NaN, although it has no
+    code; ±Inf saturates. A file is read once, when the format is built. It holds a JSON list, or numbers separated by
+    blanks, commas or line ends; `#` begins a comment. The text form contains the values themselves, so a record of a
+    run does not depend on the file.
     """
 
     name = "codebook"
     values: tuple[float, ...] = Field((), description="the representable values, in any order")
-    file: str | None = Field(None, description="a file to read them from instead")
+    file: str | None = Field(None, description="a file to read the values from instead")
 
     @model_validator(mode="before")
     @classmethod
@@ -49,19 +50,19 @@ class Codebook(Format):
     @classmethod
     def _in_order(cls, values: tuple[float, ...]) -> tuple[float, ...]:
         if len(values) < 2:
-            raise ValueError("two values at least, as in codebook([-1, 0, 1]), or a file that has them")
-        if len(values) > MOST:
-            raise ValueError(f"at most {MOST} values, not {len(values)}")
+            raise ValueError("give at least two values, as in codebook([-1, 0, 1]), or a file that holds them")
+        if len(values) > MOST_VALUES:
+            raise ValueError(f"at most {MOST_VALUES} values, not {len(values)}")
         for value in values:
             if not math.isfinite(value):
-                raise ValueError(f"{value} is no value of a number format")
+                raise ValueError(f"{value} is not a finite number; a codebook holds finite numbers only")
         ordered = sorted(values)
         single = torch.tensor(ordered, dtype=torch.float32)
         if not single.isfinite().all():
             raise ValueError("a value is beyond float32's range")
         if (twice := (single[1:] == single[:-1]).nonzero()).numel():
             first = int(twice[0])
-            raise ValueError(f"{ordered[first]} and {ordered[first + 1]} are one value in float32; each stands once")
+            raise ValueError(f"{ordered[first]} and {ordered[first + 1]} are the same value in float32; remove one")
         return tuple(ordered)
 
     def table(self) -> Tensor:
@@ -78,14 +79,14 @@ def _read(path: Path) -> list[float]:
         try:
             return [float(value) for value in json.loads(text)]
         except (ValueError, TypeError):
-            raise ValueError(f"{path} is no JSON list of numbers") from None
+            raise ValueError(f"{path} is not a JSON list of numbers") from None
     values = []
     for number, line in enumerate(text.splitlines(), start=1):
         for word in re.split(r"[,\s]+", line.partition("#")[0].strip()):
             try:
                 values += [float(word)] if word else []
             except ValueError:
-                raise ValueError(f"{path}, line {number}: {word!r} is no number") from None
+                raise ValueError(f"{path}, line {number}: {word!r} is not a number") from None
     return values
 
 

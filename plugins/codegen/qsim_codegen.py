@@ -8,7 +8,7 @@ from qsim_core import Adapter, hookimpl
 
 
 class CodeGen(Pretrained):
-    """CodeGen models from a directory or the hub; `lm_head` is left alone, as for OPT."""
+    """CodeGen models from a directory or the hub; `lm_head` is not quantized, as for OPT."""
 
     name = "codegen"
     heads = ("ForCausalLM",)

@@ -15,9 +15,9 @@ from qsim_core.errors import one_line
 
 
 class Pipeline(nn.Module):
-    """The networks of a pipeline under its own names for them, so that sites are `unet.…`, `text_encoder.…`, `vae.…`.
+    """The networks of a pipeline under the pipeline's names, so that sites are `unet.…`, `text_encoder.…`, `vae.…`.
 
-    Calling it runs the pipeline: `model(prompt="a cat", num_inference_steps=2, output_type="pt").images`.
+    Calling the module runs the pipeline: `model(prompt="a cat", num_inference_steps=2, output_type="pt").images`.
     """
 
     def __init__(self, pipeline: Any) -> None:
@@ -39,12 +39,14 @@ class Diffusion(Adapter):
     evaluator: ClassVar[str] = "denoising"
 
     def load(self, model: str, dtype: torch.dtype) -> LoadedModel:
-        """A model, or a `Pipeline` with its tokenizer and its scheduler inside, in eval mode; of a pipeline with one
-        network that network, with the scheduler as processor. Raises `ModelError`."""
+        """Load a model, or a `Pipeline` that contains its tokenizer and its scheduler, in eval mode.
+
+        A pipeline with one network is loaded as that network, with the scheduler as processor. Raises `ModelError`.
+        """
         return self.load_dispatched(model, dtype, "cpu")
 
     def load_dispatched(self, model: str, dtype: torch.dtype, to: str) -> LoadedModel:
-        """The same with the weights of each network where accelerate puts them."""
+        """Load the same, with the weights of each network on the devices that accelerate chooses."""
         import diffusers
 
         name = architecture(model)
@@ -53,7 +55,7 @@ class Diffusion(Adapter):
         if _is(getattr(diffusers, name, None), diffusers.ModelMixin):
             return LoadedModel(load_model(getattr(diffusers, name), model, dtype, to=to))
         raise ModelError(
-            f"{model} is of class {name}, which is no model and no pipeline of diffusers {diffusers.__version__}"
+            f"{model} is of class {name}, which is neither a model nor a pipeline of diffusers {diffusers.__version__}"
         )
 
     def stored_dtype(self, model: str) -> str | None:
@@ -61,13 +63,13 @@ class Diffusion(Adapter):
         return stored_dtype(model)
 
     def evaluator_of(self, model: str) -> str:
-        """A U-Net with its scheduler makes images of noise; anything else is held to its outputs in full precision."""
+        """`denoising` for a U-Net with its scheduler, which makes images of noise; `fidelity` for all others."""
         parts = {part for part in configuration(model) if not part.startswith("_")}
         return self.evaluator if parts == {"scheduler", "unet"} else "fidelity"
 
 
 def _load_pipeline(pipeline_class: Any, source: str, dtype: torch.dtype, to: str) -> LoadedModel:
-    """The networks one by one, each held to its weights, then the pipeline around them."""
+    """Load the networks one by one, checking the weights of each, then the pipeline around them."""
     import diffusers
 
     said = {part: of for part, of in configuration(source).items() if isinstance(of, list) and len(of) == 2}
@@ -81,20 +83,20 @@ def _load_pipeline(pipeline_class: Any, source: str, dtype: torch.dtype, to: str
     try:
         with offline_unless_reachable(source):
             pipeline = pipeline_class.from_pretrained(source, **networks)
-    except Exception as error:  # each scheduler and tokenizer raises other errors
+    except Exception as error:  # schedulers and tokenizers raise errors of any class
         raise ModelError(f"{source} cannot be loaded: {one_line(error)}") from None
     finally:
         if bars:
             log.enable_progress_bar()
     pipeline.set_progress_bar_config(disable=True)
-    if len(networks) == 1:  # nothing but a denoiser: it is the model, and its scheduler goes with it
+    if len(networks) == 1:  # a denoiser alone is the model, and its scheduler the processor
         return LoadedModel(next(iter(networks.values())).eval(), processor=pipeline.scheduler)
     processor = pipeline.components.get("feature_extractor")
     return LoadedModel(Pipeline(pipeline).eval(), pipeline.components.get("tokenizer"), processor)
 
 
 def _class_of(part: str, library: Any, name: str, source: str) -> Any:
-    """The class of a pipeline's part, which is diffusers' own (also a single pipeline's) or transformers'."""
+    """Return the class of a pipeline's part, from transformers, diffusers, or one pipeline's module in diffusers."""
     import diffusers
     import transformers
 

@@ -1,4 +1,4 @@
-"""Differential noise finetuning: `dnf(bins, seed)` trains with noise as large as the errors, in place of the errors."""
+"""Differential noise finetuning: `dnf(bins, seed)` trains with noise in place of the errors, distributed like them."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from qsim_core.sites.site import Site
 from qsim_core.transforms.context import Context
 
 KEPT = 2**12
-"""Differences of one site that are kept of each calibration batch, evenly spread over its output."""
+"""Differences that are kept for each site and calibration batch, evenly spread over the output."""
 
 
 class DNF(Transform):
-    """In training every output of a matmul is that of the model as it is, plus noise; in evaluation all is simulated.
+    """Adds noise to the unquantized outputs of matmuls in training; in evaluation they are simulated.
 
-    The noise of a site has the distribution of what simulating adds to its outputs on the calibration data, Q(W) Q(x) -
-    W x for the inputs x of the model as it is, its products and its rounded output included: a histogram of `bins` bins
-    that hold equally many differences each. It is drawn anew for every element, and takes no time for quantizing.
-    Source: Basumallik et al., arXiv 2205.06287.
+    The noise of a site has the distribution of its errors on the calibration data. The error is Q(W) Q(x) - W x, where
+    x are the inputs of the unquantized model. It includes the errors of the product's arithmetic and of rounding the
+    output. The distribution is a histogram of `bins` bins that hold equally many differences each. Noise is drawn
+    anew for every element, and no tensor is quantized in training. Source: Basumallik et al., arXiv 2205.06287.
 
-    A module is in training if its own `training` says so: `model.train()`.
+    A module is in training if its attribute `training` is true; `model.train()` sets it.
     """
 
     name = "dnf"
-    bins: int = Field(1024, ge=2, le=2**16, description="of a site's histogram")
-    seed: int = Field(0, ge=0, lt=2**64, description="of the noise")
+    bins: int = Field(1024, ge=2, le=2**16, description="bins of each site's histogram")
+    seed: int = Field(0, ge=0, lt=2**64, description="seed of the noise")
 
     def apply(self, model: nn.Module, context: Context) -> None:
-        """Find each site's noise in one pass. Raises `DataError` without calibration data."""
+        """Measure the errors of all sites in one pass. Raises `DataError` without calibration data."""
         differences: dict[str, list[Tensor]] = defaultdict(list)
         energies: dict[str, Tensor] = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
 
@@ -64,14 +64,14 @@ class DNF(Transform):
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """What stands at a site in training. `edges` are those of the bins, [bins + 1], in ascending order."""
+    """Computes a site in training. `edges` are the edges of the histogram's bins, [bins + 1], in ascending order."""
 
     site: str
     edges: Tensor
     seed: int
 
     def __call__(self, call: Call, step: int) -> Tensor:
-        """The call as it is, and noise on its result."""
+        """Run the unquantized call, and add noise to its result."""
         result: Tensor = call.run(call.operands)
         with torch.no_grad(), at(f"{self.site}:noise", step):
             place = uniform(result, self.seed) * (len(self.edges) - 1)
@@ -82,7 +82,7 @@ class Noise:
 
     @property
     def power(self) -> float:
-        """The mean square: of a bin from a to b it is (a² + a b + b²) / 3."""
+        """The mean square of the noise. For a bin from a to b it is (a² + a b + b²) / 3."""
         low, high = self.edges[:-1].double(), self.edges[1:].double()
         return float(((low * low + low * high + high * high) / 3).mean())
 

@@ -13,15 +13,15 @@ from qsim_core import Format, Preset, hookimpl
 from qsim_core.formats.rounding import Steps, power_of_two, round_to_float
 
 NATIVE = {(8, 7): torch.bfloat16, (5, 10): torch.float16}
-"""IEEE formats that torch converts float32 to exactly as `round_to_float` does, and faster."""
-TINIEST = -149
-"""Exponent of float32's smallest subnormal: values below it could not be simulated in float32."""
+"""IEEE formats, as (exponent, mantissa): torch converts float32 to them as `round_to_float` does, but faster."""
+SMALLEST_EXPONENT = -149
+"""Exponent of float32's smallest subnormal: float32 cannot simulate values below it."""
 
 
 class Float(Format):
     """One sign bit (or none), `exponent` and `mantissa` bits, subnormals; rounded to nearest, ties to even.
 
-    `specials` says which codes are no numbers, and what the bias is:
+    `specials` names the usual bias and the codes that are Inf or NaN:
 
         ieee   2^(e-1) - 1  topmost exponent: Inf and NaN (IEEE 754, OCP E5M2)
         fn     2^(e-1) - 1  topmost code: NaN (OCP 8-bit FP v1.0, 5: E4M3)
@@ -29,19 +29,19 @@ class Float(Format):
         fnuz   2^(e-1)      code of -0: NaN (arXiv 2206.02915; P3109 finite)
         p3109  2^(e-1)      code of -0: NaN, topmost: Inf (IEEE P3109 extended)
 
-    Unsigned `p3109` has NaN in the topmost code and Inf below it. A value past the largest finite one saturates where
-    the format has no Inf, ±Inf too, and becomes Inf where it has one; `saturate` says otherwise, and with it false
-    `fn` and `fnuz` give NaN. Without subnormals the codes of exponent 0 are zero. NaN stays NaN in any case.
+    Unsigned `p3109` has NaN in the topmost code and Inf below it. A value beyond the largest finite one, ±Inf too,
+    saturates if the format has no Inf, and becomes Inf if it has. `saturate` changes this: true always saturates;
+    with false, `fn` and `fnuz` give NaN. Without subnormals the codes of exponent 0 are zero. NaN always stays NaN.
     """
 
     name = "float"
     exponent: int = Field(ge=1, le=8, description="exponent bits")
     mantissa: int = Field(ge=0, le=17, description="stored fraction bits")
     specials: Literal["ieee", "fn", "fnuz", "p3109", "none"] = Field("none", description="which codes are Inf and NaN")
-    bias: int | None = Field(None, description="of the exponent; none: the usual one")
-    subnormals: bool = Field(True, description="false: nothing between zero and the smallest normal value")
-    signed: bool = Field(True, description="false: from 0 on, and one bit less")
-    saturate: bool | None = Field(None, description="clamp what is too large; none: only where there is no Inf")
+    bias: int | None = Field(None, description="bias of the exponent; none: the usual bias")
+    subnormals: bool = Field(True, description="false: no values between zero and the smallest normal value")
+    signed: bool = Field(True, description="false: values start at 0, and the code has one bit less")
+    saturate: bool | None = Field(None, description="clamp values that are too large; none: only if there is no Inf")
 
     @model_validator(mode="after")
     def _leaves_numbers(self) -> Self:
@@ -49,26 +49,26 @@ class Float(Format):
         if bits > 19:
             raise ValueError(f"a float has at most 19 bits, not {int(self.signed)} + {self.exponent} + {self.mantissa}")
         if bits < 2:
-            raise ValueError("one bit alone is no float")
+            raise ValueError("a float has at least 2 bits, not 1")
         if self.specials == "ieee" and self.exponent < 2:
             raise ValueError("with ieee specials and one exponent bit every value would be subnormal or Inf")
         if self.specials == "fnuz" and not self.signed:
-            raise ValueError("fnuz puts NaN in the place of -0, which unsigned formats have not; write specials=fn")
+            raise ValueError("fnuz gives the code of -0 to NaN, but an unsigned format has no -0; write specials=fn")
         if self.specials == "none" and self.saturate is False:
-            raise ValueError("there is neither Inf nor NaN for what is too large; it saturates")
+            raise ValueError("a format without Inf and NaN always saturates; leave saturate=false out")
         finite = (table := self.table())[table.isfinite() & (table > 0)]
         if not len(finite):
-            raise ValueError(f"with {self.specials} specials there is no value but zero left")
+            raise ValueError(f"with {self.specials} specials zero is the only value left")
         if finite.max() > torch.finfo(torch.float32).max:
             remedy = "8 exponent bits need specials=ieee" if self.bias is None else "raise the bias"
             raise ValueError(f"its largest value {finite.max():.2g} is beyond float32's; {remedy}")
-        if finite.min() < 2.0**TINIEST:
+        if finite.min() < 2.0**SMALLEST_EXPONENT:
             raise ValueError(f"its smallest value {finite.min():.2g} is below float32's; lower the bias")
         return self
 
     @property
     def offset(self) -> int:
-        """The exponent's bias, given or usual."""
+        """The bias of the exponent: the given one, or the usual one of `specials`."""
         if self.bias is not None:
             return self.bias
         return int(2 ** (self.exponent - 1)) - (self.specials not in ("fnuz", "p3109"))
@@ -149,9 +149,9 @@ class Float(Format):
 class E8M0(Format):
     """Powers of two from 2^-127 to 2^127, and NaN: the scales of OCP MX v1.0, section 5.4.1.
 
-    No zero and no sign: zero and what is negative become 2^-127, what is too large 2^127. A tie, 1.5 times a power of
-    two, goes to the even code, as IEEE 754's rule has it for one-bit significands; a cast in torch or ml_dtypes
-    rounds it up (`rounding=away`).
+    There is no zero and no sign: zero and negative values become 2^-127, and values that are too large 2^127. A tie,
+    1.5 times a power of two, goes to the even code. This is IEEE 754's rule for one-bit significands. A cast in torch
+    or ml_dtypes rounds a tie up (`rounding=away`).
     """
 
     name = "e8m0"

@@ -15,28 +15,29 @@ from qsim_core.formats.rounding import Steps, round_to_integer
 class Int(Format):
     """Two's-complement integers, or multiples of 2^-fraction; rounded to nearest, ties to even, saturating.
 
-    Signed and narrow, the default, is symmetric: -(2^(bits-1) - 1) to 2^(bits-1) - 1. The full range has the lowest
-    code -2^(bits-1) too. Unsigned is 0 to 2^bits - 1. A scale with a zero point uses the full range in any case.
-    NaN stays NaN, though no code stands for it. There is no -0.
+    The default range is signed and narrow, so it is symmetric: -(2^(bits-1) - 1) to 2^(bits-1) - 1. The full range
+    also has the lowest code, -2^(bits-1). The unsigned range is 0 to 2^bits - 1. A scale with a zero point always uses
+    the full range. NaN stays NaN, although it has no code. There is no -0.
 
-    `convention` says what a scale maps the largest magnitude of its block to: `max` the largest value (7 for 4 bits);
-    `gptq` half the span of the codes (7.5 with the full range: GPTQ's symmetric grid, arXiv 2210.17323, whose largest
-    value is clipped); `power_of_two` the power of two above the largest value (8: fixed point over [-1, 1)).
+    `convention` names the value to which a scale maps the largest magnitude of its block. `max` is the largest value
+    (7 for 4 bits). `gptq` is half the span of the codes (7.5 with the full range). That is GPTQ's symmetric grid,
+    arXiv 2210.17323, which clips the largest magnitude. `power_of_two` is the power of two above the largest value
+    (8: fixed point over [-1, 1)).
     """
 
     name = "int"
     bits: int = Field(8, ge=2, le=16, description="width of a code, sign included")
-    narrow: bool = Field(True, description="of signed integers: leave out the lowest code, so that it is symmetric")
-    signed: bool = Field(True, description="false: from 0 on")
+    narrow: bool = Field(True, description="leave out the lowest code of a signed range, so that it is symmetric")
+    signed: bool = Field(True, description="false: values start at 0")
     fraction: int = Field(0, ge=0, le=16, description="binary digits after the point")
     convention: Literal["max", "gptq", "power_of_two"] = Field(
-        "max", description="what a scale maps the largest magnitude to"
+        "max", description="the value to which a scale maps the largest magnitude"
     )
 
     @model_validator(mode="after")
     def _conventions_fit(self) -> Self:
         if self.convention == "gptq" and (self.narrow or not self.signed):
-            raise ValueError("convention gptq is that of signed integers with the full range: add narrow=false")
+            raise ValueError("convention gptq needs signed integers with the full range: add narrow=false")
         return self
 
     @property

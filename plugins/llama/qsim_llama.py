@@ -1,4 +1,4 @@
-"""Llama (`model_type` "llama", arXiv 2302.13971) and the families built like it."""
+"""Llama (`model_type` "llama", arXiv 2302.13971) and families with the same architecture."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qsim_core import Adapter, hookimpl
 
 
 class Llama(Pretrained):
-    """Llama, Mistral, Mixtral, Qwen2, Qwen3, Phi, Phi-3 and Gemma; `lm_head` is left alone, as for OPT."""
+    """Llama, Mistral, Mixtral, Qwen2, Qwen3, Phi, Phi-3 and Gemma; `lm_head` is not quantized, as for OPT."""
 
     name = "llama"
     families = (

@@ -1,4 +1,4 @@
-"""Block formats with shared power-of-two scales, and their kin: `mx(element, n)`, the OCP MX names, NVFP4, MSFP."""
+"""Block formats with shared scales: `mx(element, n)`, the OCP MX names, NVFP4, MSFP, DeepSeek-V3's tiles."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from qsim_core.formats.rounding import ScaleRule
 class MX(Scheme):
     """Blocks of 32 along the reduction axis share a scale that is a power of two, stored as E8M0.
 
-    Source: OCP Microscaling Formats (MX) v1.0, sections 5 and 6.3. The scale is 2^(floor(log2 max|x|) - emax), emax the
-    exponent of the element format's largest value, so the largest elements of a block may saturate; `rule` names the
-    other ways in use: ceil, even, and rceil (the smallest power of two that saturates nothing, as NVIDIA's hardware
-    has it). A block with NaN or ±Inf is NaN as a whole, its scale the NaN of E8M0.
+    Source: OCP Microscaling Formats (MX) v1.0, sections 5 and 6.3. The scale is 2^(floor(log2 max|x|) - emax), where
+    emax is the exponent of the element format's largest value. So the largest elements of a block may saturate. `rule`
+    names other rules in use: ceil, even and rceil. `rceil` is the smallest power of two that saturates no value, as in
+    NVIDIA's hardware. If a block has NaN or ±Inf, all its values become NaN, and its scale is the NaN of E8M0.
     """
 
     name = "mx"
     element: Format = Field("e4m3", description="the number format of the scaled values")  # type: ignore[assignment]
     n: PositiveInt = Field(32, description="elements that share a scale; the last block may be short")
-    scale: Quantizer | None = Field("e8m0", description="what rounds the scales")  # type: ignore[assignment]
-    rule: ScaleRule = Field("floor", description="how the range becomes a scale: floor, ceil, even, rceil, or divide")
+    scale: Quantizer | None = Field("e8m0", description="the format that rounds the scales")  # type: ignore[assignment]
+    rule: ScaleRule = Field("floor", description="rule that makes a scale of a range: floor, ceil, even, rceil, divide")
 
     @property
     def granularity(self) -> int:

@@ -11,14 +11,14 @@ from qsim_core import Adapter, hookimpl
 
 
 class OPT(Pretrained):
-    """OPT models from a directory or the hub; `lm_head` is left alone, as the papers on OPT leave it."""
+    """OPT models from a directory or the hub; `lm_head` is not quantized, as in the papers on quantizing OPT."""
 
     name = "opt"
     heads = ("ForCausalLM",)
     skip = ("lm_head",)
 
     def structure(self, model: nn.Module) -> dict[str, list[str]] | None:
-        """The norms before attention and before fc1; after the residual (OPT-350m) none can be folded."""
+        """The norms before attention and before fc1. Norms after the residual (OPT-350m) cannot be folded."""
         config: Any = model.config
         if not config.do_layer_norm_before:
             return None

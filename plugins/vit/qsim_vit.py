@@ -1,4 +1,4 @@
-"""ViT (`model_type` "vit", arXiv 2010.11929), DeiT, and the vision half of CLIP."""
+"""ViT (`model_type` "vit", arXiv 2010.11929), DeiT, and CLIP's image encoder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qsim_core import Adapter, hookimpl
 
 
 class ViT(Pretrained):
-    """Encoders of images: classifiers by their accuracy, a plain encoder is held to its own embeddings."""
+    """Image encoders. Classifiers are evaluated by accuracy; a model without head gives embeddings."""
 
     name = "vit"
     families = ("clip_vision_model", "deit")

@@ -1,4 +1,4 @@
-"""Calibrators of the plugin, dynamic and static."""
+"""The plugin's calibrators for dynamic and static scales."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def test_entropy_cuts_a_long_tail_and_keeps_a_short_one() -> None:
     assert kept.item() > 0.98
 
 
-def by_the_recipe(histogram: Tensor, levels: int) -> int:
-    """TensorRT's slides, bin by bin: the number of bins to keep."""
+def bins_kept_by_tensorrt(histogram: Tensor, levels: int) -> int:
+    """Return the number of bins to keep, computed bin by bin as TensorRT's slides describe it."""
     best, least = 0, float("inf")
     for bins in range(len(histogram), levels - 1, -8):
         p = histogram[:bins].clone()
@@ -52,8 +52,8 @@ def by_the_recipe(histogram: Tensor, levels: int) -> int:
 
 
 @pytest.mark.slow
-def test_entropy_is_its_description_written_out() -> None:
-    """Half a minute of loops; the fast tests look at its behaviour."""
+def test_entropy_is_tensorrts_algorithm_written_out() -> None:
+    """The loops take half a minute; the fast tests check the behaviour."""
     x = noise(20_000).abs() ** 1.5
     width = 2.0 ** (math.frexp(float(x.max()))[1] - 11)
     histogram = torch.bincount((x.double() / width).long()).double()
@@ -61,7 +61,7 @@ def test_entropy_is_its_description_written_out() -> None:
     _, high = qsim.parse("entropy(4)").range(x.view(1, -1), None, None)
 
     assert 1024 < len(histogram) <= 2048
-    assert float(high) == pytest.approx((by_the_recipe(histogram, 8) + 0.5) * width)
+    assert float(high) == pytest.approx((bins_kept_by_tensorrt(histogram, 8) + 0.5) * width)
 
 
 def test_entropy_of_a_histogram_is_that_of_its_values() -> None:
@@ -87,7 +87,7 @@ def test_a_moving_average_follows_the_batches() -> None:
 
 
 @pytest.mark.parametrize("text", ["entropy(1)", "entropy(11)", "moving_average(1)", "percentile(40)"])
-def test_what_makes_no_sense_is_refused(text: str) -> None:
+def test_options_out_of_range_are_refused(text: str) -> None:
     with pytest.raises(qsim.SpecError, match=" should be "):
         qsim.parse(text)
 

@@ -13,7 +13,7 @@ from qsim_core.testing import QuantizerSuite
 
 
 def nearest(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """By comparing every distance, in float64."""
+    """Return the value nearest to each element of x, by comparing all distances in float64."""
     return values[(x.double()[:, None] - values.double()).abs().argmin(1)]
 
 
@@ -47,7 +47,7 @@ def test_every_half_precision_number_goes_to_the_nearest_value_and_every_tie_to_
 
 
 def test_nf4s_values_are_quantiles_of_a_normal_distribution() -> None:
-    """arXiv 2305.14314: eight quantiles below zero and nine from zero on, scaled to [-1, 1]; offset 0.9677083."""
+    """The values follow arXiv 2305.14314: quantiles of each half, scaled to [-1, 1], with the offset 0.9677083."""
     offset, normal = 0.9677083, NormalDist()
     below = [-normal.inv_cdf(0.5 + (offset - 0.5) * (7 - i) / 7) for i in range(7)]
     above = [normal.inv_cdf(0.5 + (offset - 0.5) * i / 8) for i in range(1, 9)]
@@ -86,9 +86,9 @@ def test_codes_are_places_in_ascending_order() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("codebook", "codebook: values: two values at least, as in codebook([-1, 0, 1]), or a file that has them"),
-        ("codebook([0, 1, 1])", "codebook: values: 1.0 and 1.0 are one value in float32; each stands once"),
-        ("codebook([0, 1e999])", "codebook: values: inf is no value of a number format"),
+        ("codebook", "codebook: values: give at least two values, as in codebook([-1, 0, 1]), or a file that holds them"),
+        ("codebook([0, 1, 1])", "codebook: values: 1.0 and 1.0 are the same value in float32; remove one"),
+        ("codebook([0, 1e999])", "codebook: values: inf is not a finite number; a codebook holds finite numbers only"),
         ("codebook([0, 1e99])", "codebook: values: a value is beyond float32's range"),
         ('codebook([0, "x"])', "codebook: values.1 should be a valid number, unable to parse string as a number, not 'x'"),
         ("codebook(file=nowhere.txt)", ""),
@@ -99,20 +99,20 @@ def test_codes_are_places_in_ascending_order() -> None:
         ("scaled(int4, 16, scale=nf4)", "scaled: nf4 as a scale needs a scale of its own, like scaled(nf4, channel)"),
     ],
 )  # fmt: skip
-def test_what_is_no_codebook_is_refused(text: str, message: str) -> None:
+def test_values_that_make_no_codebook_are_refused(text: str, message: str) -> None:
     with pytest.raises(qsim.SpecError) as error:
         qsim.parse(text)
 
     assert str(error.value).startswith(message)
 
 
-def test_nan_in_a_file_is_refused_and_what_is_no_number_is_pointed_at(tmp_path: Path) -> None:
+def test_nan_in_a_file_is_refused_and_a_word_is_reported_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "nan.txt").write_text("0 nan 1")
     (tmp_path / "word.txt").write_text("0 1\ntwo 3")
 
-    with pytest.raises(qsim.SpecError, match="nan is no value of a number format"):
+    with pytest.raises(qsim.SpecError, match="nan is not a finite number"):
         qsim.parse(f'codebook(file="{tmp_path}/nan.txt")')
-    with pytest.raises(qsim.SpecError, match=r"word.txt, line 2: 'two' is no number"):
+    with pytest.raises(qsim.SpecError, match=r"word.txt, line 2: 'two' is not a number"):
         qsim.parse(f'codebook(file="{tmp_path}/word.txt")')
 
 

@@ -118,7 +118,7 @@ def test_a_copy_of_a_pipeline_runs_its_own_networks(stable_diffusion: Path) -> N
 
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument is deprecated")
 def test_a_pipeline_of_the_hub(stable_diffusion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hub's cache on disk stands in for the network, as in the test of OPT's adapter."""
+    """The hub's cache on disk replaces the network, as in the test of OPT's adapter."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     entry = tmp_path / "hub" / "models--acme--tiny"
     (entry / "refs").mkdir(parents=True)
@@ -192,7 +192,7 @@ def change(folder: Path, **values: Any) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (break_class, "{} is of class EvilPipeline, which is no model and no pipeline of diffusers "),
+        (break_class, "{} is of class EvilPipeline, which is neither a model nor a pipeline of diffusers "),
         (break_part, "unet of {} is of class os.path, which is neither diffusers' nor transformers'"),
         (break_pickle, "{}/vae holds diffusion_pytorch_model.bin, a pickle, which could run code; "),
         (break_missing, "the weights of {}/unet lack conv_out.bias"),

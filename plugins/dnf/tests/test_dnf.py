@@ -1,4 +1,4 @@
-"""Noise in training has the distribution of the errors, evaluation is simulated, and it is worth its while."""
+"""Noise in training has the distribution of the errors, evaluation is simulated, and training with it helps."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_noise_is_new_at_each_call_and_site_and_the_same_in_each_run() -> None:
 
 
 class Attention(nn.Module):
-    """Products of activations, one of them left alone."""
+    """Two linear layers and two products of activations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ CENTRES = noise(10, 16, seed=9)
 
 
 def clusters(many: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Points around ten centres, and whose they are."""
+    """Points around ten centres, and the number of each point's centre."""
     labels = torch.randint(10, (many,), generator=torch.Generator().manual_seed(seed))
     return CENTRES[labels] + 0.9 * noise(many, 16, seed=seed), labels
 
@@ -153,7 +153,7 @@ def accuracy(model: nn.Module) -> float:
 
 
 def test_a_network_trained_with_it_is_better_on_the_device() -> None:
-    """Than as it was, and than one that was trained as long without noise."""
+    """It beats the untrained copy, and a copy that was trained as long without noise."""
     device = {"weights": "abfp(int8, n=16, adc=4, noise=0.5)", "activations": "abfp(int8, n=16, adc=4, noise=0.5)"}
     model = network(16, 32, 32, 10)
     train(model, 400, 5e-3, seed=1)
@@ -169,7 +169,7 @@ def test_a_network_trained_with_it_is_better_on_the_device() -> None:
     for other in (model, longer):
         qsim.simulate(other, **device)
     assert on_device > max(accuracy(model), accuracy(longer)) + 0.02
-    assert accuracy(tuned) == pytest.approx(exact, abs=0.02)  # what was trained stays, and in float32 it is as good
+    assert accuracy(tuned) == pytest.approx(exact, abs=0.02)  # the trained weights stay, and are as good in float32
 
 
 class TestDNF(TransformSuite):

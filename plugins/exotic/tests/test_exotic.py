@@ -13,7 +13,7 @@ from qsim_core.testing import QuantizerSuite
 
 
 def posit_value(code: int, bits: int, es: int) -> Fraction | None:
-    """Posit Standard, 2022: ((1 - 3s) + f) * 2^((1 - 2s) * (2^es * r + e + s)), from the code's own bits."""
+    """Compute ((1 - 3s) + f) * 2^((1 - 2s) * (2^es * r + e + s)) from the bits of a code (Posit Standard, 2022)."""
     if code == 0:
         return Fraction(0)
     if code == 1 << (bits - 1):
@@ -29,7 +29,7 @@ def posit_value(code: int, bits: int, es: int) -> Fraction | None:
 
 
 def posit_round(x: float, bits: int, es: int) -> Fraction:
-    """Posit Standard, 2022: below and above, and the posit of one more bit between them."""
+    """Round by the Posit Standard, 2022: the boundary of two neighbours is the posit of one more bit between them."""
     half = 1 << (bits - 1)
     if x == 0:
         return Fraction(0)
@@ -69,14 +69,14 @@ def test_rounding_is_the_standards(bits: int, es: int) -> None:
 
 
 def test_well_known_posits() -> None:
-    """Posit Standard, 2022: posit8 runs from 2^-24 to 2^24, posit16 from 2^-56 to 2^56; 0x40 is one."""
+    """By the Posit Standard, 2022, posit8 runs from 2^-24 to 2^24 and posit16 from 2^-56 to 2^56; 0x40 is one."""
     posit8, posit16 = qsim.parse("posit(8)"), qsim.parse("posit(16)")
 
     assert (posit8.max, float(posit8.table()[1]), float(posit8.table()[0x40])) == (2.0**24, 2.0**-24, 1.0)
     assert (posit16.max, float(posit16.table()[1])) == (2.0**56, 2.0**-56)
 
 
-def test_nothing_but_zero_becomes_zero_and_inf_is_not_a_real() -> None:
+def test_only_zero_becomes_zero_and_inf_is_not_a_real() -> None:
     y = qsim.parse("posit(8)")(torch.tensor([0.0, 1e-38, -1e-38, 1e38, torch.inf, torch.nan]))
 
     assert y[:4].tolist() == [0.0, 2.0**-24, -(2.0**-24), 2.0**24]
@@ -97,7 +97,7 @@ def test_log2_is_the_nearest_power_in_the_logarithm(text: str, lowest: int) -> N
     assert torch.equal(y, torch.where(exponent >= lowest, torch.exp2(exponent), 0.0))
 
 
-def test_log2_is_odd_where_it_has_a_sign() -> None:
+def test_log2_is_an_odd_function_if_it_has_a_sign() -> None:
     signed, unsigned = qsim.parse("log2(4)"), qsim.parse("log2(3, signed=false)")
     x = torch.tensor([0.3, 0.9, 5.0, 0.01, torch.inf])
 
@@ -111,10 +111,10 @@ def test_log2_is_odd_where_it_has_a_sign() -> None:
     [
         ("posit(16, es=4)", "posit: its largest value, 2^224, is beyond float32's range; lower bits or es"),
         ("posit(2)", "posit: bits should be greater than or equal to 3, not 2"),
-        ("log2(8, signed=false)", "log2: unsigned with 8 bits reaches below float32's range; 7 bits at most"),
+        ("log2(8, signed=false)", "log2: 8 unsigned bits reach below float32's range; take 7 bits at most"),
     ],
 )  # fmt: skip
-def test_what_is_no_format_is_refused(text: str, message: str) -> None:
+def test_options_that_make_no_format_are_refused(text: str, message: str) -> None:
     with pytest.raises(qsim.SpecError) as error:
         qsim.parse(text)
 

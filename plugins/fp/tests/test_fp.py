@@ -59,7 +59,7 @@ GFLOATS = {
     **{f"binary8p{p}f": gfloat.formats.format_info_p3109(8, p, domain=gfloat.Domain.Finite) for p in range(1, 8)},
     "float(6, 2, specials=p3109, signed=false)": gfloat.formats.format_info_p3109(8, 3, gfloat.Signedness.Unsigned),
 }
-"""The formats that gfloat describes itself."""
+"""The formats that gfloat itself describes."""
 BIASES = {
     "tf32": 127, "e3m4": 3, "e1m2": 0, "e3m0": 3, "float(4, 3, specials=ieee)": 7,
     "e4m3fnuz": 8, "e5m2fnuz": 16, "e4m3b11fnuz": 11,
@@ -67,7 +67,7 @@ BIASES = {
     "float(6, 1, specials=ieee)": 31, "float(4, 0, specials=fn)": 7, "float(8, 3, bias=130)": 130,
     "float(4, 3, specials=fn, signed=false)": 7, "float(5, 3, specials=ieee, signed=false)": 15,
 }  # fmt: skip
-"""Those of the others, from their definitions."""
+"""The biases of the other formats, from their definitions."""
 GFLOAT_MODES = {
     "even": gfloat.RoundMode.TiesToEven,
     "away": gfloat.RoundMode.TiesToAway,
@@ -85,13 +85,13 @@ def every_float16() -> Tensor:
 
 @functools.cache
 def a_million() -> Tensor:
-    """Random bits, so every exponent is as likely as any other."""
+    """Return floats of random bits, so that all exponents are equally likely."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(-(2**31), 2**31, (1_000_000,), generator=generator).to(torch.int32).view(torch.float32)
 
 
 def boundaries(number: Format) -> Tensor:
-    """Every value of the format, every midpoint between two, what lies beyond, and both float32 neighbours of each."""
+    """Return all values of a format, the midpoints, values beyond the range, and both float32 neighbours of each."""
     values = table_of(number).finite
     middles = (values[1:] + values[:-1]) / 2
     beyond = number.max + (number.beyond - number.max) * torch.tensor([0.5, 1.0, 8.0], dtype=torch.float64)
@@ -106,7 +106,7 @@ def everything(number: Format) -> Tensor:
 
 
 def assert_same_bits(y: Tensor, expected: Tensor) -> None:
-    """Equal bits, the sign of zero too; NaN in the same places."""
+    """Check that all bits are equal, the sign of zero too, and that NaN is in the same places."""
     assert torch.equal(y.isnan(), expected.isnan())
     known = ~y.isnan()
     assert torch.equal(y[known].view(torch.int32), expected[known].view(torch.int32))
@@ -120,7 +120,7 @@ def by_ml_dtypes(name: str, number: Format, x: Tensor) -> Tensor:
 
 
 def description(name: str) -> gfloat.FormatInfo:
-    """gfloat's own description of a format, or one in its terms."""
+    """Return gfloat's own description of a format, or build one from the format's options."""
     if name in GFLOATS:
         return GFLOATS[name]
     number = qsim.parse(name)
@@ -142,7 +142,7 @@ def description(name: str) -> gfloat.FormatInfo:
 
 
 def by_gfloat(name: str, number: Format, x: Tensor) -> Tensor:
-    """NaN is left to itself, and an unsigned format's negatives: gfloat gives them their magnitude."""
+    """Round with gfloat, except NaN. For an unsigned format negatives are clamped first, as gfloat takes magnitudes."""
     known = ~x.isnan()
     inside = x[known] if number.signed else x[known].clamp(min=0)
     mode, saturate = GFLOAT_MODES[number.rounding], number.overflow is None
@@ -190,7 +190,7 @@ def test_other_roundings_agree_with_gfloat(name: str, rounding: str) -> None:
 
 @pytest.mark.parametrize("rounding", ["even", "away", "zero", "stochastic"])
 @pytest.mark.parametrize("name", [*NAMES, *OTHERS])
-def test_the_fast_way_is_the_search_in_the_table(name: str, rounding: str) -> None:
+def test_direct_rounding_equals_the_search_in_the_table(name: str, rounding: str) -> None:
     number = qsim.parse(name).replace(rounding=rounding)
     x = torch.cat([every_bfloat16(), boundaries(number)])
 
@@ -217,7 +217,7 @@ def test_e8m0_is_a_power_of_two_with_ties_to_the_even_code() -> None:
 
 
 @pytest.mark.parametrize(("rounding", "oracle"), [("even", "gfloat"), ("away", "ml_dtypes"), ("away", "torch")])
-def test_e8m0_agrees_with_whoever_rounds_ties_the_same_way(rounding: str, oracle: str) -> None:
+def test_e8m0_agrees_with_each_library_that_rounds_ties_the_same_way(rounding: str, oracle: str) -> None:
     x = torch.cat([every_bfloat16(), a_million()])
     x = x[x.isfinite() & (x >= 2.0**-126) & (x < 1.5 * 2.0**127)]  # torch and ml_dtypes round subnormals up
 
@@ -273,8 +273,8 @@ def test_nan_without_a_code_is_an_error() -> None:
 @pytest.mark.parametrize(
     "text", ["e8m0", "e4m3(subnormals=false)", "e3m4(subnormals=false, saturate=true)", "e5m2fnuz(subnormals=false)"]
 )
-def test_what_gfloat_has_not_is_the_nearest_value_of_the_table(text: str) -> None:
-    """By comparing every distance, in float64; of two that are as near the even code, of two even ones the lower."""
+def test_formats_that_gfloat_lacks_round_to_the_nearest_value_of_the_table(text: str) -> None:
+    """Every distance is compared in float64. Of two nearest values the even code wins, of two even codes the lower."""
     number = qsim.parse(text)
     table = number.table()
     codes = torch.arange(len(table))[table.isfinite()]
@@ -345,12 +345,13 @@ def test_overflow_is_the_users_choice(text: str, result: float) -> None:
         ("float(8, 3, bias=-9)", "its largest value 5.6e+79 is beyond float32's; raise the bias"),
         ("float(4, 3, bias=200)", "its smallest value 1.6e-61 is below float32's; lower the bias"),
         ("float(8, 11)", "a float has at most 19 bits, not 1 + 8 + 11"),
-        ("float(1, 0, specials=fn)", "with fn specials there is no value but zero left"),
-        ("float(4, 3, saturate=false)", "there is neither Inf nor NaN for what is too large; it saturates"),
-        ("float(4, 3, specials=fnuz, signed=false)", "fnuz puts NaN in the place of -0, which unsigned formats have not"),
+        ("float(1, 0, specials=fn)", "with fn specials zero is the only value left"),
+        ("float(1, 0, signed=false)", "a float has at least 2 bits, not 1"),
+        ("float(4, 3, saturate=false)", "a format without Inf and NaN always saturates; leave saturate=false out"),
+        ("float(4, 3, specials=fnuz, signed=false)", "fnuz gives the code of -0 to NaN, but an unsigned format has no -0"),
     ],
 )  # fmt: skip
-def test_what_is_no_format_is_refused(text: str, message: str) -> None:
+def test_options_that_make_no_format_are_refused(text: str, message: str) -> None:
     with pytest.raises(qsim.SpecError) as error:
         qsim.parse(text)
 

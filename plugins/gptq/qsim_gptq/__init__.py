@@ -18,22 +18,23 @@ from qsim_core.transforms.blocks import MatmulWatcher, block_paths
 from qsim_core.transforms.context import Context, MatmulWeight
 from qsim_core.transforms.offload import at_hand
 from qsim_gptq.feedback import Factor, factorize, feed_back
-from qsim_gptq.grids import grids, why_opaque, why_standing
+from qsim_gptq.grids import grids, why_not_by_column, why_scales_are_fixed
 from qsim_gptq.hessians import Gathered, Gatherer, Part
 from qsim_gptq.inputs import Unseen
 
 PORTION = 512
-"""Columns of a Hessian that are multiplied at a time."""
+"""Columns of a Hessian that are multiplied at once."""
 MEASURE = "relative error of the layer's output"
 
 
 class GPTQ(Transform):
-    """Rounds a weight column by column to its quantizer's grid, and makes up for each error in the columns to come.
+    """Rounds a weight column by column to its quantizer's grid, and compensates each error in the remaining columns.
 
-    Any scheme will do, and any format without a scale. The scales of rows, tiles and tensors are those of the weight as
-    it is; those of n elements along a row are found when their turn comes, unless `static_groups` or `act_order` is
-    set. Each block of the model sees what the blocks before it, quantized by now, make of unquantized activations.
-    Source: arXiv 2210.17323, algorithm 1, as IST-DASLab/gptq has it; the README names every difference.
+    It works with any scheme, and with any format without a scale. The scales of rows, tiles and tensors are those of
+    the original weight. The scales of n elements along a row are computed when the first of these columns is rounded,
+    unless `static_groups` or `act_order` is set. The inputs of a block of the model are the outputs of the blocks
+    before it, which are already quantized; activations are not quantized. Source: arXiv 2210.17323, algorithm 1, as
+    implemented by IST-DASLab/gptq. The README lists every difference.
     """
 
     name = "gptq"
@@ -41,20 +42,20 @@ class GPTQ(Transform):
         0.01, ge=0, allow_inf_nan=False, description="added to the Hessian's diagonal, as a share of its mean"
     )
     act_order: bool = Field(False, description="round columns by descending diagonal of the Hessian")
-    static_groups: bool = Field(False, description="scales of groups from the weight as it is, not as it becomes")
+    static_groups: bool = Field(False, description="compute the scales of groups from the original weight")
     true_sequential: bool = Field(
-        False, description="run a block anew after each group of weights with the same input, not once for all"
+        False, description="run a block again after each set of weights with the same input, not once for all weights"
     )
-    block: PositiveInt = Field(128, description="columns whose errors are carried on together: a matter of speed")
+    block: PositiveInt = Field(128, description="columns whose errors are compensated together; affects only the speed")
 
     def apply(self, model: nn.Module, context: Context) -> None:
-        """Quantize and pin every weight that it can. Raises `DataError` without calibration data, or on NaN in it."""
+        """Quantize and pin every weight that GPTQ can round. Raises `DataError` on missing or NaN calibration data."""
         weights = context.weights() if context.batches else []
         if not weights:
             context.report("", note="the recipe quantizes no weight")
         free = []
         for weight in weights:
-            if reason := _why_not(weight, context):
+            if reason := _why_left_alone(weight, context):
                 context.report(weight.site.name, note=f"left alone: {reason}")
             else:
                 free.append(weight)
@@ -76,7 +77,7 @@ class GPTQ(Transform):
     def _quantize(
         self, weights: list[MatmulWeight], observe: Callable[[MatmulWatcher], None], context: Context
     ) -> None:
-        """Quantize the weights of one block, by one observation or by one for each group with the same input."""
+        """Quantize the weights of one block, observing its inputs once or once for each set with the same input."""
         while weights:
             leader = weights[0] if self.true_sequential else None
             gatherer = Gatherer(weights, leader)
@@ -89,7 +90,7 @@ class GPTQ(Transform):
             weights = [weight for weight in weights if weight not in done]
 
     def _finish(self, weight: MatmulWeight, gathered: Gathered, factors: _Factors, context: Context) -> None:
-        """Quantize one weight, pin it and report it."""
+        """Quantize one weight, pin it, and report its errors."""
         name = weight.site.name
         try:
             parts = gathered.complete(weight.parameter)
@@ -111,7 +112,7 @@ class GPTQ(Transform):
         for few in _too_few(parts):
             context.warn(name, few)
         notes += dict.fromkeys(note for outcome in outcomes for note in outcome.notes)
-        if self._refits and isinstance(quantizer.granularity, int) and (reason := why_standing(quantizer)):
+        if self._refits and isinstance(quantizer.granularity, int) and (reason := why_scales_are_fixed(quantizer)):
             notes.append(f"static groups: {reason}")
         whole = sum(outcome.whole for outcome in outcomes) or 1.0
         before = (sum(outcome.nearest for outcome in outcomes) / whole) ** 0.5
@@ -123,7 +124,7 @@ class GPTQ(Transform):
         return not (self.static_groups or self.act_order)
 
     def _round(self, part: Part, quantizer: Quantizer, place: str, factors: _Factors) -> list[_Outcome]:
-        """Write the quantized part into its parameter; the outcomes of its matrices."""
+        """Write the quantized part into its parameter, and return the outcome of each of its matrices."""
         rows, outcomes = part.rows, []
         with at(place, 0):
             rounded = quantizer.quantize(rows)
@@ -147,25 +148,25 @@ class GPTQ(Transform):
 
 
 class _Outcome(NamedTuple):
-    """Squared norms of one matrix's products with the inputs: exact, and the errors rounded to nearest and by GPTQ."""
+    """Squared norms for one matrix: of its exact outputs, of the errors of round-to-nearest, and of GPTQ's errors."""
 
     whole: float
     nearest: float
     fed_back: float
     notes: tuple[str, ...]
     scales: Scales | None
-    """Of the matrix' rows and groups; None: its quantizer has none."""
+    """The scales of the matrix's rows and groups; None: its quantizer has no scales."""
 
 
 class _Factors:
-    """Factors of Hessians; of several equal ones in a row (q, k and v's), one is computed."""
+    """Computes factors of Hessians, and reuses the last one for an equal Hessian, such as those of q, k and v."""
 
     def __init__(self, options: GPTQ) -> None:
         self._options = options
         self._last: tuple[Tensor, Factor] | None = None
 
     def of(self, hessian: Tensor) -> Factor | None:
-        """The factor of a Hessian; None where nothing was seen."""
+        """Return the factor of a Hessian; None if its input was always 0."""
         if not hessian.diagonal().any():
             return None
         if self._last is None or not torch.equal(self._last[0], hessian):
@@ -174,7 +175,7 @@ class _Factors:
 
 
 def _without_dead(rows: Tensor, factors: list[Factor | None]) -> Tensor:
-    """The rows with columns set to 0 whose input was always 0, so that they have no say in a block's scale."""
+    """Set columns to 0 whose input was always 0, so that they do not affect the scale of a block."""
     if not any(factor is not None and factor.dead.any() for factor in factors):
         return rows
     matrices = rows.reshape(len(factors), -1, rows.shape[-1]).clone()
@@ -185,26 +186,26 @@ def _without_dead(rows: Tensor, factors: list[Factor | None]) -> Tensor:
 
 
 def _energies(matrices: Tensor, hessian: Tensor) -> list[float]:
-    """|X M^T|^2 of each of the matrices M [m, N, K], X^T X being the Hessian."""
+    """Compute |X M^T|^2 for each of the matrices M [m, N, K], where X^T X is the Hessian."""
     rows, found = matrices.flatten(0, 1), torch.zeros(matrices.shape[:2], dtype=torch.float64, device=matrices.device)
-    for first in range(0, len(hessian), PORTION):  # the Hessian is symmetric: half of it will do
+    for first in range(0, len(hessian), PORTION):  # half of the symmetric Hessian is enough
         here = slice(first, first + PORTION)
         product = (rows[:, here] @ hessian[here, here]).addmm_(rows[:, :first], hessian[:first, here], alpha=2)
         found += torch.linalg.vecdot(product, rows[:, here]).view(found.shape)
     return found.sum(1).clamp(min=0).tolist()
 
 
-def _why_not(weight: MatmulWeight, context: Context) -> str | None:
-    """Why a weight is left alone; None: it is not."""
+def _why_left_alone(weight: MatmulWeight, context: Context) -> str | None:
+    """Return the reason why a weight cannot be rounded; None if it can."""
     state = context.sites.weights
     assert weight.quantizer is not None
     if weight.name in state.tied:
         return "it is tied to another parameter, which would change with it"
     if "looked up" in state.uses.get(weight.name, ()):
-        return "it is looked up as an embedding too"
+        return "it is also used as an embedding table"
     if len(state.uses.get(weight.name, ())) > 1:
         return "it is multiplied along two axes"
-    return why_opaque(weight.quantizer)
+    return why_not_by_column(weight.quantizer)
 
 
 def _within(weight: MatmulWeight, path: str) -> bool:
@@ -212,14 +213,14 @@ def _within(weight: MatmulWeight, path: str) -> bool:
 
 
 def _same(found: dict[str, Gathered], weight: MatmulWeight, leader: MatmulWeight) -> bool:
-    """Whether both saw the same inputs, every time."""
+    """Tell if both weights had the same inputs in every call."""
     a, b = (list(found[w.name].parts.values()) for w in (weight, leader))
     hessians = [(x.hessians, y.hessians) for x, y in zip(a, b, strict=False)]
     return len(a) == len(b) > 0 and all(x is not None and y is not None and torch.equal(x, y) for x, y in hessians)
 
 
 def _too_few(parts: list[Part]) -> Iterator[str]:
-    """What there is to warn of: matrices that saw fewer rows than they have columns."""
+    """Yield a warning if matrices received fewer rows of inputs than they have columns."""
     tokens, width = [count for part in parts for count in part.tokens], parts[0].rows.shape[-1]
     few = [index for index, count in enumerate(tokens) if 0 < count < width]
     if few:
@@ -228,7 +229,7 @@ def _too_few(parts: list[Part]) -> Iterator[str]:
 
 
 def _without_tokens(parts: list[Part]) -> Iterator[str]:
-    """What there is to say about matrices that saw nothing."""
+    """Yield a note if the inputs of matrices were always 0."""
     tokens = [count for part in parts for count in part.tokens]
     none = [index for index, count in enumerate(tokens) if not count]
     if none:

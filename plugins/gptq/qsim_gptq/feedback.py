@@ -1,14 +1,17 @@
-"""GPTQ's error feedback: round a matrix column by column, each after the errors of those before it were made up for.
+"""GPTQ's error feedback: round a matrix column by column, and compensate the errors of earlier columns in later ones.
 
-The paper (arXiv 2210.17323, section 3) keeps the weights W [N, K] up to date with the inverse of the Hessian H
-[K, K]: with U the upper Cholesky factor of H^-1, a rounded column j subtracts (w - q) U[j, k] / U[j, j] from every
-later column k. The same numbers come without any inverse. Let H = R R^T with R upper triangular (the Cholesky factor of
-H turned upside down), so that U = R^-1, and let D = W - Q be all that rounding has changed. When the turn of column j
-comes it stands at
+The paper (arXiv 2210.17323, section 3) updates the weights W [N, K] with the inverse of the Hessian H [K, K]. Let U be
+the upper Cholesky factor of H^-1. After column j is rounded, (w - q) U[j, k] / U[j, j] is subtracted from every later
+column k.
+
+This module computes the same numbers without an inverse. Let H = R R^T with R upper triangular. R is the Cholesky
+factor of H with rows and columns in reverse order, so U = R^-1. Let D = W - Q be the changes made by rounding. Just
+before column j is rounded, its value is
 
     w_j + sum over i < j of D_i R[i, j] / R[j, j]
 
-which takes one factorization instead of three, and reads what was changed instead of rewriting what is to come.
+This takes one factorization instead of three. It reads the changes of earlier columns, and does not rewrite later
+columns after each step.
 """
 
 from __future__ import annotations
@@ -20,36 +23,36 @@ import torch
 from torch import Tensor
 
 from qsim_core import DataError
-from qsim_gptq.grids import Grid
+from qsim_gptq.grids import ColumnGrid
 
 RETRIES = 6
-"""How often the damping is raised, ten times each, before a Hessian is given up."""
+"""Attempts with a tenfold damping each, before `factorize` raises an error."""
 RUN = 32
-"""Columns that are made up for one by one: more would be read again and again."""
-LEAST = 1e-6
-"""Where raising begins for a damping of 0."""
+"""Columns that are compensated one by one; larger runs would read the changes of their columns more often."""
+SMALLEST_DAMPING = 1e-6
+"""Damping of the first retry if `percdamp` is 0."""
 
 
 @dataclass(frozen=True)
 class Factor:
-    """What a Hessian says about the columns of a weight."""
+    """A Hessian's factor, in the form that `feed_back` needs."""
 
     shares: Tensor
-    """[K, K], in the order of `order`: what has changed in column i moves column j by [j, i], R[i, j] / R[j, j]."""
+    """[K, K], in the order of `order`: column j moves by [j, i] = R[i, j] / R[j, j] times the change of column i."""
     order: Tensor | None
-    """The columns in the order in which they are rounded; None: as they stand."""
+    """The columns in the order in which they are rounded; None: from first to last."""
     dead: Tensor
-    """Columns whose input was always zero, booleans [K]."""
+    """Booleans [K]: columns whose input was always zero."""
     notes: tuple[str, ...] = ()
 
 
 def factorize(hessian: Tensor, percdamp: float, act_order: bool) -> Factor:
-    """The factor of a Hessian [K, K] in its dtype; the factorization is float64's.
+    """Factorize a Hessian [K, K] in float64, and return the factor in the Hessian's dtype.
 
-    Columns that saw only zeros get a diagonal of 1. `percdamp` times the mean of the diagonal is added to the
-    diagonal; where no Cholesky factor exists it is raised tenfold, up to six times, and the note says so. With
-    `act_order` columns come by descending diagonal. Raises `DataError` for a Hessian that is not finite or has no
-    factor even then.
+    Columns whose input was always zero get a diagonal of 1. `percdamp` times the mean of the diagonal is added to the
+    diagonal. If no Cholesky factor exists, the damping is raised tenfold, up to six times, and a note is added. With
+    `act_order` columns are sorted by descending diagonal. Raises `DataError` if the Hessian is not finite, or if it
+    has no factor after all retries.
     """
     diagonal = hessian.diagonal().double()
     if not diagonal.isfinite().all():
@@ -62,25 +65,25 @@ def factorize(hessian: Tensor, percdamp: float, act_order: bool) -> Factor:
     for attempt in range(RETRIES + 1):
         upper = (hessian if order is None else hessian[order][:, order]).flip(0, 1).double().mT
         upper.diagonal().copy_(turned_diagonal + damping * mean)
-        torch.linalg.cholesky_ex(upper, upper=True, out=(upper, failed))  # in place, as LAPACK lays it out
+        torch.linalg.cholesky_ex(upper, upper=True, out=(upper, failed))  # in place: the tensor has LAPACK's layout
         if not failed:
             shares = upper.div_(upper.diagonal().clone().unsqueeze(1)).to(hessian.dtype).flip(0, 1)
             notes = [f"no Cholesky factor with percdamp={percdamp:g}: damped by {damping:g}"] if attempt else []
             notes += [f"columns whose input was always 0, set to 0: {int(dead.sum())}"] if dead.any() else []
             return Factor(shares, order, dead, tuple(notes))
-        tried, damping = damping, max(10 * damping, LEAST)
+        tried, damping = damping, max(10 * damping, SMALLEST_DAMPING)
     raise DataError(f"its Hessian has no Cholesky factor, not even damped by {tried:g} times its mean diagonal")
 
 
-def feed_back(weight: Tensor, factor: Factor, grid: Grid, block: int) -> Tensor:
-    """The matrix [N, K] (float32 or float64) rounded to its grid, so that its products with the inputs change little.
+def feed_back(weight: Tensor, factor: Factor, grid: ColumnGrid, block: int) -> Tensor:
+    """Round a matrix [N, K] (float32 or float64) to its grid, so that its products with the inputs change little.
 
-    What all columns before a block of `block` columns do to it is one matrix product; so it goes on with the groups of
-    columns in it, whose scales are fitted as they are reached, and with runs of a few columns in these, down to one
-    matrix-vector product for each column of a run.
+    One matrix product compensates a block of `block` columns for all columns before it. Blocks are divided into groups
+    of columns, whose scales are fitted when they are reached, and groups into runs of a few columns. The same is done
+    at each level. Within a run each column takes one matrix-vector product.
     """
     start = weight.masked_fill(factor.dead, 0.0) if factor.dead.any() else weight
-    start = (start if factor.order is None else start[:, factor.order]).T.contiguous()  # a column is a row here
+    start = (start if factor.order is None else start[:, factor.order]).T.contiguous()  # columns stored as rows
     columns = _Columns(grid.in_order(factor.order), factor.shares, start)
     n = grid.refits
     columns.round(0, len(start), (-(-block // n) * n, n, min(RUN, n)) if n else (block, RUN))
@@ -89,14 +92,18 @@ def feed_back(weight: Tensor, factor: Factor, grid: Grid, block: int) -> Tensor:
 
 
 class _Columns:
-    """The columns of a matrix, [K, N], on their way to the grid."""
+    """The columns of a matrix, [K, N], while they are rounded.
 
-    def __init__(self, grid: Grid, shares: Tensor, start: Tensor) -> None:
+    `start` has the original columns, `moved` the compensated ones, `quantized` the rounded ones. `change` is `start`
+    minus `quantized`.
+    """
+
+    def __init__(self, grid: ColumnGrid, shares: Tensor, start: Tensor) -> None:
         self.grid, self.shares, self.start = grid, shares, start
         self.moved, self.change, self.quantized = start.clone(), torch.empty_like(start), torch.empty_like(start)
 
     def round(self, first: int, end: int, sizes: Sequence[int]) -> None:
-        """Round the columns from `first` to `end`, for which everything before `first` is made up for."""
+        """Round the columns from `first` to `end`, which are already compensated for all columns before `first`."""
         shares, start, moved, change = self.shares, self.start, self.moved, self.change
         if not sizes:
             here = slice(first, end)
@@ -107,14 +114,17 @@ class _Columns:
             here = slice(place, min(place + sizes[0], end))
             moved[here].addmm_(shares[here, first:place], change[first:place])
             if sizes[0] == self.grid.refits:
-                self.grid.fit(place, _made_up_for(start[here], moved[here], shares[here, here]))
+                self.grid.fit(place, _compensated(start[here], moved[here], shares[here, here]))
             self.round(here.start, here.stop, sizes[1:])
 
 
 def _round_columns(
-    grid: Grid, first: int, start: Tensor, moved: Tensor, change: Tensor, quantized: Tensor, shares: Tensor
+    grid: ColumnGrid, first: int, start: Tensor, moved: Tensor, change: Tensor, quantized: Tensor, shares: Tensor
 ) -> None:
-    """Round columns from `first` on, [n, N] each: `moved` has all that came before them, `change` is written."""
+    """Round the n columns from `first` on, and write `change` and `quantized`; all tensors but `shares` are [n, N].
+
+    `moved` is already compensated for the columns before `first`.
+    """
     if grid.round_run(first, start, moved, change, quantized, shares):
         return
     rounded, so_far = [], change.T
@@ -126,8 +136,11 @@ def _round_columns(
     torch.stack(rounded, out=quantized)
 
 
-def _made_up_for(start: Tensor, moved: Tensor, shares: Tensor) -> Tensor:
-    """The columns [n, N] of a group when its turn comes: where the product changes least, were they not rounded."""
+def _compensated(start: Tensor, moved: Tensor, shares: Tensor) -> Tensor:
+    """Return the columns [n, N] of a group, compensated for all columns before it, with no column of it rounded yet.
+
+    These are the values of the group for which the layer's output changes least.
+    """
     inverse = torch.linalg.solve_triangular(  # of n x n elements only
         shares, torch.eye(len(shares), dtype=shares.dtype, device=shares.device), upper=False, unitriangular=True
     )

@@ -1,4 +1,4 @@
-"""A quantizer's grid, column by column: where each column of a matrix may go, under which scales."""
+"""A quantizer's grid, column by column: the values that each column of a matrix may take, and their scales."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ from qsim_core.quantizers.scales import Scales
 from qsim_core.quantizers.scheme import Scheme, divisor_of
 
 SOURCE = Path(__file__).parent / "feedback.cpp"
-"""The loop over a run of columns in C++."""
+"""The loop over a run of columns, in C++."""
 
 
 @dataclass(frozen=True)
-class Grid:
+class ColumnGrid:
     """The values that the columns of one matrix [N, K] may take."""
 
     quantizer: Quantizer
     dtype: torch.dtype
-    """That of the weight: what is rounded to the grid is rounded to it too."""
+    """The dtype of the weight. Rounded values are rounded to it too."""
     place: str | None = None
-    """What stochastic rounding draws its numbers by, together with the column; None: it does not draw any."""
+    """The name of the random stream of stochastic rounding, together with the column; None: no random numbers."""
     scale: Tensor | None = None
-    """The scales of each group of columns that share them: [groups, N]. None: the quantizer has no scales."""
+    """The scales [groups, N] of each group of columns that share them; None: the quantizer has no scales."""
     zero: Tensor | None = None
+    """The zero points [groups, N]; None: the quantizer has no zero points."""
     divisor: Tensor | None = field(init=False)
-    """Of the scales, found once for all columns of a group."""
+    """The divisors that belong to the scales, computed once for all columns of a group."""
     groups: Sequence[int] = ()
     """The group of each column."""
     refits: int = 0
-    """Scales are fitted as columns are reached, for so many at a time; 0: they stand."""
+    """The number of columns that share scales fitted when they are reached; 0: the scales are fixed."""
     second: tuple[Tensor, Tensor | None] | None = None
-    """Of scales that are themselves scaled: their scales and zero points, [N, groups], which stand."""
+    """The fixed scales and zero points [N, groups] of the scales; None: scales are not themselves scaled."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "divisor", None if self.scale is None else divisor_of(self.scale))
@@ -54,14 +55,14 @@ class Grid:
             return None
         return Scales(self.scale.T.contiguous(), None if self.zero is None else self.zero.T.contiguous())
 
-    def in_order(self, order: Tensor | None) -> Grid:
-        """The same, for columns in another order."""
+    def in_order(self, order: Tensor | None) -> ColumnGrid:
+        """Return the same grid for columns in another order."""
         return (
             self if order is None or not self.groups else replace(self, groups=[self.groups[i] for i in order.tolist()])
         )
 
     def round(self, column: int, values: Tensor) -> Tensor:
-        """One column [N] (float32 or float64) on its grid."""
+        """Round one column [N] (float32 or float64) to its grid."""
         with self._drawing(column):
             if self.scale is None or self.divisor is None:
                 rounded = self.quantizer.quantize(values)
@@ -75,7 +76,7 @@ class Grid:
     def round_run(
         self, first: int, start: Tensor, moved: Tensor, change: Tensor, rounded: Tensor, shares: Tensor
     ) -> bool:
-        """Round columns [n, N] from `first` on, each after those before it, by the native kernels, if they can."""
+        """Round the columns [n, N] from `first` on with the native kernels. Return false if these cannot do it."""
         if self.scale is None or self.place is not None or self.dtype != torch.float32:
             return False
         kernel = compiled(SOURCE, 4 * moved.numel())
@@ -91,7 +92,7 @@ class Grid:
         return True
 
     def fit(self, first: int, current: Tensor) -> None:
-        """Find the scales of the group of columns from `first` on, from what its columns [n, N] are by now."""
+        """Compute the scales of the group of columns from `first` on, from their compensated values [n, N]."""
         scheme, group = cast(Scheme, self.quantizer), self.groups[first]
         if self.second is not None:
             held, scale = cast(Scheme, scheme.scale), self.second[0][:, group : group + 1]
@@ -108,19 +109,19 @@ class Grid:
         return nullcontext() if self.place is None else at(self.place, column)
 
 
-def grids(quantizer: Quantizer, rows: Tensor, count: int, refit: bool, place: str) -> list[Grid]:
-    """The grids of the `count` matrices that a weight holds, as its `rows` [..., K] are quantized together.
+def grids(quantizer: Quantizer, rows: Tensor, count: int, refit: bool, place: str) -> list[ColumnGrid]:
+    """Return the grids of the `count` matrices that a weight holds, whose `rows` [..., K] are quantized together.
 
-    Scales stand as the quantizer finds them in `rows`. With `refit` those shared by n elements along a row are fitted
-    anew, each group when its turn comes; where such a scale is itself scaled, the scales of the scales stand even so.
+    The quantizer computes the scales from `rows`. With `refit`, scales shared by n elements along a row are computed
+    again for each group when it is reached. If such a scale is itself scaled, the scales of the scales stay fixed.
     """
     places = [f"{place}:{index}" if quantizer.draws else None for index in range(count)]
     if not isinstance(quantizer, Scheme):
-        return [Grid(quantizer, rows.dtype, drawn) for drawn in places]
+        return [ColumnGrid(quantizer, rows.dtype, drawn) for drawn in places]
     width, shared = rows.shape[-1], quantizer.granularity
     shared = shared[1] if isinstance(shared, tuple) else shared
     n = width if isinstance(shared, str) else min(shared, width)
-    refits = n if isinstance(quantizer.granularity, int) and refit and why_standing(quantizer) is None else 0
+    refits = n if isinstance(quantizer.granularity, int) and refit and why_scales_are_fixed(quantizer) is None else 0
     if refits:
         scales = torch.empty_like(working(rows)[..., ::n])
         zeros = None if quantizer.symmetric else torch.empty_like(scales)
@@ -132,11 +133,11 @@ def grids(quantizer: Quantizer, rows: Tensor, count: int, refit: bool, place: st
         exact, _ = quantizer.replace(scale=None).scale_map(rows)
         second = quantizer.scale.scale_map(exact[..., ::n])
 
-    def of(index: int) -> Grid:
+    def of(index: int) -> ColumnGrid:
         def own(t: Tensor) -> Tensor:
             return t.reshape(count, -1, t.shape[-1])[index]
 
-        return Grid(
+        return ColumnGrid(
             quantizer,
             rows.dtype,
             places[index],
@@ -150,15 +151,15 @@ def grids(quantizer: Quantizer, rows: Tensor, count: int, refit: bool, place: st
     return [of(index) for index in range(count)]
 
 
-def why_opaque(quantizer: Quantizer) -> str | None:
-    """Why a quantizer cannot round one column at a time; None: it can."""
+def why_not_by_column(quantizer: Quantizer) -> str | None:
+    """Return the reason why a quantizer cannot round one column at a time; None if it can."""
     if isinstance(quantizer, Scheme) or quantizer.granularity == "element":
         return None
-    return f"{quantizer} is no scheme, and does not say that it rounds each element by itself"
+    return f"{quantizer} is not a scheme, and does not declare that it rounds each element by itself"
 
 
-def why_standing(quantizer: Quantizer) -> str | None:
-    """Why the scales of blocks cannot be fitted one by one; None: they can."""
+def why_scales_are_fixed(quantizer: Quantizer) -> str | None:
+    """Return the reason why the scales of blocks cannot be fitted one by one; None if they can."""
     scale = quantizer.scale if isinstance(quantizer, Scheme) else None
     if scale is None or isinstance(scale, Scheme) or scale.granularity == "element":
         return None

@@ -1,4 +1,4 @@
-"""Hessians of weights: X^T X over all rows X that multiply a matrix, gathered while calibration data runs through."""
+"""Hessians of weights: X^T X over all input rows X of a matrix, summed while the model runs on calibration data."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from qsim_gptq.inputs import Unseen, matrices, samples
 
 @dataclass
 class Part:
-    """A weight as a matmul met it: all of the parameter, or one expert's share of it."""
+    """The part of a parameter that one matmul used: the whole parameter, or one expert's matrix."""
 
     operand: Tensor
     layout: Layout
     hessians: Tensor | None
-    """[G, K, K], one for each matrix in it; None: no call met it."""
+    """The Hessian of each matrix in the part, [G, K, K]; None: no call used the part."""
     tokens: list[int]
-    """How many rows other than 0 multiplied each."""
+    """The number of input rows of each matrix that are not all 0."""
 
     @property
     def rows(self) -> Tensor:
-        """[..., K], as its quantizer is handed it."""
+        """The part as rows [..., K], the form in which the quantizer takes it."""
         return self.layout.rows(self.operand)
 
 
 @dataclass
 class Gathered:
-    """What was seen of one weight."""
+    """The parts of one weight that calls have used so far."""
 
     parts: dict[tuple[object, ...], Part] = field(default_factory=dict)
     reason: str = ""
-    """Why nothing can be told about it, if that is so."""
+    """The reason why the input rows of the weight are unknown; empty if they are known."""
 
     def complete(self, parameter: Tensor) -> list[Part]:
-        """Parts that make up the parameter, experts that no call met among them. Raises `Unseen`."""
+        """Return the parts that make up the parameter, with experts that no call used. Raises `Unseen`."""
         if self.reason:
             raise Unseen(self.reason)
         parts = list(self.parts.values())
@@ -63,9 +63,9 @@ class Gathered:
 
 
 class Gatherer:
-    """Watches matmuls and sums up the Hessians of some weights.
+    """Observes matmuls and sums up the Hessians of some weights.
 
-    With `leader`, only those of its weights whose input is the very tensor that the leader's is.
+    With `leader`, only calls count whose input is the same tensor object as the leader's input.
     """
 
     def __init__(self, weights: Iterable[MatmulWeight], leader: MatmulWeight | None = None) -> None:
@@ -109,7 +109,7 @@ class Gatherer:
         gathered.parts[key] = part
 
     def _product(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
-        """X^T X, and how many rows are not 0; of the same rows again, as k and v have after q, what is there."""
+        """Return X^T X and the number of rows that are not all 0. The last result is reused for k and v after q."""
         seen = (x.data_ptr(), x.shape, x.stride(), dtype, -1 if x.is_inference() else x._version)
         if self._last is None or self._last[0] != seen or x.numel() == 0:
             wide = x.to(dtype)

@@ -1,7 +1,7 @@
-"""What multiplies each matrix of a weight: rows of inputs [T, K], one set for each group or expert.
+"""Input rows [T, K] of each matrix of a weight, one set for each group or expert.
 
-A weight is seen as G matrices [N, K]: one in a linear layer, one for each group of a convolution, one for each expert
-where these are held in one parameter. A convolution's rows are the patches of its input.
+A weight is treated as G matrices [N, K]. A linear layer has one, a convolution one for each group, and a parameter that
+holds experts one for each expert. The rows of a convolution are the patches of its input.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from qsim_core.matmuls.operators import GROUPED, OPS
 
 
 class Unseen(QsimError):
-    """The rows that multiply a weight cannot be told from a call of this kind."""
+    """The input rows of a weight are unknown for a call of this kind."""
 
 
 def matrices(call: Call, place: int) -> int:
-    """How many matrices the weight is that stands in this place of a call."""
+    """Count the matrices of the weight that is operand number `place` of a call."""
     rows = call.layouts[place].rows(call.operands[place])
     return 1 if call.operation == "einsum" else rows.shape[:-2].numel()
 
 
 def samples(call: Call, place: int) -> Iterator[list[Tensor]]:
-    """The rows [T, K] that multiply each matrix of a weight, in portions. Raises `Unseen`."""
+    """Yield the input rows [T, K] of each matrix of a weight, in portions. Raises `Unseen`."""
     if len(call.operands) != 2:
         raise Unseen(f"it stands in an einsum of {len(call.operands)} operands")
     weight, x = (call.layouts[i].rows(call.operands[i].detach()) for i in (place, 1 - place))
@@ -38,7 +38,7 @@ def samples(call: Call, place: int) -> Iterator[list[Tensor]]:
         named = dict(zip(op.parameters, call.args, strict=False)) | call.kwargs
         images = call.operands[1 - place].detach()
         images = images if images.dim() == op.space + 2 else images.unsqueeze(0)
-        for image in images.split(1):  # patches take many times the room of their image
+        for image in images.split(1):  # patches take many times the memory of their image
             yield list(_patches(image, named, call.operation, op.space))
     elif call.operation == "einsum":
         rows = weight.numel() // weight.shape[-1] * (x.numel() // x.shape[-1])
@@ -53,7 +53,7 @@ def samples(call: Call, place: int) -> Iterator[list[Tensor]]:
 
 
 def _facing(x: Tensor, matrices: torch.Size) -> Tensor:
-    """Rows [..., M, K] that a batched product pairs with matrices [*matrices, N, K]: [G, T, K]."""
+    """Return the rows [..., M, K] that a batched product pairs with matrices [*matrices, N, K], as [G, T, K]."""
     x = x.unsqueeze(0) if x.dim() == 1 else x
     both = torch.broadcast_shapes(x.shape[:-2], matrices)
     x = x.expand(*both, *x.shape[-2:])
@@ -64,9 +64,10 @@ def _facing(x: Tensor, matrices: torch.Size) -> Tensor:
 
 
 def _patches(image: Tensor, named: dict[str, Any], operation: str, space: int) -> Tensor:
-    """What each place of a kernel sees of [1, C, *space]: [groups, places, taps * C / groups], channels fastest.
+    """Return the patches of an image [1, C, *space]: [groups, places, taps * C / groups], channels fastest.
 
-    A transposed convolution is one of the input with zeros between its pixels, and a kernel turned around.
+    A transposed convolution is treated as a convolution of the input with zeros between its pixels and a reversed
+    kernel.
     """
 
     def each(option: str, default: int) -> list[int]:
@@ -96,6 +97,6 @@ def _patches(image: Tensor, named: dict[str, Any], operation: str, space: int) -
 
 
 def _spread(image: Tensor, axis: int, step: int) -> Tensor:
-    """Zeros between the elements along an axis, `step` - 1 of them."""
+    """Insert `step` - 1 zeros between neighbouring elements along an axis."""
     spread = torch.stack([image, *[torch.zeros_like(image)] * (step - 1)], axis + 1).flatten(axis, axis + 1)
     return spread.narrow(axis, 0, (image.shape[axis] - 1) * step + 1)

@@ -25,7 +25,7 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
 
 
 def inputs(tokens: int, columns: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Correlated columns of very different size."""
+    """Make correlated columns of very different size."""
     return (noise(tokens, columns, seed=seed) @ noise(columns, columns, seed=7) * noise(columns, seed=8).exp()).to(
         dtype
     )
@@ -41,9 +41,9 @@ def linear(weight: Tensor) -> nn.Linear:
 def reference(
     weight: Tensor, x: Tensor, text: str, percdamp: float = 0.01, act_order: bool = False, n: int = 0
 ) -> Tensor:
-    """arXiv 2210.17323, algorithm 1, as IST-DASLab/gptq has it, without blocks: every later column is kept up to date.
+    """Algorithm 1 of arXiv 2210.17323, as in IST-DASLab/gptq but without blocks: each step updates all later columns.
 
-    Scales stand, or are fitted to n columns at a time as they are when their turn comes.
+    Scales are fixed, or are fitted to the current values of n columns when the first of them is rounded.
     """
     quantizer = qsim.parse(text)
     w, h = weight.double().clone(), x.double().T @ x.double()
@@ -155,7 +155,7 @@ def test_the_kernels_round_as_python_does(option: str, weights: str) -> None:
 
 
 def nvfp4_global(weight: Tensor) -> Tensor:
-    """NVFP4's scale of scales: the largest block scale of the weight as it was, over 448."""
+    """NVFP4's scale of scales is the largest block scale of the original weight, divided by 448."""
     return weight.abs().max() / 6 / 448
 
 
@@ -350,7 +350,7 @@ def test_nan_in_the_data_is_an_error_that_names_the_sample() -> None:
         (None, "the recipe quantizes no weight"),
         (
             torch.round,
-            "left alone: function(round) is no scheme, and does not say that it rounds each element by itself",
+            "left alone: function(round) is not a scheme, and does not declare that it rounds each element by itself",
         ),
     ],
 )
@@ -427,7 +427,7 @@ def test_convolutions(groups: int) -> None:
 
 
 class Loop(nn.Module):
-    """Experts that are picked out of one parameter [E, out, in]."""
+    """Experts that are indexed one by one in a parameter [E, out, in]."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -445,7 +445,7 @@ class Batched(Loop):
 
 
 class Grouped(Loop):
-    """Experts [E, in, out], their tokens one after another."""
+    """Experts [E, in, out] in one grouped product, with the tokens sorted by expert."""
 
     def forward(self, x: Tensor) -> Tensor:
         ends = torch.arange(1, len(x) + 1, dtype=torch.int32) * x.shape[1]
@@ -623,7 +623,7 @@ def test_nothing_that_it_made_waits_for_the_garbage_collector() -> None:
 
 
 def held() -> int:
-    """Bytes of all tensors that are alive."""
+    """Count the bytes of all tensors that are alive."""
     storages = {}
     for thing in gc.get_objects():
         if type(thing) in (Tensor, nn.Parameter) and not thing.is_meta:
@@ -632,7 +632,7 @@ def held() -> int:
 
 
 class Census(TorchDispatchMode):
-    """What is held at most while a Hessian is factorized."""
+    """Measure the most bytes of tensors that are held while a Hessian is factorized."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -31,7 +31,7 @@ def a_million() -> Tensor:
 
 
 def boundaries(low: float, high: float, step: float = 1.0) -> Tensor:
-    """All halves across the range and beyond, each with its two float32 neighbours."""
+    """Return all multiples of step / 2 across the range and two steps beyond, each with its two float32 neighbours."""
     points = torch.arange(low - 2 * step, high + 2.5 * step, step / 2)
     below, above = (torch.nextafter(points, torch.tensor(end)) for end in (-torch.inf, torch.inf))
     return torch.cat([points, below, above])
@@ -71,7 +71,7 @@ def test_integers_round_half_to_even_and_saturate(bits: int, kind: str) -> None:
     ("text", "low", "high"), [("int4", -7, 7), ("int(8, narrow=false)", -128, 127), ("uint5", 0, 31)]
 )
 def test_other_roundings_are_numpys(text: str, low: int, high: int, rounding: str, by_numpy: Any) -> None:
-    """In float64, where adding a half to a float32 is exact wherever it matters."""
+    """The expected values are computed in float64, so that adding 0.5 to a float32 loses no bit that matters."""
     x = torch.cat([every_bfloat16(), every_float16(), a_million(), boundaries(low, high)])
 
     y = qsim.parse(text).replace(rounding=rounding)(x)
@@ -85,7 +85,7 @@ def test_other_roundings_are_numpys(text: str, low: int, high: int, rounding: st
 @pytest.mark.parametrize(
     "text", ["int4", "int(5, narrow=false)", "uint3", "int(8, fraction=6)", "int(16, fraction=16)"]
 )
-def test_the_fast_way_is_the_search_in_the_table(text: str, rounding: str) -> None:
+def test_direct_rounding_equals_the_search_in_the_table(text: str, rounding: str) -> None:
     number = qsim.parse(text).replace(rounding=rounding)
     x = torch.cat([every_bfloat16(), boundaries(number.min, number.max, number.beyond - number.max)])
 
@@ -94,7 +94,7 @@ def test_the_fast_way_is_the_search_in_the_table(text: str, rounding: str) -> No
 
 @pytest.mark.parametrize(("name", "dtype"), [("int2", ml_dtypes.int2), ("int4", ml_dtypes.int4), ("int8", np.int8),
                                               ("uint2", ml_dtypes.uint2), ("uint4", ml_dtypes.uint4), ("uint8", np.uint8)])  # fmt: skip
-def test_the_full_range_is_that_of_the_oracles_integers(name: str, dtype: type) -> None:
+def test_the_full_range_is_that_of_ml_dtypes_integers(name: str, dtype: type) -> None:
     info = ml_dtypes.iinfo(dtype)
     quantizer = qsim.parse(name).full()
 
@@ -125,7 +125,7 @@ def test_codes_are_twos_complement() -> None:
     assert torch.equal(number.from_codes(codes), values)
 
 
-def test_the_lowest_code_of_the_narrow_range_stands_for_nothing() -> None:
+def test_the_lowest_code_of_the_narrow_range_has_no_value() -> None:
     assert qsim.parse("int4").table().isnan().nonzero().flatten().tolist() == [8]
 
 
@@ -136,7 +136,7 @@ def test_fixed_point_is_multiples_of_a_power_of_two() -> None:
 
 
 @pytest.mark.parametrize(("convention", "reach"), [("max", 7.0), ("gptq", 7.5), ("power_of_two", 8.0)])
-def test_a_convention_says_what_the_largest_magnitude_is_mapped_to(convention: str, reach: float) -> None:
+def test_a_convention_names_the_value_of_the_largest_magnitude(convention: str, reach: float) -> None:
     x = noise(6, 40)
     scale = x.abs().amax(-1, keepdim=True) / reach
 
@@ -146,7 +146,7 @@ def test_a_convention_says_what_the_largest_magnitude_is_mapped_to(convention: s
 
 
 def gptq_grid(x: Tensor, bits: int, sym: bool) -> Tensor:
-    """The rounding of GPTQ's reference (quant.py: find_params, quantize), row by row, without its MSE search."""
+    """Round row by row as GPTQ's reference does (quant.py: find_params, quantize), without its MSE search."""
     maxq = 2**bits - 1
     low, high = x.amin(1).clamp(max=0), x.amax(1).clamp(min=0)
     if sym:
@@ -175,8 +175,8 @@ def test_a_zero_point_gives_gptqs_asymmetric_grid(bits: int, element: str) -> No
     assert torch.equal(qsim.parse(f"channel({element}{bits}, symmetric=false)")(x), gptq_grid(x, bits, sym=False))
 
 
-def test_a_zero_point_is_torchs_too_but_for_its_reciprocal() -> None:
-    """torch multiplies by 1/scale, so a quotient next to a half may fall on its other side."""
+def test_a_zero_point_is_also_torchs_except_for_its_reciprocal() -> None:
+    """Torch multiplies by 1/scale and qsim divides by scale, so a quotient near a half may round the other way."""
     x = noise(20_000)
     scale, zero = (x.max() - x.min()) / 255, torch.round(-x.min() / ((x.max() - x.min()) / 255))
 
@@ -196,7 +196,7 @@ def test_a_zero_point_keeps_zero_exact() -> None:
     assert torch.equal(y[:, 5], torch.zeros(16))
 
 
-def test_an_unsigned_format_covers_what_is_positive() -> None:
+def test_an_unsigned_format_covers_the_positive_values() -> None:
     x = torch.tensor([[-100.0, 3.0, 15.0, 7.4]])
 
     assert qsim.parse("token(uint4)")(x).tolist() == [[0.0, 3.0, 15.0, 7.0]]
@@ -205,7 +205,7 @@ def test_an_unsigned_format_covers_what_is_positive() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("int(4, convention=gptq)", "int: convention gptq is that of signed integers with the full range: add narrow=false"),
+        ("int(4, convention=gptq)", "int: convention gptq needs signed integers with the full range: add narrow=false"),
         ("int(17)", "int: bits should be less than or equal to 16, not 17"),
         ("int(1)", "int: bits should be greater than or equal to 2, not 1"),
         ("channel(int(8, fraction=3), symmetric=false)", "channel: a zero point shifts whole numbers; int(8, fraction=3) is none"),
@@ -213,7 +213,7 @@ def test_an_unsigned_format_covers_what_is_positive() -> None:
         ("scaled(int4, 16, scale=int8)", "scaled: int8 as a scale needs a scale of its own, like scaled(int8, channel)"),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_refused(text: str, message: str) -> None:
+def test_options_that_contradict_each_other_are_refused(text: str, message: str) -> None:
     with pytest.raises(qsim.SpecError) as error:
         qsim.parse(text)
 

@@ -1,4 +1,4 @@
-"""The Llama adapter on directories that the test writes, one of each family."""
+"""The Llama adapter on directories that the test writes, one for each family."""
 
 from __future__ import annotations
 

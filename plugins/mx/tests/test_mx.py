@@ -31,7 +31,7 @@ ELEMENTS = {
 
 
 def spread(rows: int, columns: int, seed: int = 0) -> Tensor:
-    """Values over 60 binades, blocks of like size, some exact powers of two, some zeros."""
+    """Return rows of normal values, each row scaled by one of 60 powers of two, with some powers of two and zeros."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, columns, generator=generator)
     x *= torch.exp2(torch.randint(-30, 30, (rows, 1), generator=generator).float())
@@ -57,8 +57,8 @@ def test_mx_is_torchaos(name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("name", ELEMENTS)
-def test_rceil_is_torchaos_but_for_its_logarithm(name: str) -> None:
-    """torchao takes a float32 log2, which may miss next to powers of two."""
+def test_rceil_is_torchaos_except_next_to_powers_of_two(name: str) -> None:
+    """Torchao takes a float32 log2, which may be wrong next to powers of two; those blocks are left out."""
     x = spread(400, 256)
     y, expected = rule(name, "rceil")(x), by_torchao(name, x, ScaleCalculationMode.RCEIL)
     quotient = x.unflatten(-1, (-1, 32)).abs().amax(-1).double() / rule(name, "rceil").element.max
@@ -102,7 +102,7 @@ def test_codes_and_scales_are_torchaos(name: str) -> None:
 
 
 def test_the_scale_of_ocp_by_hand() -> None:
-    """OCP MX v1.0, 6.3: max 5.0, emax(E2M1) = 2, so the scale is 2^(2 - 2); 7.5 saturates to 6, 0.26 rounds to 0.5."""
+    """By OCP MX v1.0, 6.3, the scale is 2^(2 - 2): floor(log2 7.5) = 2 = emax(E2M1). 7.5 saturates, 0.26 becomes 0.5."""
     x = torch.zeros(1, 32)
     x[0, :3] = torch.tensor([7.5, 0.26, -5.0])
 
@@ -110,7 +110,7 @@ def test_the_scale_of_ocp_by_hand() -> None:
     assert qsim.parse("mx(e2m1, rule=rceil)")(x)[0, :3].tolist() == [8.0, 0.0, -4.0]
 
 
-def test_a_block_of_zeros_stays_zero_and_one_with_inf_shows_it() -> None:
+def test_a_block_of_zeros_stays_zero_and_a_block_with_inf_becomes_nan() -> None:
     x = torch.ones(2, 64)
     x[0, :32] = 0
     x[1, 3] = torch.inf
@@ -130,7 +130,7 @@ def test_the_smallest_scale_is_e8m0s() -> None:
 
 
 def nvfp4_by_hand(x: Tensor) -> Tensor:
-    """Two levels: block scales max/6 in E4M3, in units of the tensor's largest block scale over 448."""
+    """Round by two levels of scales: block scales max/6 in E4M3, in units of the largest block scale over 448."""
     blocks = x.unflatten(-1, (-1, 16))
     exact = blocks.abs().amax(-1) / 6
     unit = exact.max() / 448
@@ -149,8 +149,8 @@ def test_nvfp4_is_its_definition() -> None:
     assert torch.equal(qsim.parse("nvfp4")(x), nvfp4_by_hand(x))
 
 
-def test_nvfp4s_scales_are_torchaos_but_for_its_smallest() -> None:
-    """torchao keeps block scales at E4M3's smallest normal value or above; the tensor's scale differs in its last bit."""
+def test_nvfp4s_scales_are_torchaos_except_for_the_smallest() -> None:
+    """Torchao keeps block scales at E4M3's smallest normal value or above. Its scale of the tensor differs in the last bit."""
     x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
     scales, packed = nvfp4_quantize(x, 16, per_tensor_amax_to_scale(x.abs().max()))
 
@@ -201,7 +201,7 @@ def test_bits_are_those_of_the_papers(name: str, bits: float) -> None:
         ("mx(e4m3, rule=down)", "mx: rule should be 'divide', 'floor', 'ceil', 'even' or 'rceil', not 'down'"),
     ],
 )  # fmt: skip
-def test_what_cannot_work_together_is_refused(text: str, message: str) -> None:
+def test_options_that_contradict_each_other_are_refused(text: str, message: str) -> None:
     with pytest.raises(qsim.SpecError) as error:
         qsim.parse(text)
 

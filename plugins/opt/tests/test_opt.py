@@ -29,7 +29,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """`write()`: a directory as `save_pretrained` writes it, with a tokenizer."""
+    """`write()` makes a directory as `save_pretrained` writes it, with a tokenizer."""
     from tokenizers import Tokenizer, models
     from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
@@ -67,7 +67,7 @@ def test_sharded_weights_are_loaded(write: Write) -> None:
 
 
 def test_a_hub_name_goes_through_from_pretrained(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hub's cache on disk stands in for the network: the name resolves as any downloaded model's does."""
+    """The hub's cache on disk replaces the network: the name resolves like that of a downloaded model."""
     folder = write()
     commit = "0123456789abcdef0123456789abcdef01234567"
     entry = tmp_path / "hub" / "models--acme--tiny"
