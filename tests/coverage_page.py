@@ -1,4 +1,7 @@
-"""`python tests/coverage_page.py > docs/coverage.md`: what is met in each family, as it is found."""
+"""Write docs/coverage.md: the matmuls that are met in each model family.
+
+    python tests/coverage_page.py > docs/coverage.md
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,24 @@ from qsim_core.components.host import installed
 
 INTRODUCTION = """# Coverage
 
-Every product of matrices that torch computes in a model has sites. For each of these families `tests/test_coverage.py` makes a tiny
-model, in the implementation that is the default, and asserts that each product that torch's dispatcher sees is met exactly once, by the
-module that computes it, that quantizers which change nothing change no output by more than 10⁻⁵ of its largest value, that `int8` does,
-and that what cannot be met is listed. This page is written by `python tests/coverage_page.py`.
+Every product of matrices that torch computes in a model has sites. `tests/test_coverage.py` makes a tiny model of each of these families,
+in its default implementation. It asserts:
 
-`matmuls` are sites; `weights` of them multiply by a parameter, the others two computed tensors; `attention` counts the pairs
-of QKᵀ and PV that are known by these names. A family whose adapter is `generic` has none of its own and is loaded as the class that its
-checkpoint names; what is written by hand is simulated from Python. A weight of experts is one site, and each expert is quantized by itself.
+- Each product that torch's dispatcher sees is met exactly once, by the module that computes it.
+- Quantizers that change nothing change no output by more than 10⁻⁵ of its largest value. `int8` changes an output.
+- The products that cannot be met are listed.
+
+This page is written by `python tests/coverage_page.py`.
+
+`matmuls` counts the matmuls with sites. `weights` counts those of them that multiply by a parameter; the others multiply two computed
+tensors. `attention` counts the pairs of QKᵀ and PV that have these names. A family with the adapter `generic` has no adapter of its own: it
+is loaded as the class that its checkpoint names. A model without an adapter is simulated from Python. A weight of experts is one site, and
+each expert is quantized by itself.
 """
 END = """
-What no site can meet is listed by the audit, under `uncovered`: torch's recurrent layers and `bilinear`, fused kernels, and operators of
-one's own (`torch.library`) that take two matrices. A kernel that is called past torch's dispatcher, from Python straight into CUDA, is seen
-by nobody. Whatever else torch computes between the products, norms, softmax, curves, scans of state spaces, stays as it is.
+The audit lists products that no site can meet under `uncovered`. They are torch's recurrent layers and `bilinear`, fused kernels, and
+custom operators (`torch.library`) that take two matrices. A kernel that Python calls in CUDA directly, past torch's dispatcher, is
+not found. Everything between the products stays as it is: norms, softmax, activation functions, scans of state spaces.
 """
 
 
