@@ -1,10 +1,10 @@
-"""How long a simulated forward takes, against the float32 model's and a bfloat16 copy's.
+"""Time a simulated forward, against the float32 model's and a bfloat16 copy's.
 
     python benchmarks/forward.py [--shape 125m|1.3b] [--batch N] [--layers N] [--rounds N] [--device cuda] [FORMAT …]
 
-OPT blocks with the hidden size, heads and FFN of OPT-125M or OPT-1.3B, random weights, BATCH x 512 tokens, attention
-as transformers computes it by default (`sdpa`). Each round runs all in turn, in one process; medians are printed, as
-ratios to the float32 forward. With --others other simulators run too, where they are installed.
+The model is OPT blocks with random weights, and the hidden size, heads and FFN of OPT-125M or OPT-1.3B. Attention is
+transformers' default (`sdpa`). The input is BATCH x 512 tokens. Each round runs all models in turn, in one process.
+Medians are printed, as ratios to the float32 forward. With --others other simulators run too, if they are installed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FORMATS: dict[str, dict[str, str]] = {
 
 
 def model_of(shape: str, layers: int, vocabulary: int = 512) -> OPTForCausalLM:
-    """OPT, by default without its large vocabulary: what is measured are the blocks."""
+    """Make an OPT. By default it has a small vocabulary, because the benchmark measures the blocks."""
     hidden, heads, ffn = SHAPES[shape]
     torch.manual_seed(0)
     config = OPTConfig(
@@ -51,7 +51,7 @@ def model_of(shape: str, layers: int, vocabulary: int = 512) -> OPTForCausalLM:
 
 
 def torchao_int8(model: nn.Module) -> nn.Module:
-    """torchao's dynamic int8 activations and int8 weights."""
+    """Quantize by torchao: dynamic int8 activations and int8 weights."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
@@ -59,7 +59,7 @@ def torchao_int8(model: nn.Module) -> nn.Module:
 
 
 def brevitas_int8(model: nn.Module) -> nn.Module:
-    """Brevitas' QuantLinear with dynamic per-row int8 activations and per-channel int8 weights."""
+    """Quantize by Brevitas' QuantLinear: dynamic per-row int8 activations and per-channel int8 weights."""
     from brevitas.nn import QuantLinear
     from brevitas.quant.scaled_int import Int8ActPerTensorFloat, Int8WeightPerChannelFloat
 
@@ -80,7 +80,7 @@ def brevitas_int8(model: nn.Module) -> nn.Module:
 
 
 def modelopt(config: str) -> Callable[[nn.Module], nn.Module]:
-    """NVIDIA ModelOpt's simulated quantization with one of its configurations."""
+    """Make a function that quantizes by NVIDIA ModelOpt, with one of its configurations."""
 
     def quantize(model: nn.Module) -> nn.Module:
         import modelopt.torch.quantization as mtq
@@ -92,7 +92,7 @@ def modelopt(config: str) -> Callable[[nn.Module], nn.Module]:
 
 
 def microxcaling(element: str) -> Callable[[nn.Module], nn.Module]:
-    """Microsoft's MX library, its linears in place of torch's."""
+    """Make a function that replaces torch's linears with those of Microsoft's MX library."""
 
     def quantize(model: nn.Module) -> nn.Module:
         import mx
@@ -128,8 +128,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--others", action="store_true", help="other simulators too, where they are installed")
-    parser.add_argument("--path", default="auto", help="qsim's arithmetic: auto, float32")
+    parser.add_argument("--others", action="store_true", help="run other simulators too, if they are installed")
+    parser.add_argument("--arithmetic", default="auto", help="qsim's arithmetic: auto, float32, int8, …")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
     given = parser.parse_args()
     wrong = [name for name in given.formats if name not in FORMATS]
@@ -139,14 +139,15 @@ def main() -> None:
     base = model_of(given.shape, given.layers).to(given.device)
     ids = torch.randint(0, 512, (given.batch, 512), generator=torch.Generator().manual_seed(0)).to(given.device)
     models: dict[str, nn.Module] = {"float32": base, "bfloat16": copy.deepcopy(base).bfloat16()}
-    paths: dict[str, str] = {}
+    arithmetics: dict[str, str] = {}
     for name in given.formats or FORMATS:
         models[name] = copy.deepcopy(base)
-        recipe = qsim.Recipe(**FORMATS[name], path=given.path, skip=("lm_head",))  # type: ignore[arg-type]
+        recipe = qsim.Recipe(**FORMATS[name], arithmetic=given.arithmetic, skip=("lm_head",))  # type: ignore[arg-type]
         simulation = qsim.simulate(models[name], recipe, example={"input_ids": ids[:1, :64]}, keep=False)
         with torch.no_grad():
             models[name](ids[:1])
-        paths[name] = ", ".join(sorted({site.arithmetic for site in simulation.audit().sites if not site.skipped}))
+        used = {site.arithmetic for site in simulation.audit().sites if not site.skipped}
+        arithmetics[name] = ", ".join(sorted(used))
     for name, (package, make) in OTHERS.items() if given.others else ():
         if importlib.util.find_spec(package) is None:
             continue
@@ -154,7 +155,7 @@ def main() -> None:
         try:
             with torch.no_grad():
                 make(other)(ids[:1])
-        except Exception as error:  # made for a GPU, or for another torch
+        except Exception as error:  # it needs a GPU, or another torch
             print(f"{name} cannot run here: {' '.join(str(error).split())[:100]}")
         else:
             models[name] = other
@@ -170,7 +171,7 @@ def main() -> None:
     medians = {name: statistics.median(measured[1:]) for name, measured in times.items()}
     print(f"{given.layers} blocks of OPT-{given.shape.upper()}, {given.batch} x 512 tokens, {machine(given.device)}")
     for name, median in medians.items():
-        print(f"{name:20} {median:7.4f} s  {median / medians['float32']:.2f}  {paths.get(name, '')}")
+        print(f"{name:20} {median:7.4f} s  {median / medians['float32']:.2f}  {arithmetics.get(name, '')}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""How long `gptq` takes for one layer, against the algorithm written out column by column.
+"""Time `gptq` on one layer, against the algorithm written out column by column.
 
     python benchmarks/gptq.py [ROUNDS]
 
-`straightforward` is what IST-DASLab/gptq does (`fasterquant`): blocks of 128 columns, three factorizations in float32,
-and for each column one quantization and one outer product. `gptq` makes one factorization, in float64, and carries
-errors on without rewriting what is to come. With `report` it is charged with all that it does to a layer once the
-Hessian is known: rounding to nearest and three output errors too. Two threads; each round measures all in turn, in one
-process; medians are printed. The limit is half the straightforward time, at no more than 1.001 of its output error.
+`straightforward` is the algorithm of IST-DASLab/gptq (`fasterquant`): blocks of 128 columns, three factorizations in
+float32, and for each column one quantization and one outer product. `gptq` makes one factorization, in float64, and
+carries errors on without rewriting the later columns. With `report` its time includes everything that it does to a
+layer after the Hessian is known: also rounding to nearest, and three output errors.
+
+There are two threads. Each round measures all in turn, in one process; medians are printed. The limit is half the
+straightforward time, at 1.001 of its output error or less.
 """
 
 from __future__ import annotations
@@ -29,17 +31,17 @@ TOKENS = 4096
 
 
 def scale_of(weight: Tensor) -> Tensor:
-    """absmax / 7 of each row, [N, 1]."""
+    """The scale of each row, absmax / 7: [N, 1]."""
     return weight.abs().amax(1, keepdim=True) / 7
 
 
 def quantize(column: Tensor, scale: Tensor) -> Tensor:
-    """A column [N, 1] on the grid of -7 … 7 times its scale."""
+    """Round a column [N, 1] to the grid of -7 … 7 times its scale."""
     return scale * torch.clamp(torch.round(column / scale), -7, 7)
 
 
 def straightforward(weight: Tensor, hessian: Tensor, group: int, percdamp: float = 0.01, block: int = 128) -> Tensor:
-    """GPTQ as its reference implementation has it; `group` columns share a scale, 0: a row does."""
+    """GPTQ as in its reference implementation. `group` columns share a scale; with 0 a row shares one."""
     w, h, columns = weight.clone(), hessian.clone(), weight.shape[1]
     scale = scale_of(w)
     dead = torch.diag(h) == 0
@@ -68,7 +70,7 @@ def straightforward(weight: Tensor, hessian: Tensor, group: int, percdamp: float
 
 
 def layer(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """A weight [N, K] and its inputs [T, K]: correlated, their columns of very different size."""
+    """Make a weight [N, K] and its inputs [T, K]. The inputs are correlated, and their columns differ much in size."""
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randn(TOKENS, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
     x = mixed * torch.randn(columns, generator=generator).exp() / columns**0.5
@@ -77,7 +79,7 @@ def layer(rows: int, columns: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def measured(weight: Tensor, x: Tensor, text: str, group: int, rounds: int) -> str:
-    """One line: times, their ratios, errors."""
+    """Measure one layer, and give a line of times, their ratios, and errors."""
     hessian, quantizer = x.T @ x, qsim.parse(text)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     times: list[list[float]] = []

@@ -1,13 +1,17 @@
-"""How much memory a simulated forward takes at its peak, against the float32 model's.
+"""Measure the peak memory of a simulated forward, against the float32 model's.
 
     python benchmarks/memory.py [--batch N] [--layers N] [FORMAT …]
 
-Each line is a process of its own: blocks as in benchmarks/forward.py beside OPT's vocabulary of 50,272, BATCH x 512
-tokens. The weights are overwritten (`keep=False`, what `qsim evaluate` does) or kept beside (`keep=True`). Peak is the
-resident set's, less what the process held before the model was made, from the first quantized forward on, and that of
-a later forward alone: what the first one leaves over it in glibc's heap was freed. The limit is 1.05, overwritten.
-What is loaded once, whatever the model's size, is not counted: a block with a small vocabulary was simulated before.
-How much that is, is printed too.
+Each line is a process of its own. The model has the blocks of benchmarks/forward.py and OPT's vocabulary of 50,272;
+the input is BATCH x 512 tokens. The weights are overwritten (`keep=False`, as in `qsim evaluate`) or kept beside
+(`keep=True`).
+
+The peak is that of the resident set, less the memory that the process held before the model was made. It is measured
+twice: from the making of the model to the end of the first quantized forward, and in one later forward. Before the
+later forward the freed memory of glibc's heap is given back. The limit is 1.05, overwritten.
+
+Code that is loaded once, for a model of any size, is not counted: a block with a small vocabulary was simulated
+before. Its size is printed too.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def resident() -> int:
-    """Bytes that this process holds in memory."""
+    """The number of bytes that this process holds in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
 
 
@@ -46,7 +50,7 @@ class Peak(threading.Thread):
 
 
 def child(name: str, keep: bool, batch: int, layers: int) -> tuple[int, int, int]:
-    """The peak of one format, or of the float32 model, that of its last forward, and what was loaded, in bytes."""
+    """Measure one format, or the float32 model: the peak, the last forward's peak, and the loaded code, in bytes."""
     import torch
     from forward import model_of
 

@@ -1,10 +1,10 @@
-"""How fast quantizers are, against `x.clone()`.
+"""Time quantizers, against `x.clone()`.
 
     python benchmarks/quantizers.py [--sizes MB,MB,…] [--rounds N] [--device cuda] [TEXT …]
 
-For each size of a float32 tensor (rows of 1,024), and the same elements in bfloat16, each round runs `clone`, the
-kernels and the reference in Python in turn, in one process; medians of the ratios clone / quantizer are printed: 1.00
-is as fast as a copy. What a large tensor costs is mostly the page faults of fresh memory, for both.
+The tensors are float32 in several sizes (rows of 1,024), and the same elements in bfloat16. Each round runs `clone`,
+the kernels and the reference in Python in turn, in one process. Medians of the ratios clone / quantizer are printed:
+1.00 is as fast as a copy. For large tensors both spend most of their time on page faults of fresh memory.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
                     copy = seconds(x.clone, times)
                     with native.only(True):
                         fast.append(copy / seconds(quantize, times))
-                    if round_ < 3:  # the reference takes its time
+                    if round_ < 3:  # the reference is slow
                         with native.only(False):
                             slow.append(copy / seconds(quantize))
                 line += f"{statistics.median(fast[1:]):8.2f} ({statistics.median(slow[1:]):.2f})".rjust(16)

@@ -1,11 +1,11 @@
-"""Every method on the zoo's models: the tables of docs/results.md.
+"""Run every method on the zoo's models, and write the tables of docs/results.md.
 
     python benchmarks/results.py [--limit WINDOWS] [--runs DIR [--finished]] [NAME …]
 
-Fills in the tables of docs/results.md, or those that are named, between their markers. Each number is one
-`qsim.evaluate`, on all of the test split, with 32 windows of the train split as calibration data; about half an
-hour in all on two cores. `training` is a `qsim finetune` for each number, kept under DIR and not run again, as many at
-a time as there are cores: an hour more.
+The script fills in all tables of docs/results.md, or the named ones, between their markers. Each number is one
+`qsim.evaluate` on the whole test split, with 32 windows of the train split as calibration data. All of them take about
+half an hour on two cores. Each number of `training` is one `qsim finetune`. Its output is kept under DIR, and it is not
+run again. As many run at a time as there are cores; they take one hour more.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ TRAINED = {
     "vit-tiny": ("--batch-size 32 --steps 300", 2e-4, 1e-3),
     "opt-tiny-outliers": ("--batch-size 8 --steps 300", 2e-4, 1.5e-3),
 }
-"""How each is trained, and the highest learning rates towards labels and towards float32 outputs."""
+"""Options of each training, and the highest learning rates towards labels and towards float32 outputs."""
 BITS = ["w4a4", "w3a4"]
 UNTRAINED: dict[str, list[str]] = {
     "PTQ: rounding to nearest": [],
@@ -95,7 +95,7 @@ TRAININGS = {
 
 
 def perplexity(model: str, limit: int | None, **options: object) -> str:
-    """One cell: the simulated perplexity, or why there is none."""
+    """Give one cell: the simulated perplexity, or a dash after an error."""
     host = qsim.Host()
     try:
         recipe = compose(host, {"model": model}, **options)  # type: ignore[arg-type]
@@ -109,7 +109,7 @@ def perplexity(model: str, limit: int | None, **options: object) -> str:
 
 
 def methods(limit: int | None) -> str:
-    """Rows of methods, columns of precisions, for each model."""
+    """Make the table of methods (rows) and precisions (columns), for each model."""
     columns = [(model, name, options) for model in MODELS for name, options in PRECISIONS.items()]
     lines = [
         "| | " + " | ".join(f"{model} {name}" for model, name, _ in columns) + " |",
@@ -122,7 +122,7 @@ def methods(limit: int | None) -> str:
 
 
 def weights(limit: int | None) -> str:
-    """Rows of weight formats, columns of methods, for each model; activations stay in float32."""
+    """Make the table of weight formats (rows) and methods (columns), for each model; activations stay in float32."""
     columns = [(model, method, transforms) for model in MODELS for method, transforms in WEIGHT_METHODS.items()]
     lines = [
         "| | " + " | ".join(f"{model} {method}" for model, method, _ in columns) + " |",
@@ -141,7 +141,7 @@ def weights(limit: int | None) -> str:
 
 
 def families(limit: int | None) -> str:
-    """Rows of models with the metric of their field, columns of formats."""
+    """Make the table of models (rows), each with the metric of its field, and formats (columns)."""
     lines = ["| | float32 | " + " | ".join(FORMATS) + " |", "|---|---:|" + "---:|" * len(FORMATS)]
     for model in FAMILIES:
         cells: list[str] = []
@@ -158,12 +158,12 @@ def families(limit: int | None) -> str:
 
 
 def training(limit: int | None, runs: Path, finished: bool) -> str:
-    """Rows of methods, columns of models and precisions: the metric after training."""
+    """Make the table of methods (rows), and models with precisions (columns): the metric after training."""
     columns = [(model, precision) for model in TRAINED for precision in BITS]
     if not finished:
         jobs = dict.fromkeys((*column, how) for how in TRAININGS.values() for column in columns)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            trained = [job for job in jobs if job[1:] != (BITS[1], "--control")]  # the same training
+            trained = [job for job in jobs if job[1:] != (BITS[1], "--control")]  # the same training serves both
             for job in [pool.submit(_finetune, *job, limit, runs) for job in trained]:
                 job.result()
     rows: dict[str, list[str]] = {name: [] for name in ("float32", *UNTRAINED, *TRAININGS)}
@@ -188,7 +188,7 @@ def _directory(model: str, precision: str, how: str, runs: Path) -> Path:
 
 
 def _finetune(model: str, precision: str, how: str, limit: int | None, runs: Path) -> None:
-    """Run one training, unless it has been."""
+    """Run one training, unless it has been run before."""
     output = _directory(model, precision, how, runs)
     if (output / "after.json").exists():
         return
@@ -202,7 +202,7 @@ def _finetune(model: str, precision: str, how: str, limit: int | None, runs: Pat
 
 
 def _control(model: str, precision: str, limit: int | None, runs: Path) -> qsim.Result | None:
-    """What was trained in float32, under a precision."""
+    """Evaluate a model that was trained in float32, under a precision."""
     directory = _directory(model, BITS[0], "--control", runs)
     if (after := _read(directory / "after.json")) is None or precision == BITS[0]:
         return after
@@ -235,8 +235,8 @@ def main() -> None:
         "names", nargs="*", metavar="NAME", help=f"of {', '.join(TABLES)}, training; all of them if none is given"
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where trainings are kept")
-    parser.add_argument("--finished", action="store_true", help="train nothing: a table of the runs that have ended")
-    parser.add_argument("--limit", type=int, help="evaluate so many windows only, for a trial")
+    parser.add_argument("--finished", action="store_true", help="train nothing: tabulate the runs that have ended")
+    parser.add_argument("--limit", type=int, help="evaluate only so many windows, for a trial")
     arguments = parser.parse_args()
     tables = TABLES | {"training": functools.partial(training, runs=arguments.runs, finished=arguments.finished)}
     for name in arguments.names or tables:

@@ -1,8 +1,8 @@
-"""How long `qsim --help` and `qsim plugins` take, against importing the three libraries they stand on.
+"""Time `qsim --help` and `qsim plugins`, against the import of the three libraries that they use.
 
     python benchmarks/startup.py [ROUNDS]
 
-Prints the median ratio of wall times, each round measuring all commands in turn. The limit is 1.5.
+Each round measures all commands in turn. The median ratios of wall times are printed. The limit is 1.5.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ COMMANDS = {
 
 
 def seconds(arguments: list[str]) -> float:
-    """Wall time of one fresh interpreter."""
+    """Measure the wall time of one fresh interpreter."""
     start = time.perf_counter()
     subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start

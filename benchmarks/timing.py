@@ -1,4 +1,4 @@
-"""What the benchmarks measure with."""
+"""Timing functions of the benchmarks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def seconds(run: Callable[[], Any], times: int = 1) -> float:
-    """Wall time of one call, or the mean of several one after another; of what it leaves to a GPU too."""
+    """Measure the wall time of one call, or the mean of several calls in sequence; work on a GPU is included."""
     _wait()
     start = time.perf_counter()
     for _ in range(times):
@@ -20,7 +20,7 @@ def seconds(run: Callable[[], Any], times: int = 1) -> float:
 
 
 def machine(device: str) -> str:
-    """What computes there."""
+    """Name the GPU, or the number of CPU threads."""
     return torch.cuda.get_device_name(device) if device != "cpu" else f"{torch.get_num_threads()} threads"
 
 

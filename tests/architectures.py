@@ -42,7 +42,7 @@ LATENT, STEP, PROMPT = noise(2, 4, 8, 8), torch.tensor([3, 7]), noise(2, 5, 24, 
 
 @dataclass(frozen=True)
 class Family:
-    """How to make one tiny model, what to run it on, and what of it no site can meet."""
+    """One tiny model: a function that makes it, an example of its inputs, and the products that no site can meet."""
 
     field: str
     make: Callable[[], nn.Module]
@@ -51,7 +51,7 @@ class Family:
 
 
 def pretrained(name: str, **options: Any) -> Callable[[], nn.Module]:
-    """A class of transformers, with a configuration of these options."""
+    """Make a model of transformers from its class name, with a configuration of these options."""
 
     def make() -> nn.Module:
         import transformers
@@ -63,7 +63,7 @@ def pretrained(name: str, **options: Any) -> Callable[[], nn.Module]:
 
 
 def diffuser(name: str, **options: Any) -> Callable[[], nn.Module]:
-    """A class of diffusers, made with these options."""
+    """Make a model of diffusers from its class name, with these options."""
 
     def make() -> nn.Module:
         import diffusers
@@ -200,7 +200,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def build(name: str) -> nn.Module:
-    """A tiny model, norms and biases random too (transformers' ones and zeros hide mistakes), in eval mode."""
+    """Make a tiny model in eval mode. Norms and biases are random too: transformers' ones and zeros hide mistakes."""
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
@@ -213,7 +213,7 @@ def build(name: str) -> nn.Module:
 
 
 def write(model: Any, folder: Path) -> Path:
-    """A directory as `save_pretrained` writes it, with what prepares its inputs."""
+    """Write a directory as `save_pretrained` does, with the tokenizer or processor of its inputs."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, ViTImageProcessor, WhisperFeatureExtractor
 

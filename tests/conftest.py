@@ -1,4 +1,4 @@
-"""What several tests need: tiny models of the families, a host with the installed plugins, one thread."""
+"""Fixtures of several tests: tiny models of the families, a host with the installed plugins, one thread."""
 
 from __future__ import annotations
 

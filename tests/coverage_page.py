@@ -1,6 +1,6 @@
 """Write docs/coverage.md: the matmuls that are met in each model family.
 
-    python tests/coverage_page.py > docs/coverage.md
+python tests/coverage_page.py > docs/coverage.md
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models as researchers write them, without a library: attention of their own, torch's layers, operators of their own."""
+"""Models that researchers write without a library: their own attention, torch's layers, their own operators."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 
 class ImageBind(nn.Module):
-    """Several senses in one space, after ImageBind (arXiv 2305.05665): each its own trunk of `nn.MultiheadAttention`
-    with a learned key and value (`add_bias_kv`), and their similarity."""
+    """Several senses in one space, after ImageBind (arXiv 2305.05665), and their similarity.
+
+    Each sense has a trunk of `nn.MultiheadAttention` with a learned key and value (`add_bias_kv`).
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +51,7 @@ class Graphormer(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """torch's own `nn.Transformer`, whose layers have a fused path of their own in evaluation."""
+    """torch's own `nn.Transformer`. In evaluation its layers take a fused path."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +63,7 @@ class EncoderDecoder(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Products that no torch function shows one by one: a recurrent layer and a bilinear form."""
+    """A recurrent layer and a bilinear form: no torch function shows their products one by one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,12 +77,12 @@ class Recurrent(nn.Module):
 
 @torch.library.custom_op("qsim_tests::fused_attention", mutates_args=())
 def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention as a kernel of its own: the dispatcher sees its name and its operands, and nothing inside."""
+    """Attention as one custom kernel: the dispatcher sees its name and its operands, and nothing inside."""
     return F.scaled_dot_product_attention(q, k, v)
 
 
 class Fused(nn.Module):
-    """Attention by an operator that someone registered."""
+    """Attention by a registered operator."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ TEXT = LAYERS | {
 
 
 def tokenizer() -> Any:
-    """CLIP's, which knows every word letter by letter."""
+    """CLIP's tokenizer, with single letters as its only tokens."""
     from transformers import CLIPTokenizer
 
     letters = [chr(97 + n) for n in range(26)]
@@ -24,7 +24,7 @@ def tokenizer() -> Any:
 
 
 def write_stable_diffusion(directory: Path) -> Path:
-    """Text encoder, U-Net and autoencoder, as diffusers saves them."""
+    """Save a text encoder, a U-Net and an autoencoder as diffusers does."""
     import diffusers
     import transformers
 

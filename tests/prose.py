@@ -42,7 +42,7 @@ def sentences(text: str) -> Iterator[str]:
 
 
 def words(sentence: str) -> int:
-    """How many words a sentence has; numbers and signs do not count."""
+    """Count the words of a sentence, without numbers and signs."""
     return len(re.findall(r"[A-Za-z][\w'’/-]*", sentence))
 
 

@@ -1,4 +1,4 @@
-"""The structure is as drawn: layers, sizes of packages, the ways that docs/architecture.md shows."""
+"""The code has the structure of docs/architecture.md: layers, sizes of packages, ways of a tensor and a recipe."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def code(folder: Path) -> list[Path]:
 
 
 def layers() -> list[str]:
-    """The packages of the core from the top to the bottom, as import-linter is told them."""
+    """The packages of the core from the top to the bottom, as import-linter's contract lists them."""
     contracts: Any = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     return next(contract["layers"] for contract in contracts if contract["type"] == "layers")  # type: ignore[no-any-return]
 

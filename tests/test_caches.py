@@ -1,4 +1,4 @@
-"""`qsim cache` shows what is kept, and removes that and nothing else."""
+"""`qsim cache` shows the files that qsim keeps, and removes those files and no others."""
 
 from __future__ import annotations
 

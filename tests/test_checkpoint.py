@@ -1,4 +1,4 @@
-"""A run that died goes on at the block it had reached."""
+"""A run that died continues at the block that it had reached."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_after_kill_9_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
     ended, resumed = run(tmp_path / "work")
 
     assert (died, ended) == (-9, 0)
-    assert len(reached) <= 2  # what it had printed may be lost with it
+    assert len(reached) <= 2  # its last prints may be lost
     assert resumed == unbroken[2:]  # blocks 2 and 3 only, and the same reports, pins and outputs
 
 

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: answers, files, and one clear line for what is wrong."""
+"""The command line as a user sees it: answers, files, and one clear line for each mistake."""
 
 from __future__ import annotations
 
@@ -300,7 +300,7 @@ def test_dtype_is_recorded_and_used(qsim_: Qsim) -> None:
 
 
 def test_a_transform_runs_from_the_command_line_and_its_record_again(qsim_: Qsim) -> None:
-    """ABFP-SQ on the outliers: back to within 5% of what ABFP costs the model without them."""
+    """On the outliers ABFP-SQ comes within 5% of ABFP on the model without outliers."""
     looked_at = ["--calibration-samples", "8", "--calibration-seqlen", "128"]
     plain = qsim_("evaluate", "opt-tiny", "--plugin", "abfp", "--json", "plain.json", "--limit", "24", "--quiet")
     smooth = qsim_(
@@ -478,7 +478,7 @@ def test_misused_options_exit_with_2(arguments: list[str], qsim_: Qsim) -> None:
 
 
 def test_a_full_disk_leaves_no_half_of_a_file(tmp_path: Path) -> None:
-    """A limit on file size stands in for the disk's end; the kernel answers a write past it with an error too."""
+    """A limit on file size takes the place of a full disk: the kernel answers a write past it with an error too."""
 
     def small_disk() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
@@ -529,7 +529,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path: Path) -> None:
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's children ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore SIGINT
     )
     time.sleep(8)
     run.send_signal(signal.SIGINT)

@@ -12,7 +12,7 @@ from qsim_core.cli.recipe_options import compose
 
 
 class Smooth(qsim.Transform):
-    """A transform that only has a name here."""
+    """A transform that has a name and changes nothing."""
 
     name = "smooth"
     alpha: float = 0.5
@@ -101,7 +101,7 @@ def test_a_quantizer_without_a_width_is_not_lost_under_a_precision(host: qsim.Ho
 
 def test_plugins_keep_their_order(host: qsim.Host) -> None:
     class Rotate(Smooth):
-        """Another one."""
+        """Another quantizer."""
 
         name = "rotate"
 

@@ -1,4 +1,4 @@
-"""What a transform works with: blocks one after another, the matmuls in them, weights that are final."""
+"""The context of a transform: blocks in their order, the matmuls in them, weights that are final."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Make = Callable[..., Any]
 
 
 def probe(apply: Callable[[nn.Module, Context], None]) -> qsim.Transform:
-    """A transform that runs a function, and changes a weight so that it counts as one."""
+    """A transform that runs a function. It also changes a weight, because a transform without a change is an error."""
 
     class Probe(qsim.Transform):
         name = "probe"
@@ -91,7 +91,7 @@ def test_a_walk_gives_each_block_the_inputs_that_the_model_gives_it(family: str,
 
     def apply(model: nn.Module, context: Context) -> None:
         for block in context.blocks():
-            with torch.no_grad():  # a change to a block is felt by the blocks after it
+            with torch.no_grad():  # a change to a block changes the inputs of the blocks after it
                 next(p for p in block.module.parameters() if p.dim() == 1).mul_(1.5)
             block.observe(gather(seen))
         whole: dict[str, list[Tensor]] = {}

@@ -1,4 +1,4 @@
-"""In every family, every matmul is met exactly once, and what cannot be met is listed."""
+"""In every family, every matmul is met exactly once, and the products that cannot be met are listed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from qsim_core.simulation.audit import PRODUCTS
 from qsim_core.transforms.forward import as_in_evaluation, call
 
 COUNTED = {op.__name__ for op in flop_registry if hasattr(op, "overloads") and "backward" not in op.__name__}
-"""torch's own list of its operators that multiply matrices, and below some that only run on a CPU or are not in it."""
+"""torch's own list of its operators that multiply matrices.
+
+`UNCOUNTED` has more: operators that run only on a CPU, or are not in the list.
+"""
 UNCOUNTED = {"_grouped_mm", "_scaled_dot_product_flash_attention_for_cpu", "dot", "mv"}
 
 
@@ -45,7 +48,7 @@ class Products(TorchDispatchMode):
 
 @contextmanager
 def no_fused_layers() -> Iterator[None]:
-    """`nn.TransformerEncoderLayer` not as the one operator that it is in evaluation."""
+    """Make `nn.TransformerEncoderLayer` compute its parts one by one; in evaluation it is one operator."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

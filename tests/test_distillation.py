@@ -1,4 +1,4 @@
-"""Training towards a teacher's outputs: the loss, what it does not look at, and what the command makes of it."""
+"""Training towards a teacher's outputs: the loss, the positions that it ignores, and the command."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_positions_that_are_padding_do_not_count() -> None:
 
 
 class Net(nn.Module):
-    """Logits of vectors, dropout only in training."""
+    """A net that maps vectors to logits, with dropout only in training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Net(nn.Module):
 
 
 def trained(directory: Path, **changes: Any) -> tuple[list[float], Net]:
-    """The losses of a simulated net that learns what another one gives, and that other one."""
+    """Train a simulated net towards the outputs of another one. Gives the losses, and the other net."""
     torch.manual_seed(0)
     student, teacher = Net(), Net()
     samples = [{"x": x, "labels": torch.tensor(0)} for x in torch.randn(32, 8)]

@@ -1,4 +1,4 @@
-"""README and docs say what is so: their Python runs, their commands run, their tables are complete."""
+"""README and docs agree with the code: their Python runs, their commands run, their tables are complete."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 FILES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in FILES}
 EMBEDDING = "docs/embedding.md"
-"""Its blocks are programs of their own; those of other pages go on where the one before ended."""
+"""Each block of this page is a program of its own. On other pages a block continues the block before it."""
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -61,7 +61,7 @@ def test_examples_in_docstrings_are_right() -> None:
 
 
 def shortened(arguments: list[str]) -> list[str]:
-    """A command as it stands on a page, on a few samples."""
+    """Give a command of a page the options that make it run on a few samples."""
     if arguments[0] not in ("evaluate", "finetune") or "--from" in arguments:
         return arguments
     few = {"--limit": "2", "--calibration-samples": "4"}
@@ -87,7 +87,7 @@ def test_the_commands_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pyte
 LOCAL = {"facebook/opt-125m": "opt-tiny", "google-bert/bert-base-uncased": "bert-tiny", "google/vit-base-patch16-224": "vit-tiny",
          "Salesforce/codegen-350M-mono": "codegen-tiny", "Qwen/Qwen3-0.6B": "opt-tiny", "./my-pipeline": "ddpm-tiny",
          "./stable-diffusion": "opt-tiny"}  # fmt: skip
-"""Models of the hub that commands in READMEs of plugins name -> one of the zoo that takes the same options."""
+"""Models of the hub, named by commands in READMEs of plugins -> a model of the zoo that takes the same options."""
 INDENTED = {
     path.parent.name: re.findall(r"^    (qsim (?:.*\\\n)*.*)$", path.read_text(), re.MULTILINE)
     for path in sorted((ROOT / "plugins").glob("*/README.md"))
@@ -99,7 +99,7 @@ INDENTED = {
     [pytest.param(command, id=f"{plugin}-{i}") for plugin in INDENTED for i, command in enumerate(INDENTED[plugin])],
 )
 def test_the_commands_of_a_plugins_readme_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a model of the zoo and its own data; those that need other data, or many images, as far as the recipe."""
+    """Run each command on a model of the zoo and its data. A command that needs other data, or many images, is a dry run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QSIM_CACHE", str(tmp_path / "cache"))
     arguments = [LOCAL.get(word, word) for word in shlex.split(command.replace("\\\n", " "), comments=True)[1:]]

@@ -1,4 +1,4 @@
-"""Codes, scales and zero points: back to the quantized tensor bit for bit, and as many bits as was said."""
+"""Codes, scales and zero points give the quantized tensor bit for bit, in as many bits as `bits_per_element` says."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def noise(*shape: int) -> Tensor:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal, the sign of zero too; NaN in the same places."""
+    """Tell if two tensors are equal: with the same sign of zero, and NaN in the same places."""
     known = ~a.isnan()
     return (
         torch.equal(a.isnan(), b.isnan())

@@ -1,4 +1,4 @@
-"""Every error class on its exact text, and what is said to a name that is nearly right."""
+"""The exact text of every error class, and the hints for a name that is nearly right."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_every_class_of_errors_has_its_text_here() -> None:
     defined = {cls for _, cls in inspect.getmembers(errors, inspect.isclass) if cls.__module__ == errors.__name__}
 
     assert defined == {*RAISED, qsim.CalibrationWarning}
-    assert ON_THE_COMMAND_LINE.keys() == RAISED.keys() - {qsim.TrainingError}  # tests/test_finetuning.py has those
+    assert ON_THE_COMMAND_LINE.keys() == RAISED.keys() - {qsim.TrainingError}  # tests/test_finetuning.py has the others
     assert all(issubclass(cls, qsim.QsimError) for cls in RAISED)
 
 
@@ -174,7 +174,7 @@ def test_a_file_that_has_nothing_like_it_gets_no_guess(qsim_: Qsim) -> None:
 
     assert errors.file_did_you_mean(Path("zzz.yaml")) == ""
     assert errors.file_did_you_mean(Path("no/where/text.txt")) == ""
-    assert errors.file_did_you_mean(Path("text.txt")) == ""  # it is there; something else is wrong with it
+    assert errors.file_did_you_mean(Path("text.txt")) == ""  # the file exists, but its content is wrong
 
 
 def test_an_override_is_a_mapping() -> None:

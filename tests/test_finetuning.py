@@ -1,4 +1,4 @@
-"""`qsim finetune`: a model trained under a recipe, its directory, and what a person does wrong."""
+"""`qsim finetune`: a model trained under a recipe, its directory, and the mistakes of a user."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def result(*arguments: Any) -> Finetuned:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finetuned]:
-    """opt-tiny after three steps with learned steps, folded too."""
+    """Train opt-tiny for three steps with learned step sizes, and fold it too."""
     output = tmp_path_factory.mktemp("run") / "opt"
     return output, result("opt-tiny", *LSQ, *QUICK, "--steps", 3, "--fold", "--output", output)
 
@@ -182,7 +182,7 @@ def test_a_transform_that_leaves_more_than_weights_is_refused(tmp_path: Path) ->
 
 @contextmanager
 def stopping(total: int, done: int, description: str) -> Iterator[Callable[[str], None]]:
-    """Ctrl-C in the fourth step."""
+    """Press Ctrl-C in the fourth step."""
     seen = []
 
     def step(text: str) -> None:
@@ -228,7 +228,7 @@ def test_a_run_that_was_interrupted_after_its_last_step_is_finished(
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run that came to NaN in its third step, the first having a learning rate of 0."""
+    """The directory of a run that reached NaN in its third step. Its first step has a learning rate of 0."""
     output = tmp_path_factory.mktemp("run") / "nan"
     outcome = qsim_("finetune", "opt-tiny", "--plugin", "abfp", *QUICK, "--steps", 3, "--lr", "1e30",
                     "--checkpoint-every", 1, "--output", output)  # fmt: skip

@@ -1,4 +1,4 @@
-"""The pages that `docs/generate.py` writes say what the code says; a public name changes with a line in the changelog."""
+"""The pages of `docs/generate.py` agree with the code, and a changed public name has a line in the changelog."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def renamed(model: Any, recipes: Any = None) -> qsim.Simulation:
 
 
 def told_otherwise(text: str, host: qsim.Host | None = None) -> Any:
-    """Other words."""
+    """Another docstring."""
 
 
 told_otherwise.__annotations__ = dict(qsim.parse.__annotations__)

@@ -1,4 +1,4 @@
-"""No number changes: recipes of every kind give what the record in `tests/golden` has of them."""
+"""No number changes: recipes of every kind give the numbers of the record in `tests/golden`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from golden.record import ENTRIES, GOLDEN, disagreements, environment, main, mea
 RECORD = json.loads(GOLDEN.read_text())
 STORED = RECORD["recipes"]
 SHARE = 1e-6
-"""Of a figure that may differ: sums are added up in another order."""
+"""The relative difference that a figure may have: processors add up sums in different orders."""
 ELSEWHERE = 0.02
-"""Of a model's figure that may differ where the processor or a library is not the record's: there the last bit of a sum
-may send a value that is rounded later to its other neighbour."""
+"""The relative difference that a model's figure may have on another processor, or with another library.
+
+There the last bit of a sum may send a value that is rounded later to its other neighbour.
+"""
 ALIKE = RECORD["environment"] == environment()
 
 

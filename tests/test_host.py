@@ -1,4 +1,4 @@
-"""The host: plugins found, loaded one by one, and held to the contract."""
+"""The host finds plugins, loads them one by one, and checks each against the contract."""
 
 from __future__ import annotations
 
@@ -286,7 +286,7 @@ def test_what_cannot_be_used_is_refused_at_once() -> None:
 
 def test_a_text_default_is_resolved_by_the_host_that_builds_the_component() -> None:
     class Int4(Thirds):
-        """Somebody's own int4."""
+        """An int4 of another plugin."""
 
         name = "int4"
 
@@ -298,11 +298,11 @@ def test_a_text_default_is_resolved_by_the_host_that_builds_the_component() -> N
         match=r"'int4' is offered by plugin 'inline' \(inline 0\) and plugin 'int' \(qsim-int .*\); write inline.int4 or int.int4",
     ):
         host.parse("int4")
-    assert host.parse("abfp").element.name == "int"  # an element is a format, and inline's int4 is none
+    assert host.parse("abfp").element.name == "int"  # an element is a format, and inline's int4 is not a format
 
 
 def test_a_rival_to_a_name_that_only_a_plugin_wrote_changes_nothing(host: qsim.Host) -> None:
-    """abfp's default is its own dependency's int4, whoever else offers one; so is --precision's."""
+    """The default of abfp is the int4 of its own dependency, also if another plugin offers an int4; so is --precision's."""
 
     class Other(qsim.Format):
         name = "int4"

@@ -1,4 +1,4 @@
-"""The core needs no plugin, and a plugin only what it declares; installed as wheels, they work by themselves."""
+"""The core needs no plugin, and a plugin needs only its declared distributions. As wheels each works alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLUGINS = sorted(path.name for path in (ROOT / "plugins").iterdir() if (path / "
 
 
 def declared(name: str) -> set[str]:
-    """A distribution and everything that it requires, in the end."""
+    """A distribution and everything that it requires, directly and indirectly."""
     found: set[str] = set()
     queue = [name]
     while queue:
@@ -28,7 +28,7 @@ def declared(name: str) -> set[str]:
             continue
         try:
             requirements = distribution(current).requires or []
-        except ModuleNotFoundError:  # a dependency under a marker that does not hold here
+        except ModuleNotFoundError:  # the marker of this dependency does not hold here
             continue
         found.add(current)
         queue += [re.match(r"[\w.-]+", r).group() for r in requirements if "extra ==" not in r]  # type: ignore[union-attr]
@@ -45,7 +45,7 @@ def plugin_of(distribution: str) -> str:
 
 @pytest.fixture(scope="session")
 def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the sources: building leaves files behind."""
+    """A copy of the sources, because a build leaves files behind."""
     target = tmp_path_factory.mktemp("sources")
     ignore = shutil.ignore_patterns(".git", ".tox", ".ci-env", "build", "*.egg-info", "__pycache__", ".*_cache")
     for name in ("qsim_core", "plugins", "pyproject.toml", "README.md"):
@@ -71,7 +71,7 @@ def install(copied: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 
 def third_party(names: set[str], target: Path) -> Path:
-    """A directory that holds these distributions of this environment, and nothing else of it."""
+    """Make a directory that holds only these distributions of this environment."""
     target.mkdir()
     site = Path(str(distribution("torch").locate_file("")))
     tops = [
@@ -98,7 +98,7 @@ LIBRARY = """
 import {module}
 assert [name for name in {module}.__all__ if not hasattr({module}, name)] == []
 """
-"""For a distribution that needs no qsim-core."""
+"""A program for a distribution that needs no qsim-core."""
 
 
 def plugins_among(names: set[str]) -> set[str]:
@@ -133,7 +133,7 @@ def test_the_zoos_distribution_carries_its_models(install: Callable[[str], Path]
 
 
 def test_int_fp_and_abfp_as_wheels_beside_the_core_make_abfp_work(copied: Path, tmp_path: Path) -> None:
-    """An environment of its own: torch, the core, three plugins, and whatever these bring."""
+    """A separate environment: torch, the core, three plugins, and their requirements."""
     wheels = tmp_path / "wheels"
     sources = [copied, *(copied / "plugins" / name for name in ("int", "fp", "abfp"))]
     pip = [sys.executable, "-m", "pip"]

@@ -1,4 +1,4 @@
-"""A model that is larger than memory: weights stay on disk, and come to hand module by module."""
+"""A model that is larger than memory: weights stay on disk, and are loaded module by module."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ print(max(peaks) - before)
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An OPT whose checkpoint takes about 200 MB, with the tokenizer of the zoo's."""
+    """An OPT whose checkpoint takes about 200 MB, with the tokenizer of the zoo's model."""
     from qsim_zoo import trained
     from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 

@@ -1,4 +1,4 @@
-"""The tree keeps its rules."""
+"""The rules of the tree: parts of a plugin, names, versions, imports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PLUGINS = sorted(path.name for path in (ROOT / "plugins").iterdir() if (path / "pyproject.toml").exists())
 TOP = {"qsim_core", "plugins", "tests", "docs", "benchmarks", ".ci"}
 HEAVY = ["lm_eval"]
-"""Plugins that bring many distributions with them: for tests, and for those who ask for them."""
+"""Plugins that require many distributions. Only the tests, and users who ask for them, install them."""
 LIBRARIES = {"structure", "transformers"}
 """Distributions that other plugins may import, if they declare them."""
 WITHOUT_CORE = {"structure"}

@@ -1,4 +1,4 @@
-"""LearnedScheme step sizes: LSQ's gradients, where the steps live, and how they train."""
+"""Learned step sizes: LSQ's gradients, the parameters that hold the steps, and their training."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_gradients_are_those_of_equations_3_and_5() -> None:
 def test_a_steps_gradient_is_the_slope_of_the_surrogate_with_its_rounding_held(
     text: str, of_weight: bool, share: float
 ) -> None:
-    """The surrogate: step * (clamp(x / step) + r), where r is what rounding added at the step as it is."""
+    """The surrogate: step * (clamp(x / step) + r), where r is the change by rounding at the given step."""
     x, scheme = noise(6, 20).double(), qsim.parse(text)
     start = {"tensor": (1, 1), "channel": (6, 1, 1), 8: (6, 3, 1) if of_weight else (3, 1), (2, 5): (3, 4, 1)}
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The methods together: one command and one recipe file for each of the paper's combinations, on every kind of model."""
+"""The methods in combination: a command and a recipe file for each of the paper's, on every kind of model."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_combination_runs_from_one_command_and_from_one_recipe_file(
 
 
 def test_a_command_goes_on_where_another_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first command's later blocks are taken away, as if it had died there."""
+    """The later blocks of the first command are removed, as if it had died there."""
     monkeypatch.chdir(tmp_path)
     command = ["evaluate", "--precision", "w3a16", "--plugin", "gptq", *FEW, "--work-dir", "work", "--quiet", "--json"]
     whole = CliRunner().invoke(main, [*command, "whole.json"])
@@ -67,7 +67,7 @@ def test_a_command_goes_on_where_another_stopped(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("transform", ["smoothquant", "gptq", "rptq", "awq", "hadamard", "bias_correction"])
 @pytest.mark.parametrize("family", ["opt-350m", "opt", "llama", "gpt2", "codegen"])
 def test_every_method_runs_on_every_family(transform: str, family: str) -> None:
-    """What cannot be done to a model is refused by name, and the rest goes on."""
+    """Norms that cannot be changed are refused by name, and the run continues with the others."""
     model = make(family)
     batches: list[Any] = [{"input_ids": tokens(seed), "use_cache": False} for seed in range(4)]
 

@@ -1,4 +1,4 @@
-"""Confidence intervals against a written-out bootstrap, and what they are worth on samples whose truth is known."""
+"""Confidence intervals against a written-out bootstrap, and their coverage on samples whose truth is known."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_it_covers_the_truth_about_as_often_as_it_says() -> None:
 
 
 def test_pairs_are_surer_than_their_parts() -> None:
-    """What both find hard is no part of the uncertainty of the ratio."""
+    """Samples that are hard for both runs do not add to the uncertainty of the ratio."""
     hard = torch.rand(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     before, after = qsim.Metrics({"loss": hard}), qsim.Metrics({"loss": 1.5 * hard})
 
@@ -106,7 +106,7 @@ class Squares(qsim.Evaluator):
 
 
 class Plain(Squares):
-    """A third party's, which knows nothing of samples."""
+    """An evaluator of a third party that does not report its samples."""
 
     name = "plain"
 
@@ -115,7 +115,7 @@ class Plain(Squares):
 
 
 class Seen(Squares):
-    """One whose outputs a person can look at."""
+    """An evaluator whose outputs a person can look at."""
 
     name = "seen"
 
@@ -124,7 +124,7 @@ class Seen(Squares):
 
 
 class Vectors(qsim.Adapter):
-    """One linear layer."""
+    """An adapter of one linear layer."""
 
     name = "vectors"
     evaluator = "squares"
@@ -169,7 +169,7 @@ def test_an_evaluator_that_returns_plain_numbers_still_works(evaluate: Any) -> N
 
 def test_an_evaluators_own_data_go_before_the_models_and_its_first_metric_is_the_one(tmp_path: Path) -> None:
     class Scored(Squares):
-        """One that finds out what it measures."""
+        """An evaluator that names its metrics after the data."""
 
         name = "scored"
         metric = ""
@@ -178,7 +178,7 @@ def test_an_evaluators_own_data_go_before_the_models_and_its_first_metric_is_the
             return {f"{data.name}/score": 1.0, "samples": 2.0}
 
     class Library(qsim.Adapter):
-        """Knows one model and its data."""
+        """An adapter of one model with its data."""
 
         name = "library"
 
@@ -199,7 +199,7 @@ def test_an_evaluators_own_data_go_before_the_models_and_its_first_metric_is_the
 
 def test_a_named_model_may_say_which_evaluator_goes_with_its_data(tmp_path: Path) -> None:
     class Library(qsim.Adapter):
-        """Knows one model, and measures it in a way of its own."""
+        """An adapter of one model that names the evaluator of the model's data."""
 
         name = "library"
 

@@ -103,7 +103,7 @@ def test_a_configuration_that_names_no_family(config: object, message: str, tmp_
 
 
 class Anything(qsim.Adapter):
-    """Loads whatever its file says, of any family."""
+    """A fallback adapter for models of any family."""
 
     name = "anything"
     fallback = True

@@ -1,4 +1,4 @@
-"""`qsim new-plugin` and the examples of the docs: installed from their files, their suites are green."""
+"""The plugins of `qsim new-plugin`, and the examples of the docs, are installed from their files and pass their suites."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(plugins: Path, tmp_path_factory: pytest.TempPathFactory) -> Program:
-    """`run("-m", "pytest", …)`: Python in an environment of its own, where these plugins are installed beside the core's."""
+    """`run("-m", "pytest", …)`: Python with these plugins installed, besides those of this environment."""
     target = tmp_path_factory.mktemp("environment")
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*install, "--target", str(target), *map(str, sorted(plugins.iterdir()))], check=True)

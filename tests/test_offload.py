@@ -36,7 +36,7 @@ class Halve(qsim.Transform):
     def apply(self, model: nn.Module, context: Context) -> None:
         for block in context.blocks():
             seen: list[str] = []
-            block.observe(lambda site, call: seen.append(site.name))  # noqa: B023 - used up in this turn
+            block.observe(lambda site, call: seen.append(site.name))  # noqa: B023 - used up in this iteration
             for weight in context.weights():
                 if weight.site.name in seen:
                     weight.parameter.mul_(0.5)

@@ -1,4 +1,4 @@
-"""Commands that other distributions bring to `qsim`."""
+"""Commands that other distributions add to `qsim`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 
 
 def help_line(name: str) -> str:
-    """The line of `qsim --help` about a command."""
+    """Find the line of `qsim --help` about a command."""
     (line,) = [line for line in CliRunner().invoke(main, ["--help"]).stdout.splitlines() if line.split()[:1] == [name]]
     return " ".join(line.split()[1:])
 
@@ -222,7 +222,7 @@ def test_a_plugin_with_components_and_a_command_of_one_name_is_one_row(install: 
 
 
 def completions(arguments: list[str], incomplete: str) -> list[str]:
-    """The words that a shell is offered behind the arguments."""
+    """List the completions that a shell gets after the arguments."""
     return [
         str(item.value)
         for item in ShellComplete(main, {}, "qsim", "_QSIM_COMPLETE").get_completions(arguments, incomplete)

@@ -24,7 +24,7 @@ Program = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Program:
-    """`run("-c", …)`: Python where a wheel of each plugin is installed, with deprecations shown."""
+    """`run("-c", …)`: Python in an environment with a wheel of each plugin; deprecations are shown."""
     folder = tmp_path_factory.mktemp("plugins_0_1")
     shutil.copytree(PLUGINS, folder / "sources")  # building leaves files behind
     sources = map(str, sorted((folder / "sources").iterdir()))

@@ -1,4 +1,4 @@
-"""What holds for every number format and scheme, on whatever hypothesis comes up with."""
+"""Properties of every number format and scheme, on tensors that hypothesis generates."""
 
 from __future__ import annotations
 

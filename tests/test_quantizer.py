@@ -1,4 +1,4 @@
-"""Scaled, its granularities, special values, dtypes and gradient."""
+"""`Scaled`: its granularities, special values, dtypes and gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a scale covers, and how the range becomes one."""
+"""The range that a scale covers, and the way from the range to the scale."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_a_power_of_two_scale_is_exact_next_to_powers_of_two() -> None:
 
 def test_an_own_calibrator_is_twenty_lines() -> None:
     class Half(qsim.Calibrator):
-        """Covers half of the range."""
+        """A calibrator that covers half of the range."""
 
         name = "half"
 

@@ -1,4 +1,4 @@
-"""Recipes: text in, quantizers out, and one clear line for what is wrong."""
+"""Recipes: texts become quantizers, and each mistake gets one clear line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/numerics.md names every op that is met, and the axis it sums over is the last that a quantizer sees."""
+"""docs/numerics.md names every operator that is met. A quantizer sees the axis of its sum last."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When only formats change, baselines and statistics are an earlier run's, and no digit is another for it."""
+"""If only formats change, baselines and statistics come from an earlier run, to the last digit."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_work_directory_that_cannot_be_one_is_told_at_once(tmp_path: Path) -> 
 
 
 class Counted(nn.Sequential):
-    """Counts its forwards."""
+    """A model that counts its forwards."""
 
     forwards = 0
 
@@ -145,7 +145,7 @@ class Counted(nn.Sequential):
 
 
 class Doubled(qsim.Transform):
-    """Changes a weight."""
+    """A transform that changes a weight."""
 
     name = "doubled"
 
@@ -217,7 +217,7 @@ def test_statistics_that_lie_damaged_are_gathered_again(tmp_path: Path) -> None:
 
 
 class Squares(nn.Module):
-    """A product, and no parameter."""
+    """A model with a product and without parameters."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x @ x.mT
@@ -296,7 +296,7 @@ qsim.simulate(Typed(4, 4), activations="tensor(int8, static=true)", calibration=
 
 
 class Told(qsim.Evaluator):
-    """Asks what a directory of files says."""
+    """An evaluator with a directory of files as its option."""
 
     name = "told"
     directory: Path

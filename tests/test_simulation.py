@@ -1,4 +1,4 @@
-"""`simulate`: in place, told by recipe or by parts, audited, and undone bit for bit."""
+"""`simulate` changes a model in place, by a recipe or by its parts; it is audited, and undone bit for bit."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_weight_that_was_exchanged_is_quantized_anew(keep: bool) -> None:
 
 def test_simulate_that_fails_leaves_the_model_as_it_was() -> None:
     class Refuses(nn.Module):
-        """As a scripted module does."""
+        """A module that refuses hooks, as a scripted module does."""
 
         def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
             raise RuntimeError("no hooks here")
@@ -313,7 +313,7 @@ def test_an_example_leaves_batch_statistics_and_mode_alone() -> None:
 
 
 class Halve(qsim.Transform):
-    """Halves every weight."""
+    """A transform that halves every weight."""
 
     name = "halve"
 
@@ -335,7 +335,7 @@ def test_transforms_come_first_and_are_undone_too() -> None:
 
 
 class TestAudit:
-    """What the audit says of one batch."""
+    """The audit of one batch."""
 
     def test_it_measures_each_role(self) -> None:
         model = perceptron()

@@ -1,4 +1,4 @@
-"""Every matmul is met, wherever its code stands, and nothing else changes."""
+"""Every matmul is met, in a module or in a function, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def in_two_steps(model: Any, ids: Tensor) -> Tensor:
-    """The last token's logits, from a cache of what is before it; transformers 5.2x renamed the argument."""
+    """The last token's logits, from a cache of the tokens before it. transformers 5.2x renamed the argument."""
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     past = model(input_ids=ids[:, :-1], use_cache=True)
     return model(input_ids=ids[:, -1:], **{name: past[name]}).logits[:, -1]  # type: ignore[no-any-return]
@@ -640,7 +640,7 @@ def test_each_operator_hands_over_its_operands_with_the_reduction_axis_last(
 
 
 def test_the_rows_of_an_operand_are_what_one_output_sums_over() -> None:
-    """One huge element ruins its own row's scale and no other row's."""
+    """One huge element changes the scale of its own row, and of no other row."""
     q = torch.full((1, 3, 8), 0.5)
     k = torch.full((1, 8, 4), 0.5)
     k[0, 0, 0] = 1000.0
@@ -807,7 +807,7 @@ class Sinks(nn.Module):
 
 
 class Disentangled(nn.Module):
-    """Attention whose scores are a sum of products, of which one has their shape."""
+    """Attention whose scores are a sum of products. One of these products has the shape of the scores."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The first commands anybody types: fast, and made for terminals, pipes and shells."""
+"""The first commands of a user: they are fast, and work in terminals, pipes and shells."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_the_version_comes_with_those_of_every_plugin() -> None:
 
 
 def completions(words: str, shell: str = "bash") -> list[str]:
-    """What a shell is told when Tab is pressed behind the last word."""
+    """List the completions that a shell gets when Tab is pressed after the last word."""
     several = len(words.split(" ")) - 1
     environment = {
         **os.environ,
@@ -190,7 +190,7 @@ def test_a_pipe_gets_text_without_escape_codes(what: str, tmp_path: Path) -> Non
 
 
 def on_a_terminal(arguments: list[str], environment: dict[str, str]) -> str:
-    """All that a terminal is sent."""
+    """Give everything that a terminal receives."""
     leader, follower = pty.openpty()
     clean = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
     environment = {**clean, "TERM": "xterm-256color", **environment}
@@ -202,7 +202,7 @@ def on_a_terminal(arguments: list[str], environment: dict[str, str]) -> str:
     try:
         while part := os.read(leader, 65536):
             sent += part
-    except OSError:  # Linux's way to say that the other end was closed
+    except OSError:  # Linux reports so that the other end was closed
         pass
     os.close(leader)
     assert run.wait() == 0
@@ -219,4 +219,4 @@ def test_a_terminal_gets_styles_unless_no_color_is_set(what: str) -> None:
 
     assert STYLE.search(styled)
     assert not STYLE.search(plain)
-    assert ("\x1b" in plain) == ("bars" in what)  # a bar moves the cursor, and that is no colour
+    assert ("\x1b" in plain) == ("bars" in what)  # a bar moves the cursor, and that is not a colour

@@ -1,4 +1,4 @@
-"""Static scales: found once in calibration data, at every site that wants them, in one pass."""
+"""Static scales are found once in calibration data, at every site that needs them, in one pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The conformance suites find what is wrong, and say by what."""
+"""The conformance suites find a fault, and name the component and the cause."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_wrong_quantizer(wrong: str, test: str, message: str) -> None:
 
 
 class Halves(qsim.Calibrator):
-    """Half of the largest magnitude, of all blocks together, and zero where one is not finite."""
+    """A calibrator with half of the largest magnitude of all blocks together; zero where one is not finite."""
 
     name = "halves"
 
@@ -105,7 +105,7 @@ def test_a_wrong_calibrator(test: str, arguments: dict[str, Any], message: str) 
 
 
 class Shift(qsim.Transform):
-    """Adds random numbers to weights, halves one that the core does not know, and reports nothing."""
+    """A transform that adds random numbers to weights, halves an unknown weight, and reports nothing."""
 
     name = "shift"
 
@@ -136,7 +136,7 @@ def test_a_wrong_transform(test: str, message: str) -> None:
 
 
 class Nothing(qsim.Adapter):
-    """Makes a model up."""
+    """An adapter that ignores its directory, and gives a random linear layer."""
 
     name = "nothing"
 
@@ -158,7 +158,7 @@ def test_a_wrong_adapter(tmp_path: Path) -> None:
 
 
 class Constant(qsim.Evaluator):
-    """Whatever the model, 1; and the first batch's size."""
+    """An evaluator that gives 1 for every model, and the first batch's size."""
 
     name = "constant"
     metric = "score"
@@ -219,7 +219,7 @@ def test_options_that_take_anything_are_found(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_suite_runs_as_an_empty_subclass_and_says_what_is_missing(tmp_path: Path) -> None:
-    """In a process of its own: a name that is not installed, and a subclass without one."""
+    """Run two suites in a separate process: one with a name that is not installed, one without a name."""
     import subprocess
     import sys
 

@@ -1,4 +1,4 @@
-"""`qsim quantize`: a file of tensors rounded, one tensor in memory at a time, a few rows where they allow it."""
+"""`qsim quantize` rounds a file of tensors, with one tensor in memory at a time, or a few rows where possible."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_metadata_and_order_stay(source: Path, tmp_path: Path) -> None:
 
 
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
-    """Four tensors of 32 MiB: over what the program takes anyway the peak grows by two, and by what a part takes."""
+    """With four tensors of 32 MiB the peak grows by two of them and one part, over the program's own memory."""
     save_file(
         {f"w{i}": noise(4096, 64, seed=i).bfloat16().repeat(1, 64) for i in range(4)}, tmp_path / "in.safetensors"
     )

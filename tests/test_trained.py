@@ -1,4 +1,4 @@
-"""What sites hold is saved, found again and belongs to its recipe; a directory says what it was trained under."""
+"""The state of sites is saved, read back and bound to its recipe. A directory names the recipe of its training."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_what_a_transform_does_to_weights_is_saved_with_them(make: Make, ids: Te
 
 @pytest.fixture
 def trained(tmp_path: Path) -> Path:
-    """opt-tiny as if it had been trained under static scales, some of which a training has moved."""
+    """opt-tiny, as if it had been trained under static scales. One of the scales has moved."""
     directory = tmp_path / "trained"
     shutil.copytree(ZOO / "opt-tiny", directory)
     recipe = qsim.Recipe(weights="int4", activations="tensor(int8, static=true)", skip=("lm_head",))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A simulated model under the trainers there are: a plain loop, accelerate, DistributedDataParallel, `Trainer`."""
+"""A simulated model trains in a plain loop, accelerate, DistributedDataParallel and transformers' `Trainer`."""
 
 from __future__ import annotations
 

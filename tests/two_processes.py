@@ -1,4 +1,4 @@
-"""What each of two processes does under DistributedDataParallel; a module of its own, as they import it anew."""
+"""The work of each of two processes under DistributedDataParallel. It is a module, because the processes import it."""
 
 from __future__ import annotations
 
