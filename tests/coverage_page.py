@@ -1,6 +1,8 @@
-"""Write docs/coverage.md: the matmuls that are met in each model family.
+"""Write the matmuls that are met in each model family: docs/coverage.md.
 
-python tests/coverage_page.py > docs/coverage.md
+    python tests/coverage_page.py > docs/coverage.md
+
+prints the whole page.
 """
 
 from __future__ import annotations
