@@ -14,9 +14,10 @@ from qsim_core.cli.options import FILE, complete_directory
 @click.option("--data", type=FILE, metavar="FILE|NAME", help="Data to take the example from; default: the model's own.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def structure(model: str | None, data: str | None, as_json: bool) -> None:
-    """Show the structure of a model: blocks, norms and the weights that read them, and what is refused and why.
+    """Show the structure of a model: blocks, norms, attention.
 
-    It is found by running one example. Norms that the model's adapter declares are marked.
+    Each norm is shown with the weights that read it, and each norm or weight that may not be changed with the reasons.
+    The structure is found by running one example. Norms that the model's adapter declares are marked.
     """
     import torch
     from rich.text import Text

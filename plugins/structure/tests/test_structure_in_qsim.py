@@ -83,7 +83,7 @@ def test_the_transform_of_the_readme_folds_the_norm() -> None:
     nn.init.uniform_(model.norm.weight, 0.5, 2)
     expected = model(EXAMPLE)
 
-    simulation = qsim.simulate(model, outputs="int16", transforms=[names["Spread"]()], example=EXAMPLE)
+    simulation = qsim.simulate(model, outputs="token(int16)", transforms=[names["Spread"]()], example=EXAMPLE)
 
     assert [report.layer for report in simulation.reports] == ["norm"]
     assert torch.equal(model.norm.weight, torch.ones(8))
