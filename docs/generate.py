@@ -26,9 +26,8 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 import qsim_core as qsim
-from qsim_core.cli.listing import described
+from qsim_core.cli.components import catalogue, described
 from qsim_core.cli.main import main
-from qsim_core.cli.recipe_options import catalogue
 from qsim_core.components.component import Preset
 from qsim_core.components.discovery import COMMANDS, GROUP
 from qsim_core.components.hook_validation import HOOKS, base_of

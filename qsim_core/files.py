@@ -54,8 +54,20 @@ def _umask() -> int:
     return mask
 
 
+CACHE_NOTE = ".qsim"
+"""The name of the file that marks a folder of the cache. It says in a few words what the folder holds."""
+
+
+def make_cache_folder(kind: str, note: str) -> Path:
+    """Make the folder for one kind of things in the user's cache, which `qsim cache` then lists and clears."""
+    folder = cache() / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CACHE_NOTE).write_text(note, encoding="utf-8")
+    return folder
+
+
 def cache() -> Path:
-    """Where qsim keeps what it can make again: $QSIM_CACHE, else the user's cache directory."""
+    """The directory of everything that qsim can make again: $QSIM_CACHE, else `qsim` in the user's cache."""
     if own := os.environ.get("QSIM_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qsim"

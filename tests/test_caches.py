@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 from qsim_core.cli.main import main
+from qsim_core.files import make_cache_folder
 from qsim_core.simulation.store import Store
 from qsim_core.transforms.checkpoint import Checkpoint
 
@@ -23,10 +24,12 @@ from qsim_core.transforms.checkpoint import Checkpoint
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's cache with a compiled kernel and a model of the zoo, and with somebody else's files."""
     folder = tmp_path / "cache"
+    monkeypatch.setenv("QSIM_CACHE", str(folder))
+    make_cache_folder("kernels", "compiled kernels")
+    make_cache_folder("zoo", "made of another model")
     for name in ("kernels/0123456789abcdef.so", "zoo/0123456789abcdef/opt-tiny-outliers/config.json", "zoo/mine.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("1234567")
-    monkeypatch.setenv("QSIM_CACHE", str(folder))
     return folder
 
 
@@ -84,7 +87,7 @@ def test_all_is_cleared_but_what_others_have_put_there(work: Path, cache: Path) 
     assert outcome.stdout.startswith("removed 5 entries (")
     assert rows("--work-dir", work) == []
     left = sorted(str(path.relative_to(work.parent)) for path in work.parent.rglob("*") if path.is_file())
-    assert left == ["cache/zoo/mine.txt", "work/baseline/notes.txt"]
+    assert left == ["cache/kernels/.qsim", "cache/zoo/.qsim", "cache/zoo/mine.txt", "work/baseline/notes.txt"]
     assert (work / "feedfeedfeedfeed").is_dir()
 
 

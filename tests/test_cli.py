@@ -397,7 +397,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "unknown key": (["--recipe", "unknown.yaml"], "a recipe has no key 'weigths'; did you mean 'weights'?"),
     "not yaml": (["--recipe", "broken.yaml"], "recipe is not YAML: "),
     "no recipe": (["--recipe", "nowhere.yaml"], "cannot read nowhere.yaml: No such file or directory"),
-    "text as recipe": (["--recipe", "text.txt"], "text.txt is no recipe: expected keys and values"),
+    "text as recipe": (["--recipe", "text.txt"], "text.txt is not a recipe: expected keys and values"),
     "empty data": (["--weights", "int8", "--data", "empty.txt"], "empty.txt is empty: there is no text"),
     "short data": (["--weights", "int8", "--data", "text.txt"], "fewer than one window of 256; lower it: --set perplexity.seqlen=N"),
     "missing data": (["--weights", "int8", "--data", "nowhere.txt"], "there is no file nowhere.txt"),

@@ -21,6 +21,15 @@ class Smooth(qsim.Transform):
         model.register_buffer("alpha", torch.tensor(self.alpha))
 
 
+class Signs(qsim.Quantizer):
+    """The sign of each value."""
+
+    name = "signs"
+
+    def quantize(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sign()
+
+
 @pytest.fixture
 def host() -> qsim.Host:
     host = qsim.Host()
@@ -82,14 +91,6 @@ def test_set_changes_an_option_wherever_the_component_stands(host: qsim.Host) ->
 
 
 def test_a_quantizer_without_a_width_is_not_lost_under_a_precision(host: qsim.Host) -> None:
-    class Signs(qsim.Quantizer):
-        """The sign of each value."""
-
-        name = "signs"
-
-        def quantize(self, x: Any) -> Any:
-            return x.sign()
-
     host.register(Signs, name="signs")
 
     with pytest.raises(
@@ -125,8 +126,8 @@ def test_plugins_keep_their_order(host: qsim.Host) -> None:
          "them, or say --weights and --activations"),
         ({"plugins": ["smooth"]}, "a transform alone quantizes nothing; say --weights or --precision with it"),
         ({"precision": "4x8"}, "--precision is written w4a8: the bits of weights and of activations, not '4x8'"),
-        ({"precision": "w1a8"}, "--precision w1a8: weights may have 2 to 15 bits, 16 for bfloat16 or 32 for float32, not 1"),
-        ({"settings": ["abfp.n"]}, "--set is written COMPONENT.OPTION=VALUE, like abfp.n=128, not 'abfp.n'"),
+        ({"precision": "w1a8"}, "--precision w1a8: weights may have 2 to 16 bits, or 32 for float32, not 1"),
+        ({"settings": ["abfp.n"]}, "--set is written COMPONENT.OPTION=VALUE, like block.n=128, not 'abfp.n'"),
         ({"settings": ["mx.n=3"], "plugins": ["abfp"]}, "--set mx.n=3: the recipe has no component 'mx'"),
         ({"settings": ["abfp.m=3"], "plugins": ["abfp"]}, "abfp has no option 'm'. There are: element, gradient, n, range, rule, scale, static, symmetric"),
         ({"settings": ["abfp.n=0"], "plugins": ["abfp"]}, "--set abfp.n=0: n should be greater than 0, not 0"),
@@ -139,3 +140,20 @@ def test_what_cannot_be_meant_is_said_in_one_line(host: qsim.Host, options: dict
 
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+def test_two_presets_that_stand_for_one_width_are_an_error_that_names_both(host: qsim.Host) -> None:
+    host.register(qsim.Preset("mine", "int(4, narrow=false)", stands_for_bits=4), name="acme")
+
+    with pytest.raises(qsim.RecipeError, match=r"^int\.int4 and acme\.mine both stand for 4 bits; say --weights"):
+        compose(host, {}, precision="w4a8")
+
+
+def test_outputs_have_to_be_named_where_no_format_of_16_bits_is_installed() -> None:
+    alone = qsim.Host(discover=False)
+    alone.register(Signs, name="signs")
+
+    with pytest.raises(qsim.RecipeError, match="^--plugin signs: no format of 16 bits is installed; say --outputs$"):
+        compose(alone, {}, plugins=["signs"])
+
+    assert texts(alone, plugins=["signs"], texts={"outputs": "none"}) == {"weights": "signs", "activations": "signs"}

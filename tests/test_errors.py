@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from qsim_finetune.finetuning import finetune
 from safetensors.torch import save_file
 
 import qsim_core as qsim
 from qsim_core import errors
 from qsim_core.cli.main import main
-from qsim_core.finetune.finetuning import finetune
 
 Qsim = Callable[..., Result]
 
@@ -63,7 +63,7 @@ RAISED: dict[type[Exception], tuple[Callable[[], Any], str]] = {
     ),
     qsim.TrainingError: (
         lambda: finetune(qsim.Recipe.of({"model": "opt-tiny", "weights": "int4"}), Path(__file__)),
-        f"{__file__} is no directory",
+        f"{__file__} is not a directory",
     ),
 }  # fmt: skip
 ON_THE_COMMAND_LINE: dict[type[Exception], tuple[list[str], str]] = {

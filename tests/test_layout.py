@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,42 @@ def test_the_core_imports_no_plugin() -> None:
     text = "\n".join(path.read_text() for path in sources("qsim_core"))
 
     assert set(re.findall(r"^\s*(?:from|import) (qsim_\w+)", text, re.MULTILINE)) == {"qsim_core"}
+
+
+ENGLISH = {
+    "calibrators",
+    "diffusion",
+    "evaluators",
+    "fast",
+    "finetune",
+    "hardware",
+    "int",
+    "structure",
+    "study",
+    "transformers",
+}
+"""Plugins whose names are words that the core needs too. They are looked for with what makes a name of them."""
+
+
+def literals(path: Path) -> Iterator[str]:
+    """The texts in a module; docstrings only of the command line, which prints them."""
+    tree = ast.parse(path.read_text())
+    statements = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    ]
+    docstrings = set() if "cli" in path.parts else {id(statement.value) for statement in statements}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value
+
+
+def test_the_core_names_no_plugin() -> None:
+    words = [rf"\b{name}\b" for name in PLUGINS if name not in ENGLISH]
+    names = [rf"\b{name}\.\w|--plugin {name}\b|\bqsim-{name}\b" for name in PLUGINS if name in ENGLISH]
+    named = re.compile("|".join([*words, *names]))
+    modules = [path for path in sources("qsim_core") if path.name != "moved.py"]  # it says where modules of 0.1 are now
+
+    assert [(path.name, text) for path in modules for text in literals(path) if named.search(text)] == []
 
 
 def test_modules_hold_one_idea_and_say_which() -> None:

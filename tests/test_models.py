@@ -11,7 +11,7 @@ import torch
 
 import qsim_core as qsim
 from qsim_core.evaluation.job import Job
-from qsim_core.evaluation.locate import locate
+from qsim_core.evaluation.locate import default_model, locate
 
 Write = Callable[..., Path]
 
@@ -191,3 +191,9 @@ def test_two_fallback_adapters_that_recognize_a_model_are_an_error_that_names_bo
         f"{folder} is a 'stranger' model, which plugin 'plugin_anything' (inline 0) and plugin 'plugin_everything' "
         f"(inline 0) load; uninstall all but one of them"
     )
+
+
+def test_a_recipe_that_names_no_model_takes_the_one_that_a_plugin_declares() -> None:
+    assert default_model(qsim.Host()) == "opt-tiny"
+    with pytest.raises(qsim.ModelError, match="^no model is named, and there is no default model; name one$"):
+        default_model(qsim.Host(discover=False))

@@ -107,14 +107,18 @@ def test_what_to_do_next_is_said(tmp_path: Path) -> None:
         (
             "quantizer",
             "My-Format",
-            "'My-Format' is no name for a plugin: lowercase letters, digits and single _, like my_format",
+            "'My-Format' cannot be a plugin's name: lowercase letters, digits and single _, like my_format",
         ),
         (
             "quantizer",
             "class",
-            "'class' is no name for a plugin: lowercase letters, digits and single _, like my_format",
+            "'class' cannot be a plugin's name: lowercase letters, digits and single _, like my_format",
         ),
-        ("quantizer", "none", "'none' is no name for a plugin: lowercase letters, digits and single _, like my_format"),
+        (
+            "quantizer",
+            "none",
+            "'none' cannot be a plugin's name: lowercase letters, digits and single _, like my_format",
+        ),
         ("quantizer", "abfp", "plugin 'abfp' (qsim-abfp 0.1.0) is installed already; choose another name"),
         ("quantizer", "e4m3", "plugin 'fp' (qsim-fp 0.1.0) offers a format 'e4m3' already"),
         ("adapter", "mistral", "plugin 'llama' (qsim-llama 0.1.0) loads 'mistral' models already"),

@@ -39,6 +39,7 @@ def imported_by(program: str) -> set[str]:
         ["cache", "--json"],
         ["evaluate", "-h"],
         ["finetune", "-h"],
+        ["quantize", "-h"],
     ],
 )
 def test_help_and_the_list_of_plugins_import_nothing_heavy(arguments: list[str]) -> None:

@@ -168,7 +168,7 @@ class E8M0(Format):
 
 
 NAMED = [
-    Preset("bf16", "float(8, mantissa=7, specials=ieee)", "bfloat16"),
+    Preset("bf16", "float(8, mantissa=7, specials=ieee)", "bfloat16", stands_for_bits=16),
     Preset("fp16", "float(5, mantissa=10, specials=ieee)", "IEEE 754 binary16 (float16)"),
     Preset("tf32", "float(8, mantissa=10, specials=ieee)", "NVIDIA TF32, 19 bits"),
     Preset("e4m3", "float(4, mantissa=3, specials=fn)", "OCP FP8 v1.0 E4M3 (float8_e4m3fn), largest 448, saturating"),

@@ -11,6 +11,9 @@ from torch import Tensor
 from qsim_core import Format, Preset, hookimpl
 from qsim_core.formats.rounding import Steps, round_to_integer
 
+BF16_BITS = 16
+"""The width at which `--precision` takes bfloat16. Integers stand for the widths below it."""
+
 
 class Int(Format):
     """Two's-complement integers, or multiples of 2^-fraction; rounded to nearest, ties to even, saturating.
@@ -76,6 +79,14 @@ class Int(Format):
 @hookimpl
 def qsim_quantizers() -> list[type[Format] | Preset]:
     widths = range(2, 17)
-    signed = [Preset(f"int{bits}", f"int({bits})", f"±{2 ** (bits - 1) - 1}, narrow range") for bits in widths]
+    signed = [
+        Preset(
+            f"int{bits}",
+            f"int({bits})",
+            f"±{2 ** (bits - 1) - 1}, narrow range",
+            stands_for_bits=bits if bits < BF16_BITS else None,
+        )
+        for bits in widths
+    ]
     unsigned = [Preset(f"uint{bits}", f"int({bits}, signed=false)", f"0 to {2**bits - 1}") for bits in widths]
     return [Int, *signed, *unsigned]

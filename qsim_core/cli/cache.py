@@ -1,7 +1,7 @@
-"""What qsim keeps, in a work directory and in the user's cache: what there is, how large and how old, and its removal.
+"""`qsim cache`: what qsim keeps in a work directory and in the user's cache, how large and how old, and its removal.
 
-All of it can be made again. Nothing but files that qsim has written is counted or removed, whatever else lies beside
-them, and a run that is at work meanwhile only computes again what it no longer finds.
+All of it can be made again. Only files that qsim has written are counted or removed. A run that goes on meanwhile
+computes again what it no longer finds.
 """
 
 from __future__ import annotations
@@ -17,16 +17,35 @@ from pathlib import Path
 import click
 
 from qsim_core.errors import QsimError, did_you_mean, file_did_you_mean
-from qsim_core.files import cache
-from qsim_core.simulation.store import ENDING, KINDS, about
+from qsim_core.files import CACHE_NOTE
+from qsim_core.files import cache as user_cache
 
-IN_A_WORK_DIRECTORY = (*KINDS, "blocks")
-FOR_THE_USER = ("kernels", "zoo")
 STAMP = "[0-9a-f]" * 16
 """The digest in a name, as a shell's pattern."""
 PARTIAL = "tmp"
-"""How the name of a file begins that is being written."""
+"""The beginning of the name of a file that is being written."""
+LOCK = ".lock"
+"""The end of the name of a file that keeps a second process waiting. It is empty, and stays."""
 UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+
+
+@click.command()
+@click.option("--work-dir", type=click.Path(path_type=Path), metavar="DIR", help="What runs have kept there, too.")
+@click.option(
+    "--clear", is_flag=False, flag_value="all", metavar="[KIND]", help="Remove everything shown, or one kind of it."
+)
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def cache(work_dir: Path | None, clear: str | None, yes: bool, as_json: bool) -> None:
+    """Show what is kept to be used again, and remove it: compiled kernels, models that a plugin has made.
+
+    With --work-dir also what `qsim evaluate --work-dir DIR` has kept: baselines, statistics and blocks. All of it is
+    made again when it is needed.
+    """
+    if clear is None:
+        show(work_dir, as_json)
+    else:
+        clear_kept(work_dir, clear, yes, as_json)
 
 
 @dataclass(frozen=True)
@@ -73,7 +92,15 @@ def entries(work_dir: Path | None) -> list[Entry]:
     return [*(_in(work_dir) if work_dir is not None else ()), *_for_the_user()]
 
 
+def _kinds_of_a_work_directory() -> tuple[str, ...]:
+    from qsim_core.simulation.store import KINDS
+
+    return (*KINDS, "blocks")
+
+
 def _in(work_dir: Path) -> Iterator[Entry]:
+    from qsim_core.simulation.store import ENDING, KINDS, about
+
     for kind in KINDS:
         for path in sorted((work_dir / kind).glob(f"*{ENDING}")):
             said = about(path)
@@ -84,11 +111,20 @@ def _in(work_dir: Path) -> Iterator[Entry]:
 
 
 def _for_the_user() -> Iterator[Entry]:
-    for path in sorted((cache() / "kernels").glob(f"{STAMP}.so")):
-        yield Entry("kernels", "", "compiled kernels", path)
-    for path in sorted((cache() / "zoo").glob(f"{STAMP}/*/")):
-        if not path.name.startswith(PARTIAL):
-            yield Entry("zoo", path.name, "made of another model", path)
+    """The entries of the user's cache: in the folder of each kind, files and folders that are named by a digest."""
+    for kind, note in _kinds_for_the_user().items():
+        for path in sorted((user_cache() / kind).glob(f"{STAMP}.*")):
+            if path.suffix != LOCK:
+                yield Entry(kind, "", note, path)
+        for path in sorted((user_cache() / kind).glob(f"{STAMP}/*/")):
+            if not path.name.startswith(PARTIAL):
+                yield Entry(kind, path.name, note, path)
+
+
+def _kinds_for_the_user() -> dict[str, str]:
+    """The folders of the user's cache that qsim or a plugin has made, and what each holds."""
+    notes = sorted(user_cache().glob(f"*/{CACHE_NOTE}"))
+    return {path.parent.name: path.read_text(encoding="utf-8") for path in notes}
 
 
 def show(work_dir: Path | None, as_json: bool) -> None:
@@ -108,18 +144,19 @@ def show(work_dir: Path | None, as_json: bool) -> None:
     out = console()
     if found:
         out.print(table)
-    where = f"{cache()}" if work_dir is None else f"{work_dir} and {cache()}"
+    where = f"{user_cache()}" if work_dir is None else f"{work_dir} and {user_cache()}"
     out.print(f"{_many(found)} in {where}", style="dim", soft_wrap=True)
     if work_dir is None:
         out.print("what `qsim evaluate --work-dir DIR` keeps is shown with --work-dir DIR", style="dim", soft_wrap=True)
 
 
-def clear(work_dir: Path | None, kind: str, yes: bool, as_json: bool) -> None:
+def clear_kept(work_dir: Path | None, kind: str, yes: bool, as_json: bool) -> None:
     """Remove what is kept, of one kind or "all", once it is confirmed. Raises `QsimError`."""
-    known = ["all", *IN_A_WORK_DIRECTORY, *FOR_THE_USER]
+    in_a_work_directory = _kinds_of_a_work_directory()
+    known = ["all", *in_a_work_directory, *_kinds_for_the_user()]
     if kind not in known:
         raise QsimError(f"nothing of kind {kind!r} is kept{did_you_mean(kind, known)}")
-    if kind in IN_A_WORK_DIRECTORY and work_dir is None:
+    if kind in in_a_work_directory and work_dir is None:
         raise QsimError(f"--clear {kind} needs the work directory; name it with --work-dir")
     found = [entry for entry in entries(work_dir) if kind in ("all", entry.kind)]
     said, many = _json(found), _many(found)

@@ -11,7 +11,7 @@ WIDEST = 500
 
 
 def console(*, stderr: bool = False, soft_wrap: bool = False, rows: bool = False) -> Console:
-    """Standard output, or standard error. Names are printed as they are: brackets are no markup.
+    """Standard output, or standard error. Names are printed as they are: brackets are not markup.
 
     `NO_COLOR` (no-color.org), set to anything, takes colours away, and bold and dim with them. With `rows` a row of a
     table is one line, for grep, where neither a terminal nor `COLUMNS` says how wide lines are.

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 
 import click
 
@@ -22,11 +20,14 @@ USES = {
 }
 """Kind -> the command that uses a new plugin."""
 NEEDS = {"adapter": ["safetensors>=0.4"]}
-"""What a plugin's module imports besides the core."""
+"""The distributions that a plugin's module imports besides the core."""
 
 
 def write(kind: str, name: str, directory: Path) -> Path:
     """Write the distribution `directory/NAME` and give its path. Raises `QsimError`, and writes nothing then."""
+    from importlib.resources import files
+    from string import Template
+
     _check(name)
     target = directory / name
     if target.exists():
@@ -60,13 +61,13 @@ def write(kind: str, name: str, directory: Path) -> Path:
 
 
 def _check(name: str) -> None:
-    """Raise `QsimError` for a name that is no name, or that something installed has."""
+    """Raise `QsimError` for a name that cannot be one, or that something installed has."""
     from qsim_core.components.host import Host
     from qsim_core.components.syntax import CONSTANTS
     from qsim_core.evaluation.adapter import Adapter
 
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or keyword.iskeyword(name) or name in CONSTANTS:
-        raise QsimError(f"{name!r} is no name for a plugin: lowercase letters, digits and single _, like my_format")
+        raise QsimError(f"{name!r} cannot be a plugin's name: lowercase letters, digits and single _, like my_format")
     host = Host()
     if name in host.plugins:
         raise QsimError(f"{host.plugins[name]} is installed already; choose another name")
@@ -86,6 +87,8 @@ def _check(name: str) -> None:
 )
 def new_plugin(kind: str, name: str, directory: Path) -> None:
     """Write a plugin to start from: the distribution NAME with a working component and its tests."""
+    from string import Template
+
     target = write(kind, name, directory)
     for file in sorted(path for path in target.rglob("*") if path.is_file()):
         click.echo(file)

@@ -10,6 +10,16 @@ import click
 from click.shell_completion import CompletionItem
 
 
+def output_file(json_file: str | None) -> Path | None:
+    """The file that --json names, if it names one. Raises `QsimError` if the result could not be written there."""
+    from qsim_core.files import check_writable
+
+    if json_file in (None, "-"):
+        return None
+    check_writable(path := Path(str(json_file)))
+    return path
+
+
 def complete_plugin(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Plugins by name, their distributions as help; none is imported, so that Tab is answered at once."""
     from qsim_core.components.host import Host
@@ -27,7 +37,7 @@ FILE = click.Path(readable=False)
 """A file's name that may be something else: text, and the shell completes it."""
 
 POSITIVE = click.FloatRange(0, min_open=True)
-SHOWN = (
+RESULT = (
     click.option(
         "--json", "json_file", type=FILE, metavar="FILE", help="Write the result as JSON; - for standard output."
     ),
@@ -46,7 +56,7 @@ RECIPE = (
         help="Use the component of that name; repeatable.",
     ),
     click.option("--precision", metavar="wXaY", help="Bits of weights and activations, like w4a8."),
-    click.option("--weights", metavar="TEXT", help="Quantizer of weights, like 'abfp(int4, n=64)'; none for none."),
+    click.option("--weights", metavar="TEXT", help="Quantizer of weights, like 'block(int4, n=64)'; none for none."),
     click.option("--activations", metavar="TEXT", help="Quantizer of every input of a matmul."),
     click.option("--outputs", metavar="TEXT", help="Quantizer of every result of a matmul."),
     click.option("--static", metavar="CALIBRATOR", help="One static scale for each activation, like mse or entropy."),
@@ -59,7 +69,7 @@ RECIPE = (
     click.option("--kv-cache", metavar="TEXT", help="Quantizer of attention's keys and values."),
     click.option("--skip", multiple=True, metavar="PATTERN", help="Sites to leave alone; 'none' for none; repeatable."),
     click.option(
-        "--set", "settings", multiple=True, metavar="NAME.OPTION=VALUE", help="Change an option, like abfp.n=128."
+        "--set", "settings", multiple=True, metavar="NAME.OPTION=VALUE", help="Change an option, like block.n=128."
     ),
     click.option("--evaluator", metavar="TEXT", help="What to measure, like 'perplexity(seqlen=2048)'."),
     click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="A recipe in YAML or JSON."),

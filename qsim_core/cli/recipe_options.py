@@ -1,44 +1,96 @@
-"""From the command line's options to a recipe.
+"""The recipe that the command line's options and a recipe file describe.
 
-Plugins are named in order and each brings the component that bears its name: a quantizer becomes the scheme of
-weights and activations, a transform is appended. `--precision` then changes the widths, `--weights`,
-`--activations` and `--outputs` say it exactly, and `--set` changes one option of a component that is there.
+Options change what the file says, in this order. Each `--plugin` brings the component that bears its name: a quantizer
+becomes the scheme of weights and activations, a transform is appended. `--precision` changes the widths. `--weights`,
+`--activations` and `--outputs` name a quantizer exactly. `--static` gives activations static scales. `--set` changes
+one option of a component that the recipe has by then.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from qsim_core.components.component import Component, Preset, components_in, explain, read_value
 from qsim_core.components.host import Host
-from qsim_core.errors import PluginError, RecipeError, did_you_mean, with_article
+from qsim_core.errors import PluginError, RecipeError, did_you_mean, file_did_you_mean, with_article
 from qsim_core.evaluation.adapter import Adapter
+from qsim_core.evaluation.data import Calibration
 from qsim_core.evaluation.evaluator import Evaluator
+from qsim_core.evaluation.job import Job
+from qsim_core.evaluation.trained import Trained
 from qsim_core.formats.format import Format
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.quantizers.calibrators import Calibrator
-from qsim_core.quantizers.standard_schemes import Tensorwise
-from qsim_core.simulation.recipe import Recipe
+from qsim_core.quantizers.standard_schemes import Cast, Tensorwise
+from qsim_core.simulation.recipe import Recipe, read_yaml
 from qsim_core.transforms.transform import Transform
 
-PLUGIN_OUTPUTS = "fp.bf16"
-SAID: dict[type[Component], str] = {
+ROLES = ("weights", "activations", "outputs")
+KEYS = {
+    "model": "model",
+    "evaluator": "evaluate",
+    "value_axis": "value_axis",
+    "arithmetic": "arithmetic",
+    "kv_cache": "kv_cache",
+}
+"""Options that stand for one key of a recipe each, and the key."""
+SIMULATED_WIDTH = 32
+"""The width that `--precision` does not round to: simulation computes in float32."""
+OUTPUT_WIDTH = 16
+"""The width of outputs under `--plugin`, where nothing else is said of them."""
+HOW_TO_NAME: dict[type[Component], str] = {
     Format: "say --weights {name}, --activations {name} or --outputs {name}",
     Quantizer: "say --weights {name}, --activations {name} or --outputs {name}",
     Calibrator: "say --static {name}",
     Evaluator: "say --evaluator {name}",
     Adapter: "it is found by itself for the models it knows, and needs no --plugin",
 }
-"""How components are chosen that `--plugin` does not choose."""
-WIDE = {"16": "cast(fp.bf16)", "32": None}
-"""Widths that name no integers: 16 is bfloat16 and 32 the float32 that is simulated in."""
+"""The options that choose a component which `--plugin` does not choose."""
 
-WIDTHS = range(2, 16)
-"""Bits of the others, which are integers."""
+
+def recipe_of(options: Mapping[str, Any], host: Host) -> Recipe:
+    """The recipe of a command with the options `RECIPE`. Raises a `QsimError`.
+
+    The evaluator that goes with the model is filled in for `--set`, which may name it.
+    """
+    values = read_recipe_file(options["recipe"]) if options["recipe"] is not None else {}
+    values |= {key: options[option] for option, key in KEYS.items() if options[option] is not None}
+    if options["skip"]:
+        values["skip"] = [] if options["skip"] == ("none",) else list(options["skip"])
+    texts = {role: options[role] for role in ROLES}
+    recipe = compose(host, values, options["plugins"], options["precision"], texts, static=options["static"])
+    if options["settings"] and recipe.evaluate is None:
+        recipe = recipe.model_copy(update={"evaluate": Job.of(recipe, host).evaluator})
+    for setting in options["settings"]:
+        recipe = with_setting(host, recipe, setting)
+    trained = recipe.model is not None and Trained.of(Path(recipe.model).expanduser()) is not None
+    if not recipe.quantizes and not recipe.transforms and not trained:
+        raise RecipeError("nothing to do: say --plugin, --precision, --weights, --activations or --recipe")
+    return recipe
+
+
+def calibration_of(options: Mapping[str, Any]) -> Calibration:
+    """The calibration data that the options `CALIBRATION` name."""
+    return Calibration(options["calibration_data"], options["calibration_samples"], options["calibration_seqlen"])
+
+
+def read_recipe_file(path: Path) -> dict[str, Any]:
+    """The keys and values of a recipe file. Raises `RecipeError`."""
+    try:
+        values = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not text"
+        raise RecipeError(f"cannot read {path}: {why}{file_did_you_mean(path)}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} is not a recipe: expected keys and values like `weights: block(int4, 64)`")
+    if "schema_version" in values:
+        raise RecipeError(f"{path} is a result, not a recipe; --from {path} runs it again")
+    return values
 
 
 def compose(
@@ -50,8 +102,37 @@ def compose(
     settings: Iterable[str] = (),
     static: str | None = None,
 ) -> Recipe:
-    """A recipe from a file's `values`, changed by the options in the order given above."""
-    chosen: dict[str, Any] = dict(values)
+    """The recipe of a file's `values`, changed by the options in the order that the module names."""
+    chosen, named = _with_plugins(host, dict(values), plugins)
+    scheme = None if isinstance(named, Format) else named
+    if precision is not None:
+        if named is not None and (scheme is None or "element" not in type(scheme).model_fields):
+            raise RecipeError(
+                f"--precision {precision}: {named.name} has no width to change; leave --precision out, or say "
+                f"--weights and --activations"
+            )
+        chosen |= _precision(host, precision, scheme)
+    for role, text in (texts or {}).items():
+        if text is not None:
+            chosen[role] = None if text == "none" else _in_scheme(role, host.parse(text, Quantizer), scheme)
+    if named is not None and "outputs" not in chosen:
+        chosen["outputs"] = format_of_width(host, OUTPUT_WIDTH)
+        if chosen["outputs"] is None:
+            raise RecipeError(f"--plugin {named.name}: no format of {OUTPUT_WIDTH} bits is installed; say --outputs")
+    if static is not None:
+        chosen["activations"] = _static(host, chosen.get("activations"), static)
+    recipe = Recipe.of(chosen, host)
+    if recipe.transforms and not recipe.quantizes:
+        raise RecipeError("a transform alone quantizes nothing; say --weights or --precision with it")
+    for setting in settings:
+        recipe = with_setting(host, recipe, setting)
+    return recipe
+
+
+def _with_plugins(
+    host: Host, chosen: dict[str, Any], plugins: Iterable[str]
+) -> tuple[dict[str, Any], Quantizer | None]:
+    """The values changed by each `--plugin`, and the quantizer that one of them brings."""
     named: Quantizer | None = None
     for plugin in plugins:
         component = bearing_name(host, plugin)
@@ -63,43 +144,24 @@ def compose(
                 )
             named = component
             chosen |= {"weights": component, "activations": component}
-            chosen.setdefault("outputs", PLUGIN_OUTPUTS)
         elif isinstance(component, Transform):
             chosen["transforms"] = [*chosen.get("transforms", ()), component]
         else:
             chosen["evaluate"] = component
-    scheme = None if isinstance(named, Format) else named
-    if precision is not None:
-        if named is not None and (scheme is None or "element" not in type(scheme).model_fields):
-            raise RecipeError(
-                f"--precision {precision}: {named.name} has no width to change; leave --precision out, or say "
-                f"--weights and --activations"
-            )
-        chosen |= _precision(host, precision, scheme)
-    for role, text in (texts or {}).items():
-        if text is not None:
-            chosen[role] = None if text == "none" else _in_scheme(host, role, text, scheme)
-    recipe = Recipe.of(chosen, host)
-    if static is not None:
-        recipe = _static(host, recipe, static)
-    if recipe.transforms and not recipe.quantizes:
-        raise RecipeError("a transform alone quantizes nothing; say --weights or --precision with it")
-    for setting in settings:
-        recipe = _set(host, recipe, setting)
-    return recipe
+    return chosen, named
 
 
 def bearing_name(host: Host, plugin: str) -> Component:
-    """The component that bears its plugin's name. Raises `PluginError`, listing what there is, if none does."""
-    if plugin not in host.plugins and (said := _said_otherwise(host, plugin)):
-        raise PluginError(said)
+    """The component that bears its plugin's name. Raises `PluginError` if there is none, and lists the others."""
+    if plugin not in host.plugins and (hint := _other_option(host, plugin)):
+        raise PluginError(hint)
     offers = host.load(plugin)
     fitting = [item for item in offers.items() if item.name == plugin]
     made: Any = host.parse(f"{plugin}.{plugin}") if fitting else None
     if isinstance(made, Quantizer | Transform | Evaluator):
         return made
-    if said := _said_otherwise(host, plugin):
-        raise PluginError(said)
+    if hint := _other_option(host, plugin):
+        raise PluginError(hint)
     names = ", ".join(sorted(item.name for item in offers.items())) or "nothing"
     raise PluginError(
         f"{offers.plugin} has no quantizer, transform or evaluator called {plugin!r}, so --plugin cannot say what to "
@@ -107,58 +169,90 @@ def bearing_name(host: Host, plugin: str) -> Component:
     )
 
 
-def _said_otherwise(host: Host, name: str) -> str:
-    """How a component that no plugin is called after, or that is of another kind, is said; empty if there is none."""
-    for kind, how in SAID.items():
+def _other_option(host: Host, name: str) -> str:
+    """The option that chooses a component which `--plugin` cannot choose. Empty if there is no such component."""
+    for kind, how in HOW_TO_NAME.items():
         if name in host.components(kind):
             return f"{name!r} is {with_article(kind.__name__.lower())}: {how.format(name=name)}"
     return ""
 
 
 def _precision(host: Host, precision: str, scheme: Quantizer | None) -> dict[str, Any]:
-    """`w4a8` as quantizers: integers of that width in the scheme that was named, else in the usual ones."""
+    """`w4a8` as quantizers: integers in the scheme that was named, else in the usual one; other formats as a cast."""
     found = re.fullmatch(r"w(\d+)a(\d+)", precision.lower())
     if not found:
         raise RecipeError(f"--precision is written w4a8: the bits of weights and of activations, not {precision!r}")
     chosen: dict[str, Any] = {}
-    for role, bits in zip(("weights", "activations"), found.groups(), strict=True):
-        if bits not in WIDE and int(bits) not in WIDTHS:
+    for role, digits in zip(("weights", "activations"), found.groups(), strict=True):
+        if int(digits) == SIMULATED_WIDTH:
+            chosen[role] = None
+            continue
+        number = format_of_width(host, int(digits))
+        if number is None:
             raise RecipeError(
-                f"--precision {precision}: {role} may have {WIDTHS[0]} to {WIDTHS[-1]} bits, 16 for bfloat16 or 32 for "
-                f"float32, not {int(bits)}"
+                f"--precision {precision}: {role} may have {_widths(_by_width(host))} bits, or {SIMULATED_WIDTH} for "
+                f"float32, not {int(digits)}{host.not_looked_at()}"
             )
-        chosen[role] = WIDE[bits] if bits in WIDE else _in_scheme(host, role, f"int.int{int(bits)}", scheme)
+        chosen[role] = _in_scheme(role, number, scheme) if number.is_integer else Cast(element=number)
     return chosen
 
 
-def _static(host: Host, recipe: Recipe, calibrator: str) -> Recipe:
-    """Activations under one static scale for each tensor, chosen by a calibrator; weights stay as they are."""
-    element = getattr(recipe.activations, "element", None)
+def format_of_width(host: Host, bits: int) -> Format | None:
+    """The format of the preset that stands for this width. None without one; raises `RecipeError` for several."""
+    presets = _by_width(host).get(bits, [])
+    if len(presets) > 1:
+        raise RecipeError(
+            f"{' and '.join(presets)} both stand for {bits} bits; say --weights, --activations and --outputs"
+        )
+    return host.parse(presets[0], Format) if presets else None
+
+
+def _by_width(host: Host) -> dict[int, list[str]]:
+    """The presets that stand for a width, with their plugins."""
+    declared: dict[int, list[str]] = {}
+    for name, found in host.components(Format).items():
+        for plugin, offered in found:
+            if isinstance(offered, Preset) and offered.stands_for_bits is not None:
+                declared.setdefault(offered.stands_for_bits, []).append(f"{plugin}.{name}")
+    return declared
+
+
+def _widths(declared: Collection[int]) -> str:
+    """Numbers as `2 to 8 and 16`; a run of numbers is written by its ends."""
+    runs: list[list[int]] = []
+    for width in sorted(declared):
+        if runs and width == runs[-1][-1] + 1:
+            runs[-1].append(width)
+        else:
+            runs.append([width])
+    return " and ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs) or "no"
+
+
+def _static(host: Host, activations: Any, calibrator: str) -> Quantizer:
+    """One static scale for each tensor in the format of the activations, chosen by a calibrator."""
+    quantizer = host.parse(activations, Quantizer) if isinstance(activations, str) else activations
+    element = quantizer if isinstance(quantizer, Format) else getattr(quantizer, "element", None)
     if not isinstance(element, Format):
         raise RecipeError(
             f"--static {calibrator}: no format of activations to give static scales; say --precision with it"
         )
-    range_ = host.parse(calibrator, Calibrator)
-    symmetric = getattr(recipe.activations, "symmetric", True)
-    tensor = Tensorwise(element=element, symmetric=symmetric, static=True, range=range_)
-    values = {key: getattr(recipe, key) for key in recipe.model_fields_set}
-    return Recipe.of({**values, "activations": tensor}, host)
+    symmetric = getattr(quantizer, "symmetric", True)
+    return Tensorwise(element=element, symmetric=symmetric, static=True, range=host.parse(calibrator, Calibrator))
 
 
-def _in_scheme(host: Host, role: str, text: str, scheme: Quantizer | None) -> Quantizer:
-    """A quantizer from text; a bare format is put into the scheme that a plugin named, if one did."""
-    quantizer: Quantizer = host.parse(text, Quantizer)
+def _in_scheme(role: str, quantizer: Quantizer, scheme: Quantizer | None) -> Quantizer:
+    """A quantizer as it is; a format of weights or activations in the scheme that a plugin brings, if one does."""
     if scheme is None or role == "outputs" or not isinstance(quantizer, Format):
         return quantizer
     return scheme.replace(element=quantizer) if "element" in type(scheme).model_fields else quantizer
 
 
-def _set(host: Host, recipe: Recipe, setting: str) -> Recipe:
-    """`abfp.n=128`: that option of every component of that name, wherever it stands in the recipe."""
+def with_setting(host: Host, recipe: Recipe, setting: str) -> Recipe:
+    """The recipe with one option changed in every component of that name: `block.n=128`."""
     target, equals, text = setting.partition("=")
     name, dot, option = target.strip().rpartition(".")
     if not (equals and dot and name and option):
-        raise RecipeError(f"--set is written COMPONENT.OPTION=VALUE, like abfp.n=128, not {setting!r}")
+        raise RecipeError(f"--set is written COMPONENT.OPTION=VALUE, like block.n=128, not {setting!r}")
     known = {component.name for component in components_in(recipe)}
     if name not in known:
         raise RecipeError(f"--set {setting}: the recipe has no component {name!r}{did_you_mean(name, known)}")
@@ -168,27 +262,26 @@ def _set(host: Host, recipe: Recipe, setting: str) -> Recipe:
             return {key: change(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return tuple(change(item) for item in value)
+        if isinstance(value, Component):
+            return changed_component(value)
         if not isinstance(value, BaseModel):
             return value
-        fields = type(value).model_fields
-        said = fields if isinstance(value, Component) else value.model_fields_set
-        parts = {key: change(getattr(value, key)) for key in said}
-        if isinstance(value, Component) and value.name == name:
+        parts = {key: change(getattr(value, key)) for key in value.model_fields_set}
+        return value.model_copy(update=parts)
+
+    def changed_component(component: Component) -> Component:
+        fields = type(component).model_fields
+        parts = {key: change(getattr(component, key)) for key in fields}
+        if component.name == name:
             if option not in fields:
                 raise RecipeError(f"{name} has no option {option!r}{did_you_mean(option, fields)}")
             parts[option] = read_value(text.strip(), fields[option].annotation)
-        elif all(part is getattr(value, key) for key, part in parts.items()):
-            return value  # nothing in it changed, so it keeps its preset's name
-        return type(value).model_validate(parts, context={"host": host})
+        elif all(part is getattr(component, key) for key, part in parts.items()):
+            return component  # nothing in it changed, so it keeps its preset's name
+        return type(component).model_validate(parts, context={"host": host})
 
     try:
         changed: Recipe = change(recipe)
     except ValidationError as error:
         raise RecipeError(f"--set {setting}: {explain(error)}") from None
     return changed
-
-
-def catalogue(host: Host, kind: type[Component] | None = None) -> list[tuple[str, str, type[Component] | Preset]]:
-    """Every component that loads: (plugin, name, class or preset), in the order of kinds, plugins and names."""
-    rows = [(plugin, name, offered) for name, found in host.components(kind).items() for plugin, offered in found]
-    return sorted(rows, key=lambda row: (row[0], isinstance(row[2], Preset), row[1]))

@@ -88,6 +88,8 @@ class Preset:
     name: str
     text: str
     doc: str = ""
+    stands_for_bits: int | None = None
+    """The width at which `--precision` takes this format, like 4 in w4a8; none: at no width."""
 
 
 def options_of(cls: type[Component]) -> dict[str, FieldInfo]:

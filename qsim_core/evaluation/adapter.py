@@ -39,6 +39,8 @@ class NamedModel:
     """Data for transforms and static scales; none of them are in `data`."""
     evaluator: str | None = None
     """Text of the evaluator for these data; none: the adapter's."""
+    is_default: bool = False
+    """True if this is the model of a recipe that names none."""
 
 
 class Adapter(Component):

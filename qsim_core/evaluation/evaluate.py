@@ -15,7 +15,7 @@ from qsim_core.evaluation.adapter import LoadedModel
 from qsim_core.evaluation.baseline_cache import baseline_entry, cached_baseline
 from qsim_core.evaluation.data import Calibration, Data
 from qsim_core.evaluation.evaluator import Evaluator
-from qsim_core.evaluation.job import DEFAULT_MODEL, Job
+from qsim_core.evaluation.job import Job
 from qsim_core.evaluation.metrics import intervals
 from qsim_core.evaluation.record import calibration_record, data_record, description
 from qsim_core.evaluation.result import Result
@@ -43,7 +43,7 @@ def evaluate(
     """
     host, run, start = host or installed(), run or Run(), time.perf_counter()
     recipe = Recipe.of(recipe, host)
-    with run.stage(f"looking for {recipe.model or DEFAULT_MODEL}"):
+    with run.stage(f"looking for {recipe.model or 'the default model'}"):
         job = Job.of(recipe, host)
     if not job.recipe.quantizes and not job.recipe.transforms:
         raise RecipeError("the recipe quantizes nothing; name weights, activations or outputs")

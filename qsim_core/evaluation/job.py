@@ -13,11 +13,10 @@ from qsim_core.errors import DataError, QsimError, RecipeError, SpecError, did_y
 from qsim_core.evaluation.adapter import LoadedModel
 from qsim_core.evaluation.data import Calibration, Data
 from qsim_core.evaluation.evaluator import Evaluator
-from qsim_core.evaluation.locate import Located, locate
+from qsim_core.evaluation.locate import Located, default_model, locate
 from qsim_core.evaluation.trained import STATE, read_state
 from qsim_core.simulation.recipe import Recipe
 
-DEFAULT_MODEL = "opt-tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 DISPATCHED = ("auto", "disk")
 """Devices for which the adapter places the weights."""
@@ -36,7 +35,7 @@ class Job:
     @classmethod
     def of(cls, recipe: Recipe, host: Host) -> Job:
         """Fill in model, evaluator and skipped sites from the adapter. Raises `ModelError` and `RecipeError`."""
-        located = locate(DEFAULT_MODEL if recipe.model is None else recipe.model, host)
+        located = locate(default_model(host) if recipe.model is None else recipe.model, host)
         adapter = located.adapter
         evaluator = cast("Evaluator | None", recipe.evaluate) or _evaluator(located, host)
         skip = adapter.skip if recipe.skip is None else recipe.skip

@@ -53,6 +53,15 @@ def named_models(host: Host) -> dict[str, tuple[Adapter, NamedModel]]:
     return {name: (adapter, model) for adapter in _adapters(host) for name, model in adapter.models().items()}
 
 
+def default_model(host: Host) -> str:
+    """The model of a recipe that names none: the one that an installed adapter declares. Raises `ModelError`."""
+    declared = [name for name, (_, model) in named_models(host).items() if model.is_default]
+    if len(declared) != 1:
+        several = f" ({' and '.join(declared)} are each declared as the default)" if declared else ""
+        raise ModelError(f"no model is named, and there is no default model{several}; name one{host.not_looked_at()}")
+    return declared[0]
+
+
 def locate(name: str, host: Host) -> Located:
     """Find a model and the adapter of its family. Raises `ModelError`."""
     named = named_models(host)

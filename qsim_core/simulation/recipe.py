@@ -127,7 +127,7 @@ class Recipe(_Quantizers):
     Everywhere a component stands in Python, its text does in YAML and JSON.
     """
 
-    model: str | None = Field(None, description="a directory, a hub name, or a model of the zoo")
+    model: str | None = Field(None, description="a directory, a hub name, or the name of a model that a plugin brings")
     value_axis: Literal["tokens", "head"] = Field(
         "tokens",
         description="along which axis v's scales are shared: tokens, the reduction axis of PV, which sees later "

@@ -31,7 +31,7 @@ class Run:
     track: Callable[[Iterable[Any], int, str], Iterable[Any]] = field(default=no_progress)
     """Wraps a loop to show its progress: `for x in run.track(items, total, "perplexity")`."""
     stage: Callable[[str], AbstractContextManager[Any]] = field(default=nullcontext)
-    """Surrounds work without a count to show that it goes on: `with run.stage("loading opt-tiny"):`."""
+    """Surrounds work without a count to show that it goes on: `with run.stage("loading MODEL"):`."""
     count: Callable[[int, int, str], AbstractContextManager[Callable[[str], None]]] = field(default=no_count)
     """Surrounds steps that count themselves: `with run.count(total, done, "training") as step: … step("loss 3.2")`."""
     work_dir: Path | None = None

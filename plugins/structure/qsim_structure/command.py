@@ -25,14 +25,14 @@ def structure(model: str | None, data: str | None, as_json: bool) -> None:
     from qsim_core import Host, QsimError, Recipe, simulate
     from qsim_core.cli.console import console
     from qsim_core.cli.progress import hush_libraries
-    from qsim_core.evaluation.job import DEFAULT_MODEL, Job
+    from qsim_core.evaluation.job import Job
     from qsim_core.transforms.blocks import block_paths
     from qsim_structure.for_transforms import trace_example
     from qsim_structure.listing import record, sections
 
     hush_libraries()
     host = Host()
-    job = Job.of(Recipe.of({"model": model or DEFAULT_MODEL}, host), host)
+    job = Job.of(Recipe.of({"model": model}, host), host)
     for note in job.located.notes("float32"):
         click.echo(f"Warning: {note}", err=True)
     loaded = job.located.adapter.load(job.located.source, torch.float32)

@@ -83,13 +83,18 @@ def noise() -> Data:
 
 
 def entry(
-    directory: str | Callable[[], Path], data: Callable[[str], Data] | None, doc: str, evaluator: str | None = None
+    directory: str | Callable[[], Path],
+    data: Callable[[str], Data] | None,
+    doc: str,
+    evaluator: str | None = None,
+    is_default: bool = False,
 ) -> NamedModel:
     """A model evaluated on the test split of its data and calibrated on the train split; on noise without data."""
     found = functools.partial(trained, directory) if isinstance(directory, str) else directory
     if data is None:
-        return NamedModel(found, noise, doc, noise, evaluator)
-    return NamedModel(found, functools.partial(data, "test"), doc, functools.partial(data, "train"), evaluator)
+        return NamedModel(found, noise, doc, noise, evaluator, is_default)
+    test, train = functools.partial(data, "test"), functools.partial(data, "train")
+    return NamedModel(found, test, doc, train, evaluator, is_default)
 
 
 class Zoo(Adapter):
@@ -99,7 +104,9 @@ class Zoo(Adapter):
 
     def models(self) -> Mapping[str, NamedModel]:
         return {
-            "opt-tiny": entry("opt-tiny", documentation, "OPT, 4 layers of width 256, on Python's documentation"),
+            "opt-tiny": entry(
+                "opt-tiny", documentation, "OPT, 4 layers of width 256, on Python's documentation", is_default=True
+            ),
             "opt-tiny-outliers": entry(
                 with_outliers, documentation, "opt-tiny with outlier channels in the norms, the same function"
             ),

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qsim_core import ModelError
-from qsim_core.files import cache
+from qsim_core.files import cache, make_cache_folder
 
 CHANNELS = 4
 LOWEST, HIGHEST = 20.0, 60.0
@@ -64,6 +64,7 @@ def directory(source: Path) -> Path:
 
 
 def _make(source: Path, target: Path) -> None:
+    make_cache_folder("zoo", "made of another model")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         part = Path(scratch) / "part"

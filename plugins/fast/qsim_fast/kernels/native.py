@@ -30,7 +30,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-from qsim_core.files import cache
+from qsim_core.files import cache, make_cache_folder
 from qsim_core.formats.rounding import Steps
 from qsim_core.machine import processor
 from qsim_fast.kernels.interface import CPU, GIVEN, Grid, Kernels, Part, Scaling, Task, bits, buffer
@@ -243,7 +243,7 @@ def _build(source: Path, build: bool) -> Path | None:
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Inside, no other process builds the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_cache_folder(path.parent.name, "compiled kernels")
     if fcntl is None:
         yield
         return

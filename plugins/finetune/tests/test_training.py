@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,20 @@ import torch
 import torch.multiprocessing
 import two_processes
 from accelerate import Accelerator
+from families import make, tokens
+from qsim_finetune.divergence import Watch
+from qsim_finetune.trainer import SimulationCallback
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import qsim_core as qsim
 from qsim_core.evaluation.trained import read_state
-from qsim_core.finetune.divergence import Watch
-from qsim_core.finetune.trainer import SimulationCallback
 
-Make = Callable[..., Any]
 LEARNED = {"weights": "channel(int4, gradient=lsq)", "activations": "abfp(int8, n=8, gradient=lsq)"}
 
 
-def opt(make: Make, ids: Tensor, **parts: Any) -> qsim.Simulation:
-    return qsim.simulate(make("opt").train(), **(parts or LEARNED), example={"input_ids": ids, "use_cache": False})
+def opt(**parts: Any) -> qsim.Simulation:
+    return qsim.simulate(make("opt").train(), **(parts or LEARNED), example={"input_ids": tokens(), "use_cache": False})
 
 
 def windows(many: int) -> list[dict[str, Tensor]]:
@@ -61,8 +60,8 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def test_two_halves_of_a_batch_have_the_gradients_of_the_whole(make: Make, ids: Tensor) -> None:
-    whole = opt(make, ids).model.eval()  # without dropout
+def test_two_halves_of_a_batch_have_the_gradients_of_the_whole() -> None:
+    whole, ids = opt().model.eval(), tokens()  # without dropout
     halves = copy.deepcopy(whole)
 
     whole(input_ids=ids, labels=ids).loss.backward()
@@ -103,14 +102,14 @@ def test_two_processes_train_it_as_one_does_with_twice_the_batch(tmp_path: Path)
         assert torch.allclose(first[name], value, atol=1e-6), name
 
 
-def test_a_trainer_that_is_resumed_goes_the_way_of_one_that_was_not(make: Make, ids: Tensor, tmp_path: Path) -> None:
+def test_a_trainer_that_is_resumed_goes_the_way_of_one_that_was_not(tmp_path: Path) -> None:
     parts = {**LEARNED, "outputs": "tensor(int8(rounding=stochastic))"}
     constant = {"lr_scheduler_type": "constant"}
-    unbroken = trainer(opt(make, ids, **parts), tmp_path / "unbroken", **constant)
+    unbroken = trainer(opt(**parts), tmp_path / "unbroken", **constant)
     unbroken.train()
 
-    trainer(opt(make, ids, **parts), tmp_path / "broken", max_steps=3, **constant).train()
-    resumed = trainer(opt(make, ids, **parts), tmp_path / "broken", **constant)
+    trainer(opt(**parts), tmp_path / "broken", max_steps=3, **constant).train()
+    resumed = trainer(opt(**parts), tmp_path / "broken", **constant)
     resumed.train(resume_from_checkpoint=True)
 
     assert len(curve(unbroken)) == 6
@@ -122,8 +121,8 @@ def test_a_trainer_that_is_resumed_goes_the_way_of_one_that_was_not(make: Make, 
 @pytest.mark.parametrize(
     "changes", [{"gradient_accumulation_steps": 2}, {"bf16": True}, {"activation_checkpointing": True}]
 )
-def test_the_trainer_takes_its_options(make: Make, ids: Tensor, tmp_path: Path, changes: dict[str, Any]) -> None:
-    simulation = opt(make, ids)
+def test_the_trainer_takes_its_options(tmp_path: Path, changes: dict[str, Any]) -> None:
+    simulation = opt()
     before = parameters(simulation.model)
     run = trainer(simulation, tmp_path, **changes, max_steps=20, learning_rate=3e-3)
 
@@ -136,8 +135,8 @@ def test_the_trainer_takes_its_options(make: Make, ids: Tensor, tmp_path: Path, 
     assert {value.dtype for value in parameters(simulation.model).values()} == {torch.float32}
 
 
-def test_a_checkpoint_is_of_the_float32_model_and_what_its_sites_hold(make: Make, ids: Tensor, tmp_path: Path) -> None:
-    simulation = opt(make, ids)
+def test_a_checkpoint_is_of_the_float32_model_and_what_its_sites_hold(tmp_path: Path) -> None:
+    simulation = opt()
 
     trainer(simulation, tmp_path).train()
 
@@ -147,8 +146,8 @@ def test_a_checkpoint_is_of_the_float32_model_and_what_its_sites_hold(make: Make
     assert all(torch.equal(held[name], value) for name, value in simulation.state_dict().items())
 
 
-def test_a_loss_that_is_nan_stops_at_its_step_and_names_the_layer(make: Make, ids: Tensor, tmp_path: Path) -> None:
-    simulation = opt(make, ids)
+def test_a_loss_that_is_nan_stops_at_its_step_and_names_the_layer(tmp_path: Path) -> None:
+    simulation = opt()
     run, layer = trainer(simulation, tmp_path), simulation.model.model.decoder.layers[1].fc2
 
     def poison(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -165,8 +164,8 @@ def test_a_loss_that_is_nan_stops_at_its_step_and_names_the_layer(make: Make, id
     assert all(value.isfinite().all() for value in parameters(simulation.model).values())
 
 
-def test_a_gradient_that_is_nan_stops_before_it_reaches_a_weight(make: Make, ids: Tensor, tmp_path: Path) -> None:
-    simulation = opt(make, ids)
+def test_a_gradient_that_is_nan_stops_before_it_reaches_a_weight(tmp_path: Path) -> None:
+    simulation = opt()
     before = parameters(simulation.model)
     simulation.model.model.decoder.layers[0].fc1.bias.register_hook(lambda gradient: gradient * torch.inf)
 
@@ -191,8 +190,8 @@ def test_a_weight_that_is_nan_is_named() -> None:
         model(x)
 
 
-def test_a_frozen_model_is_refused(make: Make, ids: Tensor, tmp_path: Path) -> None:
-    simulation = opt(make, ids)
+def test_a_frozen_model_is_refused(tmp_path: Path) -> None:
+    simulation = opt()
     simulation.model.requires_grad_(False)
 
     with pytest.raises(
@@ -201,8 +200,8 @@ def test_a_frozen_model_is_refused(make: Make, ids: Tensor, tmp_path: Path) -> N
         trainer(simulation, tmp_path).train()
 
 
-def test_a_simulation_that_overwrites_its_weights_is_refused(make: Make, ids: Tensor, tmp_path: Path) -> None:
-    simulation = qsim.simulate(make("opt"), weights="int4", example={"input_ids": ids}, keep=False)
+def test_a_simulation_that_overwrites_its_weights_is_refused(tmp_path: Path) -> None:
+    simulation = qsim.simulate(make("opt"), weights="int4", example={"input_ids": tokens()}, keep=False)
 
     with pytest.raises(
         qsim.QsimError, match=r"^this simulation was made with keep=False, which overwrites the weights"
@@ -210,11 +209,11 @@ def test_a_simulation_that_overwrites_its_weights_is_refused(make: Make, ids: Te
         trainer(simulation, tmp_path).train()
 
 
-def test_a_checkpoint_without_what_the_sites_held_is_one_line(make: Make, ids: Tensor, tmp_path: Path) -> None:
-    trainer(opt(make, ids), tmp_path, max_steps=3).train()
+def test_a_checkpoint_without_what_the_sites_held_is_one_line(tmp_path: Path) -> None:
+    trainer(opt(), tmp_path, max_steps=3).train()
     (tmp_path / "checkpoint-3" / "sites.safetensors").unlink()
 
     with pytest.raises(
         qsim.ModelError, match=rf"^cannot read {tmp_path}/checkpoint-3/sites.safetensors, what the sites"
     ):
-        trainer(opt(make, ids), tmp_path).train(resume_from_checkpoint=True)
+        trainer(opt(), tmp_path).train(resume_from_checkpoint=True)

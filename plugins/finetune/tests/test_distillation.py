@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from qsim_finetune.distillation import DistillationTrainer, divergence
 from test_finetuning import result
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
 import qsim_core as qsim
-from qsim_core.finetune.distillation import DistillationTrainer, divergence
 
 OPTIONS = {
     "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "use_cpu": True, "report_to": "none",

@@ -1,4 +1,4 @@
-"""Training that has come to NaN or Inf is stopped at once, with the step and the layer where it began."""
+"""Stops a training at the first NaN or Inf, and names the step and the layer where it began."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from qsim_core.errors import TrainingError
 
 
 class Watch:
-    """Looks at a model's loss in every forward, before its gradient is taken, and at the gradient of every parameter.
+    """Checks a model's loss in every forward, before its gradient is taken, and the gradient of every parameter.
 
-    A model whose output holds no loss is held to its output. `step` says which step it is, for the message.
+    A model whose output has no loss is checked by its output. `step` gives the number of the step for the message.
     """
 
     def __init__(self, model: nn.Module, step: Callable[[], int]) -> None:
@@ -28,7 +28,7 @@ class Watch:
                 self.handles.append(parameter.register_post_accumulate_grad_hook(self._noting(name)))
 
     def remove(self) -> None:
-        """Look no more."""
+        """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
@@ -63,7 +63,7 @@ def _loss(output: Any) -> float | None:
 
 
 def _where(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> str:
-    """Which weight is not finite, or which module makes it so of finite inputs, in the words of a message."""
+    """The end of a message: the weight that is not finite, or the module whose output is the first such one."""
     for name, parameter in model.named_parameters():
         if _bad(parameter):
             return f", as {name} is not finite any more"
@@ -89,7 +89,7 @@ def _where(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> str:
 
 
 def _bad(tree: Any) -> bool:
-    """Whether a tensor in a tree holds NaN or +Inf; masks are made of -Inf."""
+    """True if a tensor in the tree holds NaN or +Inf. -Inf is allowed, as masks are made of it."""
     return any(bool((t.isnan() | (t == torch.inf)).any()) for t in _tensors(tree) if t.is_floating_point())
 
 

@@ -1,4 +1,4 @@
-"""What there is: every component, one with its options, a format's codes."""
+"""`qsim components`: every component, one with its options, a format's codes."""
 
 from __future__ import annotations
 
@@ -8,25 +8,45 @@ import math
 import types
 import typing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.columns import Columns
-from rich.table import Table
-from rich.text import Text
 
-from qsim_core.cli.console import console
-from qsim_core.cli.recipe_options import catalogue
-from qsim_core.components.component import Component, Preset, options_of
-from qsim_core.components.host import Host
 from qsim_core.errors import QsimError
-from qsim_core.formats.format import Format
+
+if TYPE_CHECKING:
+    from qsim_core.components.component import Component, Preset
+    from qsim_core.components.host import Host
 
 WIDEST = 8
+"""Bits of the widest format whose codes are listed."""
 
 
-def components(host: Host, name: str | None, as_json: bool) -> None:
+@click.command()
+@click.argument("name", required=False)
+@click.option("--table", is_flag=True, help="Print every code of the number format NAME and its value.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def components(name: str | None, table: bool, as_json: bool) -> None:
+    """List every component, or show NAME with its options.
+
+    With --table NAME may be any format's text, like 'float(3, 4)'.
+    """
+    from qsim_core.components.host import Host
+
+    if not table:
+        show_components(Host(), name, as_json)
+    elif name is None:
+        raise click.UsageError("--table needs the NAME of a number format, like e4m3")
+    else:
+        show_codes(Host(), name, as_json)
+
+
+def show_components(host: Host, name: str | None, as_json: bool) -> None:
     """Print every component, or one with its options."""
+    from rich.table import Table
+
+    from qsim_core.cli.console import console
+
     if name is not None:
         found = host.find(name)
         rows = [row for row in catalogue(host) if row[2] is found]
@@ -47,8 +67,18 @@ def components(host: Host, name: str | None, as_json: bool) -> None:
         click.echo("\n".join(line.rstrip() for line in shown.get().splitlines()))
 
 
+def catalogue(host: Host, kind: type[Component] | None = None) -> list[tuple[str, str, type[Component] | Preset]]:
+    """Every component that loads: (plugin, name, class or preset), in the order of plugins and names."""
+    from qsim_core.components.component import Preset
+
+    rows = [(plugin, name, offered) for name, found in host.components(kind).items() for plugin, offered in found]
+    return sorted(rows, key=lambda row: (row[0], isinstance(row[2], Preset), row[1]))
+
+
 def described(host: Host, plugin: str, offered: type[Component] | Preset) -> dict[str, Any]:
     """One component or preset in words, as `qsim components --json` prints it."""
+    from qsim_core.components.component import Preset, options_of
+
     cls = host.class_of(offered)
     if isinstance(offered, Preset):
         text, doc, options = offered.text, offered.doc, []
@@ -82,6 +112,8 @@ def _default(value: Any) -> str:
 
 def _type(annotation: Any) -> str:
     """A type as a user would say it: `format`, `whole number`, `tensor | channel | token`."""
+    from qsim_core.components.component import Component
+
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return _type(arguments[0])
@@ -99,6 +131,11 @@ def _type(annotation: Any) -> str:
 
 
 def _show_one(row: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from qsim_core.cli.console import console
+
     out = console()
     signature = ", ".join(o["name"] if o["required"] else f"{o['name']}={o['default']}" for o in row["options"])
     out.print(Text(row["name"], "bold") + Text(f"({signature})" if row["options"] else ""))
@@ -119,8 +156,14 @@ def _show_one(row: dict[str, Any]) -> None:
         out.print(table)
 
 
-def codes(host: Host, text: str, as_json: bool) -> None:
+def show_codes(host: Host, text: str, as_json: bool) -> None:
     """Print every code of a format with its value. Raises `QsimError` for one of more than 8 bits."""
+    from rich.columns import Columns
+    from rich.text import Text
+
+    from qsim_core.cli.console import console
+    from qsim_core.formats.format import Format
+
     number = host.parse(text, Format)
     if number.width > WIDEST:
         raise QsimError(f"{text} has {number.width} bits; a table of codes is printed up to {WIDEST}")

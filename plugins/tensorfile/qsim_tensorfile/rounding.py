@@ -1,13 +1,12 @@
-"""Files of tensors in the safetensors format, rounded tensor by tensor.
+"""Round the weights in a safetensors file, one tensor at a time.
 
-The safetensors library writes a file from memory that holds all of it. Here the output has the input's header, so each
-tensor's place is known beforehand, and one tensor at a time is read, rounded (a few rows at a time, where rows do not
-depend on each other) and written.
+The safetensors library writes a file from memory that holds all of it. Here the output has the input's header, so the
+place of each tensor is known beforehand. One tensor at a time is read, rounded and written. A tensor whose rows do not
+depend on each other is rounded a few rows at a time.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -24,58 +23,21 @@ from qsim_core.formats.random_bits import at
 from qsim_core.matmuls.layout import LAST, taps
 from qsim_core.simulation.recipe import matches
 from qsim_core.transforms.run import no_progress
+from qsim_tensorfile.header import DTYPES, Entry, read_header
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PART = 2**20
 """Elements that are rounded at a time."""
-LONGEST_HEADER = 100_000_000
-"""The bound that the safetensors library sets, in bytes."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor in a file's header."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    @property
-    def is_weight(self) -> bool:
-        return self.dtype in DTYPES and len(self.shape) > 1 and math.prod(self.shape) > 0
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """What was done to one tensor."""
+    """One tensor of the output; without a quantizer it was copied."""
 
     name: str
     shape: tuple[int, ...]
     quantizer: str | None
     sqnr_db: float | None = None
     bits: float | None = None
-
-
-def read_header(file: BinaryIO, path: Path) -> tuple[bytes, list[Entry]]:
-    """The header's bytes, its length first, and its tensors in the order of their data. Raises `QsimError`."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt"):  # the library's own checks: lengths, overlaps, dtypes
-            pass
-    except OSError as error:
-        raise QsimError(f"cannot read {path}: {error.strerror or error}") from None
-    except SafetensorError as error:
-        raise QsimError(f"{path} is no safetensors file, or corrupt: {' '.join(str(error).split())}") from None
-    prefix = file.read(8)
-    length = int.from_bytes(prefix, "little")
-    header = file.read(length)
-    described: dict[str, Any] = json.loads(header)
-    described.pop("__metadata__", None)
-    entries = [Entry(n, d["dtype"], tuple(d["shape"]), *d["data_offsets"]) for n, d in described.items()]
-    return prefix + header, sorted(entries, key=lambda entry: entry.begin)
 
 
 def quantize_file(
@@ -88,9 +50,9 @@ def quantize_file(
 ) -> list[Rounded]:
     """Round the weights of `source` into `target`, which appears whole or not at all.
 
-    Tensors of floats with two axes and more are weights, but for those that `skip` names; the others are copied
-    byte by byte. Raises `QsimError` for a file that is none, NaN or Inf in a weight or in what becomes of it, a pattern
-    that matches nothing, and where nothing is left to round.
+    Float tensors of two axes and more are weights, unless a pattern of `skip` matches. Other tensors are copied byte by
+    byte. Raises `QsimError` for a file that cannot be read or has no weights to round, and for NaN or Inf in a weight
+    before or after it is rounded. Raises `RecipeError` for a pattern that matches no tensor.
     """
     if source.resolve() == target.resolve():
         raise QsimError(f"{target} is the input; give the output another name")
@@ -133,7 +95,7 @@ def _rounded(
             continue
         tensor = torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(entry.shape)
         if not _finite(tensor):
-            raise QsimError(f"{entry.name} holds NaN or Inf; what is rounded from it would mean nothing")
+            raise QsimError(f"{entry.name} holds NaN or Inf; it cannot be rounded")
         kernel = len(entry.shape) > 3 or (len(entry.shape) == 3 and any(matches(p, [entry.name]) for p in conv1d))
         layout = taps(tensor) if kernel else LAST
         rows = layout.rows(tensor)

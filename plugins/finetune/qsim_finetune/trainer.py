@@ -13,20 +13,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qsim_core.errors import ModelError, QsimError
 from qsim_core.evaluation.trained import STATE, read_state, write_state
-from qsim_core.finetune.distillation import DistillationTrainer
-from qsim_core.finetune.divergence import Watch
 from qsim_core.simulation.simulation import Simulation
 from qsim_core.transforms.run import Run
+from qsim_finetune.distillation import DistillationTrainer
+from qsim_finetune.divergence import Watch
 
 if TYPE_CHECKING:
-    from qsim_core.finetune.finetuning import Training
+    from qsim_finetune.training import Training
 
 WARMUP = 0.05
 """The share of the steps in which the learning rate goes up."""
 
 
 class SimulationCallback(TrainerCallback):  # type: ignore[misc]
-    """Keeps what the sites hold in every checkpoint, and takes it up again where a run is resumed from one.
+    """Saves the state of the sites in every checkpoint, and loads it where a run is resumed from one.
 
     Stops with `TrainingError` at the first loss or gradient that is NaN or Inf, before it has reached a weight. Raises
     `ModelError` for a model of which nothing trains, and `QsimError` for a simulation that cannot be saved or that
@@ -38,7 +38,7 @@ class SimulationCallback(TrainerCallback):  # type: ignore[misc]
         self.watch: Watch | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Check what can be checked, and take up what the sites held, if a checkpoint is resumed."""
+        """Check the model, and load the state of the sites if a checkpoint is resumed."""
         model = self.simulation.model
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ModelError(f"every parameter of this {type(model).__name__} is frozen: there is nothing to train")
@@ -50,17 +50,17 @@ class SimulationCallback(TrainerCallback):  # type: ignore[misc]
         self.watch = Watch(model, lambda: state.global_step + 1)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Check the gradients, while the weights are as they were; under float16 the Trainer's scaler does."""
+        """Check the gradients before they change a weight; under float16 the Trainer's scaler does."""
         if self.watch is not None and not args.fp16:
             self.watch.check_gradients()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Put what the sites hold beside a checkpoint's weights."""
+        """Write the state of the sites beside a checkpoint's weights."""
         if state.is_world_process_zero:
             write_state(_checkpoint(args, state) / STATE, self.simulation.state_dict())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Look no more."""
+        """Remove the checks."""
         if self.watch is not None:
             self.watch.remove()
 

@@ -104,7 +104,7 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
     )
     save_file({"w": noise(8, 64)}, tmp_path / "small.safetensors")
     program = (
-        "import resource, sys; from pathlib import Path; import qsim_core as q; from qsim_core.tensorfile.tensorfile import quantize_file\n"
+        "import resource, sys; from pathlib import Path; import qsim_core as q; from qsim_tensorfile.rounding import quantize_file\n"
         "quantize_file(Path(sys.argv[1]), Path('out.safetensors'), q.parse('abfp(int4(rounding=stochastic))'))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
@@ -145,11 +145,11 @@ def test_a_tensor_that_is_rounded_in_parts_has_the_same_bits(text: str, tmp_path
     ("change", "arguments", "message"),
     [
         ("", ["--weights", "int99"], "no quantizer 'int99'"),
-        ("", ["--weights", "none"], "--weights none rounds nothing; name a quantizer, like 'abfp(int4)'"),
+        ("", ["--weights", "none"], "--weights none rounds nothing; name a quantizer, like 'block(int4, 64)'"),
         ("", ["--weights", "int4", "--skip", "nothing*"], "pattern 'nothing*' matches no tensor. There are: "),
         ("", ["--weights", "int4", "--skip", "*"], "holds no weight to round: no float tensor of two axes that is not skipped"),
-        ("nan", ["--weights", "int4"], "fc.weight holds NaN or Inf; what is rounded from it would mean nothing"),
-        ("corrupt", ["--weights", "int4"], "in.safetensors is no safetensors file, or corrupt: "),
+        ("nan", ["--weights", "int4"], "fc.weight holds NaN or Inf; it cannot be rounded"),
+        ("corrupt", ["--weights", "int4"], "in.safetensors is not a safetensors file, or is corrupt: "),
         ("missing", ["--weights", "int4"], "cannot read "),
         ("huge", ["--weights", "cast(e5m2)"], "fc.weight overflows in cast(e5m2); a scale keeps it in range, as in channel(F)"),
     ],

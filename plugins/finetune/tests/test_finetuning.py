@@ -14,13 +14,14 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from click.testing import CliRunner
+from qsim_finetune.finetuning import finetune
+from qsim_finetune.loss_curve import loss_curve
+from qsim_finetune.training import Finetuned, Training
 from transformers import AutoModelForCausalLM, OPTForCausalLM, ViTForImageClassification
 
 import qsim_core as qsim
 from qsim_core.cli.main import main
 from qsim_core.evaluation.trained import read_state
-from qsim_core.finetune.curve import loss_curve
-from qsim_core.finetune.finetuning import Finetuned, Training, finetune
 
 QUICK = ["--limit", "2", "--seqlen", "32", "--batch-size", "2", "--evaluator", "perplexity(seqlen=32)"]
 LSQ = ["--weights", "channel(int4, gradient=lsq)", "--activations", "abfp(int8, gradient=lsq)"]
@@ -270,7 +271,7 @@ def test_a_directory_that_holds_another_run_is_left_alone(interrupted: Path, tra
     assert (
         again(ROOT / "docs") == f"Error: {ROOT / 'docs'} holds files that are of no training; name another --output\n"
     )
-    assert again(ROOT / "README.md") == f"Error: {ROOT / 'README.md'} is no directory\n"
+    assert again(ROOT / "README.md") == f"Error: {ROOT / 'README.md'} is not a directory\n"
 
 
 def test_data_shorter_than_one_sequence_are_one_line(tmp_path: Path) -> None:

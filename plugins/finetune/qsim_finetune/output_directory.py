@@ -1,0 +1,79 @@
+"""The directory that a training writes: its plan, its checkpoints, the results before and after, and the model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qsim_core.errors import TrainingError
+from qsim_core.evaluation.adapter import LoadedModel
+from qsim_core.evaluation.job import Job
+from qsim_core.evaluation.result import DataRecord
+from qsim_core.files import writing
+from qsim_finetune.training import Training
+
+PLAN = "training.json"
+"""The recipe, the data and the options, by which an interrupted run is known again."""
+BEFORE = "before.json"
+"""The result before the training."""
+AFTER = "after.json"
+"""The result after the training. A directory that has it holds a run that has ended."""
+CURVE = "loss.svg"
+CHECKPOINTS = "checkpoints"
+FOLDED = "folded"
+"""The model with its weights quantized."""
+
+
+def plan_of(job: Job, data: DataRecord, training: Training) -> dict[str, Any]:
+    """Everything that must be equal for a run to go on where another one stopped."""
+    what = {"model": job.located.name, "data": data.sha256, **job.recipe.record()}
+    return {**what, **training.model_dump(mode="json")}
+
+
+def open_directory(output: Path, plan: dict[str, Any], resume: bool) -> None:
+    """Make the directory of a run, or find an interrupted one. Raises `TrainingError` if it holds anything else."""
+    path = output / PLAN
+    checkpoints = any((output / CHECKPOINTS).glob("checkpoint-*"))
+    if output.exists() and not output.is_dir():
+        raise TrainingError(f"{output} is not a directory")
+    stopped_early = path.exists() and not checkpoints and not (output / AFTER).exists()
+    if stopped_early:
+        for stale in (path, output / BEFORE):
+            stale.unlink(missing_ok=True)
+        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    if not path.exists():
+        if output.exists() and any(output.iterdir()):
+            raise TrainingError(f"{output} holds files that are not of a training; name another --output")
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(f"cannot make {output}: {error.strerror}") from None
+        with writing(path) as file:
+            file.write(json.dumps(plan, indent=2).encode() + b"\n")
+        return
+    if (output / AFTER).exists():
+        raise TrainingError(f"{output} holds a run that has ended (qsim evaluate {output}); name another --output")
+    if not resume:
+        raise TrainingError(f"{output} holds another run; go on with it by --resume, or name another --output")
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in plan.items():
+        if before.get(key) != value:
+            raise TrainingError(
+                f"{output} holds a run with {key} {before.get(key)!r}, not {value!r}; name another --output"
+            )
+
+
+def save_model(loaded: LoadedModel, directory: Path, tensors: dict[str, torch.Tensor] | None) -> None:
+    """Write a model with its tokenizer and processor, as `from_pretrained` reads it. Raises `TrainingError`."""
+    model: Any = loaded.model
+    try:
+        model.save_pretrained(directory, state_dict=tensors)
+        for part in (loaded.tokenizer, loaded.processor):
+            if part is not None:
+                part.save_pretrained(directory)
+    except OSError as error:
+        raise TrainingError(f"cannot save the model in {directory}: {error.strerror or error}") from None

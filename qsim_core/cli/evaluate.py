@@ -1,0 +1,178 @@
+"""`qsim evaluate`: measure a model as it is and under a recipe."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qsim_core.cli.options import CALIBRATION, FILE, RECIPE, RESULT, output_file, with_options
+from qsim_core.errors import CalibrationWarning, RecipeError
+
+if TYPE_CHECKING:
+    from qsim_core.components.host import Host
+    from qsim_core.evaluation.result import Result
+    from qsim_core.simulation.recipe import Recipe
+
+SHOWN_WARNINGS = 4
+"""Warnings that are printed; the others are counted."""
+FREE_BESIDE_A_RECORD = frozenset({"record", "device", "dry_run", "work_dir", "samples", "allow_code_execution"})
+"""The options that a record does not decide. `--allow-code-execution` is one: a record allows nothing."""
+
+
+@click.command()
+@with_options(RECIPE)
+@click.option("--from", "record", type=click.Path(path_type=Path), metavar="FILE", help="Run a result's record again.")
+@click.option(
+    "--data", type=FILE, metavar="FILE|NAME", help="Data: a file, or a name for `datasets` (NAME[:CONFIG[:SPLIT]])."
+)
+@with_options(CALIBRATION)
+@click.option("--work-dir", type=click.Path(path_type=Path), metavar="DIR", help="Keep there what other runs can use.")
+@click.option(
+    "--device",
+    default="cpu",
+    help="Where to compute: cpu, cuda, cuda:1, …; auto: weights on GPUs, in memory, on disk as they fit; disk.",
+)
+@click.option("--dtype", default="float32", help="Arithmetic of the model and the simulation.")
+@click.option("--batch-size", metavar="N", type=click.IntRange(1), default=8, help="Samples computed at a time.")
+@click.option("--limit", metavar="N", type=click.IntRange(1), help="Evaluate so many samples only.")
+@click.option(
+    "--seed", metavar="N", type=int, default=0, help="Seed of drawn samples; stochastic rounding has `seed=`."
+)
+@click.option(
+    "--save-samples", "samples", type=click.Path(path_type=Path), metavar="DIR", help="Write what there is to look at."
+)
+@click.option("--allow-code-execution", is_flag=True, help="Let an evaluator run programs that the model writes.")
+@click.option("--dry-run", is_flag=True, help="Print the recipe that would run, and stop.")
+@with_options(RESULT)
+@click.pass_context
+def evaluate(ctx: click.Context, /, json_file: str | None, quiet: bool, **options: Any) -> None:
+    """Measure MODEL as it is and in another precision.
+
+    MODEL is a directory, a hub name, or the name of a model that a plugin brings. Default: the model that an installed
+    plugin declares as the default.
+    """
+    from qsim_core.cli import progress
+
+    with nullcontext() if quiet else progress.stage("starting"):  # torch takes seconds to load
+        from qsim_core.cli.result_table import show
+        from qsim_core.components.host import Host
+
+    target = output_file(json_file)
+    host = Host()
+    given = {name for name in options if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
+    before = _record(options, given)
+    recipe, options = _job(options, given, before, host)
+    if options["dry_run"]:
+        _print_recipe(recipe, host)
+        return
+    result = _measured(recipe, options, before, host, quiet)
+    if target is not None:
+        result.write(target)
+    if json_file == "-":
+        click.echo(result.model_dump_json(indent=2))
+    elif not quiet:
+        show(result)
+
+
+def _record(options: dict[str, Any], given: set[str]) -> Result | None:
+    """The record that --from names. Raises `RecipeError` for options that say it differently."""
+    from qsim_core.evaluation.result import Result
+
+    if options["record"] is None:
+        return None
+    if clash := given - FREE_BESIDE_A_RECORD:
+        raise RecipeError(f"--from runs a record as it is; leave {', '.join(sorted(clash))} out")
+    return Result.read(options["record"])
+
+
+def _job(options: dict[str, Any], given: set[str], before: Result | None, host: Host) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe, and the options under which it runs: those of the record, if there is one."""
+    from qsim_core.cli.recipe_options import recipe_of
+    from qsim_core.evaluation.record import recipe_of as recipe_of_record
+
+    if before is None:
+        return recipe_of(options, host), options
+    device = {"device": options["device"]} if "device" in given else {}
+    return recipe_of_record(before, host), options | _recorded(before) | device
+
+
+def _recorded(before: Result) -> dict[str, Any]:
+    """The options that the record was made with."""
+    options = {
+        "data": before.data.source,
+        "limit": before.limit,
+        "batch_size": before.batch_size,
+        "seed": before.seed,
+        "dtype": before.environment.dtype,
+        "device": before.environment.device,
+    }
+    if (looked_at := before.calibration) is not None:
+        options["calibration_data"] = looked_at.source
+        options["calibration_samples"], options["calibration_seqlen"] = looked_at.samples, looked_at.length
+    return options
+
+
+def _print_recipe(recipe: Recipe, host: Host) -> None:
+    """Print the recipe with everything that the model's adapter fills in."""
+    from qsim_core.evaluation.job import Job
+
+    click.echo(Job.of(recipe, host).recipe.to_yaml(), nl=False)
+
+
+def _measured(recipe: Recipe, options: dict[str, Any], before: Result | None, host: Host, quiet: bool) -> Result:
+    """Run the evaluation and print its warnings."""
+    from qsim_core.cli import progress
+    from qsim_core.cli.recipe_options import calibration_of
+    from qsim_core.evaluation.evaluate import evaluate as run_evaluation
+    from qsim_core.evaluation.record import same_data
+    from qsim_core.transforms.run import Run
+
+    progress.hush_libraries()
+    warnings.simplefilter("ignore", CalibrationWarning)  # the result has them, and they are printed below
+    result = run_evaluation(
+        recipe,
+        host=host,
+        data=options["data"],
+        device=options["device"],
+        dtype=options["dtype"],
+        calibration=calibration_of(options),
+        samples=options["samples"],
+        run=Run(
+            options["batch_size"],
+            options["limit"],
+            options["seed"],
+            work_dir=options["work_dir"],
+            allow_code_execution=options["allow_code_execution"],
+            **({} if quiet else progress.SHOWN),
+        ),
+    )
+    if before is not None:
+        same_data(before, result)
+        for line in _differences(before, result):
+            click.echo(f"Warning: {line}", err=True)
+    for line in result.warnings[:SHOWN_WARNINGS]:
+        click.echo(f"Warning: {line}", err=True)
+    if len(result.warnings) > SHOWN_WARNINGS:
+        click.echo(f"Warning: {len(result.warnings) - SHOWN_WARNINGS} more like these (--json has them)", err=True)
+    return result
+
+
+def _differences(before: Result, after: Result) -> Iterator[str]:
+    """The differences between this run's plugins, libraries and machine and those of the record."""
+    for name, plugin in before.plugins.items():
+        now = after.plugins.get(name)
+        if now != plugin:
+            found = now.version if now else "not used"
+            yield f"plugin {name!r} was {plugin.distribution} {plugin.version}, now {found}"
+    for library, version in before.environment.versions.items():
+        if after.environment.versions.get(library) != version:
+            yield f"{library} was {version}, now {after.environment.versions.get(library)}"
+    for what in ("device", "threads"):
+        was, now = getattr(before.environment, what), getattr(after.environment, what)
+        if was != now:
+            yield f"{what} was {was}, now {now}: sums may be taken in another order"

@@ -1,0 +1,127 @@
+"""The table that the command line prints of a result, and the lines under it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from math import isfinite, isnan
+from typing import Literal
+
+from rich.table import Table
+from rich.text import Text
+
+from qsim_core.cli.console import console
+from qsim_core.evaluation.result import Result
+from qsim_core.transforms.report import LayerReport
+
+FEW = 10
+"""Of fewer samples a bootstrap's intervals are too narrow: they are drawn from too few values."""
+
+
+def show(result: Result) -> None:
+    """Print the table of one result, and the lines under it."""
+    audit = result.audit
+    table = recipe_table(result)
+    table.add_section()
+    table.add_row(f"{result.environment.dtype} {result.metric}", measured(result, "baseline"))
+    table.add_row(f"simulated {result.metric}", Text(measured(result, "simulated"), "bold"))
+    if not isnan(result.ratio):
+        table.add_row("ratio", with_interval(result.ratio, _interval(result, "ratio")))
+    table.add_section()
+    table.add_row("matmuls quantized", f"{audit.covered} of {audit.found}")
+    table.add_row("bits per weight", bits(audit.bits_per_weight))
+    table.add_row("bits per activation", bits(audit.bits_per_activation))
+    table.add_section()
+    before_that = " (of an earlier run)" if "baseline" in result.cached else ""
+    table.add_row("seconds, baseline", f"{result.seconds['baseline']:.1f}{before_that}")
+    table.add_row("seconds, simulated", f"{result.seconds['simulated']:.1f}")
+    table.add_row("seconds, in all", f"{result.seconds['total']:.1f}")
+    out = console()
+    out.print(table)
+    for line in _lines(result):
+        out.print(line, style="dim", soft_wrap=True)
+
+
+def recipe_table(result: Result) -> Table:
+    """A table with the model's name as its title, and the recipe's quantizers and transforms as its first rows."""
+    table = Table(title=result.model, title_justify="left", title_style="bold", show_header=False, min_width=60)
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    for key in ("weights", "activations", "outputs"):
+        table.add_row(key, result.recipe[key] or "as they are")
+    for transform in result.recipe["transforms"]:
+        table.add_row("after", transform)
+    return table
+
+
+def measured(result: Result, which: Literal["baseline", "simulated"]) -> str:
+    """The first metric of the baseline or of the simulation, with its interval."""
+    return with_interval(getattr(result, which)[result.metric], _interval(result, which))
+
+
+def _interval(result: Result, which: str) -> tuple[float, float] | None:
+    spread = result.intervals.get(result.metric)
+    return getattr(spread, which) if spread else None
+
+
+def _lines(result: Result) -> Iterator[str]:
+    """The lines under the table: protocol, data, exceptions, intervals, and what each transform did."""
+    audit = result.audit
+    limit = result.limit
+    some = "" if limit is None else f"; of {limit} sample{'s' if limit > 1 else ''} only (--limit)"
+    yield f"{result.protocol}; {result.data.name} (sha256 {result.data.sha256[:12]}){some}"
+    for pattern, exception in result.recipe.get("overrides", {}).items():
+        said = ", ".join(f"{role} {text or 'as they are'}" for role, text in exception.items())
+        yield f"otherwise at {pattern}: {said}"
+    if result.metric in result.intervals:
+        narrow = "" if limit is None or limit >= FEW else "; too narrow, of so few samples"
+        over = "over the samples, the ratio's over the same ones before and after"
+        yield f"in brackets: 95% confidence intervals {over}{narrow}"
+    others = [key for key in result.simulated if key != result.metric]
+    if others:
+        yield "; ".join(_change(key, result.baseline.get(key), result.simulated[key]) for key in others)
+    if result.recipe["skip"]:
+        yield f"left alone: {', '.join(result.recipe['skip'])} (--skip none quantizes everything)"
+    for transform in dict.fromkeys(report.transform for report in result.transforms):
+        yield _done(transform, [report for report in result.transforms if report.transform == transform])
+    if (arithmetic := result.recipe["arithmetic"]) not in ("auto", "float32"):
+        took = sum(site.arithmetic == arithmetic for site in audit.sites)
+        yield f"{took} of {audit.found} matmuls were computed in {arithmetic}; the others do not fit it here"
+    if audit.uncovered:
+        yield f"not reached: {', '.join(audit.uncovered)}"
+    grouped: dict[str, list[str]] = {}
+    for site in audit.sites:
+        for note in site.notes:
+            grouped.setdefault(note, []).append(site.site)
+    for note, sites in grouped.items():
+        yield f"{len(sites)} site{'s' if len(sites) > 1 else ''}, like {sites[0]}: {note}"
+
+
+def _done(transform: str, reports: list[LayerReport]) -> str:
+    """One line about a transform: the median error before and after, and the layers that it left alone."""
+    changed = [report for report in reports if report.before is not None and report.after is not None]
+    line = f"{transform}: {len(changed)} layers"
+    if changed:
+        before, after = (statistics.median(getattr(r, key) for r in changed) for key in ("before", "after"))
+        line += f", {changed[0].measure} {before:.3g} before and {after:.3g} after (median)"
+    left = len(reports) - len(changed)
+    return line + (f"; {left} left alone (--json says why)" if left else "")
+
+
+def _change(key: str, before: float | None, after: float) -> str:
+    """A metric before and after; a count, or a value that did not change, stands once."""
+    if before is None or before == after:
+        return f"{key} {after:.0f}" if after.is_integer() else f"{key} {after:.4g}"
+    return f"{key} {before:.4g} -> {after:.4g}"
+
+
+def with_interval(number: float, spread: tuple[float, float] | None) -> str:
+    """A number, and its confidence interval if that has two ends."""
+    if spread is None or not (isfinite(spread[0]) and isfinite(spread[1])) or spread[0] == spread[1]:
+        return f"{number:.4g}"
+    return f"{number:.4g} [{spread[0]:.4g}, {spread[1]:.4g}]"
+
+
+def bits(number: float | None) -> str:
+    """Bits per element, or `unknown`."""
+    return "unknown" if number is None else f"{number:.3g}"
