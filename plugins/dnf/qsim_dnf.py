@@ -22,9 +22,9 @@ KEPT = 2**12
 class DNF(Transform):
     """In training every output of a matmul is that of the model as it is, plus noise; in evaluation all is simulated.
 
-    The noise of a site has the distribution of what simulating adds to its outputs on the calibration data, Q(W) Q(x) -
-    W x for the inputs x of the model as it is, its products and its rounded output included: a histogram of `bins` bins
-    that hold equally many differences each. It is drawn anew for every element, and takes no time for quantizing.
+    The noise of a site has the distribution of what simulating adds to its outputs on the calibration data. That is
+    Q(W) Q(x) - W x for the inputs x of the model as it is, with the site's arithmetic and its quantized output. The
+    distribution is a histogram of `bins` bins that hold equally many differences each. It is drawn anew for every element, and takes no time for quantizing.
     Source: Basumallik et al., arXiv 2205.06287.
 
     A module is in training if its own `training` says so: `model.train()`.
@@ -64,7 +64,7 @@ class DNF(Transform):
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """What stands at a site in training. `edges` are those of the bins, [bins + 1], in ascending order."""
+    """The noise of a site in training. `edges` are those of the bins, [bins + 1], in ascending order."""
 
     site: str
     edges: Tensor
