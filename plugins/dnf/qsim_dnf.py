@@ -24,8 +24,8 @@ class DNF(Transform):
 
     The noise of a site has the distribution of what simulating adds to its outputs on the calibration data. That is
     Q(W) Q(x) - W x for the inputs x of the model as it is, with the site's arithmetic and its quantized output. The
-    distribution is a histogram of `bins` bins that hold equally many differences each. It is drawn anew for every element, and takes no time for quantizing.
-    Source: Basumallik et al., arXiv 2205.06287.
+    distribution is a histogram of `bins` bins that hold equally many differences each. The noise is drawn anew for
+    every element, and nothing is quantized for it. Source: Basumallik et al., arXiv 2205.06287.
 
     A module is in training if its own `training` says so: `model.train()`.
     """
