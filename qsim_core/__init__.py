@@ -31,6 +31,8 @@ _HOME = {
     "Calibrator": "quantizers.calibrators",
     "Arithmetic": "sites.arithmetic",
     "ExactArithmetic": "sites.arithmetic",
+    "Accumulator": "sites.arithmetic",
+    "QuantizedRows": "sites.arithmetic",
     "Transform": "transforms.transform",
     "Adapter": "evaluation.adapter",
     "Evaluator": "evaluation.evaluator",
@@ -95,8 +97,10 @@ if TYPE_CHECKING:
     from qsim_core.simulation.recipe import Recipe as Recipe
     from qsim_core.simulation.simulation import Simulation as Simulation
     from qsim_core.simulation.simulation import simulate as simulate
+    from qsim_core.sites.arithmetic import Accumulator as Accumulator
     from qsim_core.sites.arithmetic import Arithmetic as Arithmetic
     from qsim_core.sites.arithmetic import ExactArithmetic as ExactArithmetic
+    from qsim_core.sites.arithmetic import QuantizedRows as QuantizedRows
     from qsim_core.transforms.context import Context as Context
     from qsim_core.transforms.run import Run as Run
     from qsim_core.transforms.transform import Transform as Transform

@@ -65,9 +65,11 @@ def test_a_pattern_may_name_an_alias() -> None:
     ("text", "message"),
     [
         ("- weights", "a recipe is a mapping of keys to values, not list"),
-        ("weigths: int4", "a recipe has no key 'weigths'; did you mean 'weights'? There are: activations, arithmetic, "
-         "evaluate, keys, kv_cache, model, outputs, overrides, probabilities, queries, skip, transforms, value_axis, values, weights"),
+        ("weigths: int4", "a recipe has no key 'weigths'; did you mean 'weights'? There are: activations, "
+         "arithmetic, evaluate, keys, kv_cache, model, outputs, overrides, probabilities, queries, skip, transforms, "
+         "value_axis, values, weights"),
         ("path: int8", "a recipe has no key 'path' any more; it is called 'arithmetic' now"),
+        ("kv_cache: int8\nkeys: int4", "recipe: kv_cache says keys and values; leave keys out"),
         ("weights: int4\nweights: int8", "recipe is not YAML: the key 'weights' stands there twice (line 1, column 1)"),
         ("weights: [int4", "recipe is not YAML: expected ',' or ']', but got '<stream end>' (line 1, column 15)"),
         ("weights: int99", "no quantizer 'int99'; did you mean 'int9'?"),

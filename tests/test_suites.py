@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import qsim_core as qsim
-from qsim_core.testing import AdapterSuite, CalibratorSuite, EvaluatorSuite, QuantizerSuite, TransformSuite
+from qsim_core.testing import (
+    AdapterSuite,
+    ArithmeticSuite,
+    CalibratorSuite,
+    EvaluatorSuite,
+    QuantizerSuite,
+    TransformSuite,
+)
 from qsim_core.testing.component import ComponentSuite
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -102,6 +109,70 @@ class Halves(qsim.Calibrator):
 def test_a_wrong_calibrator(test: str, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         getattr(CalibratorSuite(), test)(Halves(), **arguments)
+
+
+class Multiplying(qsim.Arithmetic):
+    """A float product, wrong in the way that `wrong` says."""
+
+    name = "multiplying"
+    wrong: str = ""
+
+    def check(self, quantizers: Any) -> None:
+        if self.wrong == "quantizers":
+            raise qsim.RecipeError("it takes nothing")
+
+    def multiply(self, left: qsim.QuantizedRows, right: qsim.QuantizedRows) -> Tensor:
+        x, w = left.values, right.values.transpose(-1, -2)
+        match self.wrong:
+            case "dtype":
+                return (x @ w).float()
+            case "shape":
+                return (x @ w).transpose(-1, -2)
+            case "operands":
+                return x.mul_(2) @ w
+            case "random":
+                return x @ w + torch.rand(())
+            case "batches":
+                return x @ w - (x @ w).mean()
+            case "nan":
+                return (x @ w).nan_to_num(0.0)
+            case "views":
+                return (1 + right.values.is_contiguous()) * x @ w
+            case "large":
+                return x @ w + torch.inf
+        return x @ w
+
+
+@pytest.mark.parametrize(
+    ("wrong", "test", "arguments", "message"),
+    [
+        ("quantizers", "it_takes_these_quantizers", {}, "multiplying(quantizers) refuses "),
+        ("dtype", "rows_by_rows_are_a_matrix_in_their_dtype", {"dtype": torch.bfloat16},
+         "multiplying(dtype) made (6, 5) torch.float32 of (6, 40) and (5, 40) torch.bfloat16; expected (6, 5) torch.bfloat16"),
+        ("shape", "rows_by_rows_are_a_matrix_in_their_dtype", {"dtype": torch.float32},
+         "multiplying(shape) made (5, 6) torch.float32 "),
+        ("operands", "the_operands_are_left_alone", {}, "multiplying(operands) changed its operands; "),
+        ("random", "it_gives_the_same_each_time_and_draws_no_global_random_numbers", {},
+         "multiplying(random) multiplies with torch's global random numbers; use a torch.Generator with a seed"),
+        ("batches", "batches_are_multiplied_one_by_one", {}, "multiplying(batches): a batch depends on the others"),
+        ("nan", "nan_shows", {}, "multiplying(nan) made [0.0, 0.0, 0.0, 0.0, 0.0] of a row with NaN; "),
+        ("views", "rows_that_are_not_contiguous_are_multiplied_like_their_copy", {},
+         "multiplying(views) multiplies rows that are not contiguous differently"),
+        ("large", "a_simulated_model_pickles_recomputes_and_is_restored", {},
+         "a model under multiplying(large) gives NaN or Inf"),
+    ],
+)  # fmt: skip
+def test_a_wrong_arithmetic(wrong: str, test: str, arguments: dict[str, Any], message: str) -> None:
+    getattr(ArithmeticSuite(), f"test_{test}")(Multiplying(), **arguments)
+
+    with pytest.raises((AssertionError, pytest.fail.Exception)) as error:
+        getattr(ArithmeticSuite(), f"test_{test}")(Multiplying(wrong=wrong), **arguments)
+
+    assert str(error.value).startswith(message)
+
+
+class TestReferences(ArithmeticSuite):
+    text = ("float32", "auto")
 
 
 class Shift(qsim.Transform):
@@ -244,7 +315,7 @@ def test_a_suite_runs_as_an_empty_subclass_and_says_what_is_missing(tmp_path: Pa
 def test_each_hook_has_a_suite() -> None:
     from qsim_core.components.hook_validation import HOOKS, base_of
 
-    suites = (QuantizerSuite, CalibratorSuite, TransformSuite, AdapterSuite, EvaluatorSuite)
+    suites = (QuantizerSuite, CalibratorSuite, TransformSuite, AdapterSuite, EvaluatorSuite, ArithmeticSuite)
 
     assert [suite.base for suite in suites] == [base_of(hook) for hook in HOOKS]
     assert all(issubclass(suite, ComponentSuite) for suite in suites)

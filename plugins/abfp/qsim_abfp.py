@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -26,6 +26,10 @@ class ABFP(Scheme):
     """
 
     name = "abfp"
+    removed: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("adc", "gain", "noise", "seed"),
+        "the analog device is an arithmetic of its own: beside abfp say arithmetic: analog(adc=8, gain=4, noise=0.5)",
+    )
     element: Format = Field("int4", description="the number format of the scaled values")  # type: ignore[assignment]
     n: PositiveInt = Field(64, description="elements of a vector that share a scale; the last vector may be short")
     scale: Quantizer | None = Field("bf16", description="what rounds the scales; none: float32")  # type: ignore[assignment]
@@ -71,7 +75,7 @@ class Analog(Arithmetic):
 
     def multiply(self, left: QuantizedRows, right: QuantizedRows) -> Tensor:
         """Multiply rows `[..., M, K]` and `[..., N, K]` to `[..., M, N]`, tile by tile."""
-        n, highest = left.quantizer.n, [left.element.max, right.element.max]
+        n, highest = cast(ABFP, left.quantizer).n, [left.element.max, right.element.max]
         levels = 2 ** (self.adc - 1) - 1
         largest = n * highest[0] * highest[1]
         total: Tensor | float = 0.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -58,12 +57,17 @@ class BiasCorrection(Transform):
                 context.report(weight.name, note="left alone: it has no bias of its own")
             else:
                 biases[weight.site.name] = bias
+                if self.activations and not _input_is_known(weight.site):
+                    raise RecipeError(
+                        f"{self} comes before the static scale of {weight.site.name} is known; leave activations out"
+                    )
         sums: dict[str, Sums] = defaultdict(Sums)
+        roles = ("weight", "input") if self.activations else ("weight",)
 
         def watch(site: Site, call: Call) -> None:
             if site.name in biases:
                 exact = call.result.rows(call.run(call.operands))
-                quantized = call.result.rows(call.run(self._quantized(site, call)))
+                quantized = call.result.rows(context.simulated(site, call, roles))
                 sums[site.name].add(exact.flatten(0, -2), quantized.flatten(0, -2))
 
         context.observe(watch, "bias correction")
@@ -84,22 +88,11 @@ class BiasCorrection(Transform):
                 measure="relative error of the outputs",
             )
 
-    def _of_inputs(self, site: Site) -> Any:
-        """What rounds a site's input, another transform's scales included."""
-        if not self.activations or "input" in site.fixed:
-            return site.fixed.get("input") if self.activations else None
-        if getattr(site.plan.input, "static", False):
-            raise RecipeError(f"{self} comes before the static scale of {site.name} is known; leave activations out")
-        return site.plan.input
 
-    def _quantized(self, site: Site, call: Call) -> list[Tensor]:
-        quantizers: list[Any] = [self._of_inputs(site) for _ in call.operands]
-        if call.weight is not None:
-            quantizers[call.weight] = site.plan.weight
-        return [
-            operand if quantizer is None else layout.back(quantizer.quantize(layout.rows(operand.detach())))
-            for operand, layout, quantizer in zip(call.operands, call.layouts, quantizers, strict=True)
-        ]
+def _input_is_known(site: Site) -> bool:
+    """Tell if the quantizer of a site's input has all that it needs before static scales are found."""
+    planned = site.planned("input")
+    return planned is None or "input" in site.fixed or not planned.needs_held_scales("input")
 
 
 def _ratio(error: float, signal: float) -> float:

@@ -14,6 +14,7 @@ from qsim_core.version import __version__
 USES = {
     "quantizer": "qsim evaluate --weights $name",
     "calibrator": "qsim evaluate --precision w4a8 --static $name",
+    "arithmetic": "qsim evaluate --precision w8a8 --arithmetic $name",
     "transform": "qsim evaluate --precision w4a16 --plugin $name",
     "adapter": "qsim evaluate DIRECTORY --precision w8a8 --data INPUTS.safetensors",
     "evaluator": "qsim evaluate --precision w4a8 --evaluator $name --data TEXT",

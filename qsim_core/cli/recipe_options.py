@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from qsim_core.components.component import Component, Preset, components_in, explain, read_value
+from qsim_core.components.component import Component, Preset, components_in, explain, no_option, read_value
 from qsim_core.components.host import Host
 from qsim_core.errors import PluginError, RecipeError, did_you_mean, file_did_you_mean, with_article
 from qsim_core.evaluation.adapter import Adapter
@@ -274,7 +274,7 @@ def with_setting(host: Host, recipe: Recipe, setting: str) -> Recipe:
         parts = {key: change(getattr(component, key)) for key in fields}
         if component.name == name:
             if option not in fields:
-                raise RecipeError(f"{name} has no option {option!r}{did_you_mean(option, fields)}")
+                raise RecipeError(no_option(type(value), option))
             parts[option] = read_value(text.strip(), fields[option].annotation)
         elif all(part is getattr(component, key) for key, part in parts.items()):
             return component  # nothing in it changed, so it keeps its preset's name

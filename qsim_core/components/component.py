@@ -11,7 +11,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, Union
 
@@ -40,6 +40,8 @@ class Component(BaseModel):
     """What a message calls it: quantizer, format, evaluator, …"""
     hook: ClassVar[str] = ""
     """The hook under which a plugin offers it; the base class of each kind says which."""
+    removed: ClassVar[Mapping[str, str]] = {}
+    """Options of earlier versions, and what took the place of each: the end of an error message."""
 
     @model_validator(mode="wrap")
     @classmethod
@@ -48,6 +50,8 @@ class Component(BaseModel):
         if isinstance(value, str | Node):
             host = (info.context or {}).get("host") or default_host()
             return typing.cast("Self", host.build(read(value) if isinstance(value, str) else value, cls))
+        if isinstance(value, dict) and (gone := next((option for option in value if option in cls.removed), None)):
+            raise ValueError(no_option(cls, gone))
         return typing.cast("Self", handler(value))
 
     @model_serializer(mode="plain")
@@ -98,6 +102,13 @@ def options_of(cls: type[Component]) -> dict[str, FieldInfo]:
     return {name: cls.model_fields[name] for name in dict.fromkeys(declared) if name in cls.model_fields}
 
 
+def no_option(cls: type[Component], option: str) -> str:
+    """Say that a component has no such option: what took its place, or which ones there are."""
+    if option in cls.removed:
+        return f"{cls.name} has no option {option!r} any more; {cls.removed[option]}"
+    return f"{cls.name} has no option {option!r}{did_you_mean(option, options_of(cls))}"
+
+
 def construct(cls: type[Component], node: Node, host: Any, scope: frozenset[str]) -> Component:
     """Build a component of class `cls` from a word or call; errors point at the argument that is wrong.
 
@@ -112,7 +123,7 @@ def construct(cls: type[Component], node: Node, host: Any, scope: frozenset[str]
     given = dict(zip(options, positional, strict=False))
     for option, value in node.options.items():
         if option not in options:
-            raise value.error(f"{cls.name} has no option {option!r}{did_you_mean(option, options)}")
+            raise value.error(no_option(cls, option))
         if option in given:
             raise value.error(f"{cls.name} is given {option!r} twice")
         given[option] = value

@@ -90,6 +90,11 @@ class SiteQuantizer(ABC):
         return False
 
     @property
+    def rounds_to(self) -> Any:
+        """The number format of the values in units of their scales; None: there is none, or it is unknown."""
+        return None
+
+    @property
     def plain(self) -> Any:
         """The quantizer without the tensors that it holds; itself if it holds none."""
         return self
@@ -118,6 +123,10 @@ class Quantizer(SiteQuantizer, Component):
     def unscaled(self) -> Quantizer | None:
         """The number format that it rounds to, if it does nothing else; a scale rounded so saturates."""
         return None
+
+    @property
+    def rounds_to(self) -> Any:
+        return self.unscaled
 
     @model_validator(mode="wrap")
     @classmethod

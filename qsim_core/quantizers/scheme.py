@@ -104,6 +104,10 @@ class Scheme(Quantizer):
         return self
 
     @property
+    def rounds_to(self) -> Format:
+        return self.element
+
+    @property
     def learns(self) -> bool:
         """True if the scales are trained: a site holds them, and `range` only gives their start."""
         return self.gradient == "lsq"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from qsim_core.formats.quantizer import Quantizer
+from qsim_core.formats.quantizer import Granularity, Quantizer
+from qsim_core.quantizers.scales import Scales
 
 
 class Stacked(Quantizer):
@@ -26,9 +29,32 @@ class Stacked(Quantizer):
     def bits_per_element(self, shape: torch.Size) -> float | None:
         return self.each.bits_per_element(shape[1:])
 
+    def scales(self, x: Tensor) -> Scales | None:
+        """Give the scales of all rows [E * rows, B] one below the other; None: the quantizer has none."""
+        found = [self.each.scales(matrix) for matrix in x]
+        if not found or found[0] is None:
+            return None
+        rows = x.shape[1] if self.each.granularity == "tensor" else 1
+        zeros = [scales.zero.repeat(rows, 1) for scales in found if scales.zero is not None]
+        return Scales(
+            torch.cat([scales.scale.repeat(rows, 1) for scales in found]), torch.cat(zeros) if zeros else None
+        )
+
+    @property
+    def granularity(self) -> Granularity | None:
+        return self.each.granularity
+
+    @property
+    def sharing(self) -> frozenset[Granularity]:
+        return self.each.sharing
+
     @property
     def draws(self) -> bool:
         return self.each.draws
+
+    @property
+    def rounds_to(self) -> Any:
+        return self.each.rounds_to
 
 
 def _stacked(parts: list[Tensor | None]) -> Tensor | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qsim_core.errors import DataError
+from qsim_core.formats.format import Format
 from qsim_core.formats.quantizer import Granularity, SiteQuantizer
 from qsim_core.quantizers.scales import Scales
 from qsim_core.quantizers.scheme import Scheme
@@ -56,6 +57,10 @@ class StaticScheme(SiteQuantizer):
     @property
     def by_rows(self) -> bool:
         return self.granularity == "tensor" or self.scheme.by_rows
+
+    @property
+    def rounds_to(self) -> Format:
+        return self.scheme.rounds_to
 
     @property
     def draws(self) -> bool:

@@ -8,16 +8,20 @@ a call that it does not compute exactly.
 from __future__ import annotations
 
 import functools
+import itertools
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from qsim_core.components.component import Component
 from qsim_core.errors import RecipeError
+from qsim_core.formats.quantizer import SiteQuantizer
+from qsim_core.formats.rounding import working
 from qsim_core.matmuls.call import Call
 from qsim_core.matmuls.layout import Layout
 from qsim_core.quantizers.scales import Scales
@@ -29,53 +33,86 @@ class QuantizedRows:
     """One operand of a product, as an arithmetic gets it: quantized rows with the reduction axis last."""
 
     values: Tensor
-    """The quantized rows [..., R, K]."""
-    quantizer: Any
-    """The quantizer of the rows; None if they are not quantized."""
+    """[..., R, K], quantized."""
+    quantizer: SiteQuantizer | None
+    """The quantizer of the rows; None: they are not quantized."""
     find_scales: Callable[[], Scales | None]
     """Finds the scales of the rows when an arithmetic first asks for them."""
 
+    @classmethod
+    def of(cls, quantizer: SiteQuantizer | None, rows: Tensor) -> QuantizedRows:
+        """Quantize rows [..., R, K]; without a quantizer they stay as they are."""
+        if quantizer is None:
+            return cls(rows, None, lambda: None)
+        return cls(quantizer.quantize(rows), quantizer, lambda: quantizer.scales(rows))
+
     @functools.cached_property
     def scales(self) -> Scales | None:
-        """The scales and zero points of the rows, [R or 1, B or 1] with all leading axes in R; None without scales."""
-        return self.find_scales()
+        """The scales and zero points of the rows, [R or 1, B or 1] over all leading axes; None: without."""
+        return self.find_scales() if self.values.numel() else None
 
     @property
     def element(self) -> Any:
-        """The number format of the scaled values. Raises `RecipeError` if the quantizer has none."""
-        plain = getattr(self.quantizer, "plain", None)
-        element = getattr(plain, "element", None) or getattr(plain, "unscaled", None)
+        """The number format of the values in units of their scales. Raises `RecipeError` without it."""
+        element = None if self.quantizer is None else self.quantizer.rounds_to
         if element is None:
-            raise RecipeError(f"{self.quantizer or 'no quantizer'} has no element format")
+            raise RecipeError(f"{self.quantizer or 'no quantizer'} has no number format")
         return element
 
     @functools.cached_property
     def scale(self) -> Tensor:
-        """The scale of each value, [..., R, K] or a shape that broadcasts to it; 1 without scales."""
+        """The scale of each value: [..., R, K], with 1 in place of an axis along which it is the same."""
         found = self.scales
         if found is None:
-            return torch.ones((), dtype=self.values.dtype, device=self.values.device)
-        rows, length = self.values.shape[:-1], self.values.shape[-1]
-        blocks = found.scale.shape[-1]
-        if blocks > 1:
-            wide = found.scale.repeat_interleave(self.block, -1)[:, :length]
-        else:
-            wide = found.scale
-        return wide.view(*rows, -1) if len(wide) > 1 or not rows else wide
+            return torch.ones(1, 1, dtype=working(self.values).dtype, device=self.values.device)
+        *leading, rows, length = self.values.shape
+        scale, blocks = found.scale, found.scale.shape[-1]
+        if len(scale) > 1:
+            height = min(self._shared[0], rows)
+            scale = scale.reshape(*leading, -(-rows // height), blocks)
+            scale = scale.repeat_interleave(height, -2)[..., :rows, :] if height > 1 else scale
+        return scale.repeat_interleave(self.block, -1)[..., :length] if blocks > 1 else scale
 
     @property
     def block(self) -> int:
-        """The number of columns that share a scale; K if a whole row shares one."""
-        granularity = getattr(self.quantizer, "granularity", None)
-        length = self.values.shape[-1]
-        return min(granularity, length) if isinstance(granularity, int) else length
+        """The number of columns that share a scale; K where all of a row does."""
+        return min(self._shared[1], self.values.shape[-1])
+
+    @property
+    def _shared(self) -> tuple[int, int]:
+        """The rows and the columns that share a scale, at most."""
+        granularity = None if self.quantizer is None else self.quantizer.granularity
+        if isinstance(granularity, tuple):
+            return granularity
+        return 1, granularity if isinstance(granularity, int) else sys.maxsize
 
     @functools.cached_property
     def units(self) -> Tensor:
-        """The values divided by their scales, [..., R, K]: values of the element format, whole numbers for integers."""
-        scale = self.scale
-        exact = self.values / torch.where(scale == 0, 1.0, scale)
-        return exact.round() if self.element.is_integer else exact
+        """The values in units of their scales, [..., R, K]: the number format's own; a code less its zero point."""
+        element, scale = self.element, self.scale
+        exact = working(self.values) / torch.where(scale == 0, 1.0, scale)
+        rounded: Tensor = exact.round() if element.is_integer else element.replace(rounding="even").quantize(exact)
+        return rounded
+
+    def blocks_with(self, other: QuantizedRows) -> Iterator[tuple[Block, Block]]:
+        """Go along the reduction axis in blocks of columns that share a scale in both operands."""
+        length = self.values.shape[-1]
+        starts = {start for rows in (self, other) for start in range(0, length, max(rows.block, 1))}
+        for first, last in itertools.pairwise([*sorted(starts), length]):
+            yield self._columns(first, last), other._columns(first, last)
+
+    def _columns(self, first: int, last: int) -> Block:
+        scale = self.scale if self.scale.shape[-1] == 1 else self.scale[..., first : first + 1]
+        return Block(self.units[..., first:last], scale)
+
+
+class Block(NamedTuple):
+    """Some columns of an operand's rows that share a scale."""
+
+    units: Tensor
+    """The values in units of their scales, [..., R, n]."""
+    scale: Tensor
+    """The scale of each row, [..., R or 1, 1]."""
 
 
 class Arithmetic(Component):
@@ -105,6 +142,36 @@ class Arithmetic(Component):
         `roles` are the roles of the operands. `quantizers` are those of the operands, and then that of the result.
         """
         return None
+
+
+class Accumulator(Arithmetic):
+    """Adds up codes, whose scales are multiplied afterwards. One method to write: `add_up`.
+
+    A product is the sum over the blocks that share scales s and t in both operands: add_up(x / s, w / t) s t, with s, t
+    and their sum in float32. Under a scale for each row or for the tensor, all of a row is one block.
+    """
+
+    integers: ClassVar[bool] = False
+    """True if it adds up integers only."""
+
+    @abstractmethod
+    def add_up(self, left: Tensor, right: Tensor) -> Tensor:
+        """Multiply and add up codes `[..., M, n]` and `[..., N, n]`, values of their number formats: `[..., M, N]`."""
+
+    def multiply(self, left: QuantizedRows, right: QuantizedRows) -> Tensor:
+        parts = (
+            self.add_up(first.units, second.units) * first.scale * second.scale.transpose(-1, -2)
+            for first, second in left.blocks_with(right)
+        )
+        return functools.reduce(torch.add, parts).to(left.values.dtype)
+
+    def check(self, quantizers: Sequence[Any]) -> None:
+        """Raise `RecipeError` unless both operands have a number format, and integers if it needs these."""
+        formats = [quantizer.rounds_to for quantizer in quantizers if quantizer is not None]
+        if len(formats) < len(quantizers) or None in formats:
+            raise RecipeError("it takes a number format on both operands, alone or under scales")
+        if self.integers and not all(number_format.is_integer for number_format in formats):
+            raise RecipeError("it takes integers on both operands")
 
 
 class Float32(Arithmetic):

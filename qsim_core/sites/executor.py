@@ -19,7 +19,8 @@ from qsim_core.formats.quantizer import Quantizer
 from qsim_core.formats.random_bits import at
 from qsim_core.matmuls.call import Call
 from qsim_core.matmuls.layout import LAST, Layout
-from qsim_core.sites.arithmetic import Arithmetic, ExactArithmetic, Lowering, lowering_of
+from qsim_core.quantizers.scales import Scales
+from qsim_core.sites.arithmetic import FLOAT32, Arithmetic, ExactArithmetic, Lowering, lowering_of
 from qsim_core.sites.call_stack import CallStack, Reusable, recomputing, reusable
 from qsim_core.sites.operand import Operand, operands_of
 from qsim_core.sites.quantized_weights import Weight, Weights
@@ -53,17 +54,18 @@ class Execution:
         """Quantize one operand."""
         if operand.quantizer is None:
             return operand.tensor
-        return operand.layout.back(operand.quantizer.quantize(operand.rows.detach()))
+        with at(f"{self.site.name}:{operand.role}", 0 if operand.role == "weight" else self.site.calls):
+            return operand.layout.back(operand.quantizer.quantize(operand.rows.detach()))
 
-    def weight_scales(self) -> Any:
-        """The scales of a weight whose original values were overwritten; None for any other."""
+    def weight_scales(self) -> Scales | None:
+        """Give the scales of a weight whose original values are gone; None: they are there."""
         return None
 
     def product(self, values: Sequence[Tensor]) -> Tensor:
         """Multiply the quantized operands. A mask is left out if the result is quantized; `finished` adds it."""
         call = self.call
         if self.arithmetic.simulates:
-            call = simulated(self.site, call, self.operands, self.weight_scales())
+            call = simulated(self.site, call, self.operands, self.weight_scales)
         if self.call.masked and self.output is not None:
             return call.multiply(*values)
         product: Tensor = call.run(values)
@@ -89,22 +91,39 @@ class Execution:
         return rounded
 
 
+def known_scales(weights: Weights, operands: Sequence[Operand]) -> Scales | None:
+    """Give the scales of the operands' weight if its original values are gone; None: they are there.
+
+    Raises `RecipeError` if a transform has put the weight on its grid and has not given the scales.
+    """
+    for operand in operands:
+        if operand.weight is None or operand.quantizer is None:
+            continue
+        found = weights.scales_of(operand.weight, operand.tensor, operand.layout)
+        scaled = operand.quantizer.granularity not in (None, "element")
+        if found is None and scaled and operand.weight.name in weights.pinned:
+            raise RecipeError(f"{operand.weight.name}: a transform has quantized it and has not given its scales")
+        return found
+    return None
+
+
 def tried(
     site: Site, call: Call, weights: Weights, roles: Iterable[str] = ("input", "input2", "weight", "output")
 ) -> Tensor:
     """Compute a call that a watcher sees as its site would compute it, without a change to the model.
 
-    Only the given roles are quantized. A weight that a transform has quantized is taken as it is. Raises
-    `RecipeError` for a role that needs a static scale: static scales are found after all transforms.
+    Only the given roles are quantized; a product of which an operand is not among them is computed in float32. A weight
+    that a transform has put on its grid is taken as it is. Raises `RecipeError` where a static scale is needed: these
+    are found after all transforms.
     """
     wanted = set(roles)
     met = [
-        Weight(site.weight or "", operand, owned=False) if place == call.weight else None
+        Weight(site.weight or "", operand, owned=True) if place == call.weight else None
         for place, operand in enumerate(call.operands)
     ]
 
     def quantizer_of(role: str) -> Any:
-        if role not in wanted or (role == "weight" and site.weight in weights.pinned):
+        if role not in wanted:
             return None
         planned = site.planned(role)
         if planned is not None and role not in site.fixed and role != "weight" and planned.needs_held_scales(role):
@@ -113,7 +132,24 @@ def tried(
 
     with torch.no_grad():
         operands = operands_of(site, call, met, quantizer_of)
-        return Execution(site, call, operands, quantizer_of("output")).result()
+        whole = wanted >= {operand.role for operand in operands}
+        arithmetic = site.plan.arithmetic if whole else FLOAT32
+        return TriedExecution(site, call, operands, quantizer_of("output"), arithmetic, weights=weights).result()
+
+
+class TriedExecution(Execution):
+    """A call under the quantizers of its site, in a model that is not quantized yet."""
+
+    def __init__(self, *arguments: Any, weights: Weights) -> None:
+        super().__init__(*arguments)
+        self.weights = weights
+
+    def quantized(self, operand: Operand) -> Tensor:
+        pinned = operand.weight is not None and operand.weight.name in self.weights.pinned
+        return operand.tensor if pinned else super().quantized(operand)
+
+    def weight_scales(self) -> Scales | None:
+        return known_scales(self.weights, self.operands)
 
 
 class LiveExecution(Execution):
@@ -174,11 +210,8 @@ class LiveExecution(Execution):
         """Quantize one operand: a weight once for all calls, an input once for the consecutive calls that share it."""
         return self._weight(operand) if operand.weight is not None else self._input(operand)
 
-    def weight_scales(self) -> Any:
-        for operand in self.operands:
-            if operand.weight is not None and operand.quantizer is not None:
-                return self.weights.scales_of(operand.weight, operand.tensor, operand.layout)
-        return None
+    def weight_scales(self) -> Scales | None:
+        return known_scales(self.weights, self.operands)
 
     def _weight(self, operand: Operand) -> Tensor:
         quantizer, weight = operand.quantizer, operand.weight

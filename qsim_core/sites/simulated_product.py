@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -30,9 +30,9 @@ class SimulatedCall(Call):
 
     arithmetic: Arithmetic = None  # type: ignore[assignment]
     quantized: tuple[Operand, ...] = ()
-    """The operands before quantization, with their quantizers."""
-    weight_scales: Scales | None = None
-    """The scales of a weight that was overwritten with its quantized values; None for any other."""
+    """The operands before they were quantized, with their quantizers."""
+    weight_scales: Callable[[], Scales | None] = lambda: None
+    """Gives the scales of a weight whose original values are gone; None: they are there."""
     site: str = ""
     step: int = 0
     """The count of the site's calls, which selects the random numbers."""
@@ -66,15 +66,17 @@ class SimulatedCall(Call):
         def scales() -> Scales | None:
             if operand.quantizer is None:
                 return None
-            if operand.role == "weight" and self.weight_scales is not None:
-                return self.weight_scales
+            if operand.role == "weight" and (kept := self.weight_scales()) is not None:
+                return kept
             found: Scales | None = operand.quantizer.scales(torch.atleast_2d(operand.rows.detach()))
             return found
 
         return QuantizedRows(torch.atleast_2d(self.layouts[place].rows(values)), operand.quantizer, scales)
 
     def _product(self, left: QuantizedRows, right: QuantizedRows) -> Tensor:
-        """Multiply rows `[..., M, K]` and `[..., N, K]` to `[..., M, N]`."""
+        """Multiply rows `[..., M, K]` and `[..., N, K]` to `[..., M, N]`; a sum of nothing is zero."""
+        if not left.values.numel() or not right.values.numel():
+            return left.values @ right.values.transpose(-1, -2)
         with at(f"{self.site}:product", self.step):
             return self.arithmetic.multiply(left, right)
 
@@ -130,7 +132,9 @@ def check_arithmetic(site: Site, call: Call, operands: Sequence[Operand]) -> Non
         raise RecipeError(f"{site.name}: {arithmetic} cannot multiply {stand}: {error}") from None
 
 
-def simulated(site: Site, call: Call, operands: Sequence[Operand], weight_scales: Scales | None) -> SimulatedCall:
+def simulated(
+    site: Site, call: Call, operands: Sequence[Operand], weight_scales: Callable[[], Scales | None]
+) -> SimulatedCall:
     """Turn a call into one that the site's arithmetic computes. Raises `RecipeError` if it cannot."""
     check_arithmetic(site, call, operands)
     own = {field.name: getattr(call, field.name) for field in fields(Call)}

@@ -11,9 +11,10 @@ one method. This package needs pytest, and nothing else of qsim imports it.
 from __future__ import annotations
 
 from qsim_core.testing.adapter import AdapterSuite
+from qsim_core.testing.arithmetic import ArithmeticSuite
 from qsim_core.testing.calibrator import CalibratorSuite
 from qsim_core.testing.evaluator import EvaluatorSuite
 from qsim_core.testing.quantizer import QuantizerSuite
 from qsim_core.testing.transform import TransformSuite
 
-__all__ = ["AdapterSuite", "CalibratorSuite", "EvaluatorSuite", "QuantizerSuite", "TransformSuite"]
+__all__ = ["AdapterSuite", "ArithmeticSuite", "CalibratorSuite", "EvaluatorSuite", "QuantizerSuite", "TransformSuite"]

@@ -8,19 +8,25 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from torch import Tensor, nn
 
 import qsim_core as qsim
+from qsim_core.cli.main import main
+from qsim_core.testing import ArithmeticSuite
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def product(x: Tensor, w: Tensor, options: str, of_x: str = "int4", of_w: str = "int4") -> Tensor:
+def product(x: Tensor, w: Tensor, device: str, of_x: str = "int4", of_w: str = "int4", scheme: str = "n=64") -> Tensor:
     """Of rows `[M, K]` and `[N, K]`, quantized and multiplied by the device."""
-    left, right = qsim.parse(f"abfp({of_x}, {options})"), qsim.parse(f"abfp({of_w}, {options})")
-    return left.multiplier(left(x), right(w), (left, right))  # type: ignore[no-any-return]
+    left, right = (
+        qsim.QuantizedRows.of(qsim.parse(f"abfp({element}, {scheme})"), rows)
+        for element, rows in ((of_x, x), (of_w, w))
+    )
+    return qsim.parse(f"analog({device})").multiply(left, right)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(("gain", "expected"), [(1, 4 + 8), (4, 3.5 + 7), (2, 5 + 7)])
@@ -32,7 +38,7 @@ def test_a_product_by_hand(gain: int, expected: float) -> None:
     """
     x, w = torch.tensor([[7.0, -2, 2, 2]]), torch.tensor([[1.0, 1, 7, -3]])
 
-    found = product(x, w, f"n=2, scale=none, adc=4, gain={gain}")
+    found = product(x, w, f"adc=4, gain={gain}", scheme="n=2, scale=none")
 
     assert found.item() == pytest.approx(13 if gain == 2 else expected, rel=1e-6)
 
@@ -66,7 +72,7 @@ def by_the_book(x: Tensor, w: Tensor, n: int, adc: int, gain: int, of_x: str, of
 def test_it_is_what_fractions_give(n: int, adc: int, gain: int, of_x: str, of_w: str) -> None:
     x, w = noise(6, 75) * 3, noise(9, 75, seed=1)
 
-    found = product(x, w, f"n={n}, adc={adc}, gain={gain}", of_x, of_w)
+    found = product(x, w, f"adc={adc}, gain={gain}", of_x, of_w, f"n={n}")
 
     expected = by_the_book(x, w, n, adc, gain, of_x, of_w)
     assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
@@ -99,26 +105,26 @@ class TestNoise:
         """Of sums that are 0.25 of a step half a step of noise makes 0.25 on average, in 4,000 draws."""
         x, w = torch.ones(4000, 8), torch.tensor([[1.0] * 5 + [-1.0] * 3])
 
-        assert product(x, w, "n=8, scale=none, adc=2")[0].item() == 0
-        found = product(x, w, "n=8, scale=none, adc=2, noise=0.5") / 8
+        assert product(x, w, "adc=2", scheme="n=8, scale=none")[0].item() == 0
+        found = product(x, w, "adc=2, noise=0.5", scheme="n=8, scale=none") / 8
         assert found.unique().tolist() == pytest.approx([0, 1])
         assert float(found.mean()) == pytest.approx(0.25, abs=0.03)
 
     def test_it_depends_on_seed_and_tile(self) -> None:
         x = torch.ones(50, 16)
-        first, again, other = (product(x, x, f"n=8, adc=6, noise=2, seed={seed}") for seed in (0, 0, 1))
+        first, again, other = (product(x, x, f"adc=6, noise=2, seed={seed}", scheme="n=8") for seed in (0, 0, 1))
 
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
-        halves = product(x[:, :8], x[:, :8], "n=8, adc=6, noise=2, seed=0")
+        halves = product(x[:, :8], x[:, :8], "adc=6, noise=2", scheme="n=8")
         assert not torch.equal(first, 2 * halves)
 
     def test_a_site_draws_anew_each_time_and_a_run_the_same(self) -> None:
         model, x = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 8)), noise(4, 64)
 
         def outputs() -> list[Tensor]:
-            text = "abfp(int8, n=8, adc=8, noise=1)"
-            simulation = qsim.simulate(model, weights=text, activations=text, example=x)
+            text, device = "abfp(int8, n=8)", "analog(adc=8, noise=1)"
+            simulation = qsim.simulate(model, weights=text, activations=text, arithmetic=device, example=x)
             with torch.no_grad():
                 found = [model(x), model(x)]
             simulation.restore()
@@ -130,7 +136,7 @@ class TestNoise:
         assert not torch.equal(first[0], first[1])
 
     def test_a_tile_of_zeros_is_zero(self) -> None:
-        assert product(torch.zeros(2, 8), noise(3, 8), "n=8, adc=8, noise=1").tolist() == [[0, 0, 0]] * 2
+        assert product(torch.zeros(2, 8), noise(3, 8), "adc=8, noise=1", scheme="n=8").tolist() == [[0, 0, 0]] * 2
 
 
 class Products(nn.Module):
@@ -150,8 +156,8 @@ class Products(nn.Module):
         return torch.bmm(attended, y.transpose(1, 2)) + (attended @ y[0, 0]).unsqueeze(-1)
 
 
-def simulated(model: nn.Module, example: Any, text: str, **options: Any) -> Tensor:
-    simulation = qsim.simulate(model, weights=text, activations=text, example=example, **options)
+def simulated(model: nn.Module, example: Any, text: str, device: str = "auto", **options: Any) -> Tensor:
+    simulation = qsim.simulate(model, weights=text, activations=text, arithmetic=device, example=example, **options)
     try:
         with torch.no_grad():
             return model(example)  # type: ignore[no-any-return]
@@ -167,9 +173,11 @@ def test_every_product_of_matrices_goes_through_it(outputs: str | None) -> None:
     plain = simulated(model, x, "abfp(int16, n=16, scale=none)", **options)
 
     assert torch.allclose(
-        simulated(model, x, "abfp(int16, n=16, scale=none, adc=32)", **options), plain, rtol=5e-3, atol=5e-3
+        simulated(model, x, "abfp(int16, n=16, scale=none)", "analog(adc=32)", **options), plain, rtol=5e-3, atol=5e-3
     )
-    assert not torch.allclose(simulated(model, x, "abfp(int16, n=16, scale=none, adc=6)", **options), plain, rtol=0.01)
+    assert not torch.allclose(
+        simulated(model, x, "abfp(int16, n=16, scale=none)", "analog(adc=6)", **options), plain, rtol=0.01
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,10 +194,10 @@ def test_a_convolution_is_a_product_of_patches(layer: nn.Module, shape: tuple[in
     with torch.no_grad():
         exact = layer(x)
 
-    found = simulated(layer, x, "abfp(int16, n=16, scale=none, adc=32)")
+    found = simulated(layer, x, "abfp(int16, n=16, scale=none)", "analog(adc=32)")
 
     assert torch.allclose(found, exact, rtol=1e-3, atol=1e-3)
-    assert simulated(layer, x, "abfp(int8, n=16, adc=8)").shape == exact.shape
+    assert simulated(layer, x, "abfp(int8, n=16)", "analog(adc=8)").shape == exact.shape
 
 
 def test_patches_are_quantized_as_vectors_of_patches() -> None:
@@ -197,17 +205,17 @@ def test_patches_are_quantized_as_vectors_of_patches() -> None:
     patches = F.unfold(x, 2).unflatten(1, (2, 4)).permute(0, 3, 2, 1).flatten(2)[0]  # inputs fastest
     rows = layer.weight.detach().permute(0, 2, 3, 1).flatten(1)
 
-    found = simulated(layer, x, "abfp(int4, n=4, adc=6)")
+    found = simulated(layer, x, "abfp(int4, n=4)", "analog(adc=6)")
 
-    assert torch.allclose(found[0].flatten(1).T, product(patches, rows, "n=4, adc=6"), atol=1e-6)
+    assert torch.allclose(found[0].flatten(1).T, product(patches, rows, "adc=6", scheme="n=4"), atol=1e-6)
 
 
 def test_its_gradient_is_the_float_products() -> None:
     layer, x = nn.Linear(40, 8), noise(3, 40).requires_grad_()
-    text = "abfp(int8, n=8, scale=none{})"
+    text = "abfp(int8, n=8, scale=none)"
     gradients = []
-    for device in ("", ", adc=8"):
-        simulation = qsim.simulate(layer.train(), weights=text.format(device), activations=text.format(device))
+    for device in ("float32", "analog(adc=8)"):
+        simulation = qsim.simulate(layer.train(), weights=text, activations=text, arithmetic=device)
         layer(x).sum().backward()
         gradients.append((x.grad, layer.weight.grad))
         x.grad = layer.weight.grad = None
@@ -219,59 +227,96 @@ def test_its_gradient_is_the_float_products() -> None:
 
 def test_the_audit_says_what_multiplied() -> None:
     model, x = nn.Sequential(nn.Linear(8, 8)), noise(2, 8)
-    text = "abfp(int4, n=8, adc=8, gain=4.0, noise=0.5)"
+    device = "analog(8, gain=4.0, noise=0.5)"
 
-    audit = qsim.simulate(model, weights=text, activations=text, example=x).audit()
+    simulation = qsim.simulate(model, weights="abfp(int4)", activations="abfp(int8)", arithmetic=device, example=x)
 
-    assert audit.notes == [
-        "0: multiplied by an analog device (tiles of 8, an ADC of 8 bits, gain 4, noise up to 0.5 of its steps)"
-    ]
-    assert str(qsim.parse(text)) == text
+    assert [site.arithmetic for site in simulation.audit().sites] == [device]
+    assert str(simulation.recipe.arithmetic) == device
 
 
-class Einsum(nn.Module):
-    """A product that is no product of two matrices."""
+class Attention(nn.Module):
+    """Products of activations."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("bij,bij->b", x, x)
-
-
-DEVICE = "an analog device (tiles of 64, an ADC of 8 bits, gain 1)"
+        return F.scaled_dot_product_attention(x, x, x)
 
 
 @pytest.mark.parametrize(
     ("model", "recipe", "message"),
     [
-        (nn.Linear(4, 4), {"weights": "abfp(adc=8)"},
-         f"weight: {DEVICE} multiplies two operands that are quantized for it, and here stand no quantizer and abfp(int4, adc=8)"),
-        (nn.Linear(4, 4), {"weights": "abfp(adc=8)", "activations": "abfp(int8, adc=8, gain=2)"},
-         "weight: an analog device (tiles of 64, an ADC of 8 bits, gain 2) multiplies two operands that are quantized for it, and "
-         "here stand abfp(int8, adc=8, gain=2.0) and abfp(int4, adc=8)"),
-        (Einsum(), {"activations": "abfp(adc=8)"},
-         f":matmul.0: {DEVICE} multiplies matrices, and this is einsum; leave it alone with skip, or name other quantizers "
-         "for it in overrides"),
+        (nn.Linear(4, 4), {"weights": "abfp"},
+         "weight: analog(8) cannot multiply no quantizer and abfp(int4): it takes abfp on both operands"),
+        (nn.Linear(4, 4), {"weights": "abfp", "activations": "int8"},
+         "weight: analog(8) cannot multiply token(int8) and abfp(int4): it takes abfp on both operands"),
+        (nn.Linear(4, 4), {"weights": "abfp", "activations": "abfp(int8, n=32)"},
+         "weight: analog(8) cannot multiply abfp(int8, n=32) and abfp(int4): it takes vectors of one length n"),
+        (nn.Linear(4, 4), {"weights": "abfp(scale=e8m0)", "activations": "abfp"},
+         "weight: analog(8) cannot multiply abfp(int4) and abfp(int4, scale=e8m0): it takes scales in bf16, or not rounded "
+         "at all"),
+        (nn.Linear(4, 4), {"weights": "abfp(symmetric=false)", "activations": "abfp"},
+         "weight: analog(8) cannot multiply abfp(int4) and abfp(int4, symmetric=false): it takes scales max|x| / "
+         "max(element), found anew for each tensor"),
+        (nn.Linear(4, 4), {"weights": "abfp(rule=floor, scale=none)", "activations": "abfp"},
+         "weight: analog(8) cannot multiply abfp(int4) and abfp(int4, scale=none, rule=floor): it takes scales max|x| / "
+         "max(element), found anew for each tensor"),
+        (Attention(), {"activations": "abfp", "values": "int8"},
+         ":matmul.1: analog(8) cannot multiply abfp(int4) and token(int8): it takes abfp on both operands"),
     ],
 )  # fmt: skip
 def test_what_it_cannot_multiply(model: nn.Module, recipe: dict[str, str], message: str) -> None:
     with pytest.raises(qsim.RecipeError) as error:
-        qsim.simulate(model, **recipe, example=noise(2, 3, 4))
+        qsim.simulate(model, recipe | {"arithmetic": "analog(adc=8)"}, example=noise(2, 3, 4))
         model(noise(2, 3, 4))  # products of activations may get another name, and so other quantizers, until here
 
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("abfp(gain=2)", "gain, noise and seed are an analog device's; say how many bits its adc has, like adc=8"),
-        ("abfp(adc=8, scale=e8m0)", "an analog device has scales max|x| / max(element) in bf16 or not rounded at all"),
-        ("abfp(adc=8, rule=floor, scale=none)", "an analog device has scales max|x| / max(element) in bf16"),
-        ("abfp(adc=8, symmetric=false)", "an analog device has scales max|x| / max(element) in bf16"),
-        ("abfp(adc=1)", "adc"),
-    ],
-)
-def test_options_that_make_no_device(text: str, message: str) -> None:
+@pytest.mark.parametrize("text", ["abfp(int4, adc=8)", "abfp(int4, gain=2)", "abfp(noise=0.5)", "abfp(seed=1)"])
+def test_options_of_the_device_say_where_they_went(text: str) -> None:
     with pytest.raises(qsim.SpecError) as error:
         qsim.parse(text)
 
-    assert message in str(error.value)
+    option = text.removesuffix(")").replace("(", " ").replace(",", "").split()[-1].partition("=")[0]
+    assert str(error.value).startswith(
+        f"abfp has no option {option!r} any more; the analog device is an arithmetic of its own: beside abfp say "
+        f"arithmetic: analog(adc=8, gain=4, noise=0.5) (character "
+    )
+
+
+def test_in_python_and_by_set_they_say_so_too() -> None:
+    with pytest.raises(
+        ValueError, match="abfp has no option 'adc' any more; the analog device is an arithmetic of its"
+    ):
+        qsim.parse("abfp(int4)").replace(adc=8)
+    command = ["evaluate", "opt-tiny", "--plugin", "abfp", "--set", "abfp.adc=8", "--dry-run"]
+
+    outcome = CliRunner().invoke(main, command)
+
+    assert outcome.exit_code == 1
+    assert "Error: abfp has no option 'adc' any more; the analog device is an arithmetic of its own" in outcome.output
+
+
+@pytest.mark.parametrize("text", ["analog(adc=1)", "analog(gain=0)", "analog(noise=-1)"])
+def test_options_that_make_no_device(text: str) -> None:
+    with pytest.raises(qsim.SpecError, match=r"^analog: (adc|gain|noise)"):
+        qsim.parse(text)
+
+
+def test_one_command_evaluates_it() -> None:
+    device = "analog(adc=8, gain=8, noise=0.5)"
+    command = ["evaluate", "opt-tiny", "--plugin", "abfp", "--precision", "w4a8", "--arithmetic", device]
+
+    outcome = CliRunner().invoke(main, [*command, "--limit", "1", "--json", "-"])
+
+    assert outcome.exit_code == 0, outcome.output
+    result = qsim.Result.model_validate_json(outcome.stdout)
+    assert result.simulated["perplexity"] > result.baseline["perplexity"]
+    assert result.recipe["activations"] == "abfp(int8)"
+    assert result.recipe["arithmetic"] == "analog(8, gain=8.0, noise=0.5)"
+
+
+class TestAnalog(ArithmeticSuite):
+    text = ("analog", "analog(adc=6, gain=2, noise=0.5)")
+    weights = "abfp(int4, n=16)"
+    activations = "abfp(int8, n=16)"

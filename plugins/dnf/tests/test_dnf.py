@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import qsim_core as qsim
 from qsim_core.testing import TransformSuite
 
-DEVICE = "abfp(int4, n=16, adc=6)"
+DEVICE = {"weights": "abfp(int4, n=16)", "activations": "abfp(int4, n=16)", "arithmetic": "analog(adc=6)"}
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -28,7 +28,7 @@ def network(*widths: int) -> nn.Sequential:
 
 
 def with_noise(model: nn.Module, x: Tensor, **options: object) -> qsim.Simulation:
-    recipe = {"weights": DEVICE, "activations": DEVICE, "transforms": ["dnf"], **options}
+    recipe = {**DEVICE, "transforms": ["dnf"], **options}
     return qsim.simulate(model, calibration=list(x.split(250)), **recipe)  # type: ignore[arg-type]
 
 
@@ -49,7 +49,7 @@ def test_noise_is_distributed_as_the_errors_are(outputs: str | None) -> None:
 
 def test_evaluation_is_what_it_is_without() -> None:
     (plain, x), noisy = (network(64, 32, 8), noise(500, 64)), network(64, 32, 8)
-    qsim.simulate(plain, weights=DEVICE, activations=DEVICE)
+    qsim.simulate(plain, **DEVICE)
     with_noise(noisy.train(), x)
 
     with torch.no_grad():
@@ -121,7 +121,8 @@ def test_without_calibration_data() -> None:
 
 def test_static_scales_are_not_known_yet() -> None:
     with pytest.raises(qsim.RecipeError) as error:
-        with_noise(network(8, 4), noise(500, 8), weights="int4", activations="tensor(int8, static=true)")
+        static = {"weights": "int4", "activations": "tensor(int8, static=true)", "arithmetic": "auto"}
+        with_noise(network(8, 4), noise(500, 8), **static)
 
     assert str(error.value) == "0: the static scale of its input is found after all transforms"
 
@@ -154,7 +155,8 @@ def accuracy(model: nn.Module) -> float:
 
 def test_a_network_trained_with_it_is_better_on_the_device() -> None:
     """It beats the untrained copy, and a copy that was trained as long without noise."""
-    device = {"weights": "abfp(int8, n=16, adc=4, noise=0.5)", "activations": "abfp(int8, n=16, adc=4, noise=0.5)"}
+    scheme = "abfp(int8, n=16)"
+    device = {"weights": scheme, "activations": scheme, "arithmetic": "analog(adc=4, noise=0.5)"}
     model = network(16, 32, 32, 10)
     train(model, 400, 5e-3, seed=1)
     longer, tuned = copy.deepcopy(model), copy.deepcopy(model)

@@ -1,0 +1,5 @@
+from qsim_core.testing import ArithmeticSuite
+
+
+class TestSaturating(ArithmeticSuite):
+    text = "saturating"
