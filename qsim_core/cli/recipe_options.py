@@ -274,7 +274,7 @@ def with_setting(host: Host, recipe: Recipe, setting: str) -> Recipe:
         parts = {key: change(getattr(component, key)) for key in fields}
         if component.name == name:
             if option not in fields:
-                raise RecipeError(no_option(type(value), option))
+                raise RecipeError(no_option(type(component), option))
             parts[option] = read_value(text.strip(), fields[option].annotation)
         elif all(part is getattr(component, key) for key, part in parts.items()):
             return component  # nothing in it changed, so it keeps its preset's name

@@ -30,8 +30,9 @@ class Accelerator(Protocol):
         the dtype of `x`.
         """
 
-    # An accelerator may also have `attend(sites, query, key, value, …)`, which computes fused attention at its sites, and
-    # `compiled(source, elements)`, which compiles a C++ source of a plugin for this processor. Both may return None.
+    # Two more methods are optional:
+    #   attend(sites, query, key, value, ...) computes fused attention at its sites, or returns None.
+    #   compiled(source, elements) compiles a C++ source of a plugin for this processor, or returns None.
 
 
 _loaded: list[tuple[Accelerator, ...]] = []

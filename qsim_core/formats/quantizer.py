@@ -112,7 +112,7 @@ class Quantizer(SiteQuantizer, Component):
     hook: ClassVar[str] = "qsim_quantizers"
 
     def encode(self, x: Tensor) -> Encoded:
-        """Turn `x` into codes and scales. Raises `QsimError` for a value without a code, or where there are no codes."""
+        """Turn `x` into codes and scales. Raises `QsimError` for a value, or a quantizer, without codes."""
         raise QsimError(f"{self} has no codes: it says how values are rounded, not how they are stored")
 
     def decode(self, encoded: Encoded) -> Tensor:

@@ -34,7 +34,7 @@ class Call:
     weight: int | None = None
     """Which operand is a parameter, or part of one; known once a site has met the call."""
     masked: bool = False
-    """True if the addend is computed, as a mask is, and not a parameter: the product is quantized before it is added."""
+    """True if the addend is computed, as a mask is, and not a parameter; it is added to the quantized product."""
 
     @property
     def input(self) -> Tensor:

@@ -5,7 +5,7 @@ Rounding has no useful derivative, so that of a smooth surrogate stands in its p
     clipped    clamp(x, lowest - half a step, highest + half a step): whatever rounding alone moves passes
     piecewise  clamp(x, lowest, highest), the piecewise linear one of TensorRT's quantization toolkit
     identity   x (Bengio et al., arXiv 1308.3432, section 4)
-    lsq        piecewise for x, and the scales are parameters with a gradient of their own (`qsim_core.quantizers.learned_steps`)
+    lsq        piecewise for x, and the scales are parameters with a gradient of their own (see `learned_steps`)
 
 Scales that are found anew in every tensor count as constants.
 """

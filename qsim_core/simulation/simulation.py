@@ -94,7 +94,7 @@ class Simulation:
         site_state.spread(self.model, self.sites, state)
 
     def folded_state_dict(self) -> tuple[dict[str, Tensor], list[str]]:
-        """Give the model's `state_dict` with weights quantized, and the names of the weights that were left as they are.
+        """Give the model's `state_dict` with weights quantized, and the names of the weights that were left.
 
         Left are tied weights, which other modules use too, and weights that are multiplied along two axes.
         """

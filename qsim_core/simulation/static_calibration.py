@@ -1,4 +1,4 @@
-"""Static calibration: scales found once, in calibration data, and held at the site; also those that training changes."""
+"""Static calibration: scales found once, in calibration data, and held at the site; learned ones start from it."""
 
 from __future__ import annotations
 

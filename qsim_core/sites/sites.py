@@ -4,8 +4,8 @@ Hooks on the model's modules keep a stack, one for each thread, of the modules t
 enters a `TorchFunctionMode`, which sees every call of a torch function: a matmul's operands and result go through the
 quantizers that the recipe has for them. No module is replaced and nothing enters the model's `state_dict`.
 
-A matmul is named by the parameter that is its weight, `model.decoder.layers.0.fc1`. Where both operands are computed, it
-is named by the running module and a count, `model.decoder.layers.0.self_attn:matmul.0`. Two products with a softmax
+A matmul is named by the parameter that is its weight, `model.decoder.layers.0.fc1`. Where both operands are computed,
+it is named by the running module and a count, `model.decoder.layers.0.self_attn:matmul.0`. Two products with a softmax
 between them are attention and get the aliases `…self_attn:qk` and `…self_attn:pv`.
 """
 

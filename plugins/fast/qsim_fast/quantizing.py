@@ -1,4 +1,4 @@
-"""Quantizers in one pass over memory: the same bits as the reference in `qsim_core.quantizers.scheme`, by the native kernels.
+"""Quantizers in one pass over memory: the bits of the reference, by the native kernels.
 
 Where the kernels know how a scheme's scales come about, each block is measured and rounded while it is in the
 processor's registers. Where not (one scale for the tensor, scales of scales) they measure all blocks, the scheme makes

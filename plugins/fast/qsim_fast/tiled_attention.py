@@ -31,7 +31,7 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    """Compute `explicit_attention` by tiles, with the same numbers; None where all heads have to be computed at once."""
+    """Compute `explicit_attention` by tiles, with the same numbers; None where all heads go at once."""
     frame = sites.stack.frames[-1]
     first = frame.products
     met = [site for i in range(2) if (site := sites.table.get(f"{frame.path}:matmul.{first + i}")) is not None]

@@ -12,7 +12,9 @@ LENGTH = 40
 
 def rows(count: int, seed: int) -> torch.Tensor:
     """Rows [count, LENGTH] whose sums of products leave 16 bits and come back."""
-    return torch.randn(count, LENGTH, generator=torch.Generator().manual_seed(seed)).sign() * torch.linspace(9, 6, LENGTH)
+    return torch.randn(count, LENGTH, generator=torch.Generator().manual_seed(seed)).sign() * torch.linspace(
+        9, 6, LENGTH
+    )
 
 
 def codes_and_scales(quantizer: qsim.Scheme, x: torch.Tensor) -> tuple[list[list[int]], np.ndarray]:
