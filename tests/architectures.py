@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -200,7 +202,15 @@ FAMILIES: dict[str, Family] = {
 
 
 def build(name: str) -> nn.Module:
-    """Make a tiny model in eval mode. Norms and biases are random too: transformers' ones and zeros hide mistakes."""
+    """Give a copy of a tiny model in eval mode, which is made once.
+
+    Norms and biases are random too: transformers' ones and zeros hide mistakes.
+    """
+    return copy.deepcopy(_built(name))
+
+
+@functools.cache
+def _built(name: str) -> nn.Module:
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -64,7 +66,12 @@ FAMILIES: dict[str, Callable[..., Any]] = {
 
 
 def make(family: str, attention: str = "eager") -> Any:
-    """`make("llama", "sdpa")`: a tiny model, biases and norms random too, in eval mode."""
+    """`make("llama", "sdpa")`: a copy of a tiny model, biases and norms random too, in eval mode."""
+    return copy.deepcopy(_made(family, attention))
+
+
+@functools.cache
+def _made(family: str, attention: str) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = FAMILIES[family](attention)
