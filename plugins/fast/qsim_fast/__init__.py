@@ -1,4 +1,4 @@
-"""Exact arithmetics for qsim: products computed faster, with the numbers of the float32 reference."""
+"""Exact arithmetics for qsim: they compute products faster, with the numbers of the float32 reference."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The exact arithmetics: products computed faster than float32's, where the numbers are the same.
 
-`int8` adds up whole numbers without any rounding but the last. `bf16` and, on GPUs, `blockwise` round as float32 does,
-in another order of summation. Where another order is not all that differs, an arithmetic has to be asked for by name:
-`tf32` and `fp8` add up with the precision of a GPU's matrix unit.
+`int8` adds up integers exactly and rounds once. `bf16` and, on GPUs, `blockwise` round as float32 does, in another
+order of summation. A recipe has to name `tf32` and `fp8`: they add up with the precision of a GPU's matrix unit.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from qsim_fast.bf16 import BF16Convolution, BF16Product
 from qsim_fast.blockwise import BlockwiseProduct
 from qsim_fast.int8 import Int8Product
 from qsim_fast.kernels import gpu
-from qsim_fast.quantizing import DEVICES, followed
+from qsim_fast.quantizing import DEVICES, needs_reference
 from qsim_fast.tensor_cores import FP8Product, TF32Product
 
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm)
@@ -35,7 +34,7 @@ PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bm
 
 @dataclass(frozen=True)
 class Kind:
-    """The kind of product that a call is, if an exact arithmetic may compute it at all."""
+    """The kind of a call that an exact arithmetic may compute."""
 
     linear: bool
     """True for an input times the rows of a weight."""
@@ -46,10 +45,10 @@ class Kind:
 
 
 class _Exact(ExactArithmetic):
-    """An exact arithmetic of this plugin: it is asked about a call of a known kind."""
+    """An exact arithmetic of this plugin: it plans calls of a known kind."""
 
     def lower(self, call: Call, roles: Sequence[str], quantizers: Sequence[Any]) -> Lowering | None:
-        """Plan the call; None where it is not a plain product of float32 matrices, or not exact."""
+        """Plan the call; None if it is not a plain product of float32 matrices, or not exact."""
         kind = _kind(call, roles, quantizers)
         return None if kind is None else self.plan(call, kind, quantizers)
 
@@ -59,9 +58,9 @@ class _Exact(ExactArithmetic):
 
 
 class INT8(_Exact):
-    """Integers of at most 8 bits, multiplied and added up as such, and scaled once.
+    """Integers of at most 8 bits, multiplied and added up exactly, and scaled once.
 
-    For tensor, token and channel scales of integer formats. Sums are exact in int32, the rest is float64's.
+    For integer formats under tensor, token and channel scales. Sums are exact in int32; scaling is done in float64.
     """
 
     name = "int8"
@@ -69,7 +68,7 @@ class INT8(_Exact):
 
     def worthwhile(self, call: Call) -> bool:
         """True on a GPU, and on processors with VNNI."""
-        return _vnni() or gpu.used_for(call.operands[0])
+        return _vnni() or gpu.computes_on_gpu(call.operands[0])
 
     def plan(self, call: Call, kind: Kind, quantizers: Sequence[Any]) -> Lowering | None:
         if not kind.linear or not all(map(int8.fits, kind.schemes)):
@@ -78,7 +77,7 @@ class INT8(_Exact):
 
 
 class BF16(_Exact):
-    """Values that bfloat16 holds, multiplied as such and added up in float32.
+    """Values that bfloat16 holds, multiplied in bfloat16 and added up in float32.
 
     On CPUs for results that are rounded to bfloat16 anyway; on GPUs for any result.
     """
@@ -88,7 +87,7 @@ class BF16(_Exact):
 
     def worthwhile(self, call: Call) -> bool:
         """True on a GPU, and on processors that multiply bfloat16."""
-        return _multiplies_bf16() or gpu.used_for(call.operands[0])
+        return _multiplies_bf16() or gpu.computes_on_gpu(call.operands[0])
 
     def plan(self, call: Call, kind: Kind, quantizers: Sequence[Any]) -> Lowering | None:
         *operands, output = quantizers
@@ -105,7 +104,7 @@ class BF16(_Exact):
 class Blockwise(_Exact):
     """Codes of at most 8 bits under the scales of their blocks, multiplied by one kernel, on GPUs.
 
-    Codes that share a scale on either side are added up first, integers in int32 and others in float32.
+    Int8Rows that share a scale on either side are added up first, integers in int32 and others in float32.
     """
 
     name = "blockwise"
@@ -113,18 +112,21 @@ class Blockwise(_Exact):
 
     def worthwhile(self, call: Call) -> bool:
         """True on a GPU."""
-        return gpu.used_for(call.operands[0])
+        return gpu.computes_on_gpu(call.operands[0])
 
     def plan(self, call: Call, kind: Kind, quantizers: Sequence[Any]) -> Lowering | None:
         operands = quantizers[:2]
         if not kind.on_a_gpu or kind.convolution or not all(map(blockwise.fits, kind.schemes)):
             return None
-        there = gpu.found(call.operands[0].device) is not None
+        there = gpu.kernels_on(call.operands[0].device) is not None
         return BlockwiseProduct(operands) if there and blockwise.possible(call, operands) else None
 
 
 class TF32(_Exact):
-    """Significands of at most 11 bits, multiplied as TF32 by a GPU. Its sums are not float32's: it is named."""
+    """Significands of at most 11 bits, multiplied as TF32 by a GPU.
+
+    Its sums differ from float32's, so `auto` skips it.
+    """
 
     name = "tf32"
     automatic: ClassVar[bool] = False
@@ -136,9 +138,9 @@ class TF32(_Exact):
 
 
 class FP8(_Exact):
-    """FP8 codes under scales of rows, multiplied by a GPU. Its sums are not float32's: it is named.
+    """FP8 codes under scales of rows, multiplied by a GPU.
 
-    The matrix units of a Hopper GPU add up the products with some 14 bits.
+    Its sums differ from float32's, so `auto` skips it: a Hopper GPU adds up the products with some 14 bits.
     """
 
     name = "fp8"
@@ -150,19 +152,19 @@ class FP8(_Exact):
         return FP8Product(operands) if fitting and tensor_cores.possible_in_fp8(call, operands) else None
 
 
-_asked: tuple[weakref.ref[Call], Kind | None] | None = None
+_last_kind: tuple[weakref.ref[Call], Kind | None] | None = None
 
 
 def _kind(call: Call, roles: Sequence[str], quantizers: Sequence[Any]) -> Kind | None:
-    """The kind of a call, found once for all arithmetics that are asked about it."""
-    global _asked
-    known = _asked
+    """Give the kind of a call, found once for all arithmetics that plan it; None: none of them computes it."""
+    global _last_kind
+    known = _last_kind
     if known is None or known[0]() is not call:
-        _asked = known = weakref.ref(call), _found(call, roles, quantizers)
+        _last_kind = known = weakref.ref(call), _kind_of(call, roles, quantizers)
     return known[1]
 
 
-def _found(call: Call, roles: Sequence[str], quantizers: Sequence[Any]) -> Kind | None:
+def _kind_of(call: Call, roles: Sequence[str], quantizers: Sequence[Any]) -> Kind | None:
     with_weight = len(roles) == 2 and roles[0] == "input" and roles[1] == "weight"
     linear = call.function in LINEAR and with_weight
     products = call.function in PRODUCTS and "weight" not in roles
@@ -172,11 +174,11 @@ def _found(call: Call, roles: Sequence[str], quantizers: Sequence[Any]) -> Kind 
     if torch.is_grad_enabled() and any(quantizer is not None and quantizer.learns for quantizer in quantizers):
         return None
     schemes = tuple(scheme_of(quantizer) for quantizer in quantizers[:2])
-    return Kind(linear, convolution, gpu.used_for(call.operands[0]), schemes)
+    return Kind(linear, convolution, gpu.computes_on_gpu(call.operands[0]), schemes)
 
 
 def _plain(call: Call) -> bool:
-    """Tell if a call is a product of float32 matrices and no more, and no gradient of it is wanted."""
+    """Tell if a call is a product of float32 matrices and no more, without a gradient."""
     if call.kwargs.get("out") is not None or call.kwargs.get("alpha", 1) != 1 or call.kwargs.get("beta", 1) != 1:
         return False
     if not _bias_fits(call):
@@ -185,7 +187,7 @@ def _plain(call: Call) -> bool:
     for operand in call.operands:
         if operand.dtype != torch.float32 or operand.device != device or operand.dim() < 2 or not operand.numel():
             return False
-        if followed(operand):
+        if needs_reference(operand):
             return False
     inner = call.layouts[0].rows(call.operands[0]).shape[-1]
     known = device.type in DEVICES and not torch.is_autocast_enabled(device.type)
@@ -193,11 +195,11 @@ def _plain(call: Call) -> bool:
 
 
 def _bias_fits(call: Call) -> bool:
-    """Tell if the bias of a call, if there is one, is a number for each output, and needs no gradient."""
+    """Tell if a call has no bias, or one number for each output that needs no gradient."""
     if call.function in PRODUCTS or (bias := call.bias) is None:
         return True
     kernel = call.operands[1] if call.function in CONVOLUTIONS else call.layouts[1].rows(call.operands[1])
-    return bias.shape == (len(kernel),) and bias.device == call.operands[0].device and not followed(bias)
+    return bias.shape == (len(kernel),) and bias.device == call.operands[0].device and not needs_reference(bias)
 
 
 @functools.cache

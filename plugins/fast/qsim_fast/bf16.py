@@ -1,10 +1,11 @@
-"""The bf16 path: values that are bfloat16's, multiplied as such where the result is rounded to bfloat16 in any case.
+"""The bf16 arithmetic: operands that bfloat16 holds are multiplied in bfloat16 and added up in float32.
 
-One matmul accumulates in float32 and rounds once. A bias goes through it, as three more columns that hold its upper,
-middle and lower bits: added afterwards it would meet a result that is rounded already. Only the order of summation
-differs from the float32 path's; products that would be subnormal are flushed to zero, so such operands are refused..
+On a CPU the result is rounded to bfloat16, so this is exact only where the recipe rounds it so. The product is added up
+in float32 and rounded once. A bias has to be added before that: it is three more columns of the operands, with its
+upper, middle and lower bits. Only the order of summation differs from float32's. Subnormal products are flushed to
+zero, so operands with too small values are refused.
 
-A GPU gives the sums in float32, whatever they are rounded to afterwards, if anything.
+A GPU gives the sums in float32, so the result may have any format.
 """
 
 from __future__ import annotations
@@ -26,81 +27,88 @@ from qsim_core.quantizers.static_scale import StaticScheme, scheme_of
 from qsim_core.sites.arithmetic import Lowering
 from qsim_core.sites.workspace import Memory, empty
 from qsim_fast import quantizing
-from qsim_fast.kernels.interface import buffer
-from qsim_fast.kernels.native import library
-from qsim_fast.significands import SMALLEST, significand_factored, significand_of, smallest_of
+from qsim_fast.kernels.arguments import buffer
+from qsim_fast.kernels.native import kernels_for
+from qsim_fast.significands import (
+    SMALLEST_SAFE,
+    significand_bits_of,
+    significand_bits_without_tensor_scale,
+    smallest_magnitude,
+)
 
 SIGNIFICAND = 8
-"""Bits of bfloat16's, the hidden one counted."""
+"""The bits of a bfloat16 significand, the hidden one included."""
 PARTS = 3
-"""A float32 number is the sum of so many bfloat16 numbers."""
+"""The number of bfloat16 numbers that a float32 number is the sum of."""
 TINIEST = torch.tensor(2.0**-133, dtype=torch.bfloat16)
 ONES = torch.ones(1, PARTS, dtype=torch.bfloat16)
 
 
 def fits(scheme: Any) -> bool:
-    """Whether a scheme's values have bfloat16's significand; their exponents are looked at when they are there."""
-    return significand_of(scheme) <= SIGNIFICAND
+    """Tell if bfloat16 holds the significands of a scheme's values. The exponents are checked with the values."""
+    return significand_bits_of(scheme) <= SIGNIFICAND
 
 
 def fits_factored(scheme: Any) -> bool:
-    """Whether they have it without the scale that all of its scales have (NVFP4's)."""
-    return fits(scheme) or significand_factored(scheme) <= SIGNIFICAND
+    """Tell if bfloat16 holds the significands, or those of the values divided by their tensor scale (NVFP4)."""
+    return fits(scheme) or significand_bits_without_tensor_scale(scheme) <= SIGNIFICAND
 
 
 @dataclass(frozen=True)
-class Half:
+class BFloat16Rows:
     """An operand's values in bfloat16, rows [..., K], or [..., K + PARTS] where a bias goes with them."""
 
     rows: Tensor
     wider: bool = False
     factor: Tensor | None = None
-    """What all of them are still to be multiplied by, a number."""
+    """The tensor scale, by which the values are still to be multiplied."""
     exact: Callable[[], Tensor] | None = None
-    """With a factor: their values, which are rounded more than once."""
+    """With a factor: a function that gives the reference's values, which are rounded more than once."""
 
     def values(self) -> Tensor:
-        """The same in float32, without the bias."""
+        """Compute the values in float32, without the columns for a bias."""
         if self.exact is not None:
             return self.exact()
         return (self.rows[..., :-PARTS] if self.wider else self.rows).float()
 
 
-def half(quantizer: Any, rows: Tensor, beside: Tensor | None = None, memory: Memory | None = None) -> Half | None:
-    """Rows [..., K] quantized, in bfloat16, and `beside` them columns [rows or 1, PARTS] for a bias.
+def bfloat16_rows(
+    quantizer: Any, rows: Tensor, beside: Tensor | None = None, memory: Memory | None = None
+) -> BFloat16Rows | None:
+    """Quantize rows [..., K] to bfloat16, and put columns [rows or 1, PARTS] for a bias `beside` them.
 
-    None where a product would meet a value that is flushed to zero.
+    None if a product with a value may be flushed to zero.
     """
     rows = rows.detach()
     if not fits(scheme_of(quantizer)):
-        values, factor = quantizing.factored(quantizer, rows)
+        values, factor = quantizing.without_tensor_scale(quantizer, rows)
         exact = functools.partial(quantizer.quantize, rows)
-        return None if _flushed(quantizer, values) else Half(values, factor=factor, exact=exact)
+        return None if _flushed(quantizer, values) else BFloat16Rows(values, factor=factor, exact=exact)
     if beside is None:
         values = _rounded(quantizer, rows, None, memory)
-        return None if _flushed(quantizer, values) else Half(values)
+        return None if _flushed(quantizer, values) else BFloat16Rows(values)
     length = rows.shape[-1]
     wide = empty(memory, rows.numel() // length, length + PARTS, dtype=torch.bfloat16, device=rows.device)
     _rounded(quantizer, rows, wide[:, :-PARTS])
     wide[:, -PARTS:] = beside
-    return None if _flushed(quantizer, wide) else Half(wide.view(*rows.shape[:-1], -1), wider=True)
+    return None if _flushed(quantizer, wide) else BFloat16Rows(wide.view(*rows.shape[:-1], -1), wider=True)
 
 
 def _rounded(quantizer: Any, rows: Tensor, out: Tensor | None, memory: Memory | None = None) -> Tensor:
-    """Rows [..., K] quantized in bfloat16, into `out` [rows, K] if there is one."""
+    """Quantize rows [..., K] in bfloat16, into `out` [rows, K] if there is one."""
     scheme, static = scheme_of(quantizer), quantizer.scales(rows) if isinstance(quantizer, StaticScheme) else None
     if isinstance(scheme, Scheme):
         matrix = rows if out is None else rows.reshape(out.shape)
         if (fast := quantizing.quantize(scheme, matrix, static, torch.bfloat16, out, memory=memory)) is not None:
             return fast
     values: Tensor = quantizer.quantize(rows)
-    half = values.to(torch.bfloat16)
-    half = torch.where((half == 0) & (values != 0), TINIEST, half)  # so that what was lost shows
-    return half if out is None else out.copy_(half.reshape(out.shape))
+    narrow = values.to(torch.bfloat16)
+    narrow = torch.where((narrow == 0) & (values != 0), TINIEST, narrow)  # `_flushed` sees that it is too small
+    return narrow if out is None else out.copy_(narrow.reshape(out.shape))
 
 
 def in_parts(bias: Tensor) -> Tensor | None:
-    """A bias [N] as the sum of bfloat16 numbers [N, PARTS]; None where that is not exact."""
+    """Split a bias [N] into bfloat16 numbers [N, PARTS] whose sum it is; None if that is not exact."""
     parts, rest = [], bias.detach().float()
     for _ in range(PARTS):
         parts.append(rest.to(torch.bfloat16))
@@ -109,22 +117,25 @@ def in_parts(bias: Tensor) -> Tensor | None:
 
 
 def _flushed(quantizer: Any, values: Tensor) -> bool:
-    """Whether a value other than zero is so small that a product with it may be flushed."""
-    if smallest_of(scheme_of(quantizer)) >= SMALLEST:
+    """Tell if a non-zero value is so small that a product with it may be flushed to zero."""
+    if smallest_magnitude(scheme_of(quantizer)) >= SMALLEST_SAFE:
         return False
-    if (kernels := library(values.numel(), values.device)) is not None and _dense(values):
-        return kernels.any_below(values, SMALLEST)
-    return bool(((values != 0) & (values.abs() < SMALLEST)).any())
+    if (kernels := kernels_for(values.numel(), values.device)) is not None and _dense(values):
+        return kernels.any_below(values, SMALLEST_SAFE)
+    return bool(((values != 0) & (values.abs() < SMALLEST_SAFE)).any())
 
 
 def _dense(x: Tensor) -> bool:
-    """Whether memory holds the values of `x` one after another, in any order of the axes."""
+    """Tell if memory holds the values of `x` one after another, in any order of the axes."""
     order = sorted(range(x.dim()), key=lambda axis: (x.stride(axis), x.shape[axis]), reverse=True)
     return x.permute(order).is_contiguous()
 
 
-def linear(x: Half, weight: Half, bias: Tensor | None) -> Tensor | None:
-    """Rows [..., K] times the rows of a weight [N, K], and a bias [N], rounded once, in float32; None: not exact."""
+def linear(x: BFloat16Rows, weight: BFloat16Rows, bias: Tensor | None) -> Tensor | None:
+    """Multiply rows [..., K] by the rows of a weight [N, K], and add a bias [N]; None if that is not exact.
+
+    The result is rounded to bfloat16 once, and comes in float32.
+    """
     if bias is not None:
         if (parts := in_parts(bias)) is None:
             return None
@@ -136,8 +147,8 @@ def linear(x: Half, weight: Half, bias: Tensor | None) -> Tensor | None:
     return F.linear(x.rows, weight.rows).float()
 
 
-def unrounded(call: Call, first: Half, second: Half) -> Tensor:
-    """The product of two operands on a GPU, and a bias, in float32."""
+def unrounded(call: Call, first: BFloat16Rows, second: BFloat16Rows) -> Tensor:
+    """Multiply two operands on a GPU, and add a bias, in float32."""
     factors = [operand.factor for operand in (first, second) if operand.factor is not None]
     linear = call.function in LINEAR
     left, right = first.rows, second.rows.T if linear else call.layouts[1].back(second.rows)
@@ -148,19 +159,19 @@ def unrounded(call: Call, first: Half, second: Half) -> Tensor:
     else:
         matrix = left.reshape(-1, left.shape[-1])
         y = torch.mm(matrix, right, out_dtype=torch.float32).unflatten(0, left.shape[:-1])
-    for factor in factors:  # one after the other: their product may be too small, or too large
+    for factor in factors:  # one by one: the product of both may underflow or overflow
         y = y.mul_(factor)
     return y.add_(call.bias) if linear and call.bias is not None else y
 
 
-def matmul(layouts: Sequence[Layout], first: Half, second: Half) -> Tensor:
-    """The product of two operands, rounded once, in float32."""
+def matmul(layouts: Sequence[Layout], first: BFloat16Rows, second: BFloat16Rows) -> Tensor:
+    """Multiply two operands. The result is rounded to bfloat16 once, and comes in float32."""
     left, right = (layout.back(operand.rows) for layout, operand in zip(layouts, (first, second), strict=True))
     return torch.matmul(left, right).float()
 
 
 class BF16Product(Lowering):
-    """Operands in bfloat16; `biased` ones have columns more, through which the bias comes in."""
+    """A product of operands in bfloat16. With `biased` they have columns for the bias."""
 
     arithmetic = "bf16"
 
@@ -177,41 +188,41 @@ class BF16Product(Lowering):
     def key(self) -> tuple[Any, ...]:
         return self.arithmetic, self.biased
 
-    def take(self, place: int, rows: Tensor, memory: Memory | None = None) -> Half | None:
-        return half(self.quantizers[place], rows, ONES if self.biased else None, memory)
+    def take(self, place: int, rows: Tensor, memory: Memory | None = None) -> BFloat16Rows | None:
+        return bfloat16_rows(self.quantizers[place], rows, ONES if self.biased else None, memory)
 
-    def new(self, rows: Tensor) -> Half | None:
-        made = half(self.quantizers[1], rows, ONES if self.biased else None)
-        tiny = made is not None and made.factor is not None and float(made.factor) < SMALLEST
-        return None if tiny else made  # what is subnormal could not be made again
+    def new(self, rows: Tensor) -> BFloat16Rows | None:
+        made = bfloat16_rows(self.quantizers[1], rows, ONES if self.biased else None)
+        tiny = made is not None and made.factor is not None and float(made.factor) < SMALLEST_SAFE
+        return None if tiny else made  # the values would be subnormal, and could not be made again
 
-    def again(self, rows: Tensor, kept: bool | Tensor) -> Half | None:
-        """Values that were found exact when they were made."""
+    def again(self, rows: Tensor, kept: bool | Tensor) -> BFloat16Rows | None:
+        """Make the form again of values that were found exact before."""
         if isinstance(kept, Tensor):
-            return Half(quantizing.without_second(kept, rows), factor=kept)
+            return BFloat16Rows(quantizing.divided_by_tensor_scale(kept, rows), factor=kept)
         if not self.biased:
-            return Half(rows.to(torch.bfloat16))
+            return BFloat16Rows(rows.to(torch.bfloat16))
         wide = buffer(len(rows), rows.shape[1] + PARTS, dtype=torch.bfloat16)
         wide[:, :-PARTS].copy_(rows)
-        return Half(wide, wider=True)
+        return BFloat16Rows(wide, wider=True)
 
     in_parts = True
 
-    def part(self, layouts: Sequence[Layout], first: Half, second: Half, memory: Memory) -> Tensor:
+    def part(self, layouts: Sequence[Layout], first: BFloat16Rows, second: BFloat16Rows, memory: Memory) -> Tensor:
         """Multiply rows [heads, R, K] and [heads, N, K]: rounded to bfloat16, in float32."""
         left, right = first.rows, layouts[1].back(second.rows)
         shape = *left.shape[:-1], right.shape[-1]
         product = torch.bmm(left, right, out=memory.workspace.empty(memory.use, shape, left.dtype))
         return memory.workspace.empty(memory.use, shape).copy_(product)
 
-    def pinned(self, rows: Tensor, scales: Any) -> Half | None:
+    def pinned(self, rows: Tensor, scales: Any) -> BFloat16Rows | None:
         made = self.again(rows, True) if fits(scheme_of(self.quantizers[1])) else None
         return None if made is None or _flushed(self.quantizers[1], rows.to(torch.bfloat16)) else made
 
-    def keep(self, made: Half) -> bool | Tensor:
+    def keep(self, made: BFloat16Rows) -> bool | Tensor:
         return True if made.factor is None else made.factor
 
-    def product(self, call: Call, first: Half, second: Half) -> Tensor | None:
+    def product(self, call: Call, first: BFloat16Rows, second: BFloat16Rows) -> Tensor | None:
         bias = call.bias if call.function in LINEAR else None
         if not self.rounds:
             return unrounded(call, first, second)
@@ -219,15 +230,15 @@ class BF16Product(Lowering):
 
 
 class BF16Convolution(BF16Product):
-    """The same of a convolution: its bias comes in as three more channels, at a tap that always meets the image."""
+    """A convolution in bfloat16. Its bias is three more channels, at a tap that always lies inside the image."""
 
-    def new(self, rows: Tensor) -> Half | None:
-        return half(self.quantizers[1], rows)
+    def new(self, rows: Tensor) -> BFloat16Rows | None:
+        return bfloat16_rows(self.quantizers[1], rows)
 
-    def again(self, rows: Tensor, kept: bool | Tensor) -> Half | None:
-        return Half(rows.to(torch.bfloat16))
+    def again(self, rows: Tensor, kept: bool | Tensor) -> BFloat16Rows | None:
+        return BFloat16Rows(rows.to(torch.bfloat16))
 
-    def product(self, call: Call, first: Half, second: Half) -> Tensor | None:
+    def product(self, call: Call, first: BFloat16Rows, second: BFloat16Rows) -> Tensor | None:
         image, kernel = (layout.back(x.rows) for layout, x in zip(call.layouts, (first, second), strict=True))
         if call.bias is not None:
             tap, parts = Convolution.of(call).tap_inside, in_parts(call.bias)

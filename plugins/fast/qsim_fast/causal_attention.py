@@ -1,7 +1,7 @@
-"""Causal attention by blocks of queries: products that the mask covers are not computed, as in a fused kernel.
+"""Compute causal attention by blocks of queries, without the products that the mask covers, as a fused kernel does.
 
-Queries, keys and values are quantized first, as a whole; then each block of queries meets the tokens up to its own last
-one. The numbers are those of `explicit_attention`, except for the order in which float32 adds up a product.
+Queries, keys and values are quantized first, as a whole. Then each block of queries is multiplied by the tokens up to
+its last one. The numbers are those of `explicit_attention`, except for the order in which float32 adds up a product.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qsim_core.sites.operand import operands_of
 from qsim_core.sites.site import Site
 from qsim_core.sites.sites import Sites
 from qsim_core.sites.workspace import Memory, Workspace
-from qsim_fast.bf16 import Half
+from qsim_fast.bf16 import BFloat16Rows
 from qsim_fast.known_maximum import KnownMaximum
 
 QUERIES = 128
@@ -32,16 +32,16 @@ QUERIES = 128
 SCORES = 2**20
 """The number of scores that are computed at a time: 4 MiB of float32."""
 HIGHEST = torch.tensor(1.0)
-"""The highest probability: a first query meets its own token only."""
+"""The highest probability: that of the first query, which sees one token."""
 
-Rows = Half | Tensor
-"""Rows of an operand, quantized."""
+Rows = BFloat16Rows | Tensor
+"""The quantized rows of an operand."""
 
 
 def can_be_cut(scores: Site, values: Site, queries: int = QUERIES) -> bool:
-    """Tell if each block of P, and of the two results, can be rounded without the others.
+    """Tell if each block of the probabilities P, and of the two results, can be rounded without the others.
 
-    Zeros at the end of a block of P are left out.
+    The zeros at the end of the rows of P are not computed, so they may not change other values.
     """
     attention = any(alias.endswith(":qk") for alias in scores.aliases) and values.is_value_product
     p, q, result = values.quantizer("input"), scores.quantizer("output"), values.quantizer("output")
@@ -50,14 +50,14 @@ def can_be_cut(scores: Site, values: Site, queries: int = QUERIES) -> bool:
 
 
 def _elementwise(quantizer: Any) -> bool:
-    """Tell if every value is rounded independently of the others."""
+    """Tell if each value is rounded independently of the others."""
     if quantizer is None or quantizer.granularity == "element":
         return True
     return isinstance(quantizer, StaticScheme) and quantizer.granularity == "tensor"
 
 
 def _keeps_zero(quantizer: Any) -> bool:
-    """Tell if zeros beside other values stay zeros."""
+    """Tell if a zero beside other values stays zero."""
     return quantizer is None or not bool(quantizer.quantize(torch.tensor([[0.0, 1.0]]))[0, 0])
 
 
@@ -67,45 +67,56 @@ def _cut(quantizer: Any, queries: int) -> bool:
         return False
     shared, scales_apart = quantizer.granularity, _elementwise(quantizer.scale)
     ends = shared in ("token", "channel", "tensor") or (isinstance(shared, int) and queries % shared == 0)
-    return ends and ((quantizer.by_rows and scales_apart) or KnownMaximum.fits(quantizer))
+    return ends and ((quantizer.by_rows and scales_apart) or KnownMaximum.supports(quantizer))
 
 
 def causal_attention(
-    sites: Sites, met: Sequence[Site], query: Tensor, key: Tensor, value: Tensor, scale: float | None
+    sites: Sites,
+    met: Sequence[Site],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    *,
+    queries: int = QUERIES,
+    scores: int = SCORES,
 ) -> Tensor:
     """Compute softmax(q kT * scale, of tokens up to the query's own) v.
 
     query [B, H, N, D], key [B, H', N, D], value [B, H', N, E] -> [B, H, N, E]. `met` are the sites of the two products.
+    A tile has so many `queries`, and so many `scores` at most.
     """
     scale, length = query.shape[-1] ** -0.5 if scale is None else scale, query.shape[-2]
     result = query.new_empty(*query.shape[:-1], value.shape[-1])
-    allowed = torch.ones(QUERIES, QUERIES, dtype=torch.bool, device=query.device).tril()
+    allowed = torch.ones(queries, queries, dtype=torch.bool, device=query.device).tril()
     workspace = sites.stack.workspace
-    with torch._C.DisableTorchFunction():  # these are the products, no others are to be met
+    with torch._C.DisableTorchFunction():  # the sites of these products are known
         scores_of = _execution(sites, met[0], query, key.transpose(-1, -2))
         values_of = _execution(sites, met[1], query, value)
-        queries = _by_heads(scores_of.take(0, query), query.shape[1])
+        query_rows = _by_heads(scores_of.take(0, query), query.shape[1])
         keys, values = (
             _by_heads(execution.take(1, execution.operands[1].rows.contiguous()), query.shape[1])
             for execution in (scores_of, values_of)
         )
         along_head = values_of.operands[1].layout is LAST
-        found, heads = result.view(-1, *result.shape[2:]), max(1, SCORES // (QUERIES * length))
+        found, heads = result.view(-1, *result.shape[2:]), max(1, scores // (queries * length))
         for head in range(0, len(found), heads):
             some = slice(head, head + heads)
-            for first in range(0, length, QUERIES):
-                here, so_far = slice(first, min(first + QUERIES, length)), slice(min(first + QUERIES, length))
-                scores = scores_of.multiply(_part(queries, some, here), _part(keys, some, so_far), "scores").mul_(scale)
-                within(scores[..., here], allowed[: scores.shape[-2], : scores.shape[-2]])  # in its own memory
+            for first in range(0, length, queries):
+                here, so_far = slice(first, min(first + queries, length)), slice(min(first + queries, length))
+                left, right = _part(query_rows, some, here), _part(keys, some, so_far)
+                found_scores = scores_of.multiply(left, right, "scores").mul_(scale)
+                rows = found_scores.shape[-2]
+                within(found_scores[..., here], allowed[:rows, :rows])  # in its own memory
                 met_values = _part(values, some, so_far) if along_head else _part(values, some, slice(None), so_far)
-                shares = _shares(scores, query.dtype, workspace)
+                shares = _probabilities(found_scores, query.dtype, workspace)
                 left = values_of.take(0, shares, Memory(workspace, "P, quantized"))
                 found[some, here] = values_of.multiply(left, met_values, "result")
     return result
 
 
 def _execution(sites: Sites, site: Site, query: Tensor, right: Tensor) -> PartialExecution:
-    """One of attention's products. P is like the queries in all that a plan looks at."""
+    """Prepare one of attention's products. To a plan, P looks like the queries."""
     call = Call(torch.matmul, (), {}, (query, right), (LAST, SECOND_LAST), (0, 1))
     left, *rest = operands_of(site, call, (None, None), site.quantizer)
     if site.is_value_product and not (_elementwise(left.quantizer) or left.quantizer.by_rows):
@@ -113,20 +124,20 @@ def _execution(sites: Sites, site: Site, query: Tensor, right: Tensor) -> Partia
     return PartialExecution(site, call, (left, *rest), site.quantizer("output"), sites.exact, sites.stack.workspace)
 
 
-def _shares(scores: Tensor, dtype: torch.dtype, workspace: Workspace) -> Tensor:
-    """The probabilities P, in memory that is used again."""
+def _probabilities(scores: Tensor, dtype: torch.dtype, workspace: Workspace) -> Tensor:
+    """Compute the probabilities P, in memory that is used again."""
     if scores.dtype == dtype == torch.float32:
         return torch.softmax(scores, -1, out=workspace.empty("P", scores.shape))
     return probabilities(scores, dtype)
 
 
 def _by_heads(operand: Rows, heads: int) -> Rows:
-    """[B, H', rows, columns] as [B * H, rows, columns]: heads of keys and values are there for several of queries."""
-    rows = operand.rows if isinstance(operand, Half) else operand
+    """Turn [B, H', rows, columns] into [B * H, rows, columns]: heads of queries share heads of keys and values."""
+    rows = operand.rows if isinstance(operand, BFloat16Rows) else operand
     repeats = heads // rows.shape[1]
     rows = (rows if repeats == 1 else rows.repeat_interleave(repeats, 1)).contiguous().flatten(0, 1)
-    return Half(rows) if isinstance(operand, Half) else rows
+    return BFloat16Rows(rows) if isinstance(operand, BFloat16Rows) else rows
 
 
 def _part(operand: Rows, *place: slice) -> Rows:
-    return Half(operand.rows[place]) if isinstance(operand, Half) else operand[place]
+    return BFloat16Rows(operand.rows[place]) if isinstance(operand, BFloat16Rows) else operand[place]

@@ -1,4 +1,4 @@
-"""C++ sources of other plugins, compiled for this processor."""
+"""Compile the C++ sources of other plugins for this processor."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 from qsim_core import Scheme
 from qsim_core.formats.rounding import Steps
 from qsim_fast.kernels import native
-from qsim_fast.kernels.interface import Grid
-from qsim_fast.quantizing import rule_at
+from qsim_fast.kernels.arguments import Grid
+from qsim_fast.quantizing import rounding_rule_for
 
 
 class Compiled:
-    """A compiled source, which may include `grid.h`."""
+    """A compiled source. The source may include `grid.h`."""
 
     def __init__(self, path: Path) -> None:
         self.functions = ctypes.CDLL(str(path))
@@ -25,17 +25,20 @@ class Compiled:
 
     @staticmethod
     def rule(scheme: Scheme, x: Tensor) -> Steps | None:
-        """The rule by which a scheme rounds such a tensor under given scales; None: only the scheme knows."""
-        return rule_at(scheme, x)
+        """Give the rule by which a scheme rounds such a tensor under given scales; None: only the scheme can."""
+        return rounding_rule_for(scheme, x)
 
     @staticmethod
     def grid(steps: Steps) -> Any:
-        """The values of a format as `Grid` in grid.h, to be passed by pointer."""
+        """Give the values of a format as a pointer to `Grid` in grid.h."""
         return ctypes.pointer(Grid.of(steps))
 
 
 def compiled(source: Path, elements: int) -> Compiled | None:
-    """The compiled source, once Python has done as much work as the compiler takes; None before, or without one."""
+    """Compile the source once Python has done as much work as the compiler takes; None before, or without a compiler.
+
+    `elements` is the work of this call, in elements that are quantized.
+    """
     path = native.compiled(source, elements)
     return None if path is None else _opened(path)
 

@@ -1,6 +1,6 @@
-"""Functions of one object that is asked about again and again: its answer is looked up, by which object it is.
+"""Cache the results of a function of one object by the object's identity.
 
-Components are equal by their options, and to hash these takes longer than a small matmul.
+Components are equal by their options. To hash these takes longer than a small matmul.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
-def remembered(function: Callable[[Any], Answer]) -> Callable[[Any], Answer]:
-    """The function, asked once about each object as long as that lives; objects must not change."""
-    known: dict[int, tuple[weakref.ref[Any], Answer]] = {}
+def cached_by_identity(function: Callable[[Any], Result]) -> Callable[[Any], Result]:
+    """Call the function once for each object, and keep the result while the object lives. Objects must not change."""
+    kept: dict[int, tuple[weakref.ref[Any], Result]] = {}
 
     @functools.wraps(function)
-    def ask(about: Any) -> Answer:
-        found = known.get(id(about))
-        if found is not None and found[0]() is about:  # another one may get its id
+    def cached(argument: Any) -> Result:
+        found = kept.get(id(argument))
+        if found is not None and found[0]() is argument:  # after an object is freed, another may get its id
             return found[1]
-        answer, place = function(about), id(about)
-        with contextlib.suppress(TypeError):  # of None, and whatever else does not say when it goes
-            known[place] = weakref.ref(about, lambda _: known.pop(place, None)), answer
-        return answer
+        result, identity = function(argument), id(argument)
+        with contextlib.suppress(TypeError):  # None and some other objects have no weak references
+            kept[identity] = weakref.ref(argument, lambda _: kept.pop(identity, None)), result
+        return result
 
-    return ask
+    return cached

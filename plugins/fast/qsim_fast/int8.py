@@ -1,6 +1,6 @@
-"""The int8 path: whole numbers of at most 8 bits, multiplied and added up as such, and scaled once.
+"""The int8 arithmetic: integers of at most 8 bits are multiplied and added up exactly, and scaled once.
 
-Their scales factor out of the sum (tensor, token, channel). With scales s, t and zero points z, y
+The scales factor out of the sum (tensor, token, channel). With scales s, t and zero points z, y
 
     sum over k of s (q - z) t (r - y)  =  s t (Σ q r - z Σ r - y (Σ q - K z))
 
@@ -23,74 +23,76 @@ from qsim_core.quantizers.static_scale import StaticScheme, scheme_of
 from qsim_core.sites.arithmetic import Lowering
 from qsim_core.sites.workspace import Memory
 from qsim_fast import quantizing
-from qsim_fast.identity_cache import remembered
-from qsim_fast.kernels.native import library
+from qsim_fast.identity_cache import cached_by_identity
+from qsim_fast.kernels.native import kernels_for
 
 ROW_SCALES = frozenset({"tensor", "channel", "token"})
 LONGEST = 2**17 - 1
-"""So many products of two 8-bit integers stay within int32."""
+"""The number of products of two 8-bit integers whose sum stays within int32."""
 
 
-@remembered
+@cached_by_identity
 def fits(scheme: Any) -> bool:
-    """Whether a scheme makes codes of at most 8 bits whose scales factor out of a product of rows."""
+    """Tell if a scheme makes codes of at most 8 bits, whose scales factor out of a product of rows."""
     if not isinstance(scheme, Scheme) or not scheme.element.is_integer or scheme.granularity not in ROW_SCALES:
         return False
-    if scheme.element.draws or not quantizing.as_written(type(scheme)):
+    if scheme.element.draws or not quantizing.uses_base_methods(type(scheme)):
         return False
     return scheme.coded.max - scheme.coded.min <= 255
 
 
 def possible(call: Call) -> bool:
-    """Whether a GPU's integer matmul takes operands of these shapes: more than 16 rows, and eights."""
+    """Tell if a GPU's integer matmul takes these shapes: more than 16 rows, and multiples of eight."""
     rows, (outputs, inner) = call.operands[0], call.layouts[1].rows(call.operands[1]).shape
     return rows.numel() > 16 * inner and inner % 8 == 0 and outputs % 8 == 0
 
 
 @dataclass(frozen=True)
-class Codes:
-    """Rows [M, K] as int8 codes; what they stand for is scale * (code - zero)."""
+class Int8Rows:
+    """Rows [M, K] as int8 codes; the value of a code is scale * (code - zero)."""
 
     codes: Tensor
     scales: Scales
-    """As the scheme has them: of each row, or one."""
+    """The scales as the scheme gives them: of each row, or one."""
     scale: Tensor
-    """float32 [M]."""
+    """The scale of each row, float32 [M]."""
     zero: Tensor | None
-    """float64 [M], whole numbers; None: zero."""
+    """The zero point of each row's codes, whole numbers in float64 [M]; None: all are zero."""
 
     @functools.cached_property
     def sums(self) -> Tensor:
-        """Of the codes of each row, float64 [M]."""
+        """The sum of each row's codes, float64 [M]."""
         return self.codes.sum(-1, dtype=torch.int32).double()
 
     def values(self) -> Tensor:
-        """What they stand for, float32 [M, K]."""
+        """Compute the values, float32 [M, K]."""
         units = self.codes.float()
         units = units if self.zero is None else units.sub_(self.zero.float().unsqueeze(-1))
         return units.mul_(self.scale.unsqueeze(-1))
 
 
-def code(quantizer: Any, rows: Tensor, known: Scales | None = None, memory: Memory | None = None) -> Codes | None:
-    """Rows [..., K] in codes, as the quantizer rounds them; None where a static scale would hide a NaN.
+def encode_rows(
+    quantizer: Any, rows: Tensor, known: Scales | None = None, memory: Memory | None = None
+) -> Int8Rows | None:
+    """Quantize rows [..., K] to codes; None where a static scale would hide a NaN.
 
-    With the scales `known` under which the rows have been rounded already, these are their codes.
+    With `known` scales the rows are values that were rounded under these already.
     """
     scheme, static = scheme_of(quantizer), quantizer.scales(rows) if isinstance(quantizer, StaticScheme) else known
     matrix = rows.detach().reshape(-1, rows.shape[-1])
     if static is not known and bool(matrix.isnan().any()):
         return None
     shift = (scheme.coded.max + scheme.coded.min + 1) // 2  # unsigned codes are moved into int8's range
-    codes, scales = encoded(scheme, matrix, static, shift, memory=memory)
+    codes, scales = encode_matrix(scheme, matrix, static, shift, memory=memory)
     scale, zero = scales
     offset = (0.0 if zero is None else zero.double()) - shift
     if not isinstance(offset, Tensor):
         offset = matrix.new_full((1,), offset, dtype=torch.float64) if offset else None
     each = [None if t is None else t.reshape(-1).expand(len(matrix)).contiguous() for t in (scale, offset)]
-    return Codes(codes, scales, *each)  # type: ignore[arg-type]
+    return Int8Rows(codes, scales, *each)  # type: ignore[arg-type]
 
 
-def encoded(
+def encode_matrix(
     scheme: Scheme,
     matrix: Tensor,
     static: Scales | None,
@@ -98,7 +100,7 @@ def encoded(
     dtype: torch.dtype = torch.int8,
     memory: Memory | None = None,
 ) -> tuple[Tensor, Scales]:
-    """Rows [A, K] as int8 codes less `shift`, or in units of their scales in `dtype`; and scales and zero points."""
+    """Quantize rows [A, K] to int8 codes minus `shift`, or to units of their scales in `dtype`; give the scales too."""
     if (fast := quantizing.encode(scheme, matrix, static, shift, dtype, memory)) is not None:
         return fast
     blocks = scheme.split(matrix)
@@ -114,13 +116,13 @@ def encoded(
     return scheme.join(codes, matrix).to(dtype).contiguous(), static
 
 
-def product(x: Codes, weight: Codes, bias: Tensor | None) -> Tensor:
-    """Rows [M, K] times the rows of a weight [N, K], and a bias [N]: float32 [M, N]."""
+def product(x: Int8Rows, weight: Int8Rows, bias: Tensor | None) -> Tensor:
+    """Multiply rows [M, K] by the rows of a weight [N, K], and add a bias [N]: float32 [M, N]."""
     sums = torch._int_mm(x.codes, weight.codes.T)
     row_zero, column_zero, inner = x.zero, weight.zero, x.codes.shape[1]
     row_sum = None if column_zero is None else x.sums if row_zero is None else x.sums - inner * row_zero
     column_sum = None if row_zero is None else weight.sums
-    if (kernels := library(sums.numel(), sums.device)) is not None:
+    if (kernels := kernels_for(sums.numel(), sums.device)) is not None:
         bias = None if bias is None else bias.detach().float().contiguous()
         return kernels.scale_sums(sums, (x.scale, row_zero, row_sum), (weight.scale, column_zero, column_sum), bias)
     value = sums.double()
@@ -132,23 +134,23 @@ def product(x: Codes, weight: Codes, bias: Tensor | None) -> Tensor:
     return (value if bias is None else value.add_(bias)).float()
 
 
-@remembered
+@cached_by_identity
 def to_nearest(scheme: Scheme) -> Scheme:
-    """The same scheme, rounding to nearest: what is a code times a scale is divided by it again, with an error."""
+    """Make the same scheme round to nearest: a value divided by its scale is a code, up to a rounding error."""
     return scheme.replace(element=scheme.element.replace(rounding="even"))
 
 
 class Int8Product(Lowering):
-    """Operands as codes. Weights that were overwritten give them again, by their scales."""
+    """A product of int8 codes. The codes of an overwritten weight are made again from its scales."""
 
     arithmetic = "int8"
 
-    def take(self, place: int, rows: Tensor, memory: Memory | None = None) -> Codes | None:
-        return code(self.quantizers[place], rows, memory=memory)
+    def take(self, place: int, rows: Tensor, memory: Memory | None = None) -> Int8Rows | None:
+        return encode_rows(self.quantizers[place], rows, memory=memory)
 
-    def again(self, rows: Tensor, kept: Scales) -> Codes | None:
-        return code(to_nearest(scheme_of(self.quantizers[1])), rows, kept)
+    def again(self, rows: Tensor, kept: Scales) -> Int8Rows | None:
+        return encode_rows(to_nearest(scheme_of(self.quantizers[1])), rows, kept)
 
-    def product(self, call: Call, first: Codes, second: Codes) -> Tensor:
+    def product(self, call: Call, first: Int8Rows, second: Int8Rows) -> Tensor:
         y: Tensor = product(first, second, call.bias).unflatten(0, call.operands[0].shape[:-1])
         return y

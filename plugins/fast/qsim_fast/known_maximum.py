@@ -1,4 +1,4 @@
-"""A scheme on part of a tensor, where the highest magnitude of the whole tensor is known."""
+"""Quantize a part of a tensor as it would be quantized within the whole, whose highest magnitude is known."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from qsim_fast import quantizing
 
 @dataclass(frozen=True, eq=False)
 class KnownMaximum(SiteQuantizer):
-    """A scheme whose one shared scale follows from the highest magnitude of a tensor, which is known beforehand."""
+    """A scheme with one scale for the tensor, or for all its scales, and the highest magnitude that decides it."""
 
     scheme: Scheme
     highest: Tensor
-    """A number."""
+    """The highest magnitude of the whole tensor, a 0-d tensor."""
 
     @staticmethod
-    def fits(scheme: Any) -> bool:
-        """Tell if one scale, of the whole tensor or of its scales, is all that depends on the other parts."""
+    def supports(scheme: Any) -> bool:
+        """Tell if a value depends on the other parts of a tensor through the highest magnitude alone."""
         if not isinstance(scheme, Scheme) or scheme.static or scheme.learns or not scheme.symmetric:
             return False
-        if not quantizing.plain(scheme):
+        if not quantizing.supported(scheme):
             return False
         if scheme.granularity == "tensor":
             return scheme.scale is None or scheme.scale.granularity == "element"
-        return quantizing.above(scheme) is not None
+        return quantizing.scheme_of_scales(scheme) is not None
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Quantize this part as `scheme.quantize` does in the whole tensor."""
+        """Quantize a part as `scheme.quantize` does within the whole tensor."""
         return self.quantize_into(x, None)
 
     def quantize_into(self, x: Tensor, out: Tensor | None) -> Tensor:
@@ -41,11 +41,11 @@ class KnownMaximum(SiteQuantizer):
         if scheme.granularity == "tensor":
             exact, _ = scheme.covering(-highest, highest)
             return scheme.quantize_at(x, scheme.rounded_scale(exact).view(1, 1), None, out)
-        above = quantizing.above(scheme)
-        assert above is not None
-        second = quantizing.scale_of_scales(scheme, highest)
-        if (fast := quantizing.quantize(scheme, x, second=second, result=out)) is not None:
+        scale_scheme = quantizing.scheme_of_scales(scheme)
+        assert scale_scheme is not None
+        tensor_scale = quantizing.tensor_scale_of(scheme, highest)
+        if (fast := quantizing.quantize(scheme, x, tensor_scale=tensor_scale, result=out)) is not None:
             return fast
         blocks, own, _ = scheme.measured(x)
-        scale = above.quantize_at(own, second.view(1, 1), None).unsqueeze(-1)
+        scale = scale_scheme.quantize_at(own, tensor_scale.view(1, 1), None).unsqueeze(-1)
         return laid_out_as(x, scheme.join(scheme.round_at(blocks, scale, None), x))

@@ -1,8 +1,10 @@
-"""Quantizers in one pass over memory: the bits of the reference, by the native kernels.
+"""Quantize with the native kernels: the reference's bits, in one pass over memory.
 
-Where the kernels know how a scheme's scales come about, each block is measured and rounded while it is in the
-processor's registers. Where not (one scale for the tensor, scales of scales) they measure all blocks, the scheme makes
-scales of that, and they round.
+The reference is `qsim_core.quantizers.scheme`. If the kernels can compute a scheme's scales, they measure and round
+each block in one pass. Otherwise they measure all blocks, the scheme computes the scales, and they round in a second
+pass: for one scale of the tensor, and for unusual quantizers of scales.
+
+Some schemes, such as NVFP4, divide the scales of blocks by one scale of the whole tensor. It is called `tensor_scale`.
 """
 
 from __future__ import annotations
@@ -20,21 +22,24 @@ from qsim_core.quantizers.calibrators import AbsMax, MinMax
 from qsim_core.quantizers.scales import Scales
 from qsim_core.quantizers.scheme import Scheme
 from qsim_core.sites.workspace import Memory, like
-from qsim_fast.identity_cache import remembered
-from qsim_fast.kernels.interface import GIVEN, Grid, Kernels, Part, Scaling, buffer
-from qsim_fast.kernels.native import library
+from qsim_fast.identity_cache import cached_by_identity
+from qsim_fast.kernels.arguments import GIVEN, Grid, Scaling, buffer
+from qsim_fast.kernels.native import kernels_for
+from qsim_fast.kernels.protocol import Kernels, Part
 
 DTYPES = (torch.float32, torch.bfloat16)
 DEVICES = ("cpu", "cuda")
 RULES = [None, "divide", "floor", "ceil", "even", "rceil"]
+"""The rules of `Scaling.rule`, by number; 0: the scales are given."""
 BY_GRID = 3
+"""The `Scaling.rounding` of a scale that is rounded to the values of a format."""
 
 
 def cast(format: Format, x: Tensor, out: Tensor | None = None) -> Tensor | None:
-    """`format.quantize(x)`, or None where the reference has to do it."""
-    if (steps := _steps(format, x)) is None or (order := _memory_order(x)) is None:
+    """Compute `format.quantize(x)`; None if the reference has to."""
+    if (steps := _rounding_rule(format, x)) is None or (order := _memory_order(x)) is None:
         return None
-    if (kernels := library(x.numel(), x.device)) is None:
+    if (kernels := kernels_for(x.numel(), x.device)) is None:
         return None
     y = torch.empty_like(x) if out is None else out
     kernels.round(_matrix(x, order), _matrix(y, order), steps, x.shape[-1])
@@ -47,30 +52,31 @@ def quantize(
     static: Scales | None = None,
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
-    second: float | Tensor | None = None,
+    tensor_scale: float | Tensor | None = None,
     result: Tensor | None = None,
     memory: Memory | None = None,
 ) -> Tensor | None:
-    """`scheme.quantize(x)`, or `quantize_at` with static scales; None where the reference has to do it.
+    """Compute `scheme.quantize(x)`, or `quantize_at` with static scales; None if the reference has to.
 
-    `dtype`, where it holds every value, saves another pass: the result is then in it, in any memory layout, or in
-    `out`, part of the rows of another matrix. `second` is the scale of the scales, where it is known.
+    A `dtype` that holds every value saves a pass: the result has this dtype, and any memory layout. `out` is a part of
+    each row of another matrix, into which the result is written. `result` is memory with the shape, strides and dtype
+    of `x`, which may be used. `tensor_scale` is the scale of the scales, if it is known.
     """
-    if (steps := _steps(scheme.coded, x)) is None or not plain(scheme):
+    if (steps := _rounding_rule(scheme.coded, x)) is None or not supported(scheme):
         return None
-    kernels = library(x.numel(), x.device)
-    if kernels is None or not _held(scheme, x.shape[-1], kernels):
+    kernels = kernels_for(x.numel(), x.device)
+    if kernels is None or not _blocks_fit(scheme, x.shape[-1], kernels):
         return None
-    if second is not None and not _found_inside(scheme, x.shape[-1], kernels):
+    if tensor_scale is not None and not _in_one_pass(scheme, x.shape[-1], kernels):
         return None
     if out is not None:
-        into(scheme, x.contiguous(), out, steps, kernels, static)
+        round_into(scheme, x.contiguous(), out, steps, kernels, static)
         return out
     order = None if static is not None and len(static.scale) > 1 else _memory_order(x)  # scales have rows in order
     source = x.contiguous() if order is None else x
     usable = result is not None and source is x
     y = result if usable and result is not None else like(memory, source, dtype)
-    into(scheme, _matrix(source, order), _matrix(y, order), steps, kernels, static, second=second)
+    round_into(scheme, _matrix(source, order), _matrix(y, order), steps, kernels, static, tensor_scale=tensor_scale)
     return y if order is not None or dtype is not None else torch.empty_like(x).copy_(y)
 
 
@@ -82,42 +88,51 @@ def encode(
     dtype: torch.dtype = torch.int8,
     memory: Memory | None = None,
 ) -> tuple[Tensor, Scales] | None:
-    """x [A, K] as int8 codes less `shift`, or in units of its scales; and these, with zero points.
+    """Turn x [A, K] into codes minus `shift` (int8), or into units of its scales; give the scales and zero points too.
 
-    None where the reference has to do it.
+    None: the reference has to do it.
     """
-    if (steps := _steps(scheme.coded, x)) is None or not plain(scheme):
+    if (steps := _rounding_rule(scheme.coded, x)) is None or not supported(scheme):
         return None
-    kernels = library(x.numel(), x.device)
-    if kernels is None or not _held(scheme, x.shape[-1], kernels) or (dtype != torch.int8 and not kernels.parts):
+    kernels = kernels_for(x.numel(), x.device)
+    if (
+        kernels is None
+        or not _blocks_fit(scheme, x.shape[-1], kernels)
+        or (dtype != torch.int8 and not kernels.writes_parts)
+    ):
         return None
     x = x.contiguous()
     codes = like(memory, x, dtype)
-    return codes, into(scheme, x, codes, steps, kernels, static, shift, without="scale")
+    return codes, round_into(scheme, x, codes, steps, kernels, static, shift, without="scale")
 
 
-def factored(scheme: Scheme, x: Tensor) -> tuple[Tensor, Tensor]:
-    """x quantized without the scale that all scales have, in bfloat16, which must hold that; and this scale, a number.
+def without_tensor_scale(scheme: Scheme, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize x, divided by its tensor scale, in bfloat16; give this scale, a 0-d tensor, too.
 
-    The scheme has one `above`. Rows come contiguous.
+    The scheme has a `scheme_of_scales`, and bfloat16 holds the divided values.
     """
-    steps, matrix = _steps(scheme.coded, x), x.contiguous().view(-1, x.shape[-1])
-    kernels = None if steps is None else library(x.numel(), x.device)
-    if steps is not None and kernels is not None and kernels.parts and _found_inside(scheme, x.shape[-1], kernels):
-        second = scale_of_scales(scheme, _highest(scheme, matrix, kernels))
+    steps, matrix = _rounding_rule(scheme.coded, x), x.contiguous().view(-1, x.shape[-1])
+    kernels = None if steps is None else kernels_for(x.numel(), x.device)
+    if (
+        steps is not None
+        and kernels is not None
+        and kernels.writes_parts
+        and _in_one_pass(scheme, x.shape[-1], kernels)
+    ):
+        tensor_scale = tensor_scale_of(scheme, _highest_magnitude(scheme, matrix, kernels))
         y = torch.empty_like(matrix, dtype=torch.bfloat16)
-        into(scheme, matrix, y, steps, kernels, None, second=second, without="second")
-        return y.view(x.shape), second
-    second = scale_of_scales(scheme, matrix.abs().amax())
-    return without_second(second, scheme.quantize(matrix)).view(x.shape), second
+        round_into(scheme, matrix, y, steps, kernels, None, tensor_scale=tensor_scale, without="tensor_scale")
+        return y.view(x.shape), tensor_scale
+    tensor_scale = tensor_scale_of(scheme, matrix.abs().amax())
+    return divided_by_tensor_scale(tensor_scale, scheme.quantize(matrix)).view(x.shape), tensor_scale
 
 
-def without_second(second: Tensor, values: Tensor) -> Tensor:
-    """Values divided by the scale of their scales again, in bfloat16: few bits, which rounding to it finds again."""
-    return (values / torch.where(second == 0, 1.0, second)).to(torch.bfloat16)
+def divided_by_tensor_scale(tensor_scale: Tensor, values: Tensor) -> Tensor:
+    """Divide quantized values by their tensor scale, in bfloat16: it holds the quotients, so rounding finds them."""
+    return (values / torch.where(tensor_scale == 0, 1.0, tensor_scale)).to(torch.bfloat16)
 
 
-def into(
+def round_into(
     scheme: Scheme,
     x: Tensor,
     out: Tensor,
@@ -125,63 +140,68 @@ def into(
     kernels: Kernels,
     static: Scales | None,
     shift: float = 0.0,
-    second: float | Tensor | None = None,
+    tensor_scale: float | Tensor | None = None,
     without: Part = "",
 ) -> Scales:
-    """x [A, K] rounded into `out`, as values or as codes less `shift`; gives the scales."""
+    """Round x [A, K] into `out`, as values or as codes minus `shift`; give the scales."""
     block = scheme.granularity if isinstance(scheme.granularity, int) else x.shape[-1]
-    known = _given(scheme, x, block, kernels) if static is None else _fit(static)
+    known = _scales_first(scheme, x, block, kernels) if static is None else _in_float32(static)
     if known is None:
         shape = len(x), -(-x.shape[1] // block)
         own = buffer(*shape, device=x.device)
         known = Scales(own, None if scheme.symmetric else torch.empty_like(own))
-        if second is None:
-            second = 1.0 if above(scheme) is None else scale_of_scales(scheme, _highest(scheme, x, kernels))
-        kernels.round(x, out, steps, block, *known, shift, _scaling(scheme), second, without)
+        if tensor_scale is None:
+            tensor_scale = (
+                1.0
+                if scheme_of_scales(scheme) is None
+                else tensor_scale_of(scheme, _highest_magnitude(scheme, x, kernels))
+            )
+        kernels.round(x, out, steps, block, *known, shift, _scaling(scheme), tensor_scale, without)
     else:
         kernels.round(x, out, steps, block, *known, shift, without=without)
     return known
 
 
-def _fit(static: Scales) -> Scales:
-    """Scales as the kernels read them: float32, zero points by the same strides."""
+def _in_float32(static: Scales) -> Scales:
+    """Convert scales for the kernels: contiguous float32, the zero points in the shape of the scales."""
     scale = static.scale.float().contiguous()
     return Scales(scale, None if static.zero is None else static.zero.float().expand_as(scale).contiguous())
 
 
-@remembered
-def plain(scheme: Scheme) -> bool:
-    """Whether the kernels know what shares a scale, and how its range is found, and no subclass knows better.
+@cached_by_identity
+def supported(scheme: Scheme) -> bool:
+    """Tell if the kernels can compute the scheme: its blocks lie in rows, and its range is `MinMax` or `AbsMax`.
 
-    What rounds scales is handed them row by row: it may not look at several rows, nor draw numbers by their places.
+    The quantizer of the scales is called for the whole matrix: it must not depend on the shape of `x` before that.
+    So its scales are not shared over several rows in part, and it draws no random numbers.
     """
     scale = scheme.scale
     apart = scale is None or scale.granularity in ("element", "tensor") or scale.by_rows
-    if not as_written(type(scheme)) or (scale is not None and scale.draws) or not apart:
+    if not uses_base_methods(type(scheme)) or (scale is not None and scale.draws) or not apart:
         return False
     return not isinstance(scheme.granularity, tuple) and type(scheme.range) in (MinMax, AbsMax)
 
 
 def _block(scheme: Scheme, columns: int) -> int:
-    """How many columns of a row share a scale, at most."""
+    """Count the columns of a row that share a scale, at most."""
     return min(scheme.granularity, columns) if isinstance(scheme.granularity, int) else columns
 
 
-def _held(scheme: Scheme, columns: int, kernels: Kernels) -> bool:
-    """Whether the kernels can hold its blocks: those as long as their row they take in pieces."""
+def _blocks_fit(scheme: Scheme, columns: int, kernels: Kernels) -> bool:
+    """Tell if the kernels can take the scheme's blocks; a block as long as its row is taken in pieces."""
     block = _block(scheme, columns)
-    return block == columns or block <= kernels.longest
+    return block == columns or block <= kernels.longest_block
 
 
-def _found_inside(scheme: Scheme, columns: int, kernels: Kernels) -> bool:
-    """Whether the kernels find the scales of its blocks themselves, and round in the same pass."""
-    known = plain(scheme) and scheme.granularity != "tensor" and bool(_scaling(scheme).rule)
-    return known and _block(scheme, columns) <= kernels.longest
+def _in_one_pass(scheme: Scheme, columns: int, kernels: Kernels) -> bool:
+    """Tell if the kernels compute the scales of the blocks themselves, and round in the same pass."""
+    known = supported(scheme) and scheme.granularity != "tensor" and bool(_scaling(scheme).rule)
+    return known and _block(scheme, columns) <= kernels.longest_block
 
 
-def _given(scheme: Scheme, x: Tensor, block: int, kernels: Kernels) -> Scales | None:
-    """Scales and zero points of x [A, K], [A, B] each or [1, 1] for all of it; None: the kernels find them."""
-    if _found_inside(scheme, x.shape[1], kernels):
+def _scales_first(scheme: Scheme, x: Tensor, block: int, kernels: Kernels) -> Scales | None:
+    """Compute the scales and zero points of x [A, K], [A, B] or [1, 1]; None: the kernels compute them."""
+    if _in_one_pass(scheme, x.shape[1], kernels):
         return None
     low, high = kernels.extremes(x, block, magnitude=scheme.symmetric and scheme.element.min < 0)
     low = -high if low is None else low
@@ -196,34 +216,34 @@ def _given(scheme: Scheme, x: Tensor, block: int, kernels: Kernels) -> Scales | 
     return Scales(scheme.rounded_scale(exact).contiguous(), None if zero is None else zero.squeeze(-1).contiguous())
 
 
-def _highest(scheme: Scheme, x: Tensor, kernels: Kernels) -> Tensor:
-    """The highest magnitude of x [A, K], a number."""
+def _highest_magnitude(scheme: Scheme, x: Tensor, kernels: Kernels) -> Tensor:
+    """Find the highest magnitude of x [A, K], a 0-d tensor."""
     return kernels.extremes(x, x.shape[1], magnitude=bool(_scaling(scheme).magnitude))[1].amax()
 
 
-def scale_of_scales(scheme: Scheme, highest: Tensor) -> Tensor:
-    """The scale that all scales have of a scheme with one `above`, where the highest magnitude is known; a number."""
-    scheme_above = above(scheme)
-    assert scheme_above is not None
+def tensor_scale_of(scheme: Scheme, highest: Tensor) -> Tensor:
+    """Compute the tensor scale of a scheme from the highest magnitude of the tensor; both are 0-d tensors."""
+    found = scheme_of_scales(scheme)
+    assert found is not None
     exact, _ = scheme.covering(-highest, highest)
-    return scheme_above.covering(-exact, exact)[0]
+    return found.covering(-exact, exact)[0]
 
 
-@remembered
-def above(scheme: Scheme) -> Scheme | None:
-    """The scheme of its scales, if that is one scale for all of them, of the kind that the kernels know."""
+@cached_by_identity
+def scheme_of_scales(scheme: Scheme) -> Scheme | None:
+    """Give the scheme that quantizes the scales, if it has one scale for the tensor and the kernels can compute it."""
     found = scheme.scale
     if not isinstance(found, Scheme) or found.granularity != "tensor" or found.scale is not None or found.static:
         return None
-    usual = found.symmetric and found.rule == "divide" and plain(found) and found.element.rounding == "even"
-    return found if usual and scheme.symmetric and scheme.element.min < 0 <= -found.element.min else None
+    simple = found.symmetric and found.rule == "divide" and supported(found) and found.element.rounding == "even"
+    return found if simple and scheme.symmetric and scheme.element.min < 0 <= -found.element.min else None
 
 
-@remembered
+@cached_by_identity
 def _scaling(scheme: Scheme) -> Scaling:
-    """How the kernels find the scales of a scheme; rule 0 if they cannot."""
-    second = above(scheme)
-    bare = second.element if second else unscaled_format(scheme.scale)
+    """Tell the kernels how to compute the scales of a scheme; rule 0 if they cannot."""
+    of_scales = scheme_of_scales(scheme)
+    bare = of_scales.element if of_scales else unscaled_format(scheme.scale)
     rounding = _rounding(scheme, bare)
     if rounding is None:
         return GIVEN
@@ -238,14 +258,17 @@ def _scaling(scheme: Scheme) -> Scaling:
         largest=element.max,
         top=math.frexp(element.max)[1] - 1,
         tie=1 - 0.25 * (element.beyond - element.max) / 2.0 ** (math.frexp(element.max)[1] - 1),
-        limit=math.inf if second or bare is None else bare.max,
-        second=1.0,
+        limit=math.inf if of_scales or bare is None else bare.max,
+        tensor_scale=1.0,
         grid=Grid() if steps is None else Grid.of(steps),
     )
 
 
 def _rounding(scheme: Scheme, bare: Format | None) -> int | None:
-    """How the kernels round a scheme's scales: not at all, to bfloat16, to a power of two it is already, by a grid."""
+    """Give the `Scaling.rounding` of a scheme's scales; None: the kernels cannot round them.
+
+    0: not at all, 1: to bfloat16, 2: to E8M0, which holds the powers of two already, 3: to the values of a format.
+    """
     if scheme.scale is None:
         return 0
     if bare is None or bare.rounding != "even":
@@ -257,31 +280,31 @@ def _rounding(scheme: Scheme, bare: Format | None) -> int | None:
     return BY_GRID if bare.steps is not None and bare.steps.fits else None
 
 
-def rule_at(scheme: Scheme, x: Tensor) -> Steps | None:
-    """The rule by which `scheme.round_at` rounds such a tensor; None where only the scheme knows."""
+def rounding_rule_for(scheme: Scheme, x: Tensor) -> Steps | None:
+    """Give the rule by which `scheme.round_at` rounds such a tensor; None: only the scheme can round it."""
     here = x.dtype == torch.float32 and x.device.type == "cpu"
-    return _steps(scheme.coded, x) if here and as_written(type(scheme)) else None
+    return _rounding_rule(scheme.coded, x) if here and uses_base_methods(type(scheme)) else None
 
 
-def _steps(format: Format, x: Tensor) -> Steps | None:
-    """The rule of a format, where the kernels can follow it on such a tensor."""
-    if x.dtype not in DTYPES or x.device.type not in DEVICES or x.dim() == 0 or x.numel() == 0 or followed(x):
+def _rounding_rule(format: Format, x: Tensor) -> Steps | None:
+    """Give the rounding rule of a format; None if the kernels cannot follow it on such a tensor."""
+    if x.dtype not in DTYPES or x.device.type not in DEVICES or x.dim() == 0 or x.numel() == 0 or needs_reference(x):
         return None
-    return rule(format)
+    return rounding_rule(format)
 
 
-@remembered
-def rule(format: Format) -> Steps | None:
-    """The rule of a format, where the kernels can follow it."""
-    if format.rounding != "even" or not by_steps(type(format)):
+@cached_by_identity
+def rounding_rule(format: Format) -> Steps | None:
+    """Give the rounding rule of a format; None if the kernels cannot follow it."""
+    if format.rounding != "even" or not follows_its_steps(type(format)):
         return None
     steps = format.steps
     return steps if steps is not None and steps.fits else None
 
 
 @functools.cache
-def by_steps(format: type[Format]) -> bool:
-    """Whether `steps` speaks for the class: no class below the one that has it rounds in a way of its own."""
+def follows_its_steps(format: type[Format]) -> bool:
+    """Tell if `steps` describes how a class of formats rounds: no subclass of its owner overrides the rounding."""
 
     def depth(name: str) -> int:
         return next(i for i, base in enumerate(format.__mro__) if name in vars(base))
@@ -290,14 +313,14 @@ def by_steps(format: type[Format]) -> bool:
 
 
 @functools.cache
-def as_written(scheme: type[Scheme]) -> bool:
-    """Whether a class of schemes computes as the base class says."""
+def uses_base_methods(scheme: type[Scheme]) -> bool:
+    """Tell if a class of schemes computes by the methods of `Scheme`."""
     own = ("quantize", "quantize_at", "split", "join", "round_at", "scale_map", "encode", "__call__")
     return all(getattr(scheme, name) is getattr(Scheme, name) for name in own)
 
 
-def followed(x: Tensor) -> bool:
-    """Whether somebody follows what is done with the tensor, or it is one without memory of its own."""
+def needs_reference(x: Tensor) -> bool:
+    """Tell if torch's own operators have to be used: for a gradient, a trace, or a tensor without plain memory."""
     gradient = x.requires_grad and torch.is_grad_enabled()
     wrapped = type(x) not in (Tensor, Parameter) or torch._C._functorch.peek_interpreter_stack() is not None
     return (
@@ -306,7 +329,7 @@ def followed(x: Tensor) -> bool:
 
 
 def _memory_order(x: Tensor) -> list[int] | None:
-    """The axes of `x` in the order in which memory holds them, rows one after another; None if it holds no rows."""
+    """Sort the axes of `x` by memory order, rows one after another; None if rows are not contiguous."""
     if x.is_contiguous():
         return [*range(x.dim())]
     order = sorted(range(x.dim() - 1), key=lambda axis: (x.stride(axis), x.shape[axis]), reverse=True)
@@ -314,5 +337,5 @@ def _memory_order(x: Tensor) -> list[int] | None:
 
 
 def _matrix(x: Tensor, order: list[int] | None) -> Tensor:
-    """`x` as rows x columns, a view."""
+    """View `x` as rows x columns."""
     return (x if order is None or x.is_contiguous() else x.permute(order)).view(-1, x.shape[-1])

@@ -1,7 +1,7 @@
-"""Attention written out, a few heads (of a few samples, if they are small) at a time: their scores stay in the cache.
+"""Compute attention a few heads at a time (of a few samples, if they are small): their scores stay in the cache.
 
-Heads do not depend on each other, unless a quantizer sees more than its rows, or an observer has to see all of them:
-then all are computed at once.
+Each head is computed by itself, unless a quantizer depends on more than its rows, or an observer is present. Then this
+module declines, and all heads are computed at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qsim_core.matmuls.attention import explicit_attention
 from qsim_core.sites.site import Site
 from qsim_core.sites.sites import Sites
 from qsim_fast.causal_attention import QUERIES, SCORES, can_be_cut, causal_attention
-from qsim_fast.quantizing import followed
+from qsim_fast.quantizing import needs_reference
 
 
 def attend(
@@ -30,8 +30,14 @@ def attend(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    queries: int = QUERIES,
+    scores: int = SCORES,
 ) -> Tensor | None:
-    """Compute `explicit_attention` by tiles, with the same numbers; None where all heads go at once."""
+    """Compute `explicit_attention` by tiles, with the same numbers; None if all heads have to be computed at once.
+
+    `queries` are the queries of a tile of causal attention, `scores` the scores of any tile, at most.
+    """
     frame = sites.stack.frames[-1]
     first = frame.products
     met = [site for i in range(2) if (site := sites.table.get(f"{frame.path}:matmul.{first + i}")) is not None]
@@ -39,18 +45,18 @@ def attend(
     shapes = {tuple(t.shape[: 2 - enable_gqa]) if t.dim() == 4 else None for t in (query, key, value)}
     matching = len(shapes) == 1 and None not in shapes and key.shape[1] == value.shape[1]
     possible = len(met) == 2 and matching and masked and not dropout_p
-    if not possible or not _worthwhile(query) or not _unseen(sites, met):
+    if not possible or not _worthwhile(query) or not _independent_of_order(sites, met):
         return None
     calls = [site.calls + 1 for site in met]
-    triangular = is_causal and attn_mask is None and query.shape[-2] == key.shape[-2] > QUERIES
+    triangular = is_causal and attn_mask is None and query.shape[-2] == key.shape[-2] > queries
     result = None
-    if triangular and _usual(query, key, value) and can_be_cut(met[0], met[1]):
-        result = causal_attention(sites, met, query, key, value, scale)
-        if not bool(result.sum().isfinite()):  # NaN may reach, through a scale, values computed without it
+    if triangular and _plain_operands(query, key, value) and can_be_cut(met[0], met[1], queries):
+        result = causal_attention(sites, met, query, key, value, scale, queries=queries, scores=scores)
+        if not bool(result.sum().isfinite()):  # through a scale, NaN may reach values that do not depend on it
             result = None
     if result is None and all(quantizer.by_rows for quantizer in _quantizers(met)):
         result = query.new_empty(*query.shape[:-1], value.shape[-1])
-        for place, operands in _heads(query, key, value, attn_mask, enable_gqa):
+        for place, operands in _heads(query, key, value, attn_mask, enable_gqa, scores):
             frame.products = first
             result[place] = explicit_attention(*operands, 0.0, is_causal, scale)
     if result is None:
@@ -62,19 +68,19 @@ def attend(
 
 
 def _worthwhile(query: Tensor) -> bool:
-    """Tell if there are several heads on a CPU, and no gradient is recorded."""
+    """Tell if there are several heads, on a CPU, and no gradient is recorded."""
     several = query.shape[0] * query.shape[1] > 1 and query.device.type == "cpu"
-    return several and not torch.is_grad_enabled() and not followed(query)
+    return several and not torch.is_grad_enabled() and not needs_reference(query)
 
 
-def _usual(*operands: Tensor) -> bool:
-    """Tell if no mode looks on below torch's functions or chooses dtypes, and no operand is a parameter."""
-    plain = not torch.is_autocast_enabled("cpu") and torch._C._len_torch_dispatch_stack() == 0
-    return plain and len({x.dtype for x in operands}) == 1 and not any(isinstance(x, Parameter) for x in operands)
+def _plain_operands(*operands: Tensor) -> bool:
+    """Tell if the operands are plain tensors of one dtype, without a dispatch mode or autocast."""
+    unseen = not torch.is_autocast_enabled("cpu") and torch._C._len_torch_dispatch_stack() == 0
+    return unseen and len({x.dtype for x in operands}) == 1 and not any(isinstance(x, Parameter) for x in operands)
 
 
-def _unseen(sites: Sites, met: list[Site]) -> bool:
-    """Tell if no observer looks on, and no numbers are drawn for a product as a whole, nor a device simulated."""
+def _independent_of_order(sites: Sites, met: list[Site]) -> bool:
+    """Tell if tiles may be computed one by one: no observer, no training, no random numbers, no simulated device."""
     training = sites.stack.frames[-1].module.training
     if sites.watched or training or not sites.quantizing or any(site.rotations for site in met):
         return False
@@ -84,20 +90,20 @@ def _unseen(sites: Sites, met: list[Site]) -> bool:
 
 
 def _quantizers(met: list[Site]) -> list[Any]:
-    """The quantizers at two products."""
+    """List the quantizers at two products."""
     found = (site.quantizer(role) for site in met for role in ("input", "input2", "output"))
     return [quantizer for quantizer in found if quantizer is not None]
 
 
 def _heads(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool, scores: int
 ) -> Iterator[tuple[tuple[slice, slice], tuple[Tensor, Tensor, Tensor, Tensor | None]]]:
-    """The place of a few heads of [B, H, length, width], and their operands."""
+    """Give a few heads of [B, H, length, width] at a time: their place, and their operands."""
     if enable_gqa:
         key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value))
     query, key = query.contiguous(), key.contiguous()
-    value = value.transpose(-1, -2).contiguous().transpose(-1, -2)  # PV is summed over tokens: so they come last
-    heads = max(1, SCORES // max(1, query.shape[-2] * key.shape[-2]))
+    value = value.transpose(-1, -2).contiguous().transpose(-1, -2)  # PV is summed over tokens: they lie last in memory
+    heads = max(1, scores // max(1, query.shape[-2] * key.shape[-2]))
     samples = max(1, heads // query.shape[1])
     for sample in range(0, query.shape[0], samples):
         for head in range(0, query.shape[1], heads):

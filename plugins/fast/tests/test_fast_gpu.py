@@ -13,12 +13,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from qsim_fast import int8
-from qsim_fast import quantizing as fused
-from qsim_fast.bf16 import BF16
+from fast_cases import FORMATS, INT8, SCHEMES, Convolution, Layer, assert_same_bits, example, in_float64, ulps, values
+from qsim_fast import int8, quantizing
+from qsim_fast.bf16 import BF16Product
 from qsim_fast.kernels import gpu, native
-from test_fused import FORMATS, SCHEMES, assert_same_bits, values
-from test_lowering import INT8, Convolution, Layer, example, in_float64, ulps
 from torch import Tensor, nn
 
 import qsim_core as qsim
@@ -34,14 +32,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(autouse=True)
 def _kernels_for_all() -> Iterator[None]:
-    with native.only(gpu.GpuLibrary()):
+    with native.only(gpu.GpuKernels()):
         yield
 
 
 def both(quantizer: Quantizer, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What the kernels and what Python make of it, the latter on the CPU."""
+    """The result of the kernels, and that of the reference on the CPU."""
     x = x.to(DEVICE)
-    fast = fused.quantize(quantizer, x) if isinstance(quantizer, qsim.Scheme) else fused.cast(quantizer, x)  # type: ignore[arg-type]
+    fast = quantizing.quantize(quantizer, x) if isinstance(quantizer, qsim.Scheme) else quantizing.cast(quantizer, x)  # type: ignore[arg-type]
     assert fast is not None
     with native.only(False):
         return fast.cpu(), quantizer.quantize(x.cpu())
@@ -66,7 +64,7 @@ def test_rows_longer_than_a_program_holds(text: str) -> None:
 
 
 def test_long_blocks_within_longer_rows_are_left_to_the_reference() -> None:
-    assert fused.quantize(qsim.parse("abfp(int8, n=20000)"), torch.randn(2, 40_000, device=DEVICE)) is None  # type: ignore[arg-type]
+    assert quantizing.quantize(qsim.parse("abfp(int8, n=20000)"), torch.randn(2, 40_000, device=DEVICE)) is None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", ["token(int8)", "mxfp4", "nvfp4"])
@@ -85,9 +83,9 @@ def test_static_scales_give_the_references_bits() -> None:
         assert_same_bits(fast.cpu(), scheme.quantize_at(x.cpu(), scale.cpu(), zero.cpu()))  # type: ignore[attr-defined]
 
 
-def run(model: nn.Module, path: str, *inputs: Tensor, keep: bool = True, **parts: str) -> tuple[Tensor, set[str]]:
-    """What the model makes of its inputs, on the CPU, and the paths that its sites took."""
-    recipe = qsim.Recipe(arithmetic=path, **parts)  # type: ignore[arg-type]
+def run(model: nn.Module, arithmetic: str, *inputs: Tensor, keep: bool = True, **parts: str) -> tuple[Tensor, set[str]]:
+    """The output of the model, on the CPU, and the arithmetics of its sites."""
+    recipe = qsim.Recipe(arithmetic=arithmetic, **parts)  # type: ignore[arg-type]
     model, inputs = copy.deepcopy(model).eval().to(DEVICE), tuple(x.to(DEVICE) for x in inputs)
     simulation = qsim.simulate(model, recipe, example=inputs[0] if len(inputs) == 1 else inputs, keep=keep)
     with torch.no_grad():
@@ -128,9 +126,9 @@ def assert_close(found: Tensor, wanted: Tensor) -> None:
 def test_blockwise_sums_are_those_of_the_quantized_values(weights: str, activations: str, keep: bool) -> None:
     parts = {"weights": weights, "activations": activations}
 
-    y, paths = run(Layer(), "blockwise", example(), keep=keep, **parts)
+    y, arithmetics = run(Layer(), "blockwise", example(), keep=keep, **parts)
 
-    assert paths == {"blockwise"}
+    assert arithmetics == {"blockwise"}
     assert_close(y, exact_of(parts))
 
 
@@ -140,19 +138,19 @@ def test_any_number_of_rows_and_columns_will_do(shape: tuple[int, int]) -> None:
     layer, x = Layer(columns=columns, rows=rows), torch.randn(5, rows, columns)
     parts = {"weights": "channel(int8)", "activations": "token(int8)"}
 
-    y, paths = run(layer, "blockwise", x, **parts)
+    y, arithmetics = run(layer, "blockwise", x, **parts)
 
-    assert paths == {"blockwise"}
+    assert arithmetics == {"blockwise"}
     assert_close(y, exact_of(parts, layer, x))
 
 
 def test_blocks_too_short_for_a_matmul_take_float32() -> None:
-    _, paths = run(Layer(), "blockwise", example(), weights="abfp(int4, n=8)", activations="abfp(int8)")
+    _, arithmetics = run(Layer(), "blockwise", example(), weights="abfp(int4, n=8)", activations="abfp(int8)")
 
-    assert paths == {"float32"}
+    assert arithmetics == {"float32"}
 
 
-def test_nan_spreads_as_on_the_float32_path() -> None:
+def test_nan_spreads_as_in_float32() -> None:
     x = example()
     x[0, 0, 0] = torch.nan
     parts = {"weights": "abfp(int4)", "activations": "abfp(int8)"}
@@ -167,7 +165,7 @@ def test_nan_spreads_as_on_the_float32_path() -> None:
 def test_weights_that_are_overwritten_hold_the_references_bits() -> None:
     quantizer, rows = qsim.parse("nvfp4"), torch.randn(40, 96).to(DEVICE)
 
-    made = BF16([quantizer, quantizer], biased=False, rounds=False).new(rows)
+    made = BF16Product([quantizer, quantizer], biased=False, rounds=False).new(rows)
 
     with native.only(False):
         assert_same_bits(made.values().cpu(), quantizer.quantize(rows.cpu()))  # type: ignore[attr-defined, union-attr]
@@ -178,10 +176,10 @@ def test_weights_that_are_overwritten_hold_the_references_bits() -> None:
 def test_values_without_the_scale_of_all_scales(text: str, columns: int) -> None:
     scheme, x = qsim.parse(text), torch.randn(3, columns).to(DEVICE)
 
-    fast, second = fused.factored(scheme, x)  # type: ignore[arg-type]
+    fast, second = quantizing.without_tensor_scale(scheme, x)  # type: ignore[arg-type]
 
     with native.only(False):
-        slow, same = fused.factored(scheme, x.cpu())  # type: ignore[arg-type]
+        slow, same = quantizing.without_tensor_scale(scheme, x.cpu())  # type: ignore[arg-type]
         assert_same_bits(fast.cpu(), slow)
         assert second.cpu() == same
         wanted = scheme.quantize(x.cpu())  # type: ignore[attr-defined]
@@ -205,11 +203,11 @@ def test_products_of_attention_are_blockwise_too(activations: str, causal: bool)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 40, 32, generator=generator) for heads in (4, 2, 2))
 
-    y, paths = run(Attention(causal), "blockwise", q, k, v, activations=activations)
+    y, arithmetics = run(Attention(causal), "blockwise", q, k, v, activations=activations)
     with native.only(False):
         slow, _ = run(Attention(causal), "float32", q, k, v, activations=activations)
 
-    assert paths == {"blockwise"}
+    assert arithmetics == {"blockwise"}
     assert_close(y, slow)
 
 
@@ -218,11 +216,11 @@ def test_values_that_share_scales_along_the_head_are_multiplied_in_float32(token
     q, k, v = torch.randn(3, 2, 4, tokens, 32, generator=torch.Generator().manual_seed(0))
     parts = {"activations": "token(int8)", "value_axis": "head"}
 
-    y, paths = run(Attention(False), "blockwise", q, k, v, **parts)
+    y, arithmetics = run(Attention(False), "blockwise", q, k, v, **parts)
     with native.only(False):
         slow, _ = run(Attention(False), "float32", q, k, v, **parts)
 
-    assert paths == {"blockwise", "float32"}
+    assert arithmetics == {"blockwise", "float32"}
     assert_close(y, slow)
 
 
@@ -231,13 +229,13 @@ def test_a_transposed_weight(weights: str) -> None:
     layer = Layer(transposed=True)
     parts = {"weights": weights, "activations": "token(int8)"}
 
-    y, paths = run(layer, "blockwise", example(), **parts)
+    y, arithmetics = run(layer, "blockwise", example(), **parts)
 
     with native.only(False):
         weight = qsim.parse(weights).quantize(layer.weight.detach().T)  # type: ignore[attr-defined]
         rows = qsim.parse("token(int8)").quantize(example())  # type: ignore[attr-defined]
-        codes, _ = int8.encoded(qsim.parse(weights), layer.weight.detach().T, None, 0.0, torch.bfloat16)  # type: ignore[arg-type]
-    assert paths == {"blockwise"} and codes.is_contiguous()
+        codes, _ = int8.encode_matrix(qsim.parse(weights), layer.weight.detach().T, None, 0.0, torch.bfloat16)  # type: ignore[arg-type]
+    assert arithmetics == {"blockwise"} and codes.is_contiguous()
     assert_close(y, F.linear(rows.double(), weight.double(), layer.bias.detach().double()))  # type: ignore[union-attr]
 
 
@@ -245,9 +243,9 @@ def test_a_transposed_weight(weights: str) -> None:
 def test_blocks_are_multiples_of_sixteen_or_as_long_as_a_row(n: int, wanted: str) -> None:
     parts = {"weights": f"abfp(int4, n={n})", "activations": f"abfp(int8, n={n})"}
 
-    y, paths = run(Layer(), "blockwise", example(), **parts)
+    y, arithmetics = run(Layer(), "blockwise", example(), **parts)
 
-    assert paths == {wanted}
+    assert arithmetics == {wanted}
     assert_close(y, exact_of(parts))
 
 
@@ -268,12 +266,12 @@ def test_a_product_of_two_scales_need_not_be_finite() -> None:
 def test_int8_is_within_two_ulps_of_float64(weights: str, activations: str) -> None:
     parts = {"weights": weights, "activations": activations}
 
-    y, paths = run(Layer(), "int8", example(), **parts)
+    y, arithmetics = run(Layer(), "int8", example(), **parts)
 
     layer = Layer()
     with native.only(False):
         wanted = in_float64(activations, example()) @ in_float64(weights, layer.weight.detach()).T
-    assert paths == {"int8"}
+    assert arithmetics == {"int8"}
     assert ulps(y, (wanted + layer.bias.detach().double()).view(y.shape)) <= 2  # type: ignore[union-attr]
 
 
@@ -285,10 +283,10 @@ def test_int8_is_within_two_ulps_of_float64(weights: str, activations: str) -> N
 def test_bf16_sums_are_float32s(text: str, outputs: str) -> None:
     parts = {"weights": text, "activations": text} | ({"outputs": outputs} if outputs != "none" else {})
 
-    y, paths = run(Layer(), "auto", example(), **parts)
+    y, arithmetics = run(Layer(), "auto", example(), **parts)
 
     wanted = exact_of({"weights": text, "activations": text})
-    assert paths == {"bf16"}
+    assert arithmetics == {"bf16"}
     if outputs == "none":
         assert_close(y, wanted)
     else:
@@ -308,7 +306,7 @@ def test_auto_takes_what_is_exact_and_fastest(text: str, wanted: str) -> None:
 
 @on_a_gpu
 @pytest.mark.parametrize(
-    ("path", "text", "error"),
+    ("arithmetic", "text", "error"),
     [
         ("tf32", "abfp(int4)", 1e-6),
         ("tf32", "cast(fp16)", 1e-6),
@@ -316,21 +314,21 @@ def test_auto_takes_what_is_exact_and_fastest(text: str, wanted: str) -> None:
         ("fp8", "token(e4m3)", 1e-3),
     ],
 )
-def test_what_is_named_is_taken_and_recorded(path: str, text: str, error: float) -> None:
+def test_what_is_named_is_taken_and_recorded(arithmetic: str, text: str, error: float) -> None:
     parts = {"weights": text.replace("token", "channel"), "activations": text}
     layer = Layer(rows=48)
 
-    y, paths = run(layer, path, example(), **parts)
+    y, arithmetics = run(layer, arithmetic, example(), **parts)
 
     wanted = exact_of(parts, layer)
-    assert paths == {path}
+    assert arithmetics == {arithmetic}
     assert 0 < float((y.double() - wanted).norm() / wanted.norm()) < error
 
 
 @on_a_gpu
-@pytest.mark.parametrize("path", ["tf32", "fp8"])
-def test_what_does_not_fit_a_named_path_takes_float32(path: str) -> None:
-    assert run(Layer(), path, example(), weights="channel(int8)", activations="token(int8)")[1] == {"float32"}
+@pytest.mark.parametrize("arithmetic", ["tf32", "fp8"])
+def test_what_does_not_fit_a_named_arithmetic_takes_float32(arithmetic: str) -> None:
+    assert run(Layer(), arithmetic, example(), weights="channel(int8)", activations="token(int8)")[1] == {"float32"}
 
 
 @on_a_gpu
@@ -352,20 +350,19 @@ def test_nvfp4_at_any_magnitude(magnitude: float) -> None:
     parts, layer = {"weights": "nvfp4", "activations": "nvfp4"}, Layer(bias=False)
     layer.weight.data *= magnitude
 
-    y, paths = run(layer, "auto", example() * magnitude, **parts)
+    y, arithmetics = run(layer, "auto", example() * magnitude, **parts)
     with native.only(False):
         slow, _ = run(layer, "float32", example() * magnitude, **parts)
 
-    assert paths == {"bf16"}
+    assert arithmetics == {"bf16"}
     assert_close(y, slow)
 
 
 @on_a_gpu
 def test_no_kernel_is_compiled_for_each_length() -> None:
-    from qsim_fast.kernels import products_triton as products_gpu
-    from qsim_fast.kernels import quantizers_triton as kernels_gpu
+    from qsim_fast.kernels import products_triton, quantizers_triton
 
-    compiled = [kernels_gpu.extremes, kernels_gpu.round_blocks, products_gpu.multiply_blocks]
+    compiled = [quantizers_triton.extremes, quantizers_triton.round_blocks, products_triton.multiply_blocks]
     counts = []
     for length in (*range(65, 68), *range(72, 120)):
         q, k, v = torch.randn(3, 1, 2, length, 64)
@@ -379,11 +376,11 @@ def test_no_kernel_is_compiled_for_each_length() -> None:
 def test_more_matrices_than_a_grid_has_places() -> None:
     q, k, v = torch.randn(3, 70_000, 1, 2, 16)
 
-    y, paths = run(Attention(False), "blockwise", q, k, v, activations="token(int8)")
+    y, arithmetics = run(Attention(False), "blockwise", q, k, v, activations="token(int8)")
     with native.only(False):
         slow, _ = run(Attention(False), "float32", q, k, v, activations="token(int8)")
 
-    assert paths == {"blockwise"}
+    assert arithmetics == {"blockwise"}
     assert_close(y, slow)
 
 
@@ -393,10 +390,10 @@ def test_convolutions_in_bf16(outputs: str) -> None:
     model, x = Convolution(2, padding=1), torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(1))
     parts = {"weights": "mx(e4m3, n=8)", "activations": "mx(e4m3, n=8)", "outputs": outputs}
 
-    y, paths = run(model, "auto", x, **parts)
+    y, arithmetics = run(model, "auto", x, **parts)
     slow, _ = run(model, "float32", x, **parts)
 
-    assert paths == {"bf16"}
+    assert arithmetics == {"bf16"}
     assert float((y != slow).double().mean()) < 0.01 and torch.allclose(y, slow, rtol=2**-7, atol=1e-3)
 
 

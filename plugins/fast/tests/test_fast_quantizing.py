@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from qsim_fast import quantizing as fused
-from qsim_fast.identity_cache import remembered
+from fast_cases import FORMATS, SCHEMES, WITHOUT_KERNELS, assert_same_bits, values
+from qsim_fast import quantizing
+from qsim_fast.identity_cache import cached_by_identity
 from qsim_fast.kernels import native
 from torch import Tensor
 
@@ -19,79 +20,13 @@ import qsim_core as qsim
 from qsim_core.errors import QsimError
 from qsim_core.formats.quantizer import Function
 
-SCHEMES = [
-    "token(int8)",
-    "token(int4, symmetric=false)",
-    "token(int8, symmetric=false, range=absmax)",
-    "token(uint8)",
-    "channel(int(4, narrow=false, convention=gptq))",
-    "tensor(int8)",
-    "tensor(int8, symmetric=false)",
-    "token(e4m3)",
-    "token(e5m2, range=absmax)",
-    "token(float(4, mantissa=3, specials=fnuz))",
-    "token(float(3, mantissa=2, signed=false))",
-    "abfp(int4, n=64)",
-    "abfp(int8, n=50, scale=fp16)",
-    "abfp(int4, scale=e4m3)",
-    "abfp(int4, scale=e8m0)",
-    "abfp(int4, scale=scaled(int8, channel))",
-    "block(int4, n=16, symmetric=false)",
-    "block(int4, n=16, symmetric=false, scale=bf16)",
-    "block(e2m1, n=16, scale=scaled(int8))",
-    "nvfp4",
-    "mxfp4",
-    "mxfp6_e2m3",
-    "mxfp8_e5m2",
-    "mxint8",
-    "mx(e2m1, rule=ceil)",
-    "mx(e4m3, rule=even)",
-    "mx(e3m2, rule=rceil)",
-    "mx(int4, rule=divide)",
-    "msfp12",
-]
-FORMATS = ["int8", "uint4", "int(6, fraction=3)", "e4m3", "e5m2", "e4m3fnuz", "binary8p3", "e2m3"]
-FORMATS += ["float(5, mantissa=2, specials=ieee, saturate=true)", "float(4, mantissa=3, specials=fn, saturate=false)"]
-SCHEMES += ["mx(uint4)", "abfp(int(5, narrow=false, fraction=10), n=2, rule=rceil)"]
-WITHOUT_KERNELS = ["abfp(int4, n=32, scale=block(e4m3, n=[2, 2]))", "abfp(int4, scale=fp16(rounding=stochastic))"]
-WITHOUT_KERNELS += [
-    "block(e4m3, n=[8, 8])",
-    "token(int4, range=mse)",
-    "token(int8(rounding=stochastic))",
-    "token(e3m0)",
-]
-
-
-def values(dtype: torch.dtype = torch.float32) -> Tensor:
-    """[24, 200]: ordinary, huge and tiny rows, ties, zeros of both signs, subnormals, Inf and NaN."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(24, 200, generator=generator)
-    x[1] *= torch.randn(200, generator=generator).mul(20).exp2()
-    x[2], x[3], x[4] = 0.0, -0.0, x[4] * 1e-42
-    x[5] = x[5] * 3e38
-    x[6] = torch.arange(200) / 4 - 25
-    x[7, 3], x[8, 5], x[9, 7] = torch.nan, torch.inf, -torch.inf
-    x[10], x[11] = x[10].abs(), -x[11].abs()
-    x[12], x[13] = 2.0**-149, torch.finfo(torch.float32).max
-    x[14, ::2] = 0.0
-    x[15] = torch.tensor([0.5, 1.0, 1.5, 1.75, 2.0]).repeat(40) * 2.0**100
-    return x.to(dtype)
-
 
 def both(call: object) -> tuple[Tensor, Tensor]:
-    """What the kernels and what Python make of it."""
+    """The result of the kernels, and that of the reference."""
     with native.only(True):
         fast = call()  # type: ignore[operator]
     with native.only(False):
         return fast, call()  # type: ignore[operator]
-
-
-def assert_same_bits(fast: Tensor, slow: Tensor) -> None:
-    assert fast.dtype == slow.dtype and fast.stride() == slow.stride()
-    number = ~slow.isnan()
-    assert torch.equal(fast.isnan(), slow.isnan())
-    kind = {2: torch.int16, 4: torch.int32}[fast.element_size()]
-    assert torch.equal(fast[number].view(kind), slow[number].view(kind))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -112,19 +47,19 @@ def test_no_tensor_of_sixteen_bits_is_rounded_differently(text: str) -> None:
 @pytest.mark.parametrize("text", SCHEMES)
 def test_it_is_the_kernels_that_do_it(text: str) -> None:
     with native.only(True):
-        assert fused.quantize(qsim.parse(text), values()) is not None  # type: ignore[arg-type]
+        assert quantizing.quantize(qsim.parse(text), values()) is not None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", FORMATS)
 def test_it_is_the_kernels_that_cast(text: str) -> None:
     with native.only(True):
-        assert fused.cast(qsim.parse(text), values()) is not None  # type: ignore[arg-type]
+        assert quantizing.cast(qsim.parse(text), values()) is not None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", WITHOUT_KERNELS)
 def test_what_the_kernels_do_not_know_is_left_to_the_reference(text: str) -> None:
     with native.only(True):
-        assert fused.quantize(qsim.parse(text), values()) is None  # type: ignore[arg-type]
+        assert quantizing.quantize(qsim.parse(text), values()) is None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -193,12 +128,11 @@ def run(program: str, **environment: str) -> str:
 
 PROGRAM = """
 import torch, qsim_core as qsim
-from qsim_core import native
-x = torch.ones(64, 64)
+from qsim_fast.kernels import native
 for _ in range({times}):
-    native._waiting.elements += native.WORTH // 2
-    qsim.parse("int8").quantize(x)
-print(native._waiting.library is not None)
+    native.kernels_for(native.ELEMENTS_TO_BUILD // 2)
+assert qsim.parse("int8").quantize(torch.tensor([[2.4, 300.0]])).tolist() == [[2.0, 127.0]]
+print(native.kernels_for(0) is not None)
 """
 
 
@@ -298,7 +232,7 @@ def test_integers_are_still_refused() -> None:
 
 
 def test_what_was_found_out_about_a_quantizer_goes_with_it() -> None:
-    ask = remembered(lambda quantizer: str(quantizer))
+    ask = cached_by_identity(lambda quantizer: str(quantizer))
     quantizer = Function(call=lambda x: x)
     gone = weakref.ref(quantizer)
 

@@ -1,7 +1,7 @@
-"""The kernels of `kernels_gpu.py`, called with tensors: for a GPU what `qsim_fast.kernels.native` is for the CPU.
+"""The kernels for GPUs, called with tensors: those of `quantizers_triton.py` and `products_triton.py`.
 
-Triton comes with torch's builds for GPUs, compiles each kernel when it is first called, in a second or so, and keeps it
-in a cache of its own. Where that does not work, or with QSIM_NATIVE=0, the reference in Python computes the same bits.
+Triton comes with torch's builds for GPUs. It compiles each kernel at its first call, in about a second, and has its own
+cache. Without it, or with QSIM_NATIVE=0, the reference in Python computes the same bits.
 """
 
 from __future__ import annotations
@@ -16,47 +16,48 @@ import torch
 from torch import Tensor
 
 from qsim_core.formats.rounding import Steps
-from qsim_fast.kernels.interface import GIVEN, Grid, Part, Scaling, bits, buffer
+from qsim_fast.kernels.arguments import GIVEN, Grid, Scaling, bfloat16_bits, buffer
 from qsim_fast.kernels.native import forced, switched_off
+from qsim_fast.kernels.protocol import Part
 
 TRITON = (3, 6)
-"""The oldest version that the kernels were tried with."""
+"""The oldest version of Triton that the kernels were tested with."""
 AMPERE = (8, 0)
-"""The first GPUs that multiply bfloat16."""
+"""The compute capability of the first GPUs that multiply bfloat16."""
 EXACT = {"enable_fp_fusion": False}
-"""No multiplication is fused with an addition."""
-TOGETHER = 4096
-"""Elements that a program takes, if its blocks are no longer."""
-LONGEST = 16384
+"""Options of Triton: no multiplication is fused with an addition."""
+PER_PROGRAM = 4096
+"""The elements of a program, unless one block is longer."""
+LONGEST_BLOCK = 16384
 """The longest block that a program holds in its registers."""
 TILE = 64
-"""Codes along the reduction axis that are multiplied at a time, at most."""
-SHORTEST = 16
-"""Codes that a matmul of the GPU adds up at the least."""
-MOST = 4096
-"""Calls that are remembered; then all are forgotten."""
+"""The codes along the reduction axis that are multiplied at a time, at most."""
+SHORTEST_TILE = 16
+"""The codes along the reduction axis that a matrix unit of the GPU takes, at least."""
+MOST_CALLS = 4096
+"""The number of compiled calls that are kept; then all are dropped."""
 
 Launch = tuple[Sequence[int], Sequence[Any]]
-"""How many programs a kernel is started with, along each axis, and what it is given after its tensors."""
+"""The number of programs along each axis, and the arguments of the kernel after its tensors."""
 log = logging.getLogger(__name__)
 
 
-def found(device: torch.device) -> GpuLibrary | None:
-    """The kernels; None where they do not run, or are not wanted."""
-    if isinstance(wanted := forced(), GpuLibrary):
+def kernels_on(device: torch.device) -> GpuKernels | None:
+    """Give the kernels for a device; None if they do not run there, or are switched off."""
+    if isinstance(wanted := forced(), GpuKernels):
         return wanted
-    return None if switched_off() else _tried(device)
+    return None if switched_off() else _working_kernels(device)
 
 
 @functools.cache
-def _tried(device: torch.device) -> GpuLibrary | None:
-    """The kernels, if one of them runs there."""
+def _working_kernels(device: torch.device) -> GpuKernels | None:
+    """Give the kernels, if one of them runs on the device."""
     try:
         from triton import __version__ as version
 
         if tuple(map(int, version.split(".")[:2])) < TRITON or torch.cuda.get_device_capability(device) < AMPERE:
             return None
-        made = GpuLibrary()
+        made = GpuKernels()
         made.any_below(torch.zeros(1, dtype=torch.bfloat16, device=device), 1.0)
     except Exception as error:  # Triton needs a C compiler, a folder to write in, a GPU that it knows
         log.info("quantizing in Python on %s: no kernel runs there (%s)", device, error)
@@ -66,7 +67,7 @@ def _tried(device: torch.device) -> GpuLibrary | None:
 
 @functools.cache
 def sums_in_float32(device: torch.device) -> bool:
-    """Whether products of bfloat16 tensors are to be had there as float32 sums."""
+    """Tell if torch gives the float32 sums of a product of bfloat16 tensors on this device."""
     try:
         one = torch.ones(1, 1, dtype=torch.bfloat16, device=device)
         torch.mm(one, one, out_dtype=torch.float32)
@@ -75,34 +76,34 @@ def sums_in_float32(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= AMPERE
 
 
-def used_for(x: Tensor) -> bool:
-    """Whether products of such a tensor are a GPU's; Triton's interpreter takes any tensor for one."""
-    return x.is_cuda or isinstance(forced(), GpuLibrary)
+def computes_on_gpu(x: Tensor) -> bool:
+    """Tell if products of such a tensor are computed by a GPU, or by Triton's interpreter, which takes any tensor."""
+    return x.is_cuda or isinstance(forced(), GpuKernels)
 
 
-class GpuLibrary:
-    """The kernels, with tensors for pointers. Every tensor is contiguous and on one GPU."""
+class GpuKernels:
+    """The kernels, called with tensors. Every tensor is contiguous and on one GPU."""
 
-    longest: float = LONGEST
-    parts = True
+    longest_block: float = LONGEST_BLOCK
+    writes_parts = True
 
     def __init__(self) -> None:
         self._compiled: dict[Hashable, Callable[..., Any]] = {}
-        """Kernels as they were called before: to find them again takes Triton longer than to start them."""
+        """The compiled kernels by their calls: Triton's own look-up takes longer than starting one."""
 
     @functools.cached_property
     def kernels(self) -> Any:
-        """Those of quantizers. They need Triton."""
-        from qsim_fast.kernels import quantizers_triton as kernels_gpu
+        """The kernels of quantizers. Importing them needs Triton."""
+        from qsim_fast.kernels import quantizers_triton
 
-        return kernels_gpu
+        return quantizers_triton
 
     @functools.cached_property
     def products(self) -> Any:
-        """Those of products."""
-        from qsim_fast.kernels import products_triton as products_gpu
+        """The kernels of products."""
+        from qsim_fast.kernels import products_triton
 
-        return products_gpu
+        return products_triton
 
     def _launch(
         self,
@@ -112,8 +113,10 @@ class GpuLibrary:
         prepare: Callable[[], Launch],
         **options: Any,
     ) -> None:
-        """Start a kernel. What `decides` its programs and its other arguments, which `prepare` gives, is kept with
-        them."""
+        """Start a kernel.
+
+        `prepare` gives its programs and other arguments, which are kept for calls with equal `decides`.
+        """
         key = (kernel, pointers[0].device.index, *decides, *((p.dtype, p.data_ptr() % 16) for p in pointers))
         run = self._compiled.get(key)
         here = pointers[0].device
@@ -127,14 +130,14 @@ class GpuLibrary:
             compiled = kernel[programs](*pointers, *others, **options)
             if pointers[0].is_cuda:
                 start = compiled[programs]
-                if len(self._compiled) >= MOST:
+                if len(self._compiled) >= MOST_CALLS:
                     self._compiled.clear()
                 self._compiled[key] = lambda *pointers: start(*pointers, *others)
 
     def extremes(self, x: Tensor, block: int, magnitude: bool) -> tuple[Tensor | None, Tensor]:
         """`Kernels.extremes`."""
         rows, columns = x.shape
-        length = min(block, TOGETHER) if block >= columns else block  # a row in pieces
+        length = min(block, PER_PROGRAM) if block >= columns else block  # a row in pieces
         pieces = -(-columns // length)
         high = buffer(rows, pieces, device=x.device)
         low = high if magnitude else torch.empty_like(high)
@@ -159,13 +162,13 @@ class GpuLibrary:
         zero: Tensor | None = None,
         shift: float = 0.0,
         scaling: Scaling = GIVEN,
-        second: float | Tensor = 1.0,
+        tensor_scale: float | Tensor = 1.0,
         without: Part = "",
     ) -> Tensor:
         """`Kernels.round`."""
-        factor = number(1.0, x.device) if scale is None else scale
-        above = second if isinstance(second, Tensor) else number(second, x.device)
-        pointers = _raw(x), out if x.is_cuda else _raw(out), factor, factor if zero is None else zero, above
+        factor = constant(1.0, x.device) if scale is None else scale
+        factor_of_scales = tensor_scale if isinstance(tensor_scale, Tensor) else constant(tensor_scale, x.device)
+        pointers = _raw(x), out if x.is_cuda else _raw(out), factor, factor if zero is None else zero, factor_of_scales
 
         def prepare() -> Launch:
             rows, columns = x.shape
@@ -190,7 +193,16 @@ class GpuLibrary:
             blocks = _blocks(rows, columns, length)
             return (-(-blocks[0] // some),), (*blocks, length, shared, out.stride(0), *strides, shift, *numbers, *flags)
 
-        decides = x.shape, out.stride(0), factor.shape, factor.stride(), _Held(steps), _Held(scaling), block, without
+        decides = (
+            x.shape,
+            out.stride(0),
+            factor.shape,
+            factor.stride(),
+            _ByIdentity(steps),
+            _ByIdentity(scaling),
+            block,
+            without,
+        )
         state = scale is None, zero is None, shift, out.dtype
         self._launch(self.kernels.round_blocks, pointers, (*decides, *state), prepare, **EXACT)
         return out
@@ -200,7 +212,11 @@ class GpuLibrary:
         if out.dtype == torch.int8:
             return int(kernels.CODES.value)
         lossy = out.dtype == torch.bfloat16 and x.dtype != torch.bfloat16
-        kinds = {"scale": kernels.UNITS, "second": kernels.APART, "": kernels.NONE_LOST if lossy else kernels.VALUES}
+        kinds = {
+            "scale": kernels.UNITS,
+            "tensor_scale": kernels.WITHOUT_TENSOR_SCALE,
+            "": kernels.NONZERO_KEPT if lossy else kernels.VALUES,
+        }
         return int(kinds[without].value)
 
     def any_below(self, x: Tensor, bound: float) -> bool:
@@ -211,7 +227,7 @@ class GpuLibrary:
             self.kernels.any_below,
             (_raw(x), found),
             (size, bound),
-            lambda: ((-(-size // TOGETHER),), (size, bits(bound), TOGETHER)),
+            lambda: ((-(-size // PER_PROGRAM),), (size, bfloat16_bits(bound), PER_PROGRAM)),
         )
         return bool(found)
 
@@ -242,15 +258,18 @@ class GpuLibrary:
         step: int,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """Codes [S, M, K], scales [S, M or 1, blocks or 1] and the length of a block, times such of [S or 1, N, K]:
-        float32 [S, M, N]. `step` codes at a time have one scale on either side."""
+        """Multiply codes [S, M, K] by codes [S or 1, N, K] under their scales, in float32: [S, M, N].
+
+        With each come the scales [S, M or 1, blocks or 1] and the length of a block. `step` codes at a time have one
+        scale on either side.
+        """
         (left, left_scale, left_block), (right, right_scale, right_block) = a, b
         (samples, rows, inner), columns = left.shape, right.shape[1]
         y = buffer(samples, rows, columns, device=left.device)
 
         def prepare() -> Launch:
             tile, by_rows = tile_of(step, inner), step >= inner
-            whole = left.dtype == right.dtype == torch.int8 and tile >= 2 * SHORTEST
+            whole = left.dtype == right.dtype == torch.int8 and tile >= 2 * SHORTEST_TILE
             steps, tiles = (1, -(-inner // tile)) if by_rows else (-(-inner // step), step // tile)
             high, wide = 128 if rows > 64 else 64, 128 if columns > 64 else 64
             batches = (_stride(x, 0) for x in (left, right, left_scale, right_scale))
@@ -269,27 +288,27 @@ class GpuLibrary:
         return y
 
 
-class _Held:
-    """Something whose id is part of a key: as long as that is kept, so is it."""
+class _ByIdentity:
+    """A part of a key that compares by identity, and keeps its object alive."""
 
-    def __init__(self, what: Any) -> None:
-        self.what = what
+    def __init__(self, of: Any) -> None:
+        self.of = of
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Held) and self.what is other.what
+        return isinstance(other, _ByIdentity) and self.of is other.of
 
     def __hash__(self) -> int:
-        return id(self.what)
+        return id(self.of)
 
 
 @functools.lru_cache(maxsize=64)
-def number(value: float, device: torch.device) -> Tensor:
-    """A number as a matrix."""
+def constant(value: float, device: torch.device) -> Tensor:
+    """Give a number as a matrix [1, 1]."""
     return buffer(1, 1, device=device).fill_(value)
 
 
 def _raw(x: Tensor) -> Tensor:
-    """bfloat16 as bits."""
+    """View bfloat16 as its bits."""
     return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
 
 
@@ -298,24 +317,24 @@ def _stride(x: Tensor, axis: int) -> int:
 
 
 def tile_of(step: int, inner: int) -> int:
-    """How many columns are multiplied at a time where so many share scales: a power of two, and all of a step."""
+    """Choose how many columns are multiplied at a time: a power of two that divides `step`, if rows have several."""
     return TILE if step >= inner else min(TILE, step & -step)
 
 
 def _piece(block: int, columns: int) -> int:
-    """The length of the pieces in which a block is rounded whose scale is known."""
-    if block <= TOGETHER:
+    """Choose the length of the pieces in which a block with a given scale is rounded."""
+    if block <= PER_PROGRAM:
         return block
-    return TOGETHER if block >= columns or block % TOGETHER == 0 else block
+    return PER_PROGRAM if block >= columns or block % PER_PROGRAM == 0 else block
 
 
 def _shape(length: int) -> tuple[int, int]:
-    """The width of the blocks of a program, and how many it takes."""
+    """Give the width of a program's blocks, a power of two, and their number."""
     width = max(2, 1 << (length - 1).bit_length())
-    return width, max(1, TOGETHER // width)
+    return width, max(1, PER_PROGRAM // width)
 
 
 def _blocks(rows: int, columns: int, length: int) -> tuple[int, int, int]:
-    """Blocks in all, columns, and blocks of a row."""
+    """Give the number of blocks, of columns, and of blocks in a row."""
     pieces = -(-columns // length)
     return rows * pieces, columns, pieces

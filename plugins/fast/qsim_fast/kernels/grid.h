@@ -1,4 +1,4 @@
-// Rounding to the values of a format: what every kernel shares. Included inside no namespace, once in a source.
+// Rounding to the values of a number format, for every kernel. Include it once in a source, outside any namespace.
 #pragma once
 #include <cfloat>
 #include <cmath>
@@ -14,14 +14,14 @@ template <class To, class From> inline To bits_as(From from) {
     return to;
 }
 
-// The values of a format, as qsim_core.formats.rounding.Steps has them.
+// The values of a number format: qsim_core.formats.rounding.Steps.
 struct Grid {
     float low, high; // the lowest and the highest value
-    float overflow;  // what lies beyond becomes ± this; equal to `high` where the format saturates
-    float bound;     // no |x| is looked at beyond this
-    float smallest;  // the power of two below which the step does not shrink any more
-    float magic;     // times a power of two: adding it leaves the sum no bits below that binade's step
-    int32_t fixed;   // one step for all values
+    float overflow;  // a value beyond becomes ± this; equal to `high` if the format saturates
+    float bound;     // magnitudes are clamped to this first
+    float smallest;  // the power of two below which the step stays the same
+    float magic;     // times a power of two: adding it drops the bits below the step of that binade
+    int32_t fixed;   // 1: one step for all values
     int32_t signed_zero;
 };
 

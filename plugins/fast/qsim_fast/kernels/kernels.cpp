@@ -1,8 +1,8 @@
-// One pass over memory where the reference in Python takes many: the extremes of blocks, rounding under scales, and the
-// last step of an integer product. Results are the reference's, bit for bit (tests/test_fused.py), so this file may not
-// be compiled with -ffast-math or with contraction into fused multiply-adds.
+// Kernels that take one pass over memory, where the reference in Python takes many: the extremes of blocks, rounding
+// under scales, and the scaling of integer sums. Results are the reference's, bit for bit (test_fast_quantizing.py), so
+// this file must not be compiled with -ffast-math, nor with contraction into fused multiply-adds.
 //
-// A tensor is rows x columns, contiguous; a block is `block` columns of one row, the last one may be short.
+// A tensor is rows x columns, contiguous. A block is `block` columns of one row; the last one may be short.
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
@@ -28,33 +28,33 @@ inline void store(BFloat16 *to, float x) { // to nearest, ties to even; NaN stay
     to->bits = x != x ? uint16_t(0x7fc0) : rounded;
 }
 
-// bfloat16 in which a value other than zero stays one.
-struct NoneLost {
+// bfloat16 in which a non-zero value stays non-zero.
+struct NonzeroKept {
     uint16_t bits;
 };
 
-inline void store(NoneLost *to, float x) {
+inline void store(NonzeroKept *to, float x) {
     BFloat16 rounded;
     store(&rounded, x);
     to->bits = (rounded.bits & 0x7fff) == 0 && x != 0 ? uint16_t(rounded.bits | 1) : rounded.bits;
 }
 
-// Rows that a thread takes at a time: some 64 KiB.
+// The number of rows that a thread takes at a time: some 64 KiB.
 inline int64_t grain(int64_t columns) { return columns < 16384 ? 16384 / columns : 1; }
 
-// How the range of a block becomes its scale: `Scheme._covering` and `Scheme._rounded`.
+// The rule by which the range of a block becomes its scale: `Scheme.covering` and `Scheme.rounded_scale`.
 struct Scaling {
     int32_t rule;        // 0: given; 1: divided by `reach`; 2 to 5: a power of two: floor, ceil, even, rceil
     int32_t rounding;    // of the scale, 0: none, 1: bfloat16, 2: E8M0, which holds powers of two, 3: `grid`
     int32_t zero_points; // 0: symmetric
-    int32_t magnitude;   // of both signs: the range is that of magnitudes
-    int32_t absmax;      // as far to either side, where there is a zero point
-    float reach;         // the highest magnitude becomes this; with zero points the number of steps
-    float largest;       // the element's largest value, and the exponent of it
-    int32_t top;
-    double tie;          // from this fraction on, of 0.5 to 1, rule `even` takes the next power
-    float limit;         // a scale saturates here
-    float second;        // scales have a scale of their own, one for all; 1: they have none
+    int32_t magnitude;   // 1: the range is that of the magnitudes
+    int32_t absmax;      // 1: with a zero point, the range extends as far to either side
+    float reach;         // the highest magnitude maps to this; with zero points: the number of steps
+    float largest;       // the element's largest value
+    int32_t top;         // the exponent of `largest`
+    double tie;          // rule `even` takes the next power from this fraction on, of 0.5 to 1
+    float limit;         // the largest scale; larger ones saturate
+    float tensor_scale;  // the scale of the scales; 1: they have none
     Grid grid;
 };
 
@@ -66,11 +66,11 @@ struct Task {
     float shift;     // codes are stored less this
     int64_t out_row; // elements from one row of the result to the next
     int32_t threads;
-    int32_t saturate; // under a scale what is too large saturates, whatever the format does by itself
+    int32_t saturate; // 1: values that are too large saturate, whatever the format does without a scale
     Scaling scaling;
 };
 
-// The bits of floats in an order of integers: NaN comes after Inf, so that it is not lost on the way.
+// Map floats to integers in the same order; NaN comes after Inf, so that an extreme shows it.
 inline int32_t ordered(float x) {
     int32_t bits = bits_as<int32_t>(x);
     return bits ^ (bits >> 31 & 0x7fffffff);
@@ -99,13 +99,13 @@ inline void extremes_of(int64_t length, const In *x, bool magnitude, float *low,
     *high = number ? b : NAN;
 }
 
-// A power of two that a rule makes of the highest magnitude, at most one away from it: numerics.power_of_two_scale.
+// The power of two that a rule makes of the highest magnitude: qsim_core.formats.rounding.power_of_two_scale.
 inline float power_of_two(float high, const Scaling &scaling) {
     float value = scaling.rule == 5 ? high / scaling.largest : high;
     if (!(std::fabs(high) <= FLT_MAX)) return NAN;
     int exponent = -149;
     if (value > 0) {
-        double wide = value; // no float32 is subnormal in float64
+        double wide = value; // as a float64, no float32 is subnormal
         uint64_t bits = bits_as<uint64_t>(wide);
         double fraction = bits_as<double>((bits & 0x000fffffffffffffu) | 0x3fe0000000000000u);
         exponent = int(bits >> 52 & 0x7ff) - 1023;
@@ -119,8 +119,8 @@ inline float power_of_two(float high, const Scaling &scaling) {
 
 inline float finite(float x) { return std::fabs(x) <= FLT_MAX ? x : NAN; }
 
-// The scales of a row's blocks from their ranges, where they stand in `high`; zero points take the place of `low`.
-// One loop for each step, over all blocks, so that a processor does several at once.
+// Compute the scales of a row's blocks from their ranges. Scales overwrite `high`, zero points overwrite `low`.
+// Each step is a loop over all blocks, so that the compiler vectorizes it.
 inline void scales_of(int64_t blocks, float *__restrict low, float *__restrict high, const Scaling &scaling, const Grid &grid) {
     if (scaling.zero_points) {
         for (int64_t b = 0; b < blocks; b++) {
@@ -152,11 +152,11 @@ inline void scales_of(int64_t blocks, float *__restrict low, float *__restrict h
     } else if (scaling.rounding == 2) {
         for (int64_t b = 0; b < blocks; b++) high[b] = high[b] < 0x1p-127f ? 0x1p-127f : high[b];
     } else if (scaling.rounding == 3) {
-        float divisor = scaling.second == 0 ? 1.0f : scaling.second;
+        float divisor = scaling.tensor_scale == 0 ? 1.0f : scaling.tensor_scale;
         for (int64_t b = 0; b < blocks; b++) {
             float x = clamp(high[b] / divisor, scaling.grid.low, scaling.grid.high);
             float units = scaling.grid.fixed ? nearest<true>(x, scaling.grid) : nearest<false>(x, scaling.grid);
-            high[b] = finite(units * scaling.second);
+            high[b] = finite(units * scaling.tensor_scale);
         }
     }
     if (scaling.zero_points) {
@@ -167,8 +167,8 @@ inline void scales_of(int64_t blocks, float *__restrict low, float *__restrict h
     }
 }
 
-// A block in units of its scale, rounded; less the zero point, where there is one. `length` first, so that the
-// compiler knows the usual ones.
+// Round a block in units of its scale, less the zero point if it has one. The usual lengths are passed as constants,
+// for which the compiler unrolls the loops.
 template <class In, class Out, bool fixed>
 inline void round_block(int64_t length, const In *__restrict x, Out *__restrict y, float scale, float zero, const Task &task,
                         const Grid &grid) {
@@ -207,7 +207,7 @@ inline void extremes_row(int64_t columns, int64_t block, const In *x, bool magni
 
 template <class In, class Out, bool fixed>
 void round_rows(const In *__restrict x, Out *__restrict y, const Task &given, const Grid &shared) {
-    const Task task = given; // copies of each thread's own, which no result can overwrite
+    const Task task = given; // copies of each thread, which cannot alias the results
     const Grid grid = shared;
 #pragma omp parallel for num_threads(task.threads) schedule(dynamic, grain(task.columns)) firstprivate(task, grid)
     for (int64_t row = 0; row < task.rows; row++) {
@@ -248,27 +248,27 @@ void extremes_rows(const In *x, int64_t rows, int64_t columns, int64_t block, fl
 
 extern "C" {
 
-// The lowest and the highest value of each block; with `low` null, the highest magnitude. A block with NaN gives NaN.
+// Find the lowest and the highest value of each block; with `low` null, the highest magnitude. NaN gives NaN.
 void extremes(const void *x, int32_t bfloat16, int64_t rows, int64_t columns, int64_t block, float *low, float *high,
               int32_t threads) {
     if (bfloat16) extremes_rows((const BFloat16 *)x, rows, columns, block, low, high, threads);
     else extremes_rows((const float *)x, rows, columns, block, low, high, threads);
 }
 
-// x rounded under its scales, as values in float32 (kind 0) or bfloat16 (1), as codes in int8 (2), or in bfloat16 with
-// none lost (3).
+// Round x under its scales: to values in float32 (kind 0) or bfloat16 (1), to codes in int8 (2), or to values in bfloat16
+// where a non-zero value stays non-zero (3).
 void round_to_grid(const void *x, int32_t bfloat16, void *y, int32_t kind, const Task *task, const Grid *grid) {
     auto from = [&](auto *typed) {
         if (kind == 0) round_as(typed, (float *)y, *task, *grid);
         else if (kind == 1) round_as(typed, (BFloat16 *)y, *task, *grid);
-        else if (kind == 3) round_as(typed, (NoneLost *)y, *task, *grid);
+        else if (kind == 3) round_as(typed, (NonzeroKept *)y, *task, *grid);
         else round_rows<std::remove_cv_t<std::remove_pointer_t<decltype(typed)>>, int8_t, true>(typed, (int8_t *)y, *task, *grid);
     };
     if (bfloat16) from((const BFloat16 *)x);
     else from((const float *)x);
 }
 
-// Whether any value is not zero and has a magnitude below `bound`, a bfloat16.
+// Tell if any non-zero value has a magnitude below `bound`. Both are bits of bfloat16.
 int32_t any_below(const void *x, int64_t length, int32_t bound, int32_t threads) {
     int32_t found = 0;
     const uint16_t *bits = (const uint16_t *)x;
@@ -280,8 +280,8 @@ int32_t any_below(const void *x, int64_t length, int32_t bound, int32_t threads)
     return found;
 }
 
-// Integer sums [rows, columns] to float32, where they stand: (sum - row_zero (column_sum) - column_zero (row_sum)) times
-// the row's and the column's scale, plus the bias, all of it in float64 with one rounding. Null: no zeros, no bias.
+// Turn integer sums [rows, columns] into float32, in the same memory: (sum - row_zero * column_sum - column_zero * row_sum)
+// times the row's and the column's scale, plus the bias, in float64 with one rounding. Null: no zero points, no bias.
 void scale_sums(void *sums, int64_t rows, int64_t columns, const float *row_scale, const double *row_zero,
                 const double *column_sum, const double *row_sum, const double *column_zero, const float *column_scale,
                 const float *bias, int32_t threads) {

@@ -1,8 +1,8 @@
-"""The kernels of `kernels.cpp`, compiled on the user's machine by its own C++ compiler, and called on torch's memory.
+"""The kernels of `kernels.cpp` for CPUs: compiled on the user's machine, and called on torch's memory.
 
-The library is kept in the user's cache under the digest of its source and of the processor, so that it is built once.
-It is built when the work that it would have saved has taken as long as building it takes: at worst one pays twice.
-Without a compiler, or with QSIM_NATIVE=0, the reference in Python computes the same bits.
+The library is kept in the user's cache under the digest of its source, the compiler and the processor. It is built once
+Python has spent as much time on quantizing as the compiler takes, and is found in the cache from then on. Without a
+compiler, or with QSIM_NATIVE=0, the reference in Python computes the same bits.
 """
 
 from __future__ import annotations
@@ -33,30 +33,34 @@ except ImportError:  # not on Windows
 from qsim_core.files import cache, make_cache_folder
 from qsim_core.formats.rounding import Steps
 from qsim_core.machine import processor
-from qsim_fast.kernels.interface import CPU, GIVEN, Grid, Kernels, Part, Scaling, Task, bits, buffer
+from qsim_fast.kernels.arguments import CPU, GIVEN, Grid, Scaling, Task, bfloat16_bits, buffer
+from qsim_fast.kernels.protocol import Kernels, Part
 
 SOURCE = Path(__file__).parent / "kernels.cpp"
 HEADER = Path(__file__).parent / "grid.h"
 FLAGS = ["-O2", "-ftree-vectorize", "-funswitch-loops", "-march=native", "-std=c++17", "-fPIC", "-shared"]
 EXACT = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"]
-WORTH = 2**27
-"""Elements that Python quantizes, at some 100 million a second and more, in about the time that the compiler takes."""
-AT_ONCE, PER_CALL = 64, 2**15
-"""A GPU does as much 64 times as fast, but starts the reference's operators no sooner: so many elements for a call."""
-APIECE = 2**14
-"""Elements of a thread, at least."""
+ELEMENTS_TO_BUILD = 2**27
+"""The elements that Python quantizes in about the time that the compiler takes, at some 100 million a second."""
+GPU_SPEEDUP = 64
+"""The speed of a GPU in elements, relative to a CPU."""
+GPU_CALL = 2**15
+"""The elements that one call on a GPU counts for: starting the reference's operators takes as long as on a CPU."""
+ELEMENTS_PER_THREAD = 2**14
+"""The elements of one thread, at least."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-NONE_LOST = 3
-"""bfloat16 where no value is lost without a trace: one too small for it becomes its smallest, not zero."""
+"""The kinds of results of `round_to_grid` in kernels.cpp, by dtype."""
+NONZERO_KEPT = 3
+"""The kind of results in bfloat16 where a value too small for it becomes its smallest, not zero."""
 
 log = logging.getLogger(__name__)
 
 
-class Library:
-    """The kernels, with tensors for pointers. Every tensor is contiguous and on the CPU."""
+class CpuKernels:
+    """The kernels, called with tensors. Every tensor is contiguous and on the CPU."""
 
-    longest = math.inf
-    parts = False
+    longest_block = math.inf
+    writes_parts = False
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -85,14 +89,14 @@ class Library:
         zero: Tensor | None = None,
         shift: float = 0.0,
         scaling: Scaling = GIVEN,
-        second: float | Tensor = 1.0,
+        tensor_scale: float | Tensor = 1.0,
         without: Part = "",
     ) -> Tensor:
-        """`Kernels.round`; there are no results without a part."""
+        """`Kernels.round`; results are never written without a factor."""
         factor = buffer(1, 1).fill_(1.0) if scale is None else scale
-        if isinstance(second, Tensor) or second != 1.0:
+        if isinstance(tensor_scale, Tensor) or tensor_scale != 1.0:
             scaling = Scaling.from_buffer_copy(scaling)
-            scaling.second = float(second)
+            scaling.tensor_scale = float(tensor_scale)
         task = Task(
             *x.shape,
             max(1, min(block, x.shape[1])),
@@ -106,13 +110,13 @@ class Library:
             scaling,
         )
         bfloat16, grid = x.dtype == torch.bfloat16, Grid.of(steps)
-        kind = NONE_LOST if out.dtype == torch.bfloat16 and not bfloat16 else KINDS[out.dtype]
+        kind = NONZERO_KEPT if out.dtype == torch.bfloat16 and not bfloat16 else KINDS[out.dtype]
         self.raw.round_to_grid(x.data_ptr(), bfloat16, out.data_ptr(), kind, task, grid)
         return out
 
     def any_below(self, x: Tensor, bound: float) -> bool:
         """`Kernels.any_below`."""
-        return bool(self.raw.any_below(x.data_ptr(), x.numel(), bits(bound), torch.get_num_threads()))
+        return bool(self.raw.any_below(x.data_ptr(), x.numel(), bfloat16_bits(bound), torch.get_num_threads()))
 
     def scale_sums(
         self,
@@ -129,87 +133,91 @@ class Library:
 
 
 def _threads(x: Tensor) -> int:
-    """How many threads are worth waking for a tensor: each has some 64 KiB to do."""
-    return max(1, min(torch.get_num_threads(), x.numel() // APIECE))
+    """Choose the number of threads for a tensor: each has 64 KiB of float32 or more."""
+    return max(1, min(torch.get_num_threads(), x.numel() // ELEMENTS_PER_THREAD))
 
 
 def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-class _Waiting:
-    """How much Python has done that the kernels could have, and whether they are wanted at all."""
+class _Work:
+    """The work that Python has done in place of the kernels, and the kernels that are in use."""
 
     def __init__(self) -> None:
         self.elements = 0
         self.wanted: bool | Kernels = os.environ.get("QSIM_NATIVE") != "0"
-        self.library: Library | None = None
+        """True: the kernels of each device; False: none; or the kernels that compute everything."""
+        self.library: CpuKernels | None = None
 
 
-_waiting = _Waiting()
+_work = _Work()
 
 
-def library(elements: int, device: torch.device = CPU) -> Kernels | None:
-    """The kernels, for work on so many elements there; None: Python shall do it."""
+def kernels_for(elements: int, device: torch.device = CPU) -> Kernels | None:
+    """Give the kernels for work on so many elements on a device; None: Python has to do it.
+
+    The elements are counted, so that the kernels are built when they are worth it.
+    """
     if switched_off() or forced() is not None:
         return forced()
     if device.type == "cuda":
         from qsim_fast.kernels import gpu
 
-        _waiting.elements += elements // AT_ONCE + PER_CALL
-        return gpu.found(device) if _waiting.elements >= WORTH else None
-    if _waiting.library is None:
-        _waiting.elements += elements
-        _waiting.library = load(build=_waiting.elements >= WORTH)
-    return _waiting.library
+        _work.elements += elements // GPU_SPEEDUP + GPU_CALL
+        return gpu.kernels_on(device) if _work.elements >= ELEMENTS_TO_BUILD else None
+    if _work.library is None:
+        _work.elements += elements
+        _work.library = load(build=_work.elements >= ELEMENTS_TO_BUILD)
+    return _work.library
 
 
 def switched_off() -> bool:
-    """Whether Python shall do everything."""
-    return _waiting.wanted is False
+    """Tell if Python has to do everything."""
+    return _work.wanted is False
 
 
 def forced() -> Kernels | None:
-    """The kernels that shall do everything, if `only` has been given some."""
-    return None if isinstance(_waiting.wanted, bool) else _waiting.wanted
+    """Give the kernels that compute everything, if `only` was given some."""
+    return None if isinstance(_work.wanted, bool) else _work.wanted
 
 
 @contextlib.contextmanager
 def only(wanted: bool | Kernels) -> Iterator[None]:
-    """Inside, kernels for everything, built at once (True, or these ones), or Python for everything (False)."""
-    before = _waiting.wanted, _waiting.elements
-    _waiting.wanted, _waiting.elements = wanted, WORTH
+    """Use the kernels for everything, built at once (True, or the given ones), or Python for everything (False)."""
+    before = _work.wanted, _work.elements
+    _work.wanted, _work.elements = wanted, ELEMENTS_TO_BUILD
     try:
         yield
     finally:
-        _waiting.wanted, _waiting.elements = before
+        _work.wanted, _work.elements = before
 
 
-def load(build: bool) -> Library | None:
-    """The kernels out of the cache, or built if `build`. None without a compiler, or where they are not built yet."""
+def load(build: bool) -> CpuKernels | None:
+    """Load the kernels from the cache, or build them if `build`. None: without a compiler, or not built yet."""
     path = _built(SOURCE, build)
     return None if path is None else _library(path)
 
 
 @functools.cache
-def _library(path: Path) -> Library | None:
+def _library(path: Path) -> CpuKernels | None:
     try:
-        return Library(path)
+        return CpuKernels(path)
     except OSError as error:
         log.info("quantizing in Python: the kernels do not load (%s)", error)
         return None
 
 
 def compiled(source: Path, elements: int) -> Path | None:
-    """Compile a source once Python has done the work of the compiler; `elements` is the work of this call.
+    """Compile a source once Python has done as much work as the compiler takes; `elements` is the work of this call.
 
-    None: there is no compiler, it is too early, or Python shall do everything.
+    None: it is too early, a compiler is missing, or Python has to do everything.
     """
     kernels = forced()
-    if switched_off() or (kernels is not None and not isinstance(kernels, Library)):
+    if switched_off() or (kernels is not None and not isinstance(kernels, CpuKernels)):
         return None
-    _waiting.elements += elements
-    return _built(source, build=_waiting.elements >= WORTH)
+    _work.elements += elements
+    return _built(source, build=_work.elements >= ELEMENTS_TO_BUILD)
 
 
 _lock = threading.Lock()
@@ -222,7 +230,7 @@ def _built(source: Path, build: bool) -> Path | None:
 
 @functools.cache
 def _build(source: Path, build: bool) -> Path | None:
-    """The compiled source in the user's cache, under the digest of all that decides it."""
+    """Find the compiled source in the user's cache, under a digest of the source, the flags and the machine."""
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     texts = source.read_bytes() + HEADER.read_bytes()
     digest = hashlib.sha256(texts + repr((FLAGS, EXACT, compiler, processor())).encode()).hexdigest()
@@ -231,7 +239,7 @@ def _build(source: Path, build: bool) -> Path | None:
         if not path.exists():
             if not build or compiler is None:
                 return None
-            with _alone(path):
+            with _locked(path):
                 if not path.exists():  # another process may have been faster
                     _compile(compiler, source, path)
         return path
@@ -241,8 +249,8 @@ def _build(source: Path, build: bool) -> Path | None:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Inside, no other process builds the same."""
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other processes from building the same library."""
     make_cache_folder(path.parent.name, "compiled kernels")
     if fcntl is None:
         yield
@@ -253,8 +261,8 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 def _compile(compiler: str, source: Path, path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        part = Path(scratch) / path.name
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        part = Path(directory) / path.name
         command = [compiler, *FLAGS, *EXACT, f"-I{HEADER.parent}", str(source), "-o", str(part)]
         threaded = subprocess.run([*command, "-fopenmp"], capture_output=True, timeout=120, check=False)
         if threaded.returncode:  # a compiler without OpenMP: one thread

@@ -10,7 +10,7 @@ import triton.language as tl
 @triton.jit
 def scale_sums(sums, y, row_scale, row_zero, row_sum, column_scale, column_zero, column_sum, bias, rows, columns,
                ROW_ZERO: tl.constexpr, COLUMN_ZERO: tl.constexpr, BIAS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """The last step of an integer product, `scale_sums` in kernels.cpp: float64, and one rounding."""
+    """Scale integer sums, as `scale_sums` in kernels.cpp: in float64, with one rounding."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < columns
@@ -34,10 +34,10 @@ def multiply_blocks(
     WHOLE: tl.constexpr, HALF: tl.constexpr, BIAS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Codes [rows, inner] times codes [columns, inner], so many tiles of them, a step, under one scale on either side.
+    """Multiply codes [rows, inner] by codes [columns, inner] in steps, whose codes share a scale on either side.
 
     The products of a step are added up in int32 (WHOLE: both are int8) or in float32, scaled, and added in float32.
-    Where STEPS or TILES are 0, `steps` and `tiles` say how many there are.
+    If STEPS or TILES are 0, `steps` and `tiles` give the number of steps, and of tiles in a step.
     """
     down, across = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
     batch, program = (tl.program_id(0) // (down * across)).to(tl.int64), tl.program_id(0) % (down * across)

@@ -1,8 +1,8 @@
 """The kernels of `kernels.cpp` for GPUs, in Triton: one pass over memory, the reference's bits.
 
-A tensor is rows x columns, contiguous; a block is `length` columns of one row, the last one may be short. A program
-takes TOGETHER blocks, each as wide as the next power of two. Divisions are IEEE's, and no multiplication may be
-fused with an addition (`EXACT` in `qsim_fast.kernels.gpu`), or the bits would be others.
+A tensor is rows x columns, contiguous. A block is `length` columns of one row; the last one may be short. A program
+takes PER_PROGRAM blocks, each padded to a power of two. To give the reference's bits, divisions are IEEE's, and no
+multiplication is fused with an addition (`EXACT` in `qsim_fast.kernels.gpu`).
 """
 
 # mypy: ignore-errors
@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-VALUES, CODES, UNITS, APART, NONE_LOST = (tl.constexpr(kind) for kind in range(5))
-"""What is written: values, int8, units of the scale, values without the scale of all scales, bfloat16, none lost."""
+VALUES, CODES, UNITS, WITHOUT_TENSOR_SCALE, NONZERO_KEPT = (tl.constexpr(kind) for kind in range(5))
+"""The kinds of results: values, int8 codes, units of the scale, values without the tensor scale, non-zero bfloat16."""
 DIVIDE, CEIL, EVEN, RCEIL = tl.constexpr(1), tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
 BFLOAT16, E8M0, GRID = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 LARGEST = tl.constexpr(3.4028234663852886e38)
@@ -25,7 +25,7 @@ def _bits(x):
 
 @triton.jit
 def _load(x, place, inside):
-    """Values as float32; int16 holds the bits of bfloat16."""
+    """Load values as float32; int16 holds the bits of bfloat16."""
     values = tl.load(x + place, mask=inside, other=0)
     if x.dtype.element_ty == tl.int16:  # noqa: SIM108
         number = (values.to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -43,14 +43,13 @@ def _place(
     FLAT: tl.constexpr,
     FULL: tl.constexpr,
     WIDTH: tl.constexpr,
-    TOGETHER: tl.constexpr,
+    PER_PROGRAM: tl.constexpr,
 ):
-    """Of the blocks of this program the row, the place along it, the columns, and what of these is inside.
+    """Give the row, the place along it and the columns of this program's blocks, and a mask of what is inside.
 
-    FLAT: blocks fill their rows, and lie one after another in memory, as if they were those of one row. FULL: their
-    length is WIDTH.
+    FLAT: blocks fill their rows, so that they lie one after another as in one row. FULL: their length is WIDTH.
     """
-    block = tl.program_id(0).to(tl.int64) * TOGETHER + tl.arange(0, TOGETHER)
+    block = tl.program_id(0).to(tl.int64) * PER_PROGRAM + tl.arange(0, PER_PROGRAM)
     along = tl.arange(0, WIDTH)[None, :]
     inside = (block < blocks)[:, None] & ((along >= 0) if FULL else (along < length))
     if FLAT:
@@ -71,13 +70,13 @@ def _clamp(x, low, high):  # NaN stays
 
 @triton.jit
 def _finite(x):
-    """NaN for Inf."""
+    """Replace Inf by NaN."""
     return tl.where(tl.abs(x) <= LARGEST, x, x - x)
 
 
 @triton.jit
 def _nearest(x, smallest, magic, FIXED: tl.constexpr, SIGNED_ZERO: tl.constexpr):
-    """Adding so large a number leaves the sum no bits below a step, so the adder rounds, ties to even."""
+    """Round to the format's nearest value, ties to even: adding a large number drops the bits below a step."""
     if FIXED:
         large = smallest * magic
     else:
@@ -91,7 +90,7 @@ def _nearest(x, smallest, magic, FIXED: tl.constexpr, SIGNED_ZERO: tl.constexpr)
 
 @triton.jit
 def _to_bfloat16(x):
-    """To nearest, ties to even, as a float32 whose lower half is empty; NaN stays."""
+    """Round to bfloat16, ties to even, as a float32 whose lower half is zero; NaN stays."""
     bits = _bits(x)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return tl.where(x == x, rounded, x)
@@ -99,20 +98,20 @@ def _to_bfloat16(x):
 
 @triton.jit
 def _upper_half(x):
-    """The bits of bfloat16 that a float32 holds."""
+    """Take the upper half of a float32: the bits of a bfloat16."""
     return (_bits(x) >> 16).to(tl.int16)
 
 
 @triton.jit
 def _ordered(x):
-    """The bits of floats in an order of integers: NaN comes after Inf, so that it is not lost on the way."""
+    """Map floats to integers in the same order; NaN comes after Inf, so that an extreme shows it."""
     bits = _bits(x)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _extremes(x, inside, MAGNITUDE: tl.constexpr):
-    """The lowest and the highest value of each row; of magnitudes the highest alone, twice."""
+    """Find the lowest and the highest value of each row; of magnitudes the highest alone, twice."""
     if MAGNITUDE:
         high = tl.max(tl.where(inside, _bits(x) & 0x7FFFFFFF, 0), axis=1).to(tl.float32, bitcast=True)
         return high, high
@@ -126,7 +125,7 @@ def _extremes(x, inside, MAGNITUDE: tl.constexpr):
 
 @triton.jit
 def _power_of_two(high, largest, top, tie, RULE: tl.constexpr):
-    """`numerics.power_of_two_scale`."""
+    """Compute `qsim_core.formats.rounding.power_of_two_scale`."""
     value = high
     if RULE == RCEIL:
         value = tl.div_rn(high, largest)
@@ -147,12 +146,15 @@ def _power_of_two(high, largest, top, tie, RULE: tl.constexpr):
 
 @triton.jit
 def _scales(
-    low, high, grid_low, grid_high, reach, largest, top, tie, limit, second,
+    low, high, grid_low, grid_high, reach, largest, top, tie, limit, tensor_scale,
     scale_low, scale_high, scale_smallest, scale_magic,
     RULE: tl.constexpr, ROUNDING: tl.constexpr, ZERO_POINTS: tl.constexpr, ABSMAX: tl.constexpr,
     SCALE_FIXED: tl.constexpr, SCALE_SIGNED_ZERO: tl.constexpr,
 ):  # fmt: skip
-    """`Scheme._covering` and `Scheme._rounded`: scales from ranges, zero points, and scales less the one of all."""
+    """Compute scales and zero points from ranges, as `Scheme.covering` and `Scheme.rounded_scale` do.
+
+    The third result is the scales divided by the tensor scale.
+    """
     if ZERO_POINTS:
         if ABSMAX:
             high = tl.where(tl.abs(low) > tl.abs(high), tl.abs(low), tl.abs(high))
@@ -173,10 +175,10 @@ def _scales(
     if ROUNDING == E8M0:
         scale = tl.where(scale < 5.877471754111438e-39, 5.877471754111438e-39, scale)  # 2^-127
     if ROUNDING == GRID:
-        divisor = tl.where(second == 0, 1.0, second)
+        divisor = tl.where(tensor_scale == 0, 1.0, tensor_scale)
         units = _clamp(tl.div_rn(scale, divisor), scale_low, scale_high)
         own = _nearest(units, scale_smallest, scale_magic, SCALE_FIXED, SCALE_SIGNED_ZERO)
-        scale = _finite(own * second)
+        scale = _finite(own * tensor_scale)
     else:
         own = scale
     zero = 0 * scale
@@ -188,9 +190,9 @@ def _scales(
 
 @triton.jit
 def extremes(x, low, high, blocks, columns, per_row, length, FLAT: tl.constexpr, FULL: tl.constexpr,
-             WIDTH: tl.constexpr, TOGETHER: tl.constexpr, MAGNITUDE: tl.constexpr):  # fmt: skip
-    """The lowest and the highest value of each block; MAGNITUDE: the highest magnitude, in `high`."""
-    block, row, _, column, inside = _place(blocks, columns, per_row, length, FLAT, FULL, WIDTH, TOGETHER)
+             WIDTH: tl.constexpr, PER_PROGRAM: tl.constexpr, MAGNITUDE: tl.constexpr):  # fmt: skip
+    """Find the lowest and the highest value of each block; MAGNITUDE: the highest magnitude, in `high`."""
+    block, row, _, column, inside = _place(blocks, columns, per_row, length, FLAT, FULL, WIDTH, PER_PROGRAM)
     values = _load(x, row[:, None] * columns + column, inside)
     lowest, highest = _extremes(values, inside, MAGNITUDE)
     tl.store(high + block, highest, mask=block < blocks)
@@ -200,17 +202,17 @@ def extremes(x, low, high, blocks, columns, per_row, length, FLAT: tl.constexpr,
 
 @triton.jit
 def round_blocks(
-    x, y, scales, zeros, second, blocks, columns, per_row, length, sharing, out_row, scale_row, scale_block, shift,
-    grid_low, grid_high, overflow, bound, smallest, magic,
+    x, y, scales, zeros, tensor_scale, blocks, columns, per_row, length, sharing, out_row, scale_row, scale_block,
+    shift, grid_low, grid_high, overflow, bound, smallest, magic,
     reach, largest, top, tie, limit, scale_low, scale_high, scale_smallest, scale_magic,
-    FLAT: tl.constexpr, ONE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr,
+    FLAT: tl.constexpr, ONE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr, PER_PROGRAM: tl.constexpr,
     KIND: tl.constexpr, COMPILED: tl.constexpr,
     FIXED: tl.constexpr, SIGNED_ZERO: tl.constexpr, SATURATE: tl.constexpr,
     RULE: tl.constexpr, ROUNDING: tl.constexpr, ZERO_POINTS: tl.constexpr, MAGNITUDE: tl.constexpr,
     ABSMAX: tl.constexpr, SCALE_FIXED: tl.constexpr, SCALE_SIGNED_ZERO: tl.constexpr,
 ):  # fmt: skip
-    """x rounded under its blocks' scales: found here and written (RULE is not 0), or known for `sharing` columns."""
-    block, row, place, column, inside = _place(blocks, columns, per_row, length, FLAT, FULL, WIDTH, TOGETHER)
+    """Round x under its blocks' scales: computed and written (RULE is not 0), or given for `sharing` columns."""
+    block, row, place, column, inside = _place(blocks, columns, per_row, length, FLAT, FULL, WIDTH, PER_PROGRAM)
     values = _load(x, row[:, None] * columns + column, inside)
     if FLAT or ONE:
         own = row * scale_row + place * scale_block
@@ -219,7 +221,7 @@ def round_blocks(
     if RULE != 0:
         low, high = _extremes(values, inside, MAGNITUDE)
         scale, zero, apart = _scales(
-            low, high, grid_low, grid_high, reach, largest, top, tie, limit, tl.load(second),
+            low, high, grid_low, grid_high, reach, largest, top, tie, limit, tl.load(tensor_scale),
             scale_low, scale_high, scale_smallest, scale_magic,
             RULE, ROUNDING, ZERO_POINTS, ABSMAX, SCALE_FIXED, SCALE_SIGNED_ZERO,
         )  # fmt: skip
@@ -238,7 +240,7 @@ def round_blocks(
         units = _nearest(units, smallest, magic, FIXED, SIGNED_ZERO and not ZERO_POINTS)
         if KIND == CODES:
             units = tl.where(units == units, units + (zero - shift), 0.0)
-        elif KIND == APART:
+        elif KIND == WITHOUT_TENSOR_SCALE:
             units = units * apart[:, None]
         elif KIND != UNITS:
             units = units * scale
@@ -250,7 +252,7 @@ def round_blocks(
     target = y + row[:, None] * out_row + column
     if KIND == CODES:
         tl.store(target, units.to(tl.int32).to(tl.int8), mask=inside)
-    elif KIND == NONE_LOST:
+    elif KIND == NONZERO_KEPT:
         half = _to_bfloat16(units)
         least = ((_bits(units) & -0x80000000) | 0x10000).to(tl.float32, bitcast=True)  # bfloat16's smallest
         half = tl.where((half == 0) & (units != 0), least, half)
@@ -268,7 +270,7 @@ def round_blocks(
 
 @triton.jit
 def any_below(x, found, length, bound, WIDTH: tl.constexpr):
-    """Sets `found` where a value is not zero and has a magnitude below `bound`, both as the bits of bfloat16."""
+    """Set `found` if a non-zero value has a magnitude below `bound`; both are bits of bfloat16."""
     place = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     magnitude = tl.load(x + place, mask=place < length, other=0).to(tl.int32) & 0x7FFF
     some = tl.max(((magnitude != 0) & (magnitude < bound)).to(tl.int32), axis=0)
