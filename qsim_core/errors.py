@@ -104,6 +104,6 @@ def _closest(name: str, known: list[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The beginning of a library's message in one line, cut off after 200 characters."""
+    """Put a library's message into one line, and cut it off after 200 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 200 else text[:199] + "…"

@@ -31,8 +31,8 @@ class Accelerator(Protocol):
     def quantize(self, quantizer: Any, x: Tensor, scales: Any = None, out: Tensor | None = None) -> Tensor | None:
         """Compute `quantizer.quantize(x)`, or quantize `x` under static `scales`; None declines.
 
-        `quantizer` is a `Format` or a `Scheme`. `scales` is a `Scales`, with which the quantizer is a `Scheme`. The
-        result may be put into `out`, which has the shape, strides and dtype of `x`.
+        `quantizer` is a `Format` or a `Scheme`. `scales` is a `Scales`, or None; only a `Scheme` has them. The result
+        may be put into `out`, which has the shape, strides and dtype of `x`.
         """
 
 

@@ -51,7 +51,7 @@ def explicit_attention(
 
 
 def probabilities(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    """The softmax of scores along their last axis, computed in float32 at least, in this dtype."""
+    """The softmax of scores along their last axis, computed in float32 at least, and converted to `dtype`."""
     return torch.softmax(scores, -1, dtype=torch.promote_types(torch.float32, scores.dtype)).to(dtype)
 
 
