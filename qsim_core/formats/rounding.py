@@ -1,7 +1,7 @@
 """Exact rounding of tensors to the values of a format, as pure functions.
 
 Every function keeps shape and device, and does not change its input. NaN stays NaN. Callers compute a half-precision
-tensor in float32 (`working`) and convert the result back at the end, so that no value is rounded twice on the way.
+tensor in float32 (`working`) and convert the result at the end. So no value is rounded twice on the way.
 Exponents are read from the bits or by `frexp`; `log2` is wrong near powers of two.
 """
 
