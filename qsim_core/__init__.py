@@ -1,11 +1,11 @@
-"""qsim: what a model loses when its matmuls run in other number formats.
+"""qsim measures how much quality a model loses when its matmuls run in other number formats.
 
     >>> import qsim_core as qsim
     >>> qsim.parse("abfp(int4, n=64)")                                    # doctest: +SKIP
     >>> simulation = qsim.simulate(model, weights="int4", activations="token(int8)")   # doctest: +SKIP
 
-The names below are the public ones; each is imported when it is first used, so that `import qsim_core` costs
-nothing and imports no torch.
+The names below are the public ones. Each is imported when it is first used, so that `import qsim_core` is fast
+and does not import torch.
 """
 
 from __future__ import annotations
@@ -107,10 +107,11 @@ if TYPE_CHECKING:
 
 
 def parse(text: str, host: Host | None = None) -> Any:
-    """The component that a text describes: `parse("abfp(int4, n=64)")`.
+    """Build the component that a text describes: `parse("abfp(int4, n=64)")`.
 
-    `host` says which components exist; by default those of the installed plugins. Raises `SpecError`, which
-    points at the character, for a text that means nothing, and `PluginError` if a plugin it names is broken.
+    `host` is the set of components that exist, by default those of the installed plugins. Raises `SpecError`, with
+    the position of the character, for a text that cannot be read or built. Raises `PluginError` if a plugin that the
+    text names is broken.
     """
     from qsim_core.components.host import installed
 

@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each message is one line that says what to do next."""
+"""The errors that qsim raises, and the hints in their messages. Each message is one line and says what to do next."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 LISTED = 24
-"""So many names are listed in a message; of more, those that are most like what was written."""
+"""The largest number of names that a message lists in full. Of more names it lists those closest to the given one."""
 
 
 class QsimError(Exception):
-    """Something that whoever runs qsim can put right; every error of qsim's own is one."""
+    """Base class of qsim's own errors: each is about something that the user can correct."""
 
 
 class SpecError(QsimError):
@@ -25,11 +25,11 @@ class SpecError(QsimError):
 
 
 class PluginError(QsimError):
-    """A plugin that is needed does not load, or what it offers cannot be used."""
+    """A plugin that is needed does not load, or offers something that cannot be used."""
 
 
 class RecipeError(QsimError):
-    """A recipe says something that cannot be done: an unknown key, a pattern that matches no site."""
+    """A recipe asks for something impossible: for example an unknown key, or a pattern that matches no site."""
 
 
 class ModelError(QsimError):
@@ -37,19 +37,19 @@ class ModelError(QsimError):
 
 
 class DataError(QsimError):
-    """The data cannot be read, or is too little to measure anything on."""
+    """The data cannot be read, or are too few to measure anything."""
 
 
 class TrainingError(QsimError):
-    """A training has come to NaN or Inf, or cannot go on where it was."""
+    """A training has reached NaN or Inf, or cannot be resumed."""
 
 
 class CalibrationWarning(UserWarning):
-    """A static scale, or what a transform did, can hardly be right."""
+    """A static scale, or the work of a transform, is probably wrong: for example, found from too few data."""
 
 
 def with_article(noun: str) -> str:
-    """The noun with its article.
+    """Put `a` or `an` before a noun.
 
     >>> with_article("format"), with_article("evaluator")
     ('a format', 'an evaluator')
@@ -58,21 +58,22 @@ def with_article(noun: str) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], words: Mapping[str, str] | None = None) -> str:
-    """`; did you mean 'x'?` where a known name is close, and the list of what exists, or the likeliest of very many.
+    """Make a hint for an unknown name: `; did you mean 'x'?` if a known name is close, and a list of the known names.
 
-    Those are meant of which `words` about them say the name.
+    Of more than `LISTED` known names, only the closest are listed. `words` gives a description of some known names:
+    names whose description contains `name` as a word are suggested first.
 
     >>> did_you_mean("abpf", ["abfp", "int"])
     "; did you mean 'abfp'? There are: abfp, int"
     >>> did_you_mean("fp8", ["e4m3", "e5m2"], {"e4m3": "OCP FP8", "e5m2": "OCP FP8, wider"})
     "; did you mean 'e4m3' or 'e5m2'? There are: e4m3, e5m2"
     """
-    names = sorted(
-        known, key=lambda n: [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in re.split(r"(\d+)", n)]
-    )
-    whole = re.compile(rf"\b{re.escape(name)}\b", re.IGNORECASE)
-    said = [other for other, about in sorted((words or {}).items()) if whole.search(about)]
-    hint = (f"; did you mean {' or '.join(map(repr, said[:3]))}?" if said else _closest(name, names)) or "."
+    names = sorted(known, key=_natural_order)
+    whole_word = re.compile(rf"\b{re.escape(name)}\b", re.IGNORECASE)
+    described = [other for other, about in sorted((words or {}).items()) if whole_word.search(about)]
+    hint = _closest(name, names) or "."
+    if described:
+        hint = f"; did you mean {' or '.join(map(repr, described[:3]))}?"
     if not names:
         return f"{hint} There are none."
     if len(names) <= LISTED:
@@ -82,12 +83,18 @@ def did_you_mean(name: str, known: Iterable[str], words: Mapping[str, str] | Non
 
 
 def file_did_you_mean(path: Path) -> str:
-    """`; did you mean 'x'?` where a file or directory of a name that is close stands beside one that is missing."""
+    """Make the hint `; did you mean 'x'?` for a missing file, if its directory has a file of a similar name."""
     try:
         beside = sorted(entry.name for entry in path.expanduser().parent.iterdir())
     except OSError:
         return ""
     return "" if path.name in beside else _closest(path.name, beside)
+
+
+def _natural_order(name: str) -> list[tuple[bool, int, str]]:
+    """A key for sorting that puts `int4` before `int16`."""
+    parts = re.split(r"(\d+)", name)
+    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
 
 
 def _closest(name: str, known: list[str]) -> str:
@@ -97,6 +104,6 @@ def _closest(name: str, known: list[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The beginning of a library's message in one line, cut off after 200 characters."""
+    """Put a library's message into one line, and cut it off after 200 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 200 else text[:199] + "…"

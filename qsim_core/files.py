@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Writing a file so that it appears complete or not at all, and the directory of qsim's cache."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from qsim_core.errors import QsimError
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write, which takes its place at `path` when the block ends, and is gone if the block fails.
+    """Open a binary file to write. It appears at `path` when the block ends, and is deleted if the block fails.
 
-    Raises `QsimError` if it cannot be written.
+    Raises `QsimError` if the file cannot be written.
     """
     check_writable(path)
     part: Path | None = None
@@ -31,17 +31,17 @@ def writing(path: Path) -> Iterator[BinaryIO]:
         part = None
     except OSError as error:
         raise QsimError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:  # Ctrl-C too
+    finally:  # also after Ctrl-C
         if part is not None:
             part.unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:
-    """Raise `QsimError` before hours of work if their result could not be written to `path`."""
+    """Raise `QsimError` if no file can be written to `path`. Called before long work whose result goes there."""
     if path.is_dir():
         raise QsimError(f"cannot write {path}: it is a directory; give a file's name")
     if path.exists() and not path.is_file():
-        raise QsimError(f"cannot write {path}: it is no regular file; `--json -` writes to standard output")
+        raise QsimError(f"cannot write {path}: it is not a regular file; `--json -` writes to standard output")
     if not path.parent.is_dir():
         raise QsimError(f"cannot write {path}: there is no directory {path.parent}")
     if not os.access(path.parent, os.W_OK):
@@ -67,7 +67,8 @@ def make_cache_folder(kind: str, note: str) -> Path:
 
 
 def cache() -> Path:
-    """The directory of everything that qsim can make again: $QSIM_CACHE, else `qsim` in the user's cache."""
-    if own := os.environ.get("QSIM_CACHE"):
+    """The directory for files that qsim can make again: $QSIM_CACHE, else `qsim` in the user's cache directory."""
+    own = os.environ.get("QSIM_CACHE")
+    if own:
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qsim"

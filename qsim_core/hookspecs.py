@@ -1,7 +1,7 @@
 """The six hooks of qsim: the components that a plugin may offer.
 
-Each takes no argument and returns a list of component classes of its kind, or `Preset`s: names for filled-in
-components. Hooks only register; what a component does is on its base class.
+Each hook takes no argument and returns a list. The list holds component classes of the hook's kind, and `Preset`s:
+names for filled-in components. A hook only registers; the base class of each kind says what an author writes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The machine that numbers are computed on."""
+"""The processor of this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """The features of this processor, on which code that was made for it relies."""
+    """Describe the features of this processor in one line. Code compiled for it runs on any machine with this line."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -117,13 +117,13 @@ def test_an_installed_plugins_component_is_there_by_name(install: Install) -> No
         ),
         (
             GOOD.replace("def qsim_quantizers", "def qsim_evaluators"),
-            "plugin 'acme' (qsim-acme 1.2): qsim_evaluators returned Halves, no subclass of Evaluator; it returns a "
+            "plugin 'acme' (qsim-acme 1.2): qsim_evaluators returned Halves, which is not a subclass of Evaluator; it returns a "
             "list of evaluator classes and presets",
         ),
         (
             GOOD.replace('name = "halves"', 'name = "one half"'),
-            "plugin 'acme' (qsim-acme 1.2): qsim_quantizers returned <class 'plugin_acme.Halves'>: 'one half' is no "
-            "name for a component: letters, digits and _ only, not a constant",
+            "plugin 'acme' (qsim-acme 1.2): qsim_quantizers returned <class 'plugin_acme.Halves'>: 'one half' is not a "
+            "name for a component: use letters, digits and _, but not a constant",
         ),
         (
             GOOD.replace("[Halves]", "[Halves, Halves]"),
@@ -179,7 +179,7 @@ def test_an_unknown_name_tells_of_plugins_that_did_not_load(install: Install) ->
     install("acme", "import a_library_nobody_has")
 
     with pytest.raises(
-        qsim.SpecError, match=r"\(not looked at: plugin 'acme' \(qsim-acme 1.2\) does not import: ModuleNotFoundError: "
+        qsim.SpecError, match=r"\(not searched: plugin 'acme' \(qsim-acme 1.2\) does not import: ModuleNotFoundError: "
     ):
         qsim.Host().parse("halves")
 

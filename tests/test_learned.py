@@ -232,7 +232,8 @@ def test_autocast_computes_in_bfloat16_and_the_steps_stay_float32() -> None:
 
 def test_a_step_for_each_token_is_refused() -> None:
     with pytest.raises(
-        qsim.SpecError, match=r"^token: tokens come and go: gradient=lsq learns a scale for the tensor or"
+        qsim.SpecError,
+        match=r"^token: gradient=lsq cannot learn a scale for each token; it learns one for the tensor or",
     ):
         qsim.parse("token(int4, gradient=lsq)")
 

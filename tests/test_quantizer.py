@@ -110,14 +110,14 @@ def test_an_element_saturates_under_a_scale_even_if_it_overflows_alone(element: 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("channel(codebook([-2, -1, 0]))", "channel: codebook([-2.0, -1.0, 0.0]) goes down to -2 and up to 0 only, and it is this that a scale maps the largest magnitude to; give it values above zero too"),
-        ("tensor(codebook([-3, -2, -1]))", "tensor: codebook([-3.0, -2.0, -1.0]) goes down to -3 and up to -1 only"),
-        ("block(codebook([-8, 0.001]), 8)", "block: codebook([-8.0, 0.001]) goes down to -8 and up to 0.001 only"),
+        ("channel(codebook([-2, -1, 0]))", "channel: codebook([-2.0, -1.0, 0.0]) goes from -2 to 0, and a scale maps the largest magnitude to 0; give it larger values above zero"),
+        ("tensor(codebook([-3, -2, -1]))", "tensor: codebook([-3.0, -2.0, -1.0]) goes from -3 to -1, and a scale maps the largest magnitude to -1"),
+        ("block(codebook([-8, 0.001]), 8)", "block: codebook([-8.0, 0.001]) goes from -8 to 0.001, and a scale maps the largest magnitude to 0.001"),
         ("abfp(int4, scale=cast(int8))", "abfp: cast(int8) as a scale needs a scale of its own, like scaled(int8, channel)"),
         ("abfp(int4, scale=int16)", "abfp: int16 as a scale needs a scale of its own, like scaled(int16, channel)"),
         ("abfp(int4, scale=e2m1)", "abfp: e2m1 as a scale needs a scale of its own, like scaled(e2m1, channel)"),
-        ("mx(int(4, convention=power_of_two))", "mx: rule floor leaves int(4, convention=power_of_two) no say in what a scale maps to; leave its convention out"),
-        ("channel(int(4, narrow=false, convention=gptq), symmetric=false)", "channel: a zero point leaves int(4, narrow=false, convention=gptq) no say in what a scale maps to"),
+        ("mx(int(4, convention=power_of_two))", "mx: rule floor cannot follow the convention of int(4, convention=power_of_two); leave the convention out"),
+        ("channel(int(4, narrow=false, convention=gptq), symmetric=false)", "channel: a zero point cannot follow the convention of int(4, narrow=false, convention=gptq)"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_together_is_refused(text: str, message: str) -> None:
@@ -251,9 +251,9 @@ def test_a_callable_is_a_quantizer_wherever_one_is_expected() -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda x: x.sum(), r"turned a tensor \(2, 3\) torch.float32 into \(\) torch.float32; both must stay"),
-        (lambda x: x.double(), r"turned a tensor \(2, 3\) torch.float32 into \(2, 3\) torch.float64; both must stay"),
-        (lambda x: None, r"turned a tensor \(2, 3\) torch.float32 into 'NoneType'; both must stay"),
+        (lambda x: x.sum(), r"turned a tensor \(2, 3\) torch.float32 into \(\) torch.float32; shape and dtype must stay"),
+        (lambda x: x.double(), r"turned a tensor \(2, 3\) torch.float32 into \(2, 3\) torch.float64; shape and dtype must stay"),
+        (lambda x: None, r"turned a tensor \(2, 3\) torch.float32 into 'NoneType'; shape and dtype must stay"),
     ],
 )  # fmt: skip
 def test_a_callable_that_changes_shape_or_dtype_is_refused(function: object, message: str) -> None:

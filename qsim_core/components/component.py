@@ -1,7 +1,7 @@
 """Components: frozen pydantic models whose text form is a call.
 
-`str(component)` gives the text that `qsim_core.parse` reads back to an equal component, and the same text
-stands for it in JSON and YAML.
+`qsim_core.parse` reads `str(component)` back to an equal component. The same text represents the component in JSON and
+YAML.
 """
 
 from __future__ import annotations
@@ -26,30 +26,32 @@ BARE_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
 class Component(BaseModel):
-    """Base of everything that a plugin offers: options, checked and frozen, under a name.
+    """Base class of everything that a plugin offers: a name, with options that are checked and frozen.
 
-    A component holds options, never tensors. Subclasses set `name` and declare options as fields; an option
-    that is itself a component may have its text as default (`element: Format = Field("int4")`), which the
-    host that builds the component resolves.
+    A component holds options, never tensors. A subclass sets `name` and declares its options as fields. The default of
+    an option that is itself a component may be a text: `element: Format = Field("int4")`. The host that builds the
+    component parses that text.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     name: ClassVar[str]
     kind: ClassVar[str] = "component"
-    """What a message calls it: quantizer, format, evaluator, …"""
+    """The word for such a component in messages: quantizer, format, evaluator, …"""
     hook: ClassVar[str] = ""
-    """The hook under which a plugin offers it; the base class of each kind says which."""
+    """The hook by which a plugin offers it; the base class of each kind sets it."""
     removed: ClassVar[Mapping[str, str]] = {}
     """Options of earlier versions, and what took the place of each: the end of an error message."""
 
     @model_validator(mode="wrap")
     @classmethod
     def _from_text(cls, value: Any, handler: Any, info: ValidationInfo) -> Self:
-        """Where a component is expected, its text will do."""
-        if isinstance(value, str | Node):
+        """Accept a text where a component is expected."""
+        if isinstance(value, str):
+            value = read(value)
+        if isinstance(value, Node):
             host = (info.context or {}).get("host") or default_host()
-            return typing.cast("Self", host.build(read(value) if isinstance(value, str) else value, cls))
+            return typing.cast("Self", host.build(value, cls))
         if isinstance(value, dict) and (gone := next((option for option in value if option in cls.removed), None)):
             raise ValueError(no_option(cls, gone))
         return typing.cast("Self", handler(value))
@@ -59,27 +61,32 @@ class Component(BaseModel):
         return str(self)
 
     def __str__(self) -> str:
-        name, options = self.__dict__.get("_written", (self.name, None))
-        if options is not None and options == self._options():
-            return str(name)
+        name, options_of_preset = self.__dict__.get("_written", (self.name, None))
+        if options_of_preset is not None:
+            if options_of_preset == self._options():
+                return str(name)
+            name = self.name
         parts = []
         for index, (option, field) in enumerate(options_of(type(self)).items()):
-            value, default = getattr(self, option), field.get_default(call_default_factory=True)
-            leading = index == 0 and (field.is_required() or isinstance(value, Component | int | float))
-            if leading or (value != default and _render(value) != default):
+            value = getattr(self, option)
+            default = field.get_default(call_default_factory=True)
+            always = index == 0 and (field.is_required() or isinstance(value, Component | int | float))
+            if always or (value != default and _render(value) != default):
                 parts.append(_render(value) if index == 0 else f"{option}={_render(value)}")
-        name = name if options is None else self.name
         return f"{name}({', '.join(parts)})" if parts else str(name)
 
     def replace(self, **changes: Any) -> Self:
-        """A checked copy with some options changed."""
+        """Make a copy with some options changed, and check it."""
         return self.model_validate({**self._options(), **changes})
 
     def _options(self) -> dict[str, Any]:
         return {option: getattr(self, option) for option in options_of(type(self))}
 
     def _named(self, name: str, preset: bool = False) -> Self:
-        """A copy that prints under this name, its plugin's with it or the preset's; equality and hash are untouched."""
+        """Make a copy whose text has this name: a name with its plugin's, or that of a preset.
+
+        A preset's name is used as long as the options are unchanged. Equality and hash do not depend on the name.
+        """
         copy = self.model_copy()
         copy.__dict__["_written"] = (name, self._options() if preset else None)
         return copy
@@ -97,7 +104,7 @@ class Preset:
 
 
 def options_of(cls: type[Component]) -> dict[str, FieldInfo]:
-    """A component's options in the order of its text form: its own, then those that it inherits."""
+    """The options of a component class in the order of its text form: its own, then the inherited ones."""
     declared = (name for base in cls.__mro__ for name in inspect.get_annotations(base))
     return {name: cls.model_fields[name] for name in dict.fromkeys(declared) if name in cls.model_fields}
 
@@ -110,9 +117,9 @@ def no_option(cls: type[Component], option: str) -> str:
 
 
 def construct(cls: type[Component], node: Node, host: Any, scope: frozenset[str]) -> Component:
-    """Build a component of class `cls` from a word or call; errors point at the argument that is wrong.
+    """Build a component of class `cls` from a word or a call. Raises `SpecError` at the position of a wrong argument.
 
-    `scope` has the plugins on which the author of the class relies: they say what its default texts mean.
+    `scope` is the set of plugins on which the class relies: names in the texts of its defaults mean their components.
     """
     options = list(options_of(cls))
     positional = node.arguments or ()
@@ -140,7 +147,7 @@ def construct(cls: type[Component], node: Node, host: Any, scope: frozenset[str]
 
 
 def explain(error: ValidationError) -> str:
-    """The first complaint of a pydantic error as one plain sentence."""
+    """Put the first complaint of a pydantic error into one plain sentence."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
@@ -158,14 +165,14 @@ def explain(error: ValidationError) -> str:
 
 
 def read_value(text: str, annotation: Any) -> Any:
-    """What a text means to an option of this type; a component stays text for its field to build."""
+    """Read a text as the value of an option of this type. The text of a component is returned as it is."""
     node = read(text)
     value = _value(node, annotation)
     return text if isinstance(value, Node) else value
 
 
 def _value(node: Node, annotation: Any) -> Any:
-    """What a piece of text means to an option of this type."""
+    """Read a piece of text as the value of an option of this type; a component stays a node."""
     if isinstance(node.value, list):
         inner = [argument for argument in typing.get_args(annotation) if argument is not ...]
         return [_value(item, inner[0] if inner else Any) for item in node.value]
@@ -183,12 +190,14 @@ def _value(node: Node, annotation: Any) -> Any:
 
 
 def _allows(annotation: Any, wanted: type) -> bool:
+    """Tell if a type, or a part of a union, is `wanted` or a subclass of it."""
     if typing.get_origin(annotation) in (Union, types.UnionType, typing.Annotated):
         return any(_allows(part, wanted) for part in typing.get_args(annotation))
     return isinstance(annotation, type) and issubclass(annotation, wanted)
 
 
 def _render(value: Any) -> str:
+    """Write the value of an option as text."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(_render(item) for item in value)}]"
     if isinstance(value, bool | None):
@@ -200,7 +209,7 @@ def _render(value: Any) -> str:
 
 
 def components_in(value: Any) -> Iterator[Component]:
-    """Every component inside a recipe, a component, or a collection of them."""
+    """Every component inside a recipe, a component or a collection, and the component itself."""
     if isinstance(value, Component):
         yield value
     if isinstance(value, BaseModel):
@@ -215,4 +224,4 @@ def components_in(value: Any) -> Iterator[Component]:
 def check_name(name: Any) -> None:
     """Raise `QsimError` unless `name` can stand in a component's text."""
     if not isinstance(name, str) or not BARE_WORD.match(name) or name in CONSTANTS:
-        raise QsimError(f"{name!r} is no name for a component: letters, digits and _ only, not a constant")
+        raise QsimError(f"{name!r} is not a name for a component: use letters, digits and _, but not a constant")

@@ -1,18 +1,19 @@
-"""The host that builds components from text where none is given: that of the installed plugins."""
+"""The default host, which builds components from text if no host is given: that of the installed plugins."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-_made_by: list[Callable[[], Any]] = []
+_makers: list[Callable[[], Any]] = []
+"""The function that gives the default host, alone in this list."""
 
 
 def set_default_host(make: Callable[[], Any]) -> None:
-    """Name the function that gives the host; `qsim_core.components.host` does it when it is imported."""
-    _made_by[:] = [make]
+    """Set the function that gives the default host; `qsim_core.components.host` does so when it is imported."""
+    _makers[:] = [make]
 
 
 def default_host() -> Any:
     """The host of the installed plugins."""
-    return _made_by[0]()
+    return _makers[0]()

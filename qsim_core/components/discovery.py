@@ -1,4 +1,4 @@
-"""Distributions that extend qsim, as the installed metadata names them, before anything is imported."""
+"""Finding the distributions that extend qsim by their installed metadata, without an import of any."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GROUPS = {GROUP: "plugin", COMMANDS: "command", ACCELERATORS: "accelerator"}
 
 @dataclass(frozen=True)
 class Plugin:
-    """An entry point that the metadata name, or an object that `Host.register` was given. It may fail to load."""
+    """An entry point in the installed metadata, or an object that `Host.register` was given. It may fail to load."""
 
     name: str
     distribution: str
@@ -48,24 +48,24 @@ class Plugin:
 
     @property
     def claimants(self) -> str:
-        """`claims`, for messages."""
+        """The text of `claims` for messages."""
         return " and ".join(f"{distribution} {version}" for distribution, version in self.claims)
 
     @property
     def remedy(self) -> str:
-        """The way to get rid of an entry point that does not load."""
+        """The advice for a distribution that does not load, for messages."""
         return f"reinstall or upgrade {self.distribution}, or uninstall it"
 
 
 def installed_plugins() -> dict[str, Plugin]:
-    """Every plugin with hooks that the installed metadata name; nothing is imported."""
+    """Every installed plugin with hooks, by name. No plugin is imported."""
     return installed([GROUP])[GROUP]
 
 
 def installed(groups: Collection[str]) -> dict[str, dict[str, Plugin]]:
-    """The entry points of each group by name; nothing is imported.
+    """The entry points of each group by name. No plugin is imported.
 
-    Most distributions have no entry point for qsim. Their files are searched for the name of the group only, which
+    Most distributions have no entry point for qsim. Their metadata are only searched for the name of a group, which
     takes half the time of `importlib.metadata.entry_points`.
     """
     claims: dict[str, dict[str, dict[str, EntryPoint]]] = {group: {} for group in groups}
@@ -78,11 +78,12 @@ def installed(groups: Collection[str]) -> dict[str, dict[str, Plugin]]:
             if entry.group in claims:
                 claims[entry.group].setdefault(entry.name, {}).setdefault(name, entry)
     return {
-        group: {name: _claimed(group, name, claim) for name, claim in names.items()} for group, names in claims.items()
+        group: {name: _plugin(group, name, claim) for name, claim in names.items()} for group, names in claims.items()
     }
 
 
-def _claimed(group: str, name: str, claim: dict[str, EntryPoint]) -> Plugin:
+def _plugin(group: str, name: str, claim: dict[str, EntryPoint]) -> Plugin:
+    """Make a plugin from the entry points with its name, by distribution. All but the first are rivals."""
     (distribution, first), *others = sorted(claim.items())
     rivals = tuple((other, _version(entry)) for other, entry in others)
     return Plugin(name, distribution, _version(first), entry=first, rivals=rivals, group=group)
@@ -101,7 +102,9 @@ def import_plugin(plugin: Plugin) -> Any:
     try:
         if plugin.entry is not None:
             return plugin.entry.load()
-        return importlib.import_module(plugin.module) if isinstance(plugin.module, str) else plugin.module
+        if isinstance(plugin.module, str):
+            return importlib.import_module(plugin.module)
+        return plugin.module
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise

@@ -1,7 +1,7 @@
-"""The contract between the host and a plugin: what its hooks may be called, and what they may return.
+"""The contract between the host and a plugin: the names of the hooks, and the values that they may return.
 
-pluggy ignores a misspelt hook, loses every result when one implementation raises, and does not look at what is
-returned. Here each of these is a `PluginError` that names the plugin and says what is expected.
+pluggy ignores a misspelt hook, loses every result when one implementation raises, and does not check the results.
+Here each of these faults is a `PluginError` that names the plugin and says what is expected.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("qsim_"))
 
 
 def offers(plugin: Plugin, module: Any) -> dict[str, list[type[Component] | Preset]]:
-    """Hold a plugin to the hookspecs, in a pluggy manager of its own, and call each of its hooks by itself."""
+    """Check a plugin against the hookspecs, call each of its hooks, and give the results by hook.
+
+    Each plugin has its own pluggy manager. Raises `PluginError` for a plugin that breaks the contract.
+    """
     manager = pluggy.PluginManager("qsim")
     manager.add_hookspecs(hookspecs)
     for name, function in inspect.getmembers(module, inspect.isfunction):
@@ -35,13 +38,16 @@ def offers(plugin: Plugin, module: Any) -> dict[str, list[type[Component] | Pres
             raise PluginError(f"{plugin}: {name} lacks its mark; put @qsim_core.hookimpl above it")
     manager.register(module, plugin.name)
     manager.check_pending()
-    implementations = [i for caller in manager.get_hookcallers(module) or [] for i in caller.get_hookimpls()]
+    implementations = [
+        implementation for caller in manager.get_hookcallers(module) or [] for implementation in caller.get_hookimpls()
+    ]
     if not implementations:
         raise PluginError(f"{plugin} implements no hook; there are {', '.join(HOOKS)}")
-    found = {i.function.__name__: _checked(plugin, i) for i in implementations}
+    found = {implementation.function.__name__: _checked(plugin, implementation) for implementation in implementations}
     names = [item.name for offered in found.values() for item in offered]
-    if doubles := sorted({name for name in names if names.count(name) > 1}):
-        raise PluginError(f"{plugin} offers {doubles[0]!r} twice; names are unique within a plugin")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise PluginError(f"{plugin} offers {repeated[0]!r} twice; names are unique within a plugin")
     return found
 
 
@@ -52,30 +58,36 @@ def kind_of(hook: str) -> str:
 
 def base_of(hook: str) -> type[Component]:
     """The public base class of the components that a hook offers: `qsim_core.Quantizer` for `qsim_quantizers`."""
-    public = importlib.import_module("qsim_core")  # by its public name: the base classes stand above this package
+    public = importlib.import_module("qsim_core")  # the base classes are in packages that this one may not import
     base: type[Component] = getattr(public, kind_of(hook).title())
     return base
 
 
 def hook_of(thing: Any) -> str:
-    """The hook under which a component class is offered; a preset goes with the quantizers. Raises `QsimError`."""
+    """The hook that offers a component class, or a preset, which counts as a quantizer.
+
+    Raises `QsimError` for anything else.
+    """
     from qsim_core.components.component import Preset
 
     if isinstance(thing, Preset):
         return "qsim_quantizers"
-    if isinstance(thing, type) and (hook := getattr(thing, "hook", "")):
+    hook = getattr(thing, "hook", "") if isinstance(thing, type) else ""
+    if hook:
         return str(hook)
     kinds = ", ".join(kind_of(hook).title() for hook in HOOKS)
     raise QsimError(f"{thing!r} is neither a preset nor a subclass of {kinds}")
 
 
 def has_hooks(thing: Any) -> bool:
-    """Whether an object implements hooks, as a module or an instance of a class does."""
-    return not isinstance(thing, type) and any(hasattr(f, "qsim_impl") for _, f in inspect.getmembers(thing, callable))
+    """Tell if an object, such as a module or an instance, implements hooks."""
+    if isinstance(thing, type):
+        return False
+    return any(hasattr(function, "qsim_impl") for _, function in inspect.getmembers(thing, callable))
 
 
 def inline(objects: tuple[Any, ...]) -> types.ModuleType:
-    """A plugin module around inline components, each under the hook of its kind."""
+    """Make a plugin module from components, each under the hook of its kind."""
     module = types.ModuleType("inline")
     for hook in {hook_of(thing) for thing in objects}:
         offered = [thing for thing in objects if hook_of(thing) == hook]
@@ -92,7 +104,7 @@ def _hook(name: str, offered: list[Any]) -> Any:
 
 
 def _checked(plugin: Plugin, implementation: pluggy.HookImpl) -> list[type[Component] | Preset]:
-    """Call one hook and hold what it returns to the contract."""
+    """Call one hook and check its result. Raises `PluginError` if it breaks the contract."""
     from qsim_core.components.component import Component, Preset, check_name
 
     hook = implementation.function.__name__
@@ -107,7 +119,9 @@ def _checked(plugin: Plugin, implementation: pluggy.HookImpl) -> list[type[Compo
         if not isinstance(item, Preset) and not (isinstance(item, type) and issubclass(item, Component)):
             raise PluginError(f"{plugin}: {hook} returned {item!r}; {wanted}")
         if not isinstance(item, Preset) and item.hook != hook:
-            raise PluginError(f"{plugin}: {hook} returned {item.__name__}, no subclass of {kind.title()}; {wanted}")
+            raise PluginError(
+                f"{plugin}: {hook} returned {item.__name__}, which is not a subclass of {kind.title()}; {wanted}"
+            )
         try:
             check_name(getattr(item, "name", None))
         except QsimError as error:

@@ -1,8 +1,8 @@
 """The host: finds plugins in the installed metadata, loads them one by one, and looks components up by name.
 
-Finding imports nothing. A plugin that fails to load, or offers nonsense, is a `PluginError` for whoever needs
-it and nobody else's concern; `Host.check` lists every failure. There is no global plugin manager: an embedder
-makes a `Host` of its own and may register inline objects on it.
+Finding imports nothing. A plugin may fail to load, or break the contract of the hooks. That raises a `PluginError` if
+one of its components is needed, and is ignored otherwise. `Host.check` lists every failure. There is no global plugin
+manager: a program may make its own `Host`, and register objects on it.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Offers:
-    """What one plugin offers, by hook, and under which names."""
+    """The component classes and presets that one plugin offers, by hook."""
 
     plugin: Plugin
     offers: dict[str, list[type[Component] | Preset]] = field(default_factory=dict)
 
     def items(self) -> Iterator[type[Component] | Preset]:
+        """All of them, of every hook."""
         for offered in self.offers.values():
             yield from offered
 
 
 class Host:
-    """A set of plugins and the components they offer.
+    """A set of plugins, and the components that they offer.
 
-    `Host()` knows what is installed; `Host(discover=False)` knows the core's own schemes only.
+    `Host()` has the installed plugins and the core's own components; `Host(discover=False)` has only the latter.
     """
 
     def __init__(self, *, discover: bool = True) -> None:
@@ -49,21 +50,18 @@ class Host:
 
     @property
     def plugins(self) -> dict[str, Plugin]:
-        """Every plugin by name, sorted; none is imported for it."""
+        """Every plugin by name, sorted. No plugin is imported."""
         return dict(sorted(self._plugins.items()))
 
     def register(self, *objects: Any, name: str = "inline") -> None:
-        """Add components, presets, or one object with hooks, without installing anything.
+        """Add component classes, presets, or one object with hooks, without an installation.
 
-        Raises `PluginError` at once for what could not be used later.
+        Raises `PluginError` if the plugin's name is taken, or an object cannot be used.
         """
         from qsim_core.components import hook_validation
 
-        module = (
-            objects[0]
-            if len(objects) == 1 and hook_validation.has_hooks(objects[0])
-            else hook_validation.inline(objects)
-        )
+        has_hooks = len(objects) == 1 and hook_validation.has_hooks(objects[0])
+        module = objects[0] if has_hooks else hook_validation.inline(objects)
         if name in self._plugins:
             raise PluginError(f"a plugin named {name!r} is there already; give register() another name=")
         self._plugins[name] = Plugin(name, "inline", "0", module=module)
@@ -75,7 +73,7 @@ class Host:
             raise
 
     def load(self, name: str) -> Offers:
-        """Import one plugin and collect what it offers, once. Raises `PluginError` if that fails."""
+        """Import one plugin and collect its components, once. Raises `PluginError` if that fails."""
         if name not in self._plugins:
             raise PluginError(f"no plugin {name!r} is installed{did_you_mean(name, self._plugins)}")
         if name not in self._loaded:
@@ -89,7 +87,7 @@ class Host:
         return result
 
     def check(self) -> dict[str, PluginError]:
-        """Load every plugin; the failures by plugin name."""
+        """Load every plugin, and give the failures by plugin name."""
         failures = {}
         for name in self.plugins:
             try:
@@ -99,19 +97,23 @@ class Host:
         return failures
 
     def verify(self) -> dict[str, PluginError]:
-        """`check`, and every preset built besides."""
+        """Load every plugin and build every preset, and give the failures by plugin name."""
         failures = self.check()
         for name, found in self.components().items():
             for plugin, offered in found:
+                if isinstance(offered, type):
+                    continue
                 try:
-                    if not isinstance(offered, type):
-                        self.parse(f"{plugin}.{name}")
+                    self.parse(f"{plugin}.{name}")
                 except QsimError as error:
                     failures.setdefault(plugin, PluginError(f"{self._plugins[plugin]}: {error}"))
         return failures
 
     def components(self, kind: type[Component] | None = None) -> dict[str, list[tuple[str, type[Component] | Preset]]]:
-        """Every component and preset that loads, by name: a list of (plugin, what it offers), sorted."""
+        """Every component class and preset by name: a list of (plugin, class or preset), sorted by plugin.
+
+        Those of plugins that do not load are left out. With `kind`, only components of this kind are listed.
+        """
         if self._everything is None:
             found: dict[str, list[tuple[str, type[Component] | Preset]]] = {}
             failures = self.check()
@@ -121,17 +123,24 @@ class Host:
             self._everything = {name: sorted(found[name], key=lambda pair: pair[0]) for name in sorted(found)}
         if kind is None:
             return dict(self._everything)
-        fitting = {n: [o for o in f if issubclass(self.class_of(o[1]), kind)] for n, f in self._everything.items()}
-        return {name: offered for name, offered in fitting.items() if offered}
+        fitting = {}
+        for name, found_here in self._everything.items():
+            of_kind = [(plugin, offered) for plugin, offered in found_here if issubclass(self.class_of(offered), kind)]
+            if of_kind:
+                fitting[name] = of_kind
+        return fitting
 
     def find(self, name: str, kind: type[Component] | None = None) -> type[Component] | Preset:
-        """What a name means. Raises `QsimError` if it means nothing of this kind here, or more than one thing."""
+        """Find the component class or the preset with this name, `name` or `plugin.name`.
+
+        Raises `QsimError` if there is none of this kind, or if several plugins offer one.
+        """
         return self._find(name, kind, frozenset())[1]
 
     def _find(
         self, name: str, kind: type[Component] | None, scope: frozenset[str]
     ) -> tuple[str, type[Component] | Preset]:
-        """The plugin and what it offers under a name; of several, the one in `scope`."""
+        """Find a plugin and its class or preset with this name; of several plugins, the one in `scope`."""
         from qsim_core.components.component import Component, Preset
 
         kind = kind or Component
@@ -140,14 +149,14 @@ class Host:
             candidates = [(plugin, item) for item in self.load(plugin).items() if item.name == bare]
         else:
             candidates = self.components().get(bare, [])
-        fitting = [(p, o) for p, o in candidates if issubclass(self.class_of(o), kind)]
-        fitting = self._of_first_kind(fitting)
+        fitting = self._of_first_kind([pair for pair in candidates if issubclass(self.class_of(pair[1]), kind)])
         if len(fitting) > 1:
-            meant = [(p, o) for p, o in fitting if p in scope]
-            fitting = meant if len(meant) == 1 else fitting
+            in_scope = [pair for pair in fitting if pair[0] in scope]
+            if len(in_scope) == 1:
+                fitting = in_scope
         if len(fitting) > 1:
-            offering = " and ".join(str(self._plugins[p]) for p, _ in fitting)
-            choices = " or ".join(f"{p}.{bare}" for p, _ in fitting)
+            offering = " and ".join(str(self._plugins[other]) for other, _ in fitting)
+            choices = " or ".join(f"{other}.{bare}" for other, _ in fitting)
             raise PluginError(f"{bare!r} is offered by {offering}; write {choices}")
         if fitting:
             return fitting[0]
@@ -156,17 +165,19 @@ class Host:
                 f"{name!r} is {with_article(self.class_of(candidates[0][1]).kind)}, not {with_article(kind.kind)}"
             )
         failures = self.check()
-        if bare in failures:  # the plugin of that name may well offer it
+        if bare in failures:  # the plugin with this name probably offers the component
             raise failures[bare]
-        known = list(self.load(plugin).items()) if plugin else [of for [(_, of), *_] in self.components(kind).values()]
-        words = {of.name: of.doc for of in known if isinstance(of, Preset)}
-        hint = did_you_mean(bare, [of.name for of in known], words)
+        known = [found[0][1] for found in self.components(kind).values()]
+        if plugin:
+            known = list(self.load(plugin).items())
+        descriptions = {offered.name: offered.doc for offered in known if isinstance(offered, Preset)}
+        hint = did_you_mean(bare, [offered.name for offered in known], descriptions)
         raise QsimError(f"no {kind.kind} {name!r}{hint}{self.not_looked_at()}")
 
     def _of_first_kind(
         self, offers: list[tuple[str, type[Component] | Preset]]
     ) -> list[tuple[str, type[Component] | Preset]]:
-        """Of offers of several kinds under one name, those whose hook comes first: `int8` is the format."""
+        """Keep the classes and presets of the first hook, in the order of `HOOKS`: `int8` is the format."""
         from qsim_core.components import hook_validation
 
         hooks = {self.class_of(offered).hook for _, offered in offers}
@@ -174,21 +185,22 @@ class Host:
         return [(plugin, offered) for plugin, offered in offers if self.class_of(offered).hook == first]
 
     def scope(self, plugin: str) -> frozenset[str]:
-        """A plugin, the core, and the plugins among its distribution's dependencies: what its author relies on."""
-        known = self._plugins[plugin]
-        requires = (known.entry.dist.requires or []) if known.entry is not None and known.entry.dist is not None else []
-        needed = {re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower() for requirement in requires}
-        return frozenset(
-            {plugin, "core", *(p.name for p in self._plugins.values() if p.distribution.lower() in needed)}
-        )
+        """The plugins whose components a plugin may name: itself, the core, and its distribution's dependencies."""
+        entry = self._plugins[plugin].entry
+        requires = entry.dist.requires if entry is not None and entry.dist is not None else None
+        needed = {re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower() for requirement in requires or []}
+        dependencies = (other.name for other in self._plugins.values() if other.distribution.lower() in needed)
+        return frozenset({plugin, "core", *dependencies})
 
     def not_looked_at(self) -> str:
-        """The plugins that do not load and why, as the end of a message that something was not found."""
+        """The plugins that do not load, with the reasons, as the end of a message that a name was not found."""
         failures = self.check()
-        return f" (not looked at: {'; '.join(str(failures[name]) for name in sorted(failures))})" if failures else ""
+        if not failures:
+            return ""
+        return f" (not searched: {'; '.join(str(failures[name]) for name in sorted(failures))})"
 
     def build(self, node: Node, kind: type[Component] | None = None) -> Component:
-        """The component that a piece of text describes. Raises `SpecError`, pointing at the character."""
+        """Build the component that a piece of text describes. Raises `SpecError` with the position of the fault."""
         from qsim_core.components.component import Component, Preset, construct
         from qsim_core.components.syntax import read
 
@@ -202,38 +214,39 @@ class Host:
         except QsimError as error:
             raise node.error(str(error)) from None
         hook = self.class_of(found).hook
-        alone = sum(self.class_of(o).hook == hook for _, o in self.components().get(found.name, ())) == 1
-        name = found.name if alone else f"{plugin}.{found.name}"
+        same_name = [offered for _, offered in self.components().get(found.name, ())]
+        unique = sum(self.class_of(offered).hook == hook for offered in same_name) == 1
+        name = found.name if unique else f"{plugin}.{found.name}"
         scope = self.scope(plugin)
         if not isinstance(found, Preset):
-            made = construct(found, node, self, scope)
-            return made if alone else made._named(name)
-        written = read(found.text, scope)
+            component = construct(found, node, self, scope)
+            return component if unique else component._named(name)
+        definition = read(found.text, scope)
         try:
-            preset = self.build(written, kind)._named(name, preset=True)
+            preset = self.build(definition, kind)._named(name, preset=True)
         except SpecError as error:
             raise PluginError(f"preset {found.name!r} cannot be built: {error}") from error
         if node.arguments:
             raise node.arguments[0].error(f"{node.name!r} is short for {found.text}; name the option to change")
         if not node.options:
             return preset
-        return self.build(replace(written, options={**written.options, **node.options}), kind)
+        return self.build(replace(definition, options={**definition.options, **node.options}), kind)
 
     def parse(self, text: str, kind: type[Component] | None = None) -> Any:
-        """The component that a text describes, of the kind asked for."""
+        """Build the component that a text describes, which has to be of this kind. Raises as `qsim_core.parse`."""
         from qsim_core.components.syntax import read
 
         return self.build(read(text), kind)
 
     def plugin_of(self, component: Component) -> Plugin | None:
-        """The plugin that offers this component's class, if one that was loaded does."""
+        """The loaded plugin that offers this component's class; None if there is none."""
         for result in self._loaded.values():
             if isinstance(result, Offers) and type(component) in result.items():
                 return result.plugin
         return None
 
     def class_of(self, offered: type[Component] | Preset) -> type[Component]:
-        """The class of what is offered; for a preset that of the component it names."""
+        """The class of a preset's component; a component class is returned as it is."""
         from qsim_core.components.component import Component, Preset
         from qsim_core.components.syntax import read
 
@@ -241,15 +254,16 @@ class Host:
             return offered
         try:
             plugin, _, bare = (read(offered.text).name or "").rpartition(".")
-        except SpecError:  # whoever asks for the preset itself is told
+        except SpecError:  # building the preset reports this
             return Component
-        for where, target in self.components().get(bare, []):
-            if where == (plugin or where) and not isinstance(target, Preset):
+        for other, target in self.components().get(bare, []):
+            if other == (plugin or other) and not isinstance(target, Preset):
                 return target
         return Component
 
     @staticmethod
     def _collect(plugin: Plugin) -> Offers:
+        """Import a plugin and collect its components. Raises `PluginError` if that fails for any reason."""
         from qsim_core.components import hook_validation
 
         module = import_plugin(plugin)
@@ -263,7 +277,7 @@ class Host:
 
 @functools.cache
 def installed() -> Host:
-    """The host of what is installed, which `qsim_core.parse` uses when it is given none."""
+    """The host of the installed plugins, made once; `qsim_core.parse` uses it by default."""
     return Host()
 
 

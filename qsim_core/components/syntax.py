@@ -1,7 +1,7 @@
-"""Text to syntax: `abfp(int4, n=64)` read with `ast` into nodes that know where they stand.
+"""The syntax of components: `abfp(int4, n=64)` is read with `ast` into nodes that have positions in the text.
 
-Nothing is evaluated: names, literals, lists and calls are the whole grammar. Which component a name means is
-the host's business (`qsim_core.components.host`), what a bare word means is decided by the type of the option it fills
+Nothing is evaluated. The whole grammar is names, literals, lists and calls. The host finds the component of a name
+(`qsim_core.components.host`). The type of an option decides the meaning of a bare word
 (`qsim_core.components.component`).
 """
 
@@ -20,10 +20,10 @@ CONSTANTS = {"true": True, "false": False, "none": None, "True": True, "False": 
 
 @dataclass(frozen=True)
 class Node:
-    """One piece of a component's text.
+    """One piece of a component's text: a word, a call or a literal.
 
-    A *word* has a name and no arguments (`arguments is None`), a *call* has both, a *literal* neither: its
-    value is a number, a string, or a list of nodes.
+    A word has a name, and `arguments` is `None`. A call has a name and arguments. A literal has neither: its value
+    is a number, a string, or a list of nodes.
     """
 
     text: str
@@ -33,21 +33,23 @@ class Node:
     arguments: tuple[Node, ...] | None = None
     options: dict[str, Node] = field(default_factory=dict)
     scope: frozenset[str] = frozenset()
-    """The plugins that whoever wrote the text relies on: a preset's own plugin and its dependencies."""
+    """The plugins that the text's author relies on: for a preset's text, its own plugin and that one's dependencies."""
 
     @property
     def is_word(self) -> bool:
+        """True for a name without arguments."""
         return self.name is not None and self.arguments is None
 
     def error(self, message: str) -> SpecError:
+        """Make an error at the position of this node."""
         return SpecError(message, self.text, self.position)
 
 
 def read(text: str, scope: frozenset[str] = frozenset()) -> Node:
-    """The syntax tree of a component's text, written by someone who relies on the plugins in `scope`.
+    """Read a component's text into a syntax tree; `scope` is the set of plugins that the text's author relies on.
 
-    Raises `SpecError`, pointing at the character, for anything that is not a word, a call, a number, a
-    string or a list, for a text of more than 16,384 characters and for nesting deeper than 16.
+    Raises `SpecError`, with the position of the character, for anything that is not a word, a call, a number, a
+    string or a list. Raises it too for a text of more than 16,384 characters, and for nesting deeper than 16.
     """
     if len(text) > MAX_LENGTH:
         raise SpecError(f"a component's text has at most {MAX_LENGTH} characters, not {len(text)}", text[:40] + "…")
@@ -70,7 +72,7 @@ class _Reader:
         self.scope = scope
 
     def node(self, tree: ast.expr, depth: int) -> Node:
-        """One expression as a node. Raises `SpecError` for what the grammar has not."""
+        """Turn one expression into a node. Raises `SpecError` for an expression outside the grammar."""
         position = len(self.text.encode()[: tree.col_offset].decode())
         if depth > MAX_DEPTH:
             raise SpecError(f"nested deeper than {MAX_DEPTH}", self.text, position)
@@ -88,15 +90,17 @@ class _Reader:
             case ast.Call():
                 arguments = tuple(self.node(argument, depth + 1) for argument in tree.args)
                 given = [self.option(keyword, position) for keyword in tree.keywords]
-                if twice := [name for name in given if given.count(name) > 1]:
+                twice = [name for name in given if given.count(name) > 1]
+                if twice:
                     raise SpecError(f"given {twice[0]!r} twice", self.text, position)
-                options = {name: self.node(k.value, depth + 1) for name, k in zip(given, tree.keywords, strict=True)}
+                values = [self.node(keyword.value, depth + 1) for keyword in tree.keywords]
+                options = dict(zip(given, values, strict=True))
                 return Node(self.text, position, self.name(tree.func, position), None, arguments, options, self.scope)
         found = ast.get_source_segment(self.text, tree) or self.text
         raise SpecError(f"expected a name, a number, a string or a call, found {found!r}", self.text, position)
 
     def name(self, tree: ast.expr, position: int) -> str:
-        """`name` or `plugin.name`."""
+        """Read a component's name: `name` or `plugin.name`."""
         match tree:
             case ast.Name(id=name):
                 return name
@@ -105,6 +109,7 @@ class _Reader:
         raise SpecError("expected a component's name, `name` or `plugin.name`", self.text, position)
 
     def option(self, keyword: ast.keyword, position: int) -> str:
+        """Read the name of an option. Raises `SpecError` for `**`."""
         if keyword.arg is None:
             raise SpecError("`**` has no meaning here", self.text, position)
         return keyword.arg

@@ -1,7 +1,8 @@
-"""Accelerators: what computes a quantizer's result faster than the reference, with the same bits.
+"""Accelerators compute a quantizer's result faster than the reference, with the same bits.
 
-An accelerator is found in the entry-point group `qsim.accelerators`, is loaded when the first tensor is quantized, and
-may decline whatever it does not know. Without one the reference computes everything.
+An accelerator is found in the entry-point group `qsim.accelerators`, and is loaded when the first tensor is quantized.
+It may decline any call; the reference then computes the result. Without an accelerator the reference computes
+everything.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,25 +22,48 @@ log = logging.getLogger(__name__)
 
 
 class Accelerator(Protocol):
-    """Quantizes as the reference does, bit for bit, or declines. The entry point names an instance."""
+    """Quantizes as the reference does, bit for bit, or declines. One method to write: `quantize`.
+
+    The entry point names an instance. An accelerator may have two more methods: `attend` (see `AttentionAccelerator`)
+    and `compiled` (see `CompilingAccelerator`).
+    """
 
     def quantize(self, quantizer: Any, x: Tensor, scales: Any = None, out: Tensor | None = None) -> Tensor | None:
-        """`quantizer.quantize(x)`, or under static `scales`; None: the reference shall do it.
+        """Compute `quantizer.quantize(x)`, or quantize `x` under static `scales`; None declines.
 
-        `quantizer` is a `Format` or a `Scheme`. The result may be put into `out`, which has the shape, the strides and
-        the dtype of `x`.
+        `quantizer` is a `Format` or a `Scheme`. `scales` is a `Scales`, or None; only a `Scheme` has them. The result
+        may be put into `out`, which has the shape, strides and dtype of `x`.
         """
 
-    # Two more methods are optional:
-    #   attend(sites, query, key, value, ...) computes fused attention at its sites, or returns None.
-    #   compiled(source, elements) compiles a C++ source of a plugin for this processor, or returns None.
+
+@runtime_checkable
+class AttentionAccelerator(Accelerator, Protocol):
+    """An accelerator that computes fused attention at its sites, too."""
+
+    def attend(self, sites: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+        """Compute `explicit_attention(*args, **kwargs)` at the `Sites` of a model; None declines.
+
+        The numbers are those of its two products, computed one after the other at their sites.
+        """
+
+
+@runtime_checkable
+class CompilingAccelerator(Accelerator, Protocol):
+    """An accelerator that compiles the C++ sources of plugins, too."""
+
+    def compiled(self, source: Path, elements: int) -> Any:
+        """Compile a C++ source for this processor and load it; None declines, and Python does the work.
+
+        `elements` is the work of the present call, counted as elements that are quantized. An accelerator may decline
+        until the work so far is worth the time of compiling.
+        """
 
 
 _loaded: list[tuple[Accelerator, ...]] = []
 
 
 def accelerators() -> tuple[Accelerator, ...]:
-    """The accelerators in use: those installed, by name. One that does not load is logged and left out."""
+    """The accelerators in use: the installed ones, sorted by name. One that does not load is logged and left out."""
     if not _loaded:
         found = (_load(entry) for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name))
         _loaded.append(tuple(accelerator for accelerator in found if accelerator is not None))
@@ -48,7 +72,7 @@ def accelerators() -> tuple[Accelerator, ...]:
 
 @contextlib.contextmanager
 def accelerated_by(*chosen: Accelerator) -> Iterator[None]:
-    """Use these accelerators inside and no others; without any, the reference computes everything."""
+    """Use only these accelerators inside the block; with no argument the reference computes everything."""
     accelerators()
     _loaded.append(chosen)
     try:
@@ -58,7 +82,7 @@ def accelerated_by(*chosen: Accelerator) -> Iterator[None]:
 
 
 def accelerated(quantizer: Any, x: Tensor, scales: Any = None, out: Tensor | None = None) -> Tensor | None:
-    """The first accelerator's result; None where each declines."""
+    """Quantize by the first accelerator that does not decline; None if every accelerator declines."""
     for accelerator in accelerators():
         found = accelerator.quantize(quantizer, x, scales, out)
         if found is not None:
@@ -67,14 +91,15 @@ def accelerated(quantizer: Any, x: Tensor, scales: Any = None, out: Tensor | Non
 
 
 def compiled(source: Path, elements: int) -> Any:
-    """A C++ source compiled for this processor by the first accelerator that can; None: Python does the work.
+    """Compile a C++ source by the first accelerator that does not decline; None if every accelerator declines.
 
-    `elements` is the work of this call, counted as elements that are quantized: compiling has to be worth it.
+    See `CompilingAccelerator.compiled`.
     """
     for accelerator in accelerators():
-        compile_source = getattr(accelerator, "compiled", None)
-        if compile_source is not None and (found := compile_source(source, elements)) is not None:
-            return found
+        if isinstance(accelerator, CompilingAccelerator):
+            found = accelerator.compiled(source, elements)
+            if found is not None:
+                return found
     return None
 
 

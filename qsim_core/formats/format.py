@@ -1,8 +1,8 @@
 """Number formats: a format is the list of the values of its codes.
 
-All else follows from that table, and is written here once: rounding in every mode, the largest value, encoding and
-decoding. It is the slow and obvious way. A format that knows a faster one overrides `round`, and is tested against
-this one bit for bit.
+All else follows from this table, and is written here once: rounding in every mode, the largest value, encoding and
+decoding. This code is slow and obvious. A format with a faster way overrides `round`, and is tested against this code
+bit for bit.
 """
 
 from __future__ import annotations
@@ -19,25 +19,27 @@ from qsim_core.errors import QsimError
 from qsim_core.formats.accelerator import accelerated
 from qsim_core.formats.codes import Encoded, as_codes
 from qsim_core.formats.quantizer import Granularity, Quantizer, floating, laid_out_as
-from qsim_core.formats.rounding import Rounding, Steps, working
+from qsim_core.formats.rounding import Rounding, Steps, working, working_dtype
 from qsim_core.formats.table import OrderedTable
 
 SCALES_SPAN = 2.0**16
-"""E4M3 spans 2^17.8, 16-bit integers 2^16."""
+"""The ratio of the largest to the smallest positive value that a format of scales has to exceed.
+
+E4M3 spans 2^17.8, 16-bit integers 2^16."""
 
 
 class Format(Quantizer):
-    """A set of representable values; quantizing rounds to one of them, without any scale. One method to write: `table`.
+    """A set of representable values; quantizing rounds to one of them, without a scale. One method to write: `table`.
 
-    Rounding is to the nearest value. A tie goes to the neighbour with the even code (where both are even, to the one
-    nearer zero), or as `rounding` says. What is too large saturates, ±Inf too, unless `overflow` says otherwise.
-    NaN stays NaN, whether the format has a code for it or not: a simulation must show it. The sign of zero is kept
-    where a code has it.
+    Rounding is to the nearest value by default. A tie then goes to the neighbour with the even code; of two even codes,
+    to the value nearer zero. `rounding` chooses another mode. A value that is too large saturates, ±Inf too, unless the
+    format has an `overflow`. NaN stays NaN even if the format has no code for it, so that a simulation shows it. The
+    sign of zero is kept if the format has a code for -0.
     """
 
     kind: ClassVar[str] = "format"
     has_nan: ClassVar[bool] = False
-    """Whether NaN in the table is a value; else it marks codes without meaning."""
+    """True if NaN in the table is a value of the format; otherwise NaN marks a code without a value."""
 
     rounding: Rounding = Field(
         "even", description="to nearest with ties to even or away from zero, toward zero, or stochastic"
@@ -46,48 +48,54 @@ class Format(Quantizer):
 
     @abstractmethod
     def table(self) -> Tensor:
-        """The value of each code, in the order of codes, float64 [number of codes]; NaN: not a number, or no value."""
+        """The value of each code in the order of codes, float64 [number of codes]; see `has_nan` for NaN."""
 
     @property
     def overflow(self) -> float | None:
-        """What rounding past the largest value gives: Inf, NaN, or None where it saturates."""
+        """The result of rounding past the largest value: Inf or NaN; None if it saturates."""
         return None
 
     @property
     def is_integer(self) -> bool:
-        """Whether the values are whole numbers, all that lie between the smallest and the largest."""
+        """True if the values are all the whole numbers from the smallest to the largest."""
         return False
 
     @property
     def steps(self) -> Steps | None:
-        """The values as a rule, for ways of rounding to nearest even that have no use for a table; None: no such."""
+        """The values as a rule, for code that rounds to nearest even without the table; None if there is no rule."""
         return None
 
     @property
     def native(self) -> torch.dtype | None:
-        """torch's dtype that has the same values and is rounded to likewise, ±Inf for what is too large; None: none."""
+        """The torch dtype with the same values, to which torch rounds in the same way; None if there is none.
+
+        A value that is too large becomes ±Inf in it.
+        """
         return None
 
     @property
     def powers_of_two(self) -> bool:
-        """Whether the values are powers of two, every one from the smallest to the largest."""
+        """True if the values are all the powers of two from the smallest to the largest."""
         return False
 
     def full(self) -> Format:
-        """The same format with every code in use: what a scale with a zero point takes."""
+        """The same format with every code in use, which a scheme with a zero point rounds to."""
         return self
 
     def boundaries(self, values: Tensor) -> Tensor:
-        """Where rounding to nearest turns from one of the ascending `values` to the next; halfway, by default."""
+        """The boundaries of rounding to nearest between neighbours of the ascending `values` [n]: [n - 1].
+
+        By default a boundary is halfway between its neighbours.
+        """
         return (values[1:] + values[:-1]) / 2
 
     def following(self, values: Tensor) -> float:
-        """What would come after the largest of the ascending `values` if the codes went on; by default a like step."""
+        """The value that would follow the largest of the ascending `values`; by default the last step is repeated."""
         return float(2 * values[-1] - values[-2])
 
     @property
     def width(self) -> int:
-        """Bits of one code."""
+        """The number of bits of one code."""
         return table_of(self).width
 
     @functools.cached_property
@@ -102,22 +110,23 @@ class Format(Quantizer):
 
     @property
     def reach(self) -> float:
-        """What a scale maps the largest magnitude of its block to."""
+        """The value to which a scale maps the largest magnitude of its block; by default the largest value."""
         return self.max
 
     @property
     def beyond(self) -> float:
-        """The value that would come after `max` if the codes went on; rounding turns to it halfway."""
+        """The value that would follow `max` if there were more codes; rounding to nearest turns to it halfway."""
         return table_of(self).beyond
 
     def round(self, x: Tensor) -> Tensor:
-        """`x` (float32 or float64) rounded to the format's values; found by search in the table, in float64."""
+        """Round `x` (float32 or float64) to values of the format, by a search in the table in float64."""
         return self.limit(table_of(self).nearest(x, self.rounding, self.seed), x)
 
     def limit(self, rounded: Tensor, x: Tensor) -> Tensor:
-        """`rounded`, whose exponents may go past the largest value, brought into range: saturated, or overflown.
+        """Saturate or overflow the values of `rounded` that lie past the largest or the lowest value.
 
-        Rounding toward zero overflows for ±Inf only (IEEE 754, 7.4).
+        `rounded` is `x`, rounded as if the format had more exponents. Rounding toward zero overflows for ±Inf only
+        (IEEE 754, section 7.4).
         """
         low, high = self.min, self.max
         if self.overflow is None:
@@ -128,33 +137,33 @@ class Format(Quantizer):
         return torch.where(rounded < low, -self.overflow if low < 0 else low, past)
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Round `x` without a scale, and give it back in its own dtype."""
+        """Round `x` without a scale; the result has the dtype of `x`."""
         return Format.quantize_into(self, x, None)
 
     def quantize_into(self, x: Tensor, out: Tensor | None) -> Tensor:
-        if type(self).quantize is not Format.quantize and out is not None:  # a class with a way of its own
+        if type(self).quantize is not Format.quantize and out is not None:  # a subclass overrides `quantize` alone
             return self.quantize(x)
         fast = accelerated(self, floating(x), out=out)
         return laid_out_as(x, self.round(working(x))) if fast is None else fast
 
     def passes(self, x: Tensor) -> Tensor:
-        """True up to half the last step (from `max` to `beyond`) outside of `min` and `max`; NaN does not pass."""
+        """True from `min` to `max`, and up to half a step outside: half of `beyond` - `max`. False for NaN."""
         margin = (self.beyond - self.max) / 2
         return (x <= self.max + margin) & (x >= self.min - margin)
 
     def encode(self, x: Tensor) -> Encoded:
-        """The code of each element's rounded value. Raises `QsimError` for NaN in a format that has none."""
+        """Encode the rounded value of each element. Raises `QsimError` for NaN in a format without NaN."""
         return Encoded(self.to_codes(self.round(working(floating(x)))), self.width, x.dtype)
 
     def decode(self, encoded: Encoded) -> Tensor:
-        return self.from_codes(encoded.codes, working(torch.empty(0, dtype=encoded.dtype)).dtype).to(encoded.dtype)
+        return self.from_codes(encoded.codes, working_dtype(encoded.dtype)).to(encoded.dtype)
 
     def to_codes(self, values: Tensor) -> Tensor:
-        """The codes of values of the format, in their shape. Raises `QsimError` for a value that is none of them."""
+        """The codes of values of the format, in the same shape. Raises `QsimError` for a value that has no code."""
         return as_codes(_codes(self, values), self.width)
 
     def from_codes(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values of codes, in their shape."""
+        """The values of codes, in the same shape."""
         return table_of(self).table.to(codes.device)[codes.long()].to(dtype)
 
     def bits_per_element(self, shape: torch.Size) -> float:
@@ -178,19 +187,20 @@ class Format(Quantizer):
 
     @property
     def wide(self) -> bool:
-        """Whether the positive values span more than 16 binades, enough to be scales as they are."""
-        positive = (finite := table_of(self).finite)[finite > 0]
+        """True if the positive values span more than 16 binades: then the format can round scales by itself."""
+        finite = table_of(self).finite
+        positive = finite[finite > 0]
         return len(positive) > 0 and float(positive[-1] / positive[0]) > SCALES_SPAN
 
 
 @functools.lru_cache(maxsize=256)
 def table_of(format: Format) -> OrderedTable:
-    """A format's table in order, made once for each format."""
+    """The ordered table of a format, made once for each format."""
     return OrderedTable.of(format.table(), format.boundaries, format.following, format.overflow, format.rounding)
 
 
 def unscaled_format(quantizer: Any) -> Format | None:
-    """The number format that a quantizer rounds to as it is, if it does nothing else."""
+    """The number format that a quantizer rounds to without a scale; None for any other quantizer, and for None."""
     found = quantizer.unscaled if isinstance(quantizer, Quantizer) else None
     return found if isinstance(found, Format) else None
 

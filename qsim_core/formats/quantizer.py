@@ -1,7 +1,7 @@
 """Quantizers: functions tensor -> tensor whose values come from a number format after scaling.
 
-The base class, a plain callable in its place, and the straight-through gradient. Number formats are in
-`qsim_core.formats.format`, scales in `qsim_core.quantizers.scheme`. Every tensor that a quantizer is given has the
+This module has the base class, the wrapper of a plain callable, and the straight-through gradient. Number formats are
+in `qsim_core.formats.format`, scales in `qsim_core.quantizers.scheme`. A quantizer gets every tensor with the
 reduction axis of its matmul last.
 """
 
@@ -20,27 +20,31 @@ from qsim_core.errors import QsimError
 from qsim_core.formats.codes import Encoded
 
 Granularity = Literal["tensor", "channel", "token", "element"] | int | tuple[int, int]
+"""The elements that share a scale: the tensor, a row (channel, token), n along a row, a tile of (rows, columns).
+
+`element` means that there are no scales.
+"""
 
 
 class SiteQuantizer(ABC):
-    """Anything that can stand at a site: a `Quantizer`, or one that holds tensors, such as static scales.
+    """A quantizer at a site: a `Quantizer`, or one that holds tensors, such as static scales.
 
-    One method to write: `quantize`. Calling it is `quantize` with a straight-through gradient: the identity, and zero
-    where `gradient_passes` is false; by default that is outside the range that can be represented.
+    An author writes one method: `quantize`. A call of the object is `quantize` with a straight-through gradient: the
+    identity where `gradient_passes` is true, else zero. By default it is zero outside the representable range.
 
-    The properties answer what other modules ask about any quantizer. Each question has one property.
+    The properties describe the quantizer to other modules.
     """
 
     @abstractmethod
     def quantize(self, x: Tensor) -> Tensor:
-        """Round `x`: same shape, same dtype, same device; `x` itself is left alone."""
+        """Round `x`. The result has the shape, dtype and device of `x`; `x` itself is not changed."""
 
     def quantize_into(self, x: Tensor, out: Tensor | None) -> Tensor:
-        """Do the same, and put the result into `out` where that saves memory: shape, strides and dtype of `x`."""
+        """Quantize `x`, and put the result into `out` if that saves memory. `out` has shape, strides, dtype of `x`."""
         return self.quantize(x)
 
     def passes(self, x: Tensor) -> Tensor | None:
-        """Tell which values lie inside the range that can be represented, as booleans; None: all."""
+        """Tell which values lie inside the representable range, as booleans; None: all."""
         return None
 
     def gradient_passes(self, x: Tensor) -> Tensor | None:
@@ -52,22 +56,22 @@ class SiteQuantizer(ABC):
         return None
 
     def scales(self, x: Tensor) -> Any:
-        """Give the `Scales` under which the rows of `x` are rounded; None: there are none."""
+        """Give the `Scales` under which the rows of `x` are rounded; None without scales."""
         return None
 
     @property
     def granularity(self) -> Granularity | None:
-        """The elements that share a scale: the tensor, a row, a block of n or r x c, no others; None: unknown."""
+        """The elements that share a scale, as a `Granularity`; None: unknown."""
         return None
 
     @property
     def by_rows(self) -> bool:
-        """True if each row is rounded by itself, independent of the other rows."""
+        """True if each row is rounded independently of the other rows."""
         return False
 
     @property
     def sharing(self) -> frozenset[Granularity]:
-        """The granularities of its scales, and of the scales of these: on what else a value may depend."""
+        """The granularities of its scales, and of the scales' scales: a value depends on the elements they cover."""
         return frozenset() if self.granularity in (None, "element") else frozenset({self.granularity})
 
     @property
@@ -82,11 +86,11 @@ class SiteQuantizer(ABC):
 
     @property
     def version(self) -> int:
-        """A number that changes whenever what it holds changes."""
+        """A number that changes whenever a tensor that the quantizer holds changes."""
         return 0
 
     def needs_held_scales(self, role: str) -> bool:
-        """True if a site has to hold scales for it in this role: static ones, or scales that are trained."""
+        """True if a site has to hold its scales in this role: static scales, or scales that are trained."""
         return False
 
     @property
@@ -106,13 +110,13 @@ class SiteQuantizer(ABC):
 
 
 class Quantizer(SiteQuantizer, Component):
-    """Rounds a tensor. One method to write: `quantize`."""
+    """Rounds a tensor. An author writes one method: `quantize`."""
 
     kind: ClassVar[str] = "quantizer"
     hook: ClassVar[str] = "qsim_quantizers"
 
     def encode(self, x: Tensor) -> Encoded:
-        """Turn `x` into codes and scales. Raises `QsimError` for a value, or a quantizer, without codes."""
+        """Turn `x` into codes and scales. Raises `QsimError` for a value without a code, or if there are no codes."""
         raise QsimError(f"{self} has no codes: it says how values are rounded, not how they are stored")
 
     def decode(self, encoded: Encoded) -> Tensor:
@@ -121,7 +125,10 @@ class Quantizer(SiteQuantizer, Component):
 
     @property
     def unscaled(self) -> Quantizer | None:
-        """The number format that it rounds to, if it does nothing else; a scale rounded so saturates."""
+        """The number format, if the quantizer only rounds to it, without a scale; else None.
+
+        A scale that such a quantizer rounds is limited to the format's largest value first.
+        """
         return None
 
     @property
@@ -138,20 +145,22 @@ class Quantizer(SiteQuantizer, Component):
 
 
 class Function(Quantizer):
-    """A plain callable tensor -> tensor in a quantizer's place; its text form names it but cannot be read back.
+    """A plain callable tensor -> tensor as a quantizer. Its text form names the callable and cannot be read back.
 
-    The callable may work in place: it is given a copy.
+    The callable gets a copy of the tensor, so it may work in place.
     """
 
     name = "function"
     call: Callable[[Any], Any]
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Call it on a copy of `x`. Raises `QsimError` unless shape and dtype are those of `x`."""
+        """Apply the callable to a copy of `x`. Raises `QsimError` if the result has another shape or dtype."""
         y = self.call(x.clone())
         if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
             found = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else repr(type(y).__name__)
-            raise QsimError(f"{self} turned a tensor {tuple(x.shape)} {x.dtype} into {found}; both must stay")
+            raise QsimError(
+                f"{self} turned a tensor {tuple(x.shape)} {x.dtype} into {found}; shape and dtype must stay"
+            )
         return y
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -179,9 +188,10 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(x: Tensor, quantizer: SiteQuantizer, value: Tensor | None = None) -> Tensor:
-    """Give `quantizer.quantize(x)` the gradient of the identity where `quantizer.gradient_passes(x)`, else zero.
+    """Compute `quantizer.quantize(x)` with a straight-through gradient.
 
-    `value` is the quantized tensor, if it is known already. Source: Bengio et al., arXiv 1308.3432, section 4.
+    The gradient is that of the identity where `quantizer.gradient_passes(x)`, and zero elsewhere. `value` is the
+    quantized tensor, if it is already known. Source: Bengio et al., arXiv 1308.3432, section 4.
     """
     result: Tensor = _StraightThrough.apply(x, quantizer, value)  # type: ignore[no-untyped-call]
     return result

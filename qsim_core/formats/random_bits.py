@@ -1,8 +1,8 @@
-"""Random numbers that depend on where they are used, and on nothing else.
+"""Random numbers that depend only on the place where they are used.
 
 Stochastic rounding draws from Philox4x32-10, a counter-based generator (Salmon et al., "Parallel random numbers: as
-easy as 1, 2, 3", SC 2011, section 3.3): a number is a function of a seed, a site, a step and the element's index. So
-the same tensor is rounded to the same bits on any device and by any number of threads, and no global state is touched.
+easy as 1, 2, 3", SC 2011, section 3.3). A number is a function of a seed, a site, a step and the element's index.
+So a tensor is rounded to the same bits on any device and by any number of threads. No global state is changed.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ ROUNDS = 10
 
 
 class Place(threading.local):
-    """Where this thread draws."""
+    """The place for which this thread draws random numbers."""
 
     site = 0
+    """The CRC-32 of the site's name."""
     step = 0
     start = 0
+    """The first row, for a tensor that is rounded in parts."""
     rows = 1
+    """The rows of one part."""
     drawn = False
-    """Whether anything was drawn here."""
+    """True if a number was drawn at this place."""
 
 
 _place = Place()
@@ -37,9 +40,9 @@ _place = Place()
 
 @contextlib.contextmanager
 def at(site: str = "", step: int = 0, start: int = 0, rows: int = 1) -> Iterator[Place]:
-    """Inside, numbers are those of this site (a name, of which the CRC-32 counts) and step (a count from 0).
+    """Draw the numbers of a site (any name; its CRC-32 is used) and a step (a count from 0) inside the block.
 
-    Where a tensor is rounded in parts, those of `rows` rows from row `start` on.
+    For a tensor that is rounded in parts, the part has `rows` rows from row `start` on.
     """
     before = dict(_place.__dict__)
     _place.__dict__.update(site=zlib.crc32(site.encode()), step=step & WORD, start=start, rows=rows, drawn=False)
@@ -52,7 +55,7 @@ def at(site: str = "", step: int = 0, start: int = 0, rows: int = 1) -> Iterator
 
 @contextlib.contextmanager
 def part(start: int) -> Iterator[None]:
-    """Inside, numbers are those of the `start`-th of many tensors of one shape that are drawn for one place."""
+    """Draw the numbers of the `start`-th tensor, of many tensors of one shape at one place, inside the block."""
     before = _place.start, _place.rows
     _place.start, _place.rows = start, 1
     try:
@@ -62,7 +65,7 @@ def part(start: int) -> Iterator[None]:
 
 
 def uniform(like: Tensor, seed: int) -> Tensor:
-    """Numbers in [0, 1), multiples of 2^-24, float32, one for each element of `like`, in its order and shape."""
+    """Draw a number in [0, 1) for each element of `like`, in its order and shape: float32, a multiple of 2^-24."""
     _place.drawn = True
     first = like.numel() // _place.rows * _place.start
     blocks = torch.arange(first // 4, (first + like.numel() + 3) // 4, device=like.device)
@@ -72,11 +75,11 @@ def uniform(like: Tensor, seed: int) -> Tensor:
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four 32-bit words for each 128-bit counter, all held in int64; `seed` is the 64-bit key."""
+    """Compute Philox4x32-10: four 32-bit words for each 128-bit counter, all in int64; `seed` is the 64-bit key."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & WORD, (seed >> 32) & WORD
     for _ in range(ROUNDS):
-        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]  # below 2^64: int64 wraps, its bits are right
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]  # below 2^64: int64 wraps around, but the bits are right
         c0, c1, c2, c3 = (p1 >> 32 & WORD) ^ c1 ^ k0, p1 & WORD, (p0 >> 32 & WORD) ^ c3 ^ k1, p0 & WORD
         k0, k1 = (k0 + KEY_STEPS[0]) & WORD, (k1 + KEY_STEPS[1]) & WORD
     return c0, c1, c2, c3

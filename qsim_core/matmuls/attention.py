@@ -1,8 +1,8 @@
-"""Functions with matmuls inside, taken apart so that these can be met: above all fused attention.
+"""Torch functions with matmuls inside, written out so that each matmul is called by itself: above all fused attention.
 
 `explicit_attention` is `scaled_dot_product_attention` written out. `explicit_multi_head_attention` is torch's own
-`multi_head_attention_forward`, told that no function mode is there, so that it calls its matmuls one by one
-instead of handing itself to the mode again.
+`multi_head_attention_forward` without its check for a function mode. So it calls its matmuls one by one, and does not
+pass its whole call to the mode again.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ def explicit_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """softmax(q kT * scale + mask) v, with the arguments and the meaning of torch's function.
+    """Compute softmax(q kT * scale + mask) v, with the arguments and the meaning of torch's function.
 
     query [..., H, Q, D], key [..., H', K, D], value [..., H', K, E] -> [..., H, Q, E]. The scale is applied to the
-    product, as eager attention does; the softmax is float32's. A row whose keys are all masked gives zeros.
+    product, as in eager attention. The softmax is computed in float32 at least. A row whose keys are all masked gives
+    zeros.
     """
     if enable_gqa:
         repeats = query.shape[-3] // key.shape[-3]
@@ -37,34 +38,36 @@ def explicit_attention(
     product = torch.matmul(query, key.transpose(-1, -2))
     scores = _times(product, query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
-        scores = within(scores, torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril())
+        causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = within(scores, causal)
     if attn_mask is not None:
         scores = within(scores, attn_mask) if attn_mask.dtype == torch.bool else scores + attn_mask
     shares = probabilities(scores, query.dtype)
     if attn_mask is not None:
-        nothing = scores.amax(-1, keepdim=True) == -torch.inf
-        if torch.compiler.is_compiling() or bool(nothing.any()):
-            shares = shares.masked_fill(nothing, 0.0)
+        all_masked = scores.amax(-1, keepdim=True) == -torch.inf
+        if torch.compiler.is_compiling() or bool(all_masked.any()):
+            shares = shares.masked_fill(all_masked, 0.0)
     return torch.matmul(F.dropout(shares, dropout_p, training=dropout_p > 0), value)
 
 
 def probabilities(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    """The softmax of scores along their last axis, computed in float32 at least."""
+    """The softmax of scores along their last axis, computed in float32 at least, and converted to `dtype`."""
     return torch.softmax(scores, -1, dtype=torch.promote_types(torch.float32, scores.dtype)).to(dtype)
 
 
 def _times(scores: Tensor, scale: float) -> Tensor:
-    """Scores, scaled; in their own memory where no gradient is recorded, which saves its page faults."""
+    """Multiply scores by the scale: in place if no gradient is recorded, which saves page faults of new memory."""
     return scores * scale if torch.is_grad_enabled() else scores.mul_(scale)
 
 
 def within(scores: Tensor, allowed: Tensor) -> Tensor:
-    """Scores where they are allowed, else -Inf, likewise. Of NaN nothing is hidden."""
+    """Set scores to -Inf where they are not allowed: in place if no gradient is recorded. NaN stays NaN everywhere."""
     bound = torch.where(allowed, torch.inf, -torch.inf).to(scores.dtype)
     return torch.minimum(scores, bound) if torch.is_grad_enabled() else torch.minimum(scores, bound, out=scores)
 
 
 def _without_mode(function: Any) -> Callable[..., Any]:
+    """Copy a torch function so that it takes its arguments for plain tensors, and runs its own code."""
     globals_ = {**function.__globals__, "has_torch_function": lambda *arguments: False}
     copy = types.FunctionType(function.__code__, globals_, function.__name__, function.__defaults__)
     copy.__kwdefaults__ = function.__kwdefaults__
@@ -75,30 +78,31 @@ explicit_multi_head_attention = _without_mode(F.multi_head_attention_forward)
 
 
 def _addbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """`torch.addbmm`: its sum runs over the batch too, so it is one product with a longer reduction axis."""
+    """Compute `torch.addbmm`, which sums over the batch too, as one product with a longer reduction axis."""
     return torch.addmm(input, batch1.transpose(0, 1).flatten(1), batch2.flatten(0, 1), beta=beta, alpha=alpha)
 
 
 def _tensordot(a: Tensor, b: Tensor, dims: Any = 2, out: Tensor | None = None) -> Tensor:
-    """`torch.tensordot` as an einsum with numbered axes."""
+    """Compute `torch.tensordot` as an einsum with numbered axes."""
     if isinstance(dims, Tensor):
         dims = dims.tolist()
-    pairs = (list(range(a.dim() - dims, a.dim())), list(range(dims))) if isinstance(dims, int) else dims
+    if isinstance(dims, int):
+        dims = (list(range(a.dim() - dims, a.dim())), list(range(dims)))
     left = list(range(a.dim()))
     right = list(range(a.dim(), a.dim() + b.dim()))
-    for mine, theirs in zip(*pairs, strict=True):
-        right[theirs] = left[mine]
+    for axis_of_a, axis_of_b in zip(*dims, strict=True):
+        right[axis_of_b] = left[axis_of_a]
     kept = [axis for axis in left if axis not in right] + [axis for axis in right if axis not in left]
     result: Tensor = torch.einsum(a, left, b, right, kept)
     return result if out is None else out.copy_(result)
 
 
 def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An in-place method by its function that returns a new tensor."""
+    """Make an in-place method from the function that returns a new tensor."""
     return lambda self, *args, **kwargs: self.copy_(function(self, *args, **kwargs))
 
 
-EXPLICIT: dict[Callable[..., Any], Callable[..., Any]] = {
+EXPLICIT: dict[Callable[..., Any], Callable[..., Any]] = {  # the torch function, and its written-out form
     F.scaled_dot_product_attention: explicit_attention,
     F.multi_head_attention_forward: explicit_multi_head_attention,
     torch.addbmm: _addbmm,

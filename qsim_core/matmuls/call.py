@@ -1,4 +1,4 @@
-"""One call of a matmul: its function, its arguments, its operands."""
+"""One call of a matmul: the function, the arguments, and the operands among them."""
 
 from __future__ import annotations
 
@@ -13,45 +13,49 @@ from torch import Tensor
 from qsim_core.matmuls.layout import LAST, Layout
 
 LINEAR = (F.linear, torch.addmm)
-"""Calls that multiply by the rows of a weight and add a bias."""
+"""The functions that multiply by a weight and add a bias."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a matmul: its function, its arguments, and its two (or, for einsum, more) operands."""
+    """One call of a matmul, with its two operands; an einsum may have more."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     operands: tuple[Tensor, ...]
     layouts: tuple[Layout, ...]
+    """The layout of each operand, with its reduction axis last."""
     places: tuple[int | str, ...]
+    """The place of each operand: an index into `args`, or a key of `kwargs`."""
     addend: Tensor | None = None
-    """The tensor that `addmm` and `baddbmm` add to the product."""
+    """The tensor that `addmm`, `addmv` and `baddbmm` add to the product."""
     result: Layout = LAST
-    """The result, with the axis last that the next matmul will sum over."""
+    """The layout of the result: the axis that the next matmul sums over is last."""
     operation: str = "einsum"
+    """The name of the function, without underscores at its ends."""
     weight: int | None = None
-    """Which operand is a parameter, or part of one; known once a site has met the call."""
+    """The index of the operand that is a parameter, or part of one. None until a site has found it."""
     masked: bool = False
-    """True if the addend is computed, as a mask is, and not a parameter; it is added to the quantized product."""
+    """True if the addend is computed, like a mask, and is not a parameter. It is added to the quantized product."""
 
     @property
     def input(self) -> Tensor:
-        """The first operand that is no parameter, with its reduction axis last."""
+        """The first operand that is not a parameter, with its reduction axis last."""
         place = 1 if self.weight == 0 else 0
         return self.layouts[place].rows(self.operands[place].detach())
 
     @property
     def bias(self) -> Tensor | None:
-        """What a call of `LINEAR`, or a convolution, adds to its product."""
+        """The tensor that a call of `LINEAR`, or a convolution, adds to its product."""
         if self.function is torch.addmm:
             return self.addend
-        bias: Tensor | None = self.kwargs.get("bias", self.args[2] if len(self.args) > 2 else None)
+        positional = self.args[2] if len(self.args) > 2 else None
+        bias: Tensor | None = self.kwargs.get("bias", positional)
         return bias
 
     def run(self, operands: Sequence[Tensor]) -> Any:
-        """The call with other operands in place; the very same call if they are the ones it has."""
+        """Call the function with these operands in place of its own; all other arguments stay."""
         args, kwargs = list(self.args), dict(self.kwargs)
         for place, operand in zip(self.places, operands, strict=True):
             if isinstance(place, int):
@@ -61,5 +65,5 @@ class Call:
         return self.function(*args, **kwargs)
 
     def multiply(self, left: Tensor, right: Tensor) -> Tensor:
-        """The product alone, without what the call adds to it."""
+        """Compute the product alone, without a bias or an addend."""
         return torch.matmul(left, right)

@@ -1,4 +1,4 @@
-"""How a convolution's call lies over its image: stride, padding on both sides, dilation and groups."""
+"""The geometry of a convolution: its taps, stride, padding on both sides, dilation and groups."""
 
 from __future__ import annotations
 
@@ -13,49 +13,59 @@ from qsim_core.matmuls.call import Call
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+"""The arguments of these functions, in order."""
+TRANSPOSED_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+"""The arguments of the transposed convolutions, in order."""
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """One number, or pair, for each spatial dimension."""
+    """The geometry of one convolution: a number, or a pair, for each spatial dimension."""
 
     taps: tuple[int, ...]
+    """The sizes of the kernel."""
     stride: tuple[int, ...]
     sides: tuple[tuple[int, int], ...]
-    """Zeros before and after the image."""
+    """The number of zeros before and after the image."""
     dilation: tuple[int, ...]
     groups: int
     sizes: tuple[int, ...]
-    """Of the image."""
+    """The sizes of the image."""
 
     @classmethod
     def of(cls, call: Call) -> Convolution:
-        """That of a call of `CONVOLUTIONS`."""
+        """Read the geometry from a call of one of `CONVOLUTIONS`."""
         image, kernel = call.operands
-        space, named = kernel.dim() - 2, arguments(call)
-        taps, dilation = tuple(kernel.shape[2:]), _each(named.get("dilation", 1), space)
-        spans, padding = [reach * (tap - 1) for reach, tap in zip(dilation, taps, strict=True)], named.get("padding", 0)
+        named = arguments(call)
+        space = kernel.dim() - 2
+        taps = tuple(kernel.shape[2:])
+        dilation = _each(named.get("dilation", 1), space)
+        padding = named.get("padding", 0)
         if padding == "same":
+            spans = [reach * (tap - 1) for reach, tap in zip(dilation, taps, strict=True)]
             sides = tuple((span // 2, span - span // 2) for span in spans)
         else:
             sides = tuple((pad, pad) for pad in _each(0 if padding == "valid" else padding, space))
-        stride, sizes = _each(named.get("stride", 1), space), tuple(image.shape[-space:])
+        stride = _each(named.get("stride", 1), space)
+        sizes = tuple(image.shape[-space:])
         return cls(taps, stride, sides, dilation, named.get("groups", 1), sizes)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The spatial sizes of the result."""
-        each = zip(self.sizes, self.sides, self.taps, self.stride, self.dilation, strict=True)
-        return tuple((size + sum(pad) - reach * (tap - 1) - 1) // step + 1 for size, pad, tap, step, reach in each)
+        dimensions = zip(self.sizes, self.sides, self.taps, self.stride, self.dilation, strict=True)
+        return tuple(
+            (size + sum(pad) - reach * (tap - 1) - 1) // step + 1 for size, pad, tap, step, reach in dimensions
+        )
 
     @property
     def tap_inside(self) -> tuple[int, ...] | None:
-        """A tap that never meets the zeros beside the image; None where there is none."""
+        """The index of a tap that is never multiplied with a zero beside the image; None if there is no such tap."""
         found = []
-        each = zip(self.taps, self.sides, self.dilation, self.stride, self.shape, self.sizes, strict=True)
-        for taps, (before, _), reach, step, count, size in each:
-            first = [tap * reach - before for tap in range(taps)]  # where a tap stands for the first value
-            inside = [tap for tap, place in enumerate(first) if 0 <= place < size - (count - 1) * step]
+        dimensions = zip(self.taps, self.sides, self.dilation, self.stride, self.shape, self.sizes, strict=True)
+        for taps, (before, _), reach, step, count, size in dimensions:
+            positions = [tap * reach - before for tap in range(taps)]  # of each tap, for the first value of the result
+            inside = [tap for tap, position in enumerate(positions) if 0 <= position < size - (count - 1) * step]
             if not inside:
                 return None
             found.append(inside[0])
@@ -63,12 +73,12 @@ class Convolution:
 
 
 def arguments(call: Call) -> dict[str, Any]:
-    """What a convolution was called with, by name."""
+    """The arguments of a convolution's call by name."""
     return dict(zip(ARGUMENTS, call.args, strict=False)) | call.kwargs
 
 
 def ran(call: Call, image: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
-    """The convolution of other operands, without its bias."""
+    """Compute the convolution of another image and kernel with the arguments of a call, without its bias."""
     result: torch.Tensor = call.function(**arguments(call) | {"input": image, "weight": kernel, "bias": None})
     return result
 

@@ -1,4 +1,4 @@
-"""Watching what torch computes, operator by operator, below autograd and without changing any of it."""
+"""A mode that watches the operators that torch computes, below autograd, and changes none of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class OperatorWatcher(TorchDispatchMode):
-    """A dispatch mode that only watches: operators that hold a function, like flex_attention, run under it too."""
+    """A dispatch mode that only watches. Operators that hold a function, like flex_attention, run under it too."""
 
     supports_higher_order_operators = True
 
@@ -17,10 +17,10 @@ class OperatorWatcher(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """flex_attention compiles itself, and refuses to under a mode that could change what it computes."""
+        """True: flex_attention compiles itself, and refuses to do so under a mode that could change its results."""
         return True
 
 
 def operator_name(func: Any) -> str:
-    """`add_` for `aten.add_.Tensor`: the operator's name, whichever its overload."""
+    """The name of an operator without its overload: `add_` for `aten.add_.Tensor`."""
     return str(getattr(func, "overloadpacket", func).__name__)

@@ -1,4 +1,4 @@
-"""The operands of `torch.einsum`."""
+"""`torch.einsum` read as a matmul: its operands, each with its summed axes last."""
 
 from __future__ import annotations
 
@@ -14,43 +14,54 @@ from qsim_core.matmuls.call import Call
 from qsim_core.matmuls.layout import LAST, Layout
 
 
-def _einsum(args: tuple[Any, ...]) -> Call | None:
-    """`einsum("bqd,bkd->bqk", q, k)`: each operand's summed labels, in the order they stand there, are its K.
+def einsum_call(args: tuple[Any, ...]) -> Call | None:
+    """Read a call such as `einsum("bqd,bkd->bqk", q, k)`; None for one operand alone, which is not a matmul.
 
-    An operand without a summed label has its last axis last; one operand alone is no matmul.
+    The reduction axis of an operand is the flattened axes of its summed labels, in the operand's order. Without
+    summed labels the last axis of the operand stays last. Raises `QsimError` if the equation has more or fewer terms
+    than there are operands.
     """
-    if not isinstance(args[0], str):  # einsum(x, [0, 1], y, [1, 2], [0, 2])
-        args = _from_sublists(args)
+    if not isinstance(args[0], str):
+        args = _with_equation(args)
     equation, *operands = args
-    tensors = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], list | tuple) else tuple(operands)
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = list(operands[0])
+    tensors = tuple(operands)
     if len(tensors) < 2:
         return None
-    inputs, _, output = str(equation).replace(" ", "").partition("->")
+    inputs, arrow, output = str(equation).replace(" ", "").partition("->")
     terms = inputs.split(",")
     if len(terms) != len(tensors):
         raise QsimError(f"einsum {equation!r} names {len(terms)} operands and is given {len(tensors)}")
-    if "->" not in str(equation):
-        labels = [label for label in inputs if label.isalpha()]
-        output = "..." + "".join(sorted(label for label in set(labels) if labels.count(label) == 1))
+    if not arrow:
+        output = _implied_output(inputs)
     layouts = tuple(_summed_last(term, output, tensor.shape) for term, tensor in zip(terms, tensors, strict=True))
     function = lambda *new: torch.einsum(equation, *new)  # noqa: E731
     return Call(function, tensors, {}, tensors, layouts, tuple(range(len(tensors))))
 
 
-def _from_sublists(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    operands, sublists = args[: len(args) // 2 * 2 : 2], args[1::2]
-    letters = string.ascii_letters
+def _with_equation(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Rewrite `einsum(x, [0, 1], y, [1, 2], [0, 2])` as `einsum("ab,bc->ac", x, y)`."""
+    operands = args[: len(args) // 2 * 2 : 2]
+    sublists = args[1::2]
 
-    def spell(sublist: Sequence[Any]) -> str:
-        return "".join("..." if label is Ellipsis else letters[label] for label in sublist)
+    def labels(sublist: Sequence[Any]) -> str:
+        return "".join("..." if label is Ellipsis else string.ascii_letters[label] for label in sublist)
 
-    equation = ",".join(spell(sublist) for sublist in sublists)
+    equation = ",".join(labels(sublist) for sublist in sublists)
     if len(args) % 2:
-        equation += "->" + spell(args[-1])
+        equation += "->" + labels(args[-1])
     return (equation, *operands)
 
 
+def _implied_output(inputs: str) -> str:
+    """The output of an equation without `->`: the labels that occur once, in the order of the alphabet."""
+    labels = [label for label in inputs if label.isalpha()]
+    return "..." + "".join(sorted(label for label in set(labels) if labels.count(label) == 1))
+
+
 def _summed_last(term: str, output: str, shape: torch.Size) -> Layout:
+    """The layout of an operand: the axes whose labels are not in the output are last, flattened to one."""
     dimensions = len(shape)
     before, dots, after = term.partition("...")
     spread = ["."] * (dimensions - len(before) - len(after)) if dots else []
@@ -66,7 +77,7 @@ def _summed_last(term: str, output: str, shape: torch.Size) -> Layout:
         return t.permute(order).flatten(-len(summed))
 
     def back(t: Tensor) -> Tensor:
-        parted: Tensor = t.unflatten(-1, sizes)
-        return parted.permute(inverse)
+        unflattened: Tensor = t.unflatten(-1, sizes)
+        return unflattened.permute(inverse)
 
     return Layout(f"summed {summed}", rows, back)

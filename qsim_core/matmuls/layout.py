@@ -1,4 +1,4 @@
-"""Layouts: views of an operand with its reduction axis last."""
+"""Layouts: views of an operand as rows x K, with K, the axis that the matmul sums over, last."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """Views of an operand: `rows` brings its reduction axis last, `back` undoes that; `name` tells layouts apart."""
+    """A pair of views: `rows` brings the reduction axis of an operand last, and `back` undoes that.
+
+    `name` tells layouts apart.
+    """
 
     name: str
     rows: Callable[[Tensor], Tensor]
@@ -26,33 +29,36 @@ def _swap(x: Tensor) -> Tensor:
 
 
 LAST = Layout("last", _same, _same)
-
+"""The reduction axis is the last one, as in a linear layer's input `[..., K]` and weight `[N, K]`."""
 
 SECOND_LAST = Layout("second last", _swap, _swap)
+"""The reduction axis is the last but one, as in the second operand of a matrix product, `[..., K, N]`."""
 
 
-def layout_of(parameter: Tensor, operand: Tensor, layout: Layout) -> Layout | None:
-    """How the whole of a parameter is laid out of which an operand is a view: its columns are the operand's columns.
+def channels(space: int, groups: int) -> Layout:
+    """The layout of a convolution's image: `[B, C, *space]` as `[B, groups, *space, C / groups]`.
 
-    None where the operand has a part of the columns only, or none of these axes.
+    `space` is the number of spatial dimensions. B may be missing.
     """
-    rows = layout.rows(operand)
-    for candidate in (layout, LAST, SECOND_LAST):
-        whole = candidate.rows(parameter)
-        if whole.shape[-1] == rows.shape[-1] and whole.stride(-1) == rows.stride(-1):
-            return candidate
-    return None
+
+    def rows(t: Tensor) -> Tensor:
+        grouped: Tensor = t.unflatten(-1 - space, (groups, -1))
+        return grouped.movedim(-1 - space, -1)
+
+    def back(t: Tensor) -> Tensor:
+        return t.movedim(-1, -1 - space).flatten(-2 - space, -1 - space)
+
+    return Layout(f"channels {space} {groups}", rows, back)
 
 
 def taps(weight: Tensor, outputs: int = 0, groups: int = 1) -> Layout:
-    """A kernel as one row for each output channel: `[groups, outputs, taps * inputs]`, inputs fastest.
+    """The layout of a convolution's kernel: `[groups, O / groups, taps * inputs]`, the inputs fastest.
 
-    `outputs` is the axis of the output channels: 0 in `[O, I/groups, *taps]`, 1 in a transposed convolution's
+    `outputs` is the axis of the output channels: 0 in `[O, I/groups, *taps]`, and 1 in a transposed convolution's
     `[I, O/groups, *taps]`, where the groups divide the inputs.
     """
-    split = weight.unflatten(
-        0, (groups, -1)
-    )  # [groups, O/groups, I/groups, *taps] or [groups, I/groups, O/groups, *taps]
+    split = weight.unflatten(0, (groups, -1))
+    # split is [groups, O/groups, I/groups, *taps], or [groups, I/groups, O/groups, *taps] if transposed
     order = (0, 1, *range(3, split.dim()), 2) if outputs == 0 else (0, 2, *range(3, split.dim()), 1)
     inverse = tuple(order.index(axis) for axis in range(split.dim()))
     permuted = split.permute(order).shape
@@ -65,3 +71,16 @@ def taps(weight: Tensor, outputs: int = 0, groups: int = 1) -> Layout:
         return t.reshape(permuted).permute(inverse).flatten(0, 1)
 
     return Layout(f"taps {outputs} {groups}", rows, back)
+
+
+def layout_of(parameter: Tensor, operand: Tensor, layout: Layout) -> Layout | None:
+    """Find the layout of a whole parameter with the same columns as an operand, which is a view of it in `layout`.
+
+    None if the operand has a part of the columns only, or columns along another axis.
+    """
+    rows = layout.rows(operand)
+    for candidate in (layout, LAST, SECOND_LAST):
+        whole = candidate.rows(parameter)
+        if whole.shape[-1] == rows.shape[-1] and whole.stride(-1) == rows.stride(-1):
+            return candidate
+    return None

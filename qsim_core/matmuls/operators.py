@@ -1,8 +1,6 @@
-"""The matmuls of torch: which arguments are operands, and where their reduction axis lies.
+"""The matmuls of torch: a table of functions, their operands, and the layouts of the operands.
 
-A quantizer sees an operand as rows x K with K, the axis that the matmul sums over, last. A `Layout` turns an
-operand that way and back. Convolutions reduce over the input channels and the taps of the kernel: weights are
-rows of (taps, channels), inputs are laid out with their channels last, and groups are kept apart.
+The operands of a convolution are its image and its kernel. It sums over the input channels and the taps of the kernel.
 """
 
 from __future__ import annotations
@@ -13,77 +11,75 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from qsim_core.matmuls.call import Call
-from qsim_core.matmuls.einsum import _einsum
-from qsim_core.matmuls.layout import LAST, SECOND_LAST, Layout, taps
+from qsim_core.matmuls.convolution import ARGUMENTS, TRANSPOSED_ARGUMENTS
+from qsim_core.matmuls.einsum import einsum_call
+from qsim_core.matmuls.layout import LAST, SECOND_LAST, Layout, channels, taps
+
+LayoutsOf = Callable[[dict[str, Any]], tuple[Layout, Layout]]
+"""A function of a call's arguments by name that gives the layouts of the two operands."""
 
 
 @dataclass(frozen=True)
 class Op:
-    """How to read the arguments of one function: their names in order, the operands, and the operands' layouts."""
+    """The signature of one torch function: the names of its parameters in order, its operands, and their layouts."""
 
     parameters: tuple[str, ...]
     operands: tuple[str, str]
-    layouts: Callable[[dict[str, Any]], tuple[Layout, Layout]]
+    layouts: LayoutsOf
     addend: str | None = None
+    """The parameter that is added to the product."""
     space: int = 0
-    """Spatial dimensions of a convolution, whose channels stand before them."""
+    """The number of spatial dimensions of a convolution, whose channels stand before them; 0 for any other function."""
 
     def read(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """The operands of a call of this operator, positional or by keyword."""
+        """Read a call of this function, with positional arguments, keyword arguments, or both."""
         named = dict(zip(self.parameters, args, strict=False)) | kwargs
-        places = tuple(self._place(name, len(args)) for name in self.operands)
-        tensors = tuple(named[name] for name in self.operands)
-        addend = named.get(self.addend) if self.addend else None
-        result = _channels(self.space, groups=1) if self.space else LAST
-        operation = function.__name__.strip("_")
-        return Call(function, args, kwargs, tensors, self.layouts(named), places, addend, result, operation)
+        return Call(
+            function,
+            args,
+            kwargs,
+            operands=tuple(named[name] for name in self.operands),
+            layouts=self.layouts(named),
+            places=tuple(self._place(name, len(args)) for name in self.operands),
+            addend=named.get(self.addend) if self.addend else None,
+            result=channels(self.space, groups=1) if self.space else LAST,
+            operation=function.__name__.strip("_"),
+        )
 
     def _place(self, name: str, positional: int) -> int | str:
+        """The index of a positional argument, or the name of a keyword argument."""
         index = self.parameters.index(name)
         return index if index < positional else name
 
 
-def _constant(left: Layout, right: Layout) -> Callable[[dict[str, Any]], tuple[Layout, Layout]]:
+def _always(left: Layout, right: Layout) -> LayoutsOf:
     return lambda named: (left, right)
 
 
-def _conv(space: int, outputs: int) -> Callable[[dict[str, Any]], tuple[Layout, Layout]]:
+def _convolution(space: int, transposed: bool = False) -> Op:
     def layouts(named: dict[str, Any]) -> tuple[Layout, Layout]:
         groups = named.get("groups", 1)
-        return _channels(space, groups), taps(named["weight"], outputs, groups)
+        return channels(space, groups), taps(named["weight"], outputs=int(transposed), groups=groups)
 
-    return layouts
-
-
-def _channels(space: int, groups: int) -> Layout:
-    """`[B, C, *space]` (B may be missing) as `[B, groups, *space, C / groups]`."""
-
-    def rows(t: Tensor) -> Tensor:
-        grouped: Tensor = t.unflatten(-1 - space, (groups, -1))
-        return grouped.movedim(-1 - space, -1)
-
-    def back(t: Tensor) -> Tensor:
-        return t.movedim(-1, -1 - space).flatten(-2 - space, -1 - space)
-
-    return Layout(f"channels {space} {groups}", rows, back)
+    parameters = TRANSPOSED_ARGUMENTS if transposed else ARGUMENTS
+    return Op(parameters, ("input", "weight"), layouts, space=space)
 
 
-_LINEAR = Op(("input", "weight", "bias"), ("input", "weight"), _constant(LAST, LAST))
-_MATMUL = Op(("input", "other"), ("input", "other"), _constant(LAST, SECOND_LAST))
-_RMATMUL = Op(("other", "input"), ("input", "other"), _constant(LAST, SECOND_LAST))
-_MM = Op(("input", "mat2"), ("input", "mat2"), _constant(LAST, SECOND_LAST))
-_INNER = Op(("input", "other"), ("input", "other"), _constant(LAST, LAST))
-_GROUPED = Op(("mat_a", "mat_b", "offs"), ("mat_a", "mat_b"), _constant(LAST, SECOND_LAST))
+_LINEAR = Op(("input", "weight", "bias"), ("input", "weight"), _always(LAST, LAST))
+_MATMUL = Op(("input", "other"), ("input", "other"), _always(LAST, SECOND_LAST))
+_RMATMUL = Op(("other", "input"), ("input", "other"), _always(LAST, SECOND_LAST))
+_MM = Op(("input", "mat2"), ("input", "mat2"), _always(LAST, SECOND_LAST))
+_INNER = Op(("input", "other"), ("input", "other"), _always(LAST, LAST))
+_GROUPED = Op(("mat_a", "mat_b", "offs"), ("mat_a", "mat_b"), _always(LAST, SECOND_LAST))
+_ADDMV = Op(("input", "mat", "vec"), ("mat", "vec"), _always(LAST, LAST), addend="input")
+_MV = Op(("input", "vec"), ("input", "vec"), _always(LAST, LAST))
+_ADDMM = Op(("input", "mat1", "mat2"), ("mat1", "mat2"), _always(LAST, SECOND_LAST), addend="input")
+_BADDBMM = Op(("input", "batch1", "batch2"), ("batch1", "batch2"), _always(LAST, SECOND_LAST), addend="input")
+
 GROUPED = [getattr(home, name) for home, name in ((torch, "_grouped_mm"), (F, "grouped_mm")) if hasattr(home, name)]
-_ADDMV = Op(("input", "mat", "vec"), ("mat", "vec"), _constant(LAST, LAST), addend="input")
-_MV = Op(("input", "vec"), ("input", "vec"), _constant(LAST, LAST))
-_ADDMM = Op(("input", "mat1", "mat2"), ("mat1", "mat2"), _constant(LAST, SECOND_LAST), addend="input")
-_BADDBMM = Op(("input", "batch1", "batch2"), ("batch1", "batch2"), _constant(LAST, SECOND_LAST), addend="input")
-_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_CONV_TRANSPOSE = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+"""The functions for products of groups of rows with one matrix each; not every version of torch has them."""
 
 OPS: dict[Callable[..., Any], Op] = {
     F.linear: _LINEAR,
@@ -109,18 +105,19 @@ OPS: dict[Callable[..., Any], Op] = {
     torch.baddbmm: _BADDBMM,
     torch.Tensor.baddbmm: _BADDBMM,
     **dict.fromkeys(GROUPED, _GROUPED),
-    F.conv1d: Op(_CONV, ("input", "weight"), _conv(1, outputs=0), space=1),
-    F.conv2d: Op(_CONV, ("input", "weight"), _conv(2, outputs=0), space=2),
-    F.conv3d: Op(_CONV, ("input", "weight"), _conv(3, outputs=0), space=3),
-    F.conv_transpose1d: Op(_CONV_TRANSPOSE, ("input", "weight"), _conv(1, outputs=1), space=1),
-    F.conv_transpose2d: Op(_CONV_TRANSPOSE, ("input", "weight"), _conv(2, outputs=1), space=2),
-    F.conv_transpose3d: Op(_CONV_TRANSPOSE, ("input", "weight"), _conv(3, outputs=1), space=3),
+    F.conv1d: _convolution(1),
+    F.conv2d: _convolution(2),
+    F.conv3d: _convolution(3),
+    F.conv_transpose1d: _convolution(1, transposed=True),
+    F.conv_transpose2d: _convolution(2, transposed=True),
+    F.conv_transpose3d: _convolution(3, transposed=True),
 }
+"""The signature of each torch function that is a matmul, except `torch.einsum`."""
 
 
 def read_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    """The matmul that a call is, or None if it is none."""
+    """Read a call of a torch function as a matmul; None if it is not a matmul."""
     if function is torch.einsum:
-        return _einsum(args)
+        return einsum_call(args)
     op = OPS.get(function)
     return op.read(function, args, kwargs) if op else None

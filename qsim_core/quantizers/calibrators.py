@@ -1,6 +1,6 @@
-"""Which range a scale covers: a calibrator looks at the values and gives a lowest and a highest.
+"""Calibrators: each chooses the range that a scale covers, from the lowest to the highest value.
 
-`minmax` and `absmax` cover every value, `percentile` all but a few, `mse` what makes the error least.
+`minmax` and `absmax` cover every value, `percentile` all but a few values, and `mse` the range with the least error.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from qsim_core.components.component import Component
 from qsim_core.quantizers.observers import Extremes, Histogram, Observer
 
 ErrorOf = Callable[[Tensor, Tensor], Tensor]
-"""The difference that quantizing makes to the values under a range (lowest, highest)."""
+"""A function of a range (lowest [..., B], highest [..., B]) that gives quantized minus original values [..., B, n]."""
 
 
 class Calibrator(Component):
-    """Chooses the range that a scale covers. One method to write: `range`.
+    """Chooses the range that a scale covers. An author writes one method: `range`.
 
-    The same calibrator serves a scale that is found anew for each tensor and a static one, found once in calibration
-    data: then `observer` gathers what has passed, and `range` is given values with counts.
+    The same calibrator serves a scale that is found anew for each tensor, and a static scale that is found once in
+    calibration data. For a static scale `observer` gathers the values of all data, and `range` gets values with counts.
     """
 
     kind: ClassVar[str] = "calibrator"
@@ -32,22 +32,21 @@ class Calibrator(Component):
 
     @abstractmethod
     def range(self, blocks: Tensor, error: ErrorOf, counts: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The lowest and the highest value to cover, [..., B] each, for blocks [..., B, n].
+        """Choose the lowest and the highest value to cover, [..., B] each, for blocks [..., B, n].
 
-        For a scale without a zero point the blocks hold magnitudes, and the lowest does not count.
-        `error(lowest, highest)` is how far quantizing under a range moves each value, [..., B, n]. `counts`, in the
-        shape of the blocks, says how many values each stands for (None: one); the zeros that fill up a short last block
-        stand for none. A block with NaN or ±Inf must give a
-        range that is not finite, so that it shows.
+        For a scale without a zero point the blocks hold magnitudes, and the lowest value of the range is not used.
+        `error(lowest, highest)` gives the quantized minus the original values under a range, [..., B, n]. `counts`
+        has the shape of the blocks: the number of values that each element stands for (None: one). It is 0 for a zero
+        that fills up a short last block. For a block with NaN or ±Inf the range must not be finite, so that it shows.
         """
 
     def observer(self) -> Observer:
-        """What gathers the values for a static scale; by default a histogram."""
+        """Make an observer that gathers the values for a static scale; by default a histogram."""
         return Histogram()
 
 
 class MinMax(Calibrator):
-    """From the lowest to the highest value."""
+    """Covers from the lowest to the highest value."""
 
     name = "minmax"
 
@@ -59,7 +58,7 @@ class MinMax(Calibrator):
 
 
 class AbsMax(Calibrator):
-    """As far to either side as the largest magnitude."""
+    """Covers the same distance on both sides of zero: the largest magnitude."""
 
     name = "absmax"
 
@@ -72,9 +71,9 @@ class AbsMax(Calibrator):
 
 
 class Percentile(Calibrator):
-    """All but the outermost values: p percent of the magnitudes, or, with a zero point, p percent at either end.
+    """Covers all but the outermost values: p percent of the magnitudes, or with a zero point p percent at each end.
 
-    Between two values it interpolates linearly, as numpy's `percentile` does by default.
+    It interpolates linearly between two values, as numpy's `percentile` does by default.
     """
 
     name = "percentile"
@@ -82,23 +81,25 @@ class Percentile(Calibrator):
 
     def range(self, blocks: Tensor, error: ErrorOf, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         ordered, order = blocks.sort(-1)
-        reached = (torch.ones_like(blocks) if counts is None else counts.gather(-1, order)).double().cumsum(-1)
-        ends = ordered[..., 0], ordered[..., -1]
-        low, high = (_quantile(ordered, reached, share) for share in (1 - self.p / 100, self.p / 100))
-        return torch.where(ends[0].isfinite(), low, ends[0]), torch.where(ends[1].isfinite(), high, ends[1])
+        counts_in_order = torch.ones_like(blocks) if counts is None else counts.gather(-1, order)
+        cumulative = counts_in_order.double().cumsum(-1)
+        lowest, highest = ordered[..., 0], ordered[..., -1]
+        low = _quantile(ordered, cumulative, 1 - self.p / 100)
+        high = _quantile(ordered, cumulative, self.p / 100)
+        return torch.where(lowest.isfinite(), low, lowest), torch.where(highest.isfinite(), high, highest)
 
 
 class MSE(Calibrator):
-    """The range, shrunk step by step from the minimum and maximum, that makes the error least.
+    """Covers the part of the whole range, from minimum to maximum, that makes the quantization error least.
 
-    Of the candidates 1, 1 - 1/steps, … times the whole range, those above `lowest`, the first with the least sum of
-    |error|^norm is taken. Source: the grid search of GPTQ's reference implementation (arXiv 2210.17323), whose
-    norm 2.4, 100 steps and 0.2 are the defaults.
+    The candidates are 1, 1 - 1/steps, 1 - 2/steps, … times the whole range, down to the share `lowest`, which is left
+    out. The first candidate with the least sum of |error|^norm is taken. Source: the grid search of GPTQ's
+    reference implementation (arXiv 2210.17323); the defaults are its norm 2.4, 100 steps and 0.2.
     """
 
     name = "mse"
     norm: float = Field(2.4, gt=0, description="power of the error")
-    steps: PositiveInt = Field(100, description="candidates from the whole range to none of it")
+    steps: PositiveInt = Field(100, description="number of candidates from the whole range down to zero")
     lowest: float = Field(0.2, ge=0, lt=1, description="share of the range where the search ends")
 
     def range(self, blocks: Tensor, error: ErrorOf, counts: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -108,15 +109,18 @@ class MSE(Calibrator):
         for step in range(int((1 - self.lowest) * self.steps + 1e-9)):
             share = 1 - step / self.steps
             powers = error(share * low, share * high).abs().pow(self.norm)
-            found = (powers if counts is None else powers * counts).sum(-1)
-            better = found < least
-            least, best = torch.where(better, found, least), torch.where(better, share, best)
+            if counts is not None:
+                powers = powers * counts
+            total = powers.sum(-1)
+            better = total < least
+            least = torch.where(better, total, least)
+            best = torch.where(better, share, best)
         return best * low, best * high
 
 
-def _quantile(ordered: Tensor, reached: Tensor, share: float) -> Tensor:
-    """The value at a share of the way from the first to the last; `reached` says how many lie up to each."""
-    place = share * (reached[..., -1:] - 1)
-    below, above = (torch.searchsorted(reached, rank, right=True) for rank in (place.floor(), place.ceil()))
-    low, high = ordered.gather(-1, below), ordered.gather(-1, above)
-    return (low + (high - low) * (place - place.floor()).to(low.dtype)).squeeze(-1)
+def _quantile(ordered: Tensor, cumulative: Tensor, share: float) -> Tensor:
+    """The quantile `share` (0 to 1) of ascending values [..., n] with cumulative counts [..., n]: [...]."""
+    rank = share * (cumulative[..., -1:] - 1)
+    low = ordered.gather(-1, torch.searchsorted(cumulative, rank.floor(), right=True))
+    high = ordered.gather(-1, torch.searchsorted(cumulative, rank.ceil(), right=True))
+    return (low + (high - low) * (rank - rank.floor()).to(low.dtype)).squeeze(-1)

@@ -1,11 +1,11 @@
-"""The gradient of rounding: which one a scheme takes, and where it passes.
+"""The gradients of rounding: the choices of a scheme, and the values at which each is 1.
 
-Rounding has no useful derivative, so that of a smooth surrogate stands in its place, at the scales that the tensor has:
+Rounding has no useful derivative. The derivative of another function takes its place, under the tensor's scales:
 
-    clipped    clamp(x, lowest - half a step, highest + half a step): whatever rounding alone moves passes
-    piecewise  clamp(x, lowest, highest), the piecewise linear one of TensorRT's quantization toolkit
+    clipped    clamp(x, lowest - half a step, highest + half a step): 1 for every value that is only rounded
+    piecewise  clamp(x, lowest, highest), the piecewise linear gradient of TensorRT's quantization toolkit
     identity   x (Bengio et al., arXiv 1308.3432, section 4)
-    lsq        piecewise for x, and the scales are parameters with a gradient of their own (see `learned_steps`)
+    lsq        as piecewise for x; the scales are parameters with their own gradient (`learned_steps`)
 
 Scales that are found anew in every tensor count as constants.
 """
@@ -24,10 +24,10 @@ Gradient = Literal["clipped", "piecewise", "identity", "lsq"]
 
 
 def passing(element: Format, units: Tensor, gradient: Gradient) -> Tensor:
-    """Where a gradient passes, for values in units of their scale (and moved by their zero point); as booleans.
+    """Tell where the gradient is 1 and not 0, as booleans in the shape of `units`.
 
-    At the lowest and the highest value itself piecewise passes and lsq, as its paper has it, does not. NaN passes
-    under identity only.
+    `units` are values divided by their scale, plus their zero point. At the lowest and the highest value of `element`,
+    `piecewise` gives 1, and `lsq` gives 0 as in its paper. NaN gives 1 for `identity` only.
     """
     if gradient == "clipped":
         return element.passes(units)

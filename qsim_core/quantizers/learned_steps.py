@@ -1,7 +1,7 @@
 """Learned step sizes: scales that a site holds and an optimizer trains (LSQ, Esser et al., arXiv 1902.08153).
 
-They are parameters of the model, so that every trainer finds them, in submodules that save none of them: the model's
-`state_dict` stays what it was.
+They are parameters of the model, so that every trainer finds them. They lie in submodules that do not save them: the
+model's `state_dict` stays the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HOME = "qsim_steps"
 
 
 class LearnedSteps(nn.Module):
-    """The learned steps of the sites of one module, its child: in `parameters()` and not in `state_dict()`."""
+    """The learned steps of one module's sites, as its child: in `parameters()` and not in `state_dict()`."""
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         pass
@@ -37,26 +37,26 @@ class LearnedSteps(nn.Module):
 
     @classmethod
     def register(cls, module: nn.Module, name: str, step: nn.Parameter) -> None:
-        """Make a step a parameter of a module, under a name of its own."""
+        """Add a step to the parameters of a module, under a name."""
         if HOME not in module._modules:
             module.add_module(HOME, cls())
         module.get_submodule(HOME).register_parameter(name.replace(".", "/"), step)
 
     @staticmethod
     def forget(model: nn.Module) -> None:
-        """Take all steps away from a model."""
+        """Remove all steps from a model."""
         for module in list(model.modules()):
             module._modules.pop(HOME, None)
 
 
 @dataclass(frozen=True, eq=False)
 class LearnedScheme(StaticScheme):
-    """A scheme with the steps that its site trains, `scale` [B, 1] for activations, [..., B, 1] for a weight.
+    """A scheme with the steps that its site trains: `scale` is [B, 1] for activations, [..., B, 1] for a weight.
 
-    The gradient of a step is the sum over its values v of eq. 3, by straight-through past the rounding of the scale,
-    times 1 / sqrt(N * max), max being the format's largest value (section 2.2). N are the values of a weight that share
-    the step, or the features of a row of an activation that do: it does not depend on how many rows a batch has. A step
-    that has gone below zero counts by its magnitude.
+    The gradient of a step is the sum of the paper's equation 3 over the values that share the step, times
+    1 / sqrt(N * max). Here max is the format's largest value (section 2.2). N is the number of values of a weight that
+    share the step. For an activation it is the number of features of one row that do, for any number of rows. The
+    rounding of the scale itself has the gradient of the identity. The magnitude of a negative step is used.
     """
 
     of_weight: bool = False
@@ -67,16 +67,16 @@ class LearnedScheme(StaticScheme):
 
     @property
     def learns(self) -> bool:
-        """Whether the steps are trained, and not frozen."""
+        """True if the steps are trained, and not frozen."""
         return self.scale.requires_grad
 
     @property
     def version(self) -> int:
-        """Changes whenever the steps do."""
+        """A number that changes whenever the steps change."""
         return self.scale._version
 
     def bits_per_element(self, shape: torch.Size) -> float | None:
-        """As of the scheme for a weight; those of activations are stored once for all data."""
+        """Count the bits of an element as the scheme does for a weight; an activation's scales add no bits."""
         return self.scheme.bits_per_element(shape) if self.of_weight else float(self.scheme.element.width)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -86,11 +86,11 @@ class LearnedScheme(StaticScheme):
         return self.quantize(x)
 
     def share(self, x: Tensor) -> float:
-        """N: how many values share a step."""
+        """The number N of values that share a step: of a whole weight, or of one row of an activation."""
         if self.of_weight:
             return x.numel() / self.scale.numel()
-        size = self.scheme.granularity
-        return min(size, x.shape[-1]) if isinstance(size, int) else x.shape[-1]
+        block = self.scheme.granularity
+        return min(block, x.shape[-1]) if isinstance(block, int) else x.shape[-1]
 
     def held_for(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         scale, zero = super().held_for(x)
@@ -100,15 +100,17 @@ class LearnedScheme(StaticScheme):
 class _LearnedStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, learned: LearnedScheme) -> Tensor:
-        """`x` quantized; keeps where its gradient passes, and d value / d step of each."""
-        scheme, blocks = learned.scheme, learned.scheme.split(working(x))
+        """Quantize `x`; keep where its gradient is 1, and the derivative of each value by its step."""
+        scheme = learned.scheme
+        blocks = scheme.split(working(x))
         scale, zero = (part if part is None else part.to(blocks.dtype) for part in learned.held_for(x))
         assert scale is not None
         rounded, divisor = scheme.round_at(blocks, scale, zero), divisor_of(scale)
         inside = scheme.passes_at(x, scale, zero, "lsq")
         slope = torch.where(scheme.split(inside), rounded - blocks, rounded) / divisor
         ctx.save_for_backward(inside, slope, step)
-        ctx.learned, ctx.factor = learned, 1 / math.sqrt(learned.share(x) * scheme.coded.max)
+        ctx.learned = learned
+        ctx.factor = 1 / math.sqrt(learned.share(x) * scheme.coded.max)
         return laid_out_as(x, scheme.join(rounded, x))
 
     @staticmethod
@@ -121,7 +123,10 @@ class _LearnedStep(torch.autograd.Function):
 
 
 def of_weight(scheme: Scheme, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The scales and zero points, [..., B, 1] each, where the steps of a weight start. Raises `RecipeError`."""
+    """The scales and zero points, [..., B, 1] each, from which the training of a weight's steps starts.
+
+    Raises `RecipeError` if the experts of a layer would share scales.
+    """
     if x.dim() > 2 and not scheme.by_rows:
         raise RecipeError(f"{scheme}: experts cannot share learned scales; give each channel its own")
     blocks = scheme.split(working(x))

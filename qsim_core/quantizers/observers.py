@@ -1,8 +1,8 @@
-"""What is remembered of the tensors that pass a site while a static scale is being chosen.
+"""Observers: they summarize the tensors at a site, so that a static scale can be chosen.
 
-An observer takes values block by block, [B, m] at a time, and keeps what a calibrator needs: extremes, or a histogram.
-Histograms of two halves of the data merge to that of the whole, bin for bin: bins are as wide as a power of two that
-only the largest magnitude decides, and a wider bin is the sum of two narrower ones.
+An observer takes values [B, m], one row for each block, and keeps what a calibrator needs: extremes, or a histogram.
+The histograms of two halves of the data merge to the histogram of the whole, bin for bin. The width of a bin is a
+power of two that depends on the largest magnitude alone. A wider bin is the sum of two narrower ones.
 """
 
 from __future__ import annotations
@@ -16,29 +16,32 @@ from torch import Tensor
 from qsim_core.formats.rounding import power_of_two
 
 BINS = 4096
-"""From -max|x| to max|x|; a value is known to 1/1024 of the largest at worst."""
+"""The number of bins, from -max|x| to max|x|; a bin is at most 1/1024 of max|x| wide."""
 
 
 def bin_exponent(largest: Tensor) -> Tensor:
-    """log2 of the narrowest bins of which `BINS` cover magnitudes up to `largest`; at least -140."""
+    """The least log2 of a bin's width with which `BINS` bins cover magnitudes up to `largest`; at least -140."""
     needed = torch.frexp(largest).exponent - (BINS // 2).bit_length() + 1  # largest < BINS/2 * 2^needed
     return torch.where(largest > 0, needed, -140).clamp(min=-140)
 
 
 class Observer(ABC):
-    """Gathers values; two methods to write."""
+    """Gathers values. An author writes two methods: `update` and `values`."""
 
     @abstractmethod
     def update(self, values: Tensor, counts: Tensor | None = None) -> None:
-        """Take in values [B, m], the same B every time; where `counts` has 0, a zero that fills up a short block."""
+        """Take in values [B, m], with the same B every time. `counts` is 0 for a zero that fills up a short block."""
 
     @abstractmethod
     def values(self) -> tuple[Tensor, Tensor | None]:
-        """Values that stand for all that was seen, [B, n], and how many each stands for (none: one)."""
+        """Values [B, n] that represent all values so far, and the number that each represents (None: one)."""
 
 
 class Extremes(Observer):
-    """The lowest and the highest value of each block, zero among them where a block is filled up: scales cover it."""
+    """Keeps the lowest and the highest value of each block.
+
+    The zeros that fill up a short block are among its values: the range of a scale includes zero in any case.
+    """
 
     def __init__(self) -> None:
         self.low: Tensor | None = None
@@ -54,20 +57,21 @@ class Extremes(Observer):
         return torch.stack([self.low, self.high], -1), None
 
     def merge(self, other: Self) -> None:
-        """Take in what another observer has seen."""
+        """Take in the values of another observer."""
         self.update(other.values()[0])
 
 
 class Histogram(Observer):
-    """How many values fell into each bin of each block, and the extremes, exactly.
+    """Counts the values of each block by bins, and keeps the exact extremes.
 
-    Bin i holds [(i - 2048) w, (i - 1 - 2048) w + w) with w a power of two, the smallest that covers all magnitudes.
+    Bin i holds the values from (i - 2048) * w up to, and without, (i - 2047) * w. The width w is the smallest power of
+    two with which the bins cover all magnitudes.
     """
 
     def __init__(self) -> None:
         self.extremes = Extremes()
         self.exponent: Tensor | None = None
-        """log2 of the bins' width, [B]."""
+        """The log2 of the bins' width, [B]."""
         self.counts = torch.empty(0)
 
     def update(self, values: Tensor, counts: Tensor | None = None) -> None:
@@ -75,17 +79,15 @@ class Histogram(Observer):
         largest = values.abs().amax(-1)
         needed = bin_exponent(largest)
         if self.exponent is None:
-            self.exponent, self.counts = (
-                needed,
-                torch.zeros(len(values), BINS, dtype=torch.float64, device=values.device),
-            )
+            self.exponent = needed
+            self.counts = torch.zeros(len(values), BINS, dtype=torch.float64, device=values.device)
         self._widen(torch.maximum(self.exponent, needed))
         index = (values.double() * power_of_two(-self.exponent).unsqueeze(-1)).floor().long() + BINS // 2
         each = torch.ones_like(values) if counts is None else counts
         self.counts.scatter_add_(1, index.clamp(0, BINS - 1), each.double())
 
     def _widen(self, exponent: Tensor) -> None:
-        """Make the bins of each block as wide as 2^exponent by adding up neighbours."""
+        """Widen the bins of each block to 2^exponent by adding up neighbours."""
         assert self.exponent is not None
         center = BINS // 2
         places = torch.arange(BINS, device=self.counts.device) - center
@@ -96,18 +98,18 @@ class Histogram(Observer):
         self.exponent = exponent
 
     def merge(self, other: Self) -> None:
-        """Take in what another observer has seen; merging two halves gives the histogram of the whole."""
+        """Take in the values of another observer; merging two halves gives the histogram of the whole."""
         assert self.exponent is not None and other.exponent is not None
         self.extremes.merge(other.extremes)
         widest = torch.maximum(self.exponent, other.exponent)
         self._widen(widest)
-        theirs = Histogram()
-        theirs.exponent, theirs.counts = other.exponent, other.counts
-        theirs._widen(widest)
-        self.counts = self.counts + theirs.counts
+        widened = Histogram()
+        widened.exponent, widened.counts = other.exponent, other.counts
+        widened._widen(widest)
+        self.counts = self.counts + widened.counts
 
     def values(self) -> tuple[Tensor, Tensor | None]:
-        """The bins' middles, held within the extremes, and the extremes themselves with no count."""
+        """The middles of the bins, clamped to the extremes, with their counts; and the extremes with count 0."""
         assert self.exponent is not None
         ends, _ = self.extremes.values()
         middles = torch.arange(BINS, dtype=torch.float64, device=self.counts.device) - BINS // 2 + 0.5
@@ -118,7 +120,7 @@ class Histogram(Observer):
 
 
 class MovingExtremes(Observer):
-    """Extremes averaged over batches: new = momentum * old + (1 - momentum) * batch, starting at the first batch."""
+    """Averages the extremes over batches: new = momentum * old + (1 - momentum) * batch, from the first batch on."""
 
     def __init__(self, momentum: float) -> None:
         self.momentum = momentum

@@ -8,14 +8,17 @@ from torch import Tensor
 
 
 class Scales(NamedTuple):
-    """Scales [A or 1, B or 1] of A rows of B blocks, and zero points in the same shape."""
+    """Scales and zero points of A rows with B blocks each, in the shape [A or 1, B or 1]."""
 
     scale: Tensor
     zero: Tensor | None
+    """The zero points; None for symmetric scales."""
 
     @classmethod
     def of(cls, scale: Tensor, zero: Tensor | None) -> Scales:
-        """Make a matrix of scales that a site holds, [..., B, 1]."""
+        """Make the matrices from scales and zero points [..., B, 1] that a site holds."""
         blocks = scale.shape[-2]
         scale = scale.detach()
-        return cls(scale.reshape(-1, blocks), None if zero is None else zero.expand_as(scale).reshape(-1, blocks))
+        if zero is not None:
+            zero = zero.expand_as(scale).reshape(-1, blocks)
+        return cls(scale.reshape(-1, blocks), zero)

@@ -1,4 +1,4 @@
-"""A stack of matrices, each quantized by itself: the experts of a layer."""
+"""The quantizer of a stack of matrices, such as the experts of a layer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from qsim_core.quantizers.scales import Scales
 
 
 class Stacked(Quantizer):
-    """Matrices [E, rows, K], as a layer of E experts holds them: each is quantized by itself."""
+    """Quantizes each matrix of a stack [E, rows, K] by itself: a layer with E experts holds such a weight."""
 
     name = "stacked"
     each: Quantizer
+    """The quantizer of one matrix."""
 
     def quantize(self, x: Tensor) -> Tensor:
         return torch.stack([self.each.quantize(matrix) for matrix in x])

@@ -1,8 +1,8 @@
-"""The schemes of the core: which elements share a scale.
+"""The schemes of the core. They differ in the elements that share a scale.
 
-`scaled(F, block)` says it all; `tensor(F)` `channel(F)` `token(F)` `block(F, n)` are its usual cases, and `cast(F)`
-rounds without a scale. A `channel` is a row of a weight, a `token` a row of an activation: both give one scale to
-every row along the matmul's reduction axis, so that it factors out of the sum.
+`scaled(F, block)` is the general scheme. `tensor(F)`, `channel(F)`, `token(F)` and `block(F, n)` are its usual cases.
+`cast(F)` rounds without a scale. A `channel` is a row of a weight, and a `token` is a row of an activation. Both have
+one scale for each row along the matmul's reduction axis, so the scale factors out of the sum.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ def _block(value: Any) -> Any:
 
 
 class Scaled(Scheme):
-    """A scale shared over any block."""
+    """One scale for each block, of any form."""
 
     name = "scaled"
     element: Format = Field(description="the number format of the scaled values")
     block: Annotated[Literal["tensor", "channel", "token"] | int | tuple[int, int], BeforeValidator(_block)] = Field(
-        "tensor", description="what shares a scale: tensor, channel, token (a row), n along the row, or [rows, columns]"
+        "tensor",
+        description="elements that share a scale: tensor, channel, token (a row), n along the row, or [rows, columns]",
     )
 
     @property
@@ -100,7 +101,7 @@ class Block(Scheme):
 
 
 class Cast(Quantizer):
-    """Round to a format as it is, without any scale."""
+    """Round to a format without a scale."""
 
     name = "cast"
     element: Format = Field(description="the number format of the values")

@@ -1,4 +1,4 @@
-"""A scheme with static scales: those that its site holds for all data."""
+"""Schemes with static scales, which a site holds for all data."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from qsim_core.quantizers.scheme import Scheme
 
 @dataclass(frozen=True, eq=False)
 class StaticScheme(SiteQuantizer):
-    """A scheme with the scales that its site holds. It stands where the scheme stood."""
+    """A scheme with the scales that its site holds. It takes the place of the scheme at the site."""
 
     scheme: Scheme
     scale: Tensor
     """The scales [..., B, 1]."""
     zero: Tensor | None
-    """The zero points, in the same shape."""
+    """The zero points in the same shape; None for symmetric scales."""
     where: str
-    """The site and the role, for errors."""
+    """The site and the role, for error messages."""
 
     def quantize(self, x: Tensor) -> Tensor:
         return self.quantize_into(x, None)
@@ -74,18 +74,18 @@ class StaticScheme(SiteQuantizer):
         return str(self.scheme)
 
     def held_for(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point on the device of `x`. Raises `DataError` if its rows have more or fewer blocks."""
+        """The scales and zero points on the device of `x`. Raises `DataError` if `x` has another number of blocks."""
         check_blocks(self.where, self.scheme, self.scale.shape[-2], self.scheme.blocks_of(x.shape))
         return self.scale.to(x.device), None if self.zero is None else self.zero.to(x.device)
 
 
 def scheme_of(quantizer: Any) -> Any:
-    """The scheme of static scales; any other quantizer, and None, is itself."""
+    """The scheme of a quantizer with static scales; any other quantizer, or None, is returned as it is."""
     return quantizer.scheme if isinstance(quantizer, StaticScheme) else quantizer
 
 
 def check_blocks(where: str, scheme: Scheme, known: int, here: int) -> None:
-    """Raise `DataError` unless rows have as many blocks as there are scales for."""
+    """Raise `DataError` unless a row has as many blocks (`here`) as the scheme has static scales for (`known`)."""
     if here != known:
         raise DataError(
             f"{where}: {scheme} has static scales for {known} blocks along a row, and here are {here}; where "

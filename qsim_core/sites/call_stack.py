@@ -1,4 +1,4 @@
-"""The stack of modules that each thread is inside of, and what their calls share."""
+"""The stack of running modules of each thread, and the tensors that their calls share."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from qsim_core.sites.workspace import Memory, Workspace, like
 
 @dataclass
 class Frame:
-    """One running module: the number of products it has computed, and the products that its softmax may connect."""
+    """One running module, the count of its products of activations, and those that a softmax may connect."""
 
     path: str
     module: nn.Module
     products: int = 0
     before_softmax: list[tuple[Site, torch.Size]] = field(default_factory=list)
     softmax: tuple[torch.Size, ...] = ()
-    """The shapes that the probabilities may have: the softmax's, and that of the scores if sinks stood beside them."""
+    """The shapes that the probabilities may have: that of the softmax, and without the columns of attention sinks."""
 
     def own(self, tensor: Tensor) -> str | None:
-        """The full name of the parameter that a tensor is, if it is this module's own (functional_call's too)."""
+        """The full name of the parameter that a tensor is, if it is this module's own (also under functional_call)."""
         for name, parameter in self.module._parameters.items():
             if parameter is tensor:
                 return self.full(name)
@@ -44,24 +44,26 @@ class Frame:
         return None
 
     def full(self, name: str) -> str:
-        """The name with the path of this module before it."""
+        """Put this module's path before a name."""
         return f"{self.path}.{name}" if self.path else name
 
 
 @dataclass(frozen=True)
 class Reusable:
-    """A tensor that a function has made of another one: q, k and v have the same input, one after another."""
+    """The last result of a function of a tensor, kept for the next call: q, k and v have the same input."""
 
     function: Any
     of: Tensor
+    """The tensor that the function was applied to."""
     version: int
+    """The version of that tensor at the time: an in-place change raises it."""
     value: Any
 
     @staticmethod
     def holds(last: Reusable | None, function: Any, x: Tensor) -> bool:
-        """Tell if `last` is what this function makes of `x`.
+        """Tell if `last` is the result of this function of `x`.
 
-        Not with gradients: `x` may need one, and the value may lie in memory that is used again.
+        False while gradients are recorded: `x` may need one, and the value may lie in memory that is used again.
         """
         if last is None or last.of is not x or last.version != x._version or torch.is_grad_enabled():
             return False
@@ -69,18 +71,19 @@ class Reusable:
 
 
 def reusable(function: Any, x: Tensor, value: Any, layout: Layout) -> Reusable | None:
-    """Keep a value for the next call that has the same tensor; None where gradients are recorded."""
+    """Keep a value for the next call with the same tensor; None if it cannot be shared, as with gradients."""
     shareable = layout is LAST and not torch.is_grad_enabled() and not x.is_inference()
     return Reusable(function, x, x._version, value) if shareable else None
 
 
 class CallStack(threading.local):
-    """The modules that one thread is running, outermost first, and what it keeps meanwhile."""
+    """The running modules of one thread, outermost first, and the tensors that it keeps until the outermost ends."""
 
     def __init__(self) -> None:
         self.frames: list[Frame] = []
         self.mode: TorchFunctionMode | None = None
         self.caller: FrameType | None = None
+        """The Python frame that called the outermost module."""
         self.inside = False
         """True while a site computes."""
         self.quantized: Reusable | None = None
@@ -89,7 +92,7 @@ class CallStack(threading.local):
         self.workspace = Workspace()
 
     def clear(self) -> None:
-        """Leave all modules, and forget what was kept."""
+        """Leave all modules, and forget the kept tensors."""
         self.frames, self.caller, self.inside = [], None, False
         self.quantized = self.lowered = self.rotated = None
         self.workspace.clear()
@@ -98,17 +101,20 @@ class CallStack(threading.local):
             leave(mode)
 
     def memory(self, site: Site, use: str) -> Memory | None:
-        """The memory in which an input of a weight is quantized, and the next one after it; None: fresh memory.
+        """The memory in which the input of a weight is quantized, used again by the next site; None for fresh memory.
 
-        Only where no gradient is recorded and no dispatch mode sees the tensor.
+        Memory is used again only if no gradient is recorded and no dispatch mode sees the tensor.
         """
         if site.weight is None or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() > 0:
             return None
         return Memory(self.workspace, use)
 
     def memory_like(self, site: Site, use: str, rows: Tensor) -> Tensor | None:
-        """Such memory with the shape, strides and dtype of `rows`; None where they are not dense on the CPU."""
-        if rows.device.type != "cpu" or (memory := self.memory(site, use)) is None:
+        """The same memory as a tensor like `rows`: shape, strides, dtype; None if `rows` are not dense on the CPU."""
+        if rows.device.type != "cpu":
+            return None
+        memory = self.memory(site, use)
+        if memory is None:
             return None
         if rows.is_contiguous():
             return self.workspace.empty(use, rows.shape, rows.dtype)
@@ -116,7 +122,7 @@ class CallStack(threading.local):
         return like(memory, rows) if span == rows.numel() else None
 
     def running(self) -> bool:
-        """Tell if the outermost module's call is still on the Python stack: Ctrl-C leaves without any hook."""
+        """Tell if the call of the outermost module is still on the Python stack: after Ctrl-C no hook runs."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame is not self.caller:
             frame = frame.f_back
@@ -124,7 +130,7 @@ class CallStack(threading.local):
 
 
 def leave(mode: TorchFunctionMode) -> None:
-    """Take a mode off torch's stack, also from under others: after Ctrl-C it may not be the topmost any more."""
+    """Remove a mode from torch's stack, even below other modes: after Ctrl-C it may not be on top any more."""
     above = []
     while _len_torch_function_stack() > 0:
         top = _pop_mode()
@@ -136,5 +142,5 @@ def leave(mode: TorchFunctionMode) -> None:
 
 
 def recomputing() -> bool:
-    """Tell if this runs inside a backward pass: gradient checkpointing computes a forward again there."""
+    """Tell if this runs inside a backward pass, in which gradient checkpointing computes a forward again."""
     return bool(torch._C._current_graph_task_id() != -1)

@@ -1,4 +1,4 @@
-"""The components that the core offers through its own hooks: schemes, calibrators, arithmetics."""
+"""The components that the core itself offers through the hooks: schemes, calibrators and arithmetics."""
 
 from __future__ import annotations
 

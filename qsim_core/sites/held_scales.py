@@ -1,4 +1,4 @@
-"""Scales that a site holds: static ones, and those that training changes."""
+"""Scales that a site holds: static scales, and scales that are trained."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from qsim_core.sites.site import Site
 
 
 def hold(model: nn.Module, site: Site, role: str, scheme: Scheme, scale: Tensor, zero: Tensor | None) -> StaticScheme:
-    """Put a scheme with its scales at a model's site, for good or, where it learns them, to start from."""
+    """Put a scheme with its scales [B, 1], or [..., B, 1] for a weight, at a site of a model.
+
+    A scheme that learns its scales starts its training from these.
+    """
     where = f"{site.name} ({role})"
     fixed = StaticScheme(scheme, scale, zero, where)
     if scheme.learns:
         step = nn.Parameter(scale.detach().clone())
-        owner, _, what = site.weight.rpartition(".") if site.weight else site.name.rpartition(":")
-        LearnedSteps.register(model.get_submodule(owner), f"{what}:{role}", step)
+        owner, _, name = site.weight.rpartition(".") if site.weight else site.name.rpartition(":")
+        LearnedSteps.register(model.get_submodule(owner), f"{name}:{role}", step)
         fixed = LearnedScheme(scheme, step, zero, where, of_weight=role == "weight")
     site.fixed[role] = fixed
     return fixed

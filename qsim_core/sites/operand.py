@@ -23,18 +23,21 @@ class Operand:
     """ "input", "input2" (the second operand of a product of activations) or "weight"."""
     tensor: Tensor
     layout: Layout
-    """How the scales are shared along the tensor: along the reduction axis, unless the recipe says otherwise."""
+    """The view of the tensor as rows, whose columns share scales: the reduction axis is last by default.
+
+    With the recipe's `value_axis` of `head`, the values of attention have their head dimension last instead.
+    """
     quantizer: Any = None
     weight: Weight | None = None
 
     @property
     def rows(self) -> Tensor:
-        """The tensor as rows x K, a view."""
+        """The tensor as rows [..., K], a view."""
         return self.layout.rows(self.tensor)
 
 
 def roles_of(weights: Sequence[Any]) -> list[str]:
-    """The roles of a call's operands, of which some are weights (the others are None)."""
+    """The role of each operand of a call; `weights` has None for an operand that is not a weight."""
     weighted = any(weight is not None for weight in weights)
     return [
         "weight" if weight is not None else "input2" if place and not weighted else "input"
@@ -45,9 +48,10 @@ def roles_of(weights: Sequence[Any]) -> list[str]:
 def operands_of(
     site: Site, call: Call, weights: Sequence[Weight | None], quantizer_of: Callable[[str], Any]
 ) -> tuple[Operand, ...]:
-    """The operands of a call at a site, each with the quantizer that `quantizer_of` its role gives.
+    """The operands of a call at a site, each with the quantizer that `quantizer_of(role)` gives.
 
-    A weight of three axes holds experts: a quantizer that does not round row by row is applied to each expert.
+    A weight of three axes holds the experts of a layer. A quantizer that does not round row by row is applied to each
+    expert by itself.
     """
     operands = []
     for role, tensor, layout, weight in zip(roles_of(weights), call.operands, call.layouts, weights, strict=True):

@@ -14,11 +14,11 @@ ValueAxis = Literal["tokens", "head"]
 
 @dataclass(frozen=True)
 class Plan:
-    """The quantizers at one matmul's sites; `skipped` if the recipe leaves the matmul alone."""
+    """The quantizers of one matmul by role, and its arithmetic; None leaves a tensor unquantized."""
 
     weight: Quantizer | None = None
     input: Quantizer | None = None
-    """The quantizer of an operand that has no quantizer of its own below."""
+    """The quantizer of the inputs, except those of attention's two products."""
     output: Quantizer | None = None
     queries: Quantizer | None = None
     keys: Quantizer | None = None
@@ -28,16 +28,17 @@ class Plan:
     value_axis: ValueAxis = "tokens"
     """The axis along which the scales of attention's values are shared."""
     skipped: bool = False
+    """True if the recipe leaves this matmul alone."""
 
 
 class Planner(Protocol):
-    """Gives each matmul its plan; a `Recipe` is one."""
+    """Gives each matmul its plan, as a `Recipe` does."""
 
     def plan(self, names: Iterable[str]) -> Plan:
-        """The plan of the matmul with these names."""
+        """Plan the matmul that has these names."""
 
     def to_yaml(self) -> str:
         """The recipe as text."""
 
     def check_patterns(self, names: Iterable[Iterable[str]]) -> None:
-        """Raise `RecipeError` for a pattern that matches none of these matmuls, given by all their names."""
+        """Raise `RecipeError` for a pattern that matches none of these matmuls; each is given by all its names."""

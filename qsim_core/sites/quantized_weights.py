@@ -1,10 +1,12 @@
-"""Quantized weights: each is quantized once, not once a forward.
+"""Quantized weights: each is quantized once, and not in every forward.
 
-With `keep` the quantized copy lies here, beside the model, whose parameters stay as they are. Without it the parameter
-itself is overwritten, unless it is tied, belongs to another module than the one that multiplies by it, or is used in
-parts: then its other users would see the change, and a copy is held. A weight that trains is quantized in every
-forward, with its straight-through gradient. A changed parameter is noticed by its identity, version and address;
-a change that is written behind autograd's back, through `parameter.data`, is not.
+With `keep`, a quantized copy is held here, and the model's parameters stay as they are. Without `keep`, the parameter
+itself is overwritten. There are three exceptions, for which a copy is held, because another user would see the change:
+a tied parameter, one that belongs to another module than the one that multiplies by it, and one that is used in parts.
+
+A weight in training is quantized in every forward, with its straight-through gradient. A changed parameter is noticed
+by its identity, version and address. A change written through `parameter.data`, which autograd does not count, is not
+noticed.
 """
 
 from __future__ import annotations
@@ -27,43 +29,43 @@ from qsim_core.quantizers.scales import Scales
 from qsim_core.sites.arithmetic import Lowered, Lowering
 
 MOVES = 2
-"""A parameter object that was exchanged more often than this is being offloaded: no copy of it is held."""
+"""A parameter whose object was replaced more often than this is being offloaded: no copy of it is held."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter met as an operand."""
+    """A parameter that is an operand of a matmul."""
 
     name: str
     """Its full name."""
     parameter: Tensor
     owned: bool
-    """True if the operand is all of it, met by the module that owns it."""
+    """True if the operand is the whole parameter, multiplied by the module that owns it."""
 
 
 @dataclass
 class _State:
-    """A parameter as it was at one time."""
+    """The state of a parameter at one time, from which a later change is noticed."""
 
     of: weakref.ref[Tensor] | None
-    """The parameter, as long as it lives; a new one may get its address and its id."""
+    """The parameter. A weak reference: after the parameter is deleted, a new one may get its address and its id."""
     version: int
     address: int
     sums: tuple[float, float] | None = None
-    """Sums of the values that were written into it: they identify it in a copy, or when it is loaded back."""
+    """The sum and the sum of squares of values that qsim wrote: they identify a copied or reloaded parameter."""
 
     @classmethod
     def now(cls, parameter: Tensor, written: bool) -> _State:
-        """The parameter's state; with sums if its values are those that were written into it."""
+        """Record the parameter's state; with its sums if qsim has `written` its values."""
         sums = _sums(parameter.detach()) if written else None
         return cls(weakref.ref(parameter), _version(parameter), parameter.data_ptr(), sums)
 
     def is_of(self, parameter: Tensor) -> bool:
-        """Tell if it is the state of this very parameter."""
+        """Tell if this is the state of the same parameter object."""
         return self.of is not None and self.of() is parameter
 
     def holds(self, parameter: Tensor) -> bool:
-        """Tell if the parameter has not changed since, or holds the values that were written into another object."""
+        """Tell if the parameter is unchanged, or is another object that holds the values that were written."""
         now = _version(parameter), parameter.data_ptr()
         if self.is_of(parameter) and now == (self.version, self.address):
             return True
@@ -76,24 +78,24 @@ class _State:
 
 @dataclass
 class _Quantized:
-    """One quantized weight: a copy, its lowered form, or values that overwrote the parameter."""
+    """One quantized weight: a copy, a lowered form, or values that overwrote the parameter."""
 
     state: _State
     in_place: bool
     copy: Tensor | None
     lowered: Any
-    """The lowered form; of a parameter that was overwritten, what the lowering keeps to make it again."""
+    """The lowered form. For an overwritten parameter it is what `Lowering.keep` gave, to make the form again."""
     key: tuple[Any, ...] | None
     """The key of the lowering."""
     version: int = 0
-    """The version of the learned steps that it was made with."""
+    """The version of the learned steps that quantized the weight."""
     scales: Scales | None = None
-    """The scales of a parameter that was overwritten, where a simulated arithmetic needs them."""
+    """The scales of an overwritten parameter, if a simulated arithmetic needs them."""
 
 
 @dataclass
 class _Pinned:
-    """The scales of a weight that a transform has put on its grid."""
+    """The scales of a weight that a transform has quantized."""
 
     state: _State
     scales: Scales
@@ -103,21 +105,21 @@ class Weights:
     """The quantized weights of one model."""
 
     def __init__(self, model: nn.Module, keep: bool) -> None:
-        owners = Counter(_storage(parameter) for _, parameter in _named(model))
-        self.tied = frozenset(name for name, parameter in _named(model) if owners[_storage(parameter)] > 1)
-        self.elsewhere = frozenset(name for name, parameter in _named(model) if parameter.is_meta)
+        owners = Counter(_storage(parameter) for _, parameter in _all_parameters(model))
+        self.tied = frozenset(name for name, parameter in _all_parameters(model) if owners[_storage(parameter)] > 1)
+        self.elsewhere = frozenset(name for name, parameter in _all_parameters(model) if parameter.is_meta)
         self.keep = keep
         self.folded: dict[tuple[Any, ...], _Quantized] = {}
         self.moves: Counter[str] = Counter()
         self.uses: dict[str, set[str]] = {}
-        """The layouts in which each weight was met: along two reduction axes it cannot be overwritten."""
+        """The layouts in which each weight is multiplied: with two different ones it cannot be overwritten."""
         self.pinned: set[str] = set()
-        """Weights that a transform has put on their grid: final, and not rounded again."""
+        """The names of weights that a transform has quantized: they are final, and are not rounded again."""
         self._pins: dict[str, _Pinned] = {}
         self.lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Forget copies, which are made again in a copied model; a parameter that was overwritten is remembered."""
+        """Leave out quantized copies, which a copied model makes again; the record of overwritten parameters stays."""
         in_place = {key: _without_reference(folded) for key, folded in self.folded.items() if folded.in_place}
         pins = {name: _without_reference(pin) for name, pin in self._pins.items()}
         return {**self.__dict__, "folded": in_place, "moves": Counter(), "_pins": pins, "lock": None}
@@ -127,31 +129,31 @@ class Weights:
         self.lock = threading.Lock()
 
     def met(self, weight: Weight, layout: Layout, module: nn.Module) -> None:
-        """Note a use of a weight; the table of an embedding is looked up too."""
+        """Note a use of a weight. The weight of an embedding is looked up, too, which is a use of its own."""
         uses = self.uses.setdefault(weight.name, set())
         uses.add(layout.name)
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             uses.add("looked up")
 
     def pin(self, name: str, parameter: Tensor, scales: Scales | None) -> None:
-        """Take a weight as final: it lies on its grid, under scales of its rows [N, B] if these are known."""
+        """Take a weight as final: its values are quantized. `scales` are those of its rows, [N, B]; None: unknown."""
         self.pinned.add(name)
         if scales is not None:
             self._pins[name] = _Pinned(_State.now(parameter, written=True), scales)
 
     def pinned_scales(self) -> dict[str, Scales]:
-        """The scales of pinned weights by name, where they are known."""
+        """The scales of the pinned weights by name, as far as they are known."""
         return {name: pin.scales for name, pin in self._pins.items()}
 
     def _pinned_under(self, weight: Weight, rows: Tensor) -> Scales | None:
-        """The scales of a pinned weight, if the rows are all of it, and it has not changed since."""
+        """The scales of a pinned weight, if `rows` are the whole weight and it has not changed; else None."""
         pin = self._pins.get(weight.name)
         if pin is None or not weight.owned or not pin.state.holds(weight.parameter):
             return None
         return pin.scales if len(pin.scales.scale) == len(rows) else None
 
     def overwritten(self, weight: Weight) -> bool:
-        """Tell if the parameter itself holds quantized values, so that the original is gone."""
+        """Tell if the parameter itself was overwritten with quantized values."""
         return any(key[0] == weight.name and folded.in_place for key, folded in self.folded.items())
 
     def quantized(
@@ -164,7 +166,7 @@ class Weights:
         lowering: Lowering | None = None,
         keep_scales: bool = False,
     ) -> Tensor:
-        """Quantize the operand: now if it trains, else by what was made before, in whatever form."""
+        """Quantize the operand: anew if it trains, else once for all calls."""
         if weight.name in self.pinned:
             return operand
         learns = quantizer.learns
@@ -181,9 +183,9 @@ class Weights:
     def lowered(
         self, weight: Weight, operand: Tensor, layout: Layout, quantizer: SiteQuantizer, lowering: Lowering
     ) -> Lowered | None:
-        """Lower the operand's rows, once for all calls; None where that is not exact.
+        """Lower the operand's rows, once for all calls; None if the lowering is not exact for them.
 
-        Of a parameter that was overwritten the lowered form is made again each time, from its values.
+        The lowered form of an overwritten parameter is made again in each call, from the parameter's values.
         """
         if weight.name in self.pinned:
             rows = layout.rows(operand.detach())
@@ -192,8 +194,10 @@ class Weights:
         with self.lock:
             folded = self._fold(weight, operand, layout, quantizer, lowering)
             if not folded.in_place:
-                if folded.key != lowering.key and (made := lowering.new(layout.rows(operand.detach()))) is not None:
-                    folded.lowered, folded.key, folded.copy = made, lowering.key, None
+                if folded.key != lowering.key:
+                    made = lowering.new(layout.rows(operand.detach()))
+                    if made is not None:
+                        folded.lowered, folded.key, folded.copy = made, lowering.key, None
                 return folded.lowered if folded.key == lowering.key else None
         if folded.key is None or folded.key[0] != lowering.arithmetic:
             return None
@@ -201,7 +205,7 @@ class Weights:
         return again
 
     def scales_of(self, weight: Weight, operand: Tensor, layout: Layout) -> Scales | None:
-        """The scales of a weight whose original values are gone; None where they are there, or unknown."""
+        """The scales of a weight whose original values were overwritten; None for any other, or if unknown."""
         if weight.name in self.pinned:
             return self._pinned_under(weight, layout.rows(operand.detach()))
         folded = self.folded.get(_key(weight, operand, layout))
@@ -214,8 +218,8 @@ class Weights:
             return operand
         if folded.copy is not None:
             return folded.copy
-        value: Tensor = layout.back(folded.lowered.values())
-        return value
+        values: Tensor = layout.back(folded.lowered.values())
+        return values
 
     def _fold(
         self,
@@ -226,7 +230,7 @@ class Weights:
         lowering: Lowering | None = None,
         keep_scales: bool = False,
     ) -> _Quantized:
-        """The operand as it was quantized before, if it still is the same, else quantized now."""
+        """Quantize the operand, or find its quantized weight if the parameter has not changed since."""
         parameter, key = weight.parameter, _key(weight, operand, layout)
         folded = self.folded.get(key)
         if folded is None and self.overwritten(weight):
@@ -242,25 +246,28 @@ class Weights:
             rows = layout.rows(operand.detach())
             lowered = lowering.new(rows) if lowering is not None else None
             quantized: Any = quantizer.quantize(rows) if lowered is None else None
-            alone = weight.name not in self.tied | self.elsewhere and len(self.uses[weight.name]) == 1
-            in_place = not self.keep and weight.owned and alone
+            only_use = weight.name not in self.tied | self.elsewhere and len(self.uses[weight.name]) == 1
+            in_place = not self.keep and weight.owned and only_use
             scales = quantizer.scales(rows) if in_place and keep_scales else None
             if in_place:
                 parameter.data.copy_(layout.back(quantized if lowered is None else lowered.values()))
                 quantized = None
-                _give_back()
+                _return_freed_memory()
                 lowered = None if lowering is None or lowered is None else lowering.keep(lowered)
             copy = None if quantized is None else torch.empty_like(operand).copy_(layout.back(quantized))
-        made_by = None if lowering is None or lowered is None else lowering.key
+        key_of_lowering = None if lowering is None or lowered is None else lowering.key
         state = _State.now(parameter, written=in_place)
-        folded = _Quantized(state, in_place, copy, lowered, made_by, quantizer.version, scales)
+        folded = _Quantized(state, in_place, copy, lowered, key_of_lowering, quantizer.version, scales)
         self.folded[key] = folded
         if weight.name in self.elsewhere or self.moves[weight.name] > MOVES:
             del self.folded[key]
         return folded
 
     def folded_into(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """Put the quantized weights into a model's state; name those that other users need as they are."""
+        """Put the quantized copies into a model's state, and name the weights that keep their original values.
+
+        A weight with another use keeps them: a tied one, or one that is multiplied in two layouts or looked up.
+        """
         copies = [(key, folded.copy) for key, folded in self.folded.items() if folded.copy is not None]
         left = {key[0] for key, _ in copies if key[0] in self.tied or len(self.uses[key[0]]) > 1}
         found = dict(state)
@@ -273,34 +280,35 @@ class Weights:
 
 
 def _key(weight: Weight, operand: Tensor, layout: Layout) -> tuple[Any, ...]:
-    """The part of a parameter that an operand is, in its layout."""
+    """A key for an operand: the parameter, the part of it, and the layout."""
     return weight.name, layout.name, operand.storage_offset(), tuple(operand.shape), operand.stride()
 
 
 def _without_reference(kept: Any) -> Any:
-    """The same without the reference to the parameter object, which a copied model does not share."""
+    """Copy a record without its reference to the parameter object, which a copied model does not share."""
     return replace(kept, state=replace(kept.state, of=None))
 
 
-def _give_back() -> None:
-    """Return freed memory to the system: glibc keeps it, for an allocation that does not come."""
+def _return_freed_memory() -> None:
+    """Return freed memory to the system, which glibc would keep."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
 def _sums(x: Tensor) -> tuple[float, float]:
+    """The sum and the sum of squares, in float64."""
     wide = x.double()
     return float(wide.sum()), float(wide.square().sum())
 
 
 def _storage(parameter: Tensor) -> int:
-    """An identifier that tied parameters share; parameters without memory are identified by themselves."""
+    """An identifier that tied parameters share: the address of their memory, or the object's id if it has none."""
     address = 0 if parameter.is_meta else parameter.untyped_storage().data_ptr()
     return address or id(parameter)
 
 
-def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def _all_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list(model.named_parameters(remove_duplicate=False))
 
 

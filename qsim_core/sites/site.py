@@ -16,55 +16,57 @@ from qsim_core.sites.plan import Plan
 OPERANDS = ("input", "input2")
 """The roles of operands that are not weights: the first, and the second of a product of activations."""
 ATTENTION = {":qk": ("queries", "keys"), ":pv": ("probabilities", "values")}
-"""The ending of an alias -> the names that a recipe has for the two operands."""
+"""The ending of an alias, and the recipe's names for the two operands of that product."""
 
 
 @dataclass
 class Site:
-    """The sites of one matmul: its inputs, its weight if it has one, its output."""
+    """The sites of one matmul: its inputs, its weight if it has one, and its output."""
 
     name: str
     op: str
+    """The operation: `linear`, `matmul`, `einsum`, …"""
     weight: str | None
-    """The full name of the parameter that is its weight."""
+    """The full name of the parameter that is the weight; None for a product of activations."""
     plan: Plan
     aliases: list[str] = field(default_factory=list)
     arithmetic: str = "float32"
-    """The arithmetic of its last call; `float32` stands for the dtype of the model."""
+    """The arithmetic that computed the last call; `float32` stands for the dtype of the model."""
     calls: int = 0
-    """The number of times that it was met, without recomputation in a backward pass."""
+    """The number of calls, without those that recompute a forward in a backward pass."""
     fixed: dict[str, Any] = field(default_factory=dict)
-    """By role, what stands in place of the plan's quantizer: static scales, a transform's choice, or None.
+    """By role, the quantizer that replaces the plan's: static scales, a transform's choice, or None.
 
-    Roles are "input", "input2" (the other operand of a product of activations), "weight" and "output".
+    Roles are "input", "input2" (the second operand of a product of activations), "weight" and "output".
     """
 
     rotations: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
-    """By role, an orthogonal map along the reduction axis, applied to the operand first. A transform put it there."""
+    """By role, an orthogonal map along the reduction axis that a transform adds. It is applied before quantizing."""
 
     in_training: Callable[[Call, int], Tensor] | None = None
-    """A function that computes a call (and its count) while the module is in training, in place of all quantizers."""
+    """A function of a call and its count that computes the call in training, in place of all quantizers."""
 
     @property
     def names(self) -> list[str]:
-        """Its name and its aliases."""
+        """The name and the aliases."""
         return [self.name, *self.aliases]
 
     def named(self, role: str) -> str:
-        """The name that a recipe has for a role: `keys` for the second operand of q k."""
-        if role in OPERANDS:
-            for alias in self.aliases:
-                if (names := ATTENTION.get(alias[-3:])) is not None:
-                    return names[OPERANDS.index(role)]
-            return "input"
-        return role
+        """The recipe's name for a role: `keys` for the second operand of attention's first product."""
+        if role not in OPERANDS:
+            return role
+        for alias in self.aliases:
+            names = ATTENTION.get(alias[-3:])
+            if names is not None:
+                return names[OPERANDS.index(role)]
+        return "input"
 
     def planned(self, role: str) -> Quantizer | None:
         """The quantizer that the recipe has for a role."""
         return getattr(self.plan, self.named(role))  # type: ignore[no-any-return]
 
     def quantizer(self, role: str) -> Any:
-        """The quantizer of a role, with its static scales. Raises `RecipeError` where it needs scales and has none."""
+        """The quantizer of a role, with its static scales. Raises `RecipeError` if these are needed and missing."""
         if role in self.fixed:
             return self.fixed[role]
         planned = self.planned(role)
@@ -77,12 +79,12 @@ class Site:
 
     @property
     def input_roles(self) -> tuple[str, ...]:
-        """The roles of its operands that are not weights."""
+        """The roles of the operands that are not weights."""
         return OPERANDS[:1] if self.weight else OPERANDS
 
     @property
     def inputs(self) -> list[Any]:
-        """The quantizers of its operands that are not weights, each once."""
+        """The quantizers of the operands that are not weights, each once."""
         found = [self.fixed[role] if role in self.fixed else self.planned(role) for role in self.input_roles]
         return list({id(quantizer): quantizer for quantizer in found if quantizer is not None}.values())
 

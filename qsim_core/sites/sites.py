@@ -1,12 +1,12 @@
-"""All sites of one model: one mechanism that meets every matmul, wherever its code stands.
+"""All sites of one model: one mechanism that meets every matmul, in whatever code it stands.
 
-Hooks on the model's modules keep a stack, one for each thread, of the modules that are running. The outermost of them
-enters a `TorchFunctionMode`, which sees every call of a torch function: a matmul's operands and result go through the
-quantizers that the recipe has for them. No module is replaced and nothing enters the model's `state_dict`.
+Hooks on the model's modules keep a stack of the running modules, one stack for each thread. The outermost module
+enters a `TorchFunctionMode`, which sees every call of a torch function. The operands and the result of a matmul go
+through the quantizers that the recipe gives them. No module is replaced, and the model's `state_dict` stays the same.
 
-A matmul is named by the parameter that is its weight, `model.decoder.layers.0.fc1`. Where both operands are computed,
-it is named by the running module and a count, `model.decoder.layers.0.self_attn:matmul.0`. Two products with a softmax
-between them are attention and get the aliases `…self_attn:qk` and `…self_attn:pv`.
+A matmul with a weight is named by that parameter: `model.decoder.layers.0.fc1`. A product of two activations
+is named by the running module and a count: `model.decoder.layers.0.self_attn:matmul.0`. Two products with a softmax
+between them are attention, and get the aliases `…self_attn:qk` and `…self_attn:pv`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from qsim_core.errors import RecipeError
-from qsim_core.formats.accelerator import accelerators
+from qsim_core.formats.accelerator import AttentionAccelerator, accelerators
 from qsim_core.matmuls.attention import EXPLICIT, SOFTMAX, explicit_attention
 from qsim_core.matmuls.call import Call
 from qsim_core.matmuls.layout import Layout
@@ -38,6 +38,7 @@ from qsim_core.sites.quantized_weights import Weight, Weights
 from qsim_core.sites.site import Site
 
 MET = frozenset({*OPS, *EXPLICIT, *SOFTMAX, torch.einsum})
+"""The torch functions that a site looks at; all others run untouched."""
 
 
 class _Mode(TorchFunctionMode):
@@ -59,7 +60,7 @@ class _Mode(TorchFunctionMode):
 
 
 class Sites:
-    """Every site of one model, and the quantizers there."""
+    """Every site of one model, with its quantizers."""
 
     def __init__(self, model: nn.Module, recipe: Planner, keep: bool, exact: Sequence[ExactArithmetic] = ()) -> None:
         self.recipe = recipe
@@ -81,7 +82,7 @@ class Sites:
         self.stack = CallStack()
 
     def attach(self, model: nn.Module, handles: list[RemovableHandle]) -> None:
-        """Hook every module; the handles, put into a list as they come, take the hooks away again."""
+        """Hook every module. The handles that remove the hooks are appended to `handles` one by one."""
         for path, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(functools.partial(self._enter, path)))
             handles.append(module.register_forward_hook(functools.partial(self._leave, path), always_call=True))
@@ -110,20 +111,20 @@ class Sites:
 
     @property
     def watched(self) -> bool:
-        """True if an observer or a watcher has to see every tensor that passes."""
+        """True if an observer or a watcher has to see every tensor."""
         return self.observer is not None or self.watcher is not None
 
     def attend(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute attention as two products that this mode meets; an accelerator may take it by tiles."""
+        """Compute attention as two products at their sites, or by an accelerator that does the same by tiles."""
         for accelerator in accelerators():
-            attend = getattr(accelerator, "attend", None)
-            if attend is not None and (result := attend(self, *args, **kwargs)) is not None:
-                found: Tensor = result
-                return found
+            if isinstance(accelerator, AttentionAccelerator):
+                result = accelerator.attend(self, *args, **kwargs)
+                if result is not None:
+                    return result
         return explicit_attention(*args, **kwargs)
 
     def meet(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute a matmul with its operands and result quantized, and note the products that a softmax connects."""
+        """Compute a matmul with quantized operands and result, or note the products that a softmax connects."""
         if function in SOFTMAX:
             self._connect(args[0] if args else kwargs["input"])
             return function(*args, **kwargs)
@@ -140,7 +141,7 @@ class Sites:
     def _compute(self, call: Call) -> Any:
         frame = self.stack.frames[-1]
         weights = [self._weight_of(operand) for operand in call.operands]
-        if all(weights):  # a learned query times a weight: one of the two is the input
+        if all(weights):  # a parameter times a parameter, such as a learned query: the last one counts as the weight
             weights = [*(None for _ in weights[:-1]), weights[-1]]
         if call.addend is not None and self._weight_of(call.addend) is None:
             call = replace(call, masked=True)
@@ -170,7 +171,7 @@ class Sites:
         return LiveExecution(site, call, operands, None, *shared, arithmetic=FLOAT32)
 
     def _rotated(self, site: Site, role: str, operand: Tensor, layout: Layout) -> Tensor:
-        """The operand after the rotation that the site has for its role, if it has one."""
+        """Rotate an operand, if its site has a rotation for its role."""
         rotation = site.rotations.get(role)
         if rotation is None:
             return operand
@@ -181,7 +182,10 @@ class Sites:
         return value
 
     def _weight_of(self, operand: Tensor) -> Weight | None:
-        """The parameter that an operand is, or is a view of: the running module's first, else any of the model's."""
+        """Find the parameter that an operand is, or is a view of; None for any other tensor.
+
+        The running module's parameters come first, then those of the modules inside it, then those of the model.
+        """
         base = operand if operand._base is None else operand._base
         running, outermost = self.stack.frames[-1], self.stack.frames[0]
         name = running.own(base)
@@ -205,9 +209,10 @@ class Sites:
         return site
 
     def _connect(self, scores: Tensor) -> None:
-        """Name the products that a softmax connects.
+        """Give aliases to the products that a softmax connects.
 
-        The one product of its shape before it is QK (sinks add columns); the next one may be PV.
+        The product before it that has the shape of the scores is `qk`, if there is exactly one. Attention sinks
+        add columns to the scores. A later product whose first operand has the shape of the probabilities is `pv`.
         """
         frame = next((frame for frame in reversed(self.stack.frames) if frame.before_softmax), None)
         if frame is None:
@@ -220,7 +225,10 @@ class Sites:
             self._alias(fitting[0][0], f"{frame.path}:qk", met=self.quantizing)
 
     def _alias(self, site: Site, alias: str, met: bool) -> None:
-        """Give a site another name, and the quantizers that the recipe has under it."""
+        """Give a site another name, and the quantizers that the recipe has for that name.
+
+        Raises `RecipeError` if the site was already computed (`met`) with other quantizers.
+        """
         if alias in site.aliases:
             return
         before = [site.planned(role) for role in ("input", "input2")]
@@ -235,10 +243,10 @@ class Sites:
 
 
 def functional(sites: Sites, path: str) -> Iterator[Site]:
-    """The sites of the products that a module computes itself."""
+    """The sites of the products of activations that the module at a path computes itself."""
     return (site for name, site in sites.table.items() if site.weight is None and name.rpartition(":")[0] == path)
 
 
 def _widened(product: torch.Size, scores: torch.Size) -> bool:
-    """Tell if scores are a product with columns beside it: attention sinks, which take a share of the softmax."""
+    """Tell if scores are a product with more columns: attention sinks, which take a share of the softmax."""
     return len(product) == len(scores) > 1 and product[:-1] == scores[:-1] and product[-1] < scores[-1]

@@ -95,7 +95,7 @@ def test_codes_are_places_in_ascending_order() -> None:
         ('codebook(file="nowhere.txt")', "codebook: cannot read nowhere.txt: No such file or directory"),
         ('codebook([0, 1], file="nowhere.txt")', "codebook: give values or a file, not both"),
         ("codebook([1, 2, 3], rounding=up)", "codebook: rounding should be 'even', 'away', 'zero' or 'stochastic', not 'up'"),
-        ("channel(codebook([1, 2, 3]))", "channel: codebook([1.0, 2.0, 3.0]) holds no zero and nothing below"),
+        ("channel(codebook([1, 2, 3]))", "channel: codebook([1.0, 2.0, 3.0]) has no values at or below zero"),
         ("scaled(int4, 16, scale=nf4)", "scaled: nf4 as a scale needs a scale of its own, like scaled(nf4, channel)"),
     ],
 )  # fmt: skip

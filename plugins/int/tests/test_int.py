@@ -208,7 +208,7 @@ def test_an_unsigned_format_covers_the_positive_values() -> None:
         ("int(4, convention=gptq)", "int: convention gptq needs signed integers with the full range: add narrow=false"),
         ("int(17)", "int: bits should be less than or equal to 16, not 17"),
         ("int(1)", "int: bits should be greater than or equal to 2, not 1"),
-        ("channel(int(8, fraction=3), symmetric=false)", "channel: a zero point shifts whole numbers; int(8, fraction=3) is none"),
+        ("channel(int(8, fraction=3), symmetric=false)", "channel: a zero point needs an integer format, not int(8, fraction=3)"),
         ("channel(int4, symmetric=false, rule=floor)", "channel: rule floor is for symmetric scales"),
         ("scaled(int4, 16, scale=int8)", "scaled: int8 as a scale needs a scale of its own, like scaled(int8, channel)"),
     ],

@@ -195,7 +195,7 @@ def test_bits_are_those_of_the_papers(name: str, bits: float) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("mx(e8m0)", "mx: e8m0 holds no zero and nothing below: it can be a scale, not an element"),
+        ("mx(e8m0)", "mx: e8m0 has no values at or below zero: it can be a scale, not an element"),
         ("mx(e4m3, scale=int8)", "mx: int8 as a scale needs a scale of its own, like scaled(int8, channel)"),
         ("mx(e4m3, n=0)", "mx: n should be greater than 0, not 0"),
         ("mx(e4m3, rule=down)", "mx: rule should be 'divide', 'floor', 'ceil', 'even' or 'rceil', not 'down'"),
