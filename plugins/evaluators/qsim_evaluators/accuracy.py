@@ -16,8 +16,8 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
-from qsim_evaluators.fitting import check, longest, need
-from qsim_evaluators.pixels import by, encoded, image_rows, pixels, sides
+from qsim_evaluators.fitting import check, longest, require
+from qsim_evaluators.pixels import encoded, image_rows, pixels, shape_in_words, sides
 from qsim_evaluators.text import LONGEST, holds_lines, read_lines, read_rows, tokenized
 
 
@@ -120,7 +120,7 @@ class Accuracy(Evaluator):
         """Describe the number of classes, and the size of images or the length of texts."""
         config: Any = loaded.model.config
         if hasattr(config, "image_size"):
-            made = f"images made {by(sides(config.image_size))} pixels by the model's own processor"
+            made = f"images made {shape_in_words(sides(config.image_size))} pixels by the model's own processor"
         else:
             made = f"texts cut off after {self._length(loaded)} tokens and padded to the longest of a batch"
         return f"top-1 accuracy over {config.num_labels} classes, {made}"
@@ -130,10 +130,10 @@ class Accuracy(Evaluator):
     ) -> dict[str, Any]:
         check(self.name, loaded)
         if "text" in data.content:
-            need("accuracy of texts", loaded, "tokenizer", "a tokenizer")
+            require("accuracy of texts", loaded, "tokenizer", "a tokenizer")
             texts = [data.content["text"][place] for place in places]
             return tokenized(loaded, texts, length or self._length(loaded), padded)
-        need(self.name, loaded, "processor", "an image processor")
+        require(self.name, loaded, "processor", "an image processor")
         return {"pixel_values": pixels(loaded, [data.content["image"][place] for place in places], places[0])}
 
     def _length(self, loaded: LoadedModel) -> int:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.errors import with_article
-from qsim_evaluators.features import given
+from qsim_evaluators.features import load_given
 from qsim_evaluators.fitting import device
-from qsim_evaluators.pictures import as_bytes, beside
+from qsim_evaluators.pictures import as_bytes, write_side_by_side
 from qsim_evaluators.pixels import pixels
 from qsim_evaluators.prompts import FromTexts
 from qsim_evaluators.text import ROWS, read_file, read_rows
@@ -82,7 +82,7 @@ class ClipScore(Evaluator):
 
     def save_samples(self, baseline: Tensor, simulated: Tensor, directory: Path) -> None:
         """Write `samples.png`: the baseline's images on the left, those of the simulated model on the right."""
-        beside(baseline, simulated, directory / "samples.png")
+        write_side_by_side(baseline, simulated, directory / "samples.png")
 
     def _made(self) -> FromTexts:
         return FromTexts(self.name, self.steps, self.guidance)
@@ -92,7 +92,7 @@ class _Judge:
     """A CLIP with its processor and its tokenizer."""
 
     def __init__(self, name: str, where: torch.device) -> None:
-        self.loaded = given(name, where)
+        self.loaded = load_given(name, where)
         self.model: Any = self.loaded.model
         both = hasattr(self.model, "get_image_features") and hasattr(self.model, "get_text_features")
         if not both or self.loaded.processor is None or self.loaded.tokenizer is None:

@@ -43,7 +43,7 @@ def complete(
     return written
 
 
-def cut(text: str, stop: tuple[str, ...]) -> str:
+def before_stop(text: str, stop: tuple[str, ...]) -> str:
     """Return the text before the first stop."""
     return text[: min((place for end in stop if (place := text.find(end)) >= 0), default=len(text))]
 
@@ -56,7 +56,7 @@ def _batch(loaded: LoadedModel, prompt: Tensor, rows: range, sampling: Sampling,
         TopPLogitsWarper,
     )
 
-    ends = _ends(loaded)
+    ends = _end_tokens(loaded)
     pad = next((token for token in (loaded.tokenizer.pad_token_id, *ends) if token is not None), 0)
 
     def decode(tokens: list[int]) -> str:
@@ -69,10 +69,10 @@ def _batch(loaded: LoadedModel, prompt: Tensor, rows: range, sampling: Sampling,
 
         Prompt and completion are decoded together, because a tokenizer may decode a first token differently.
         """
-        return [decode(row)[len(before) :] for row in _ended(tokens.tolist(), len(prompt), ends)]
+        return [decode(row)[len(before) :] for row in _cut_at_end(tokens.tolist(), len(prompt), ends)]
 
     def stopped(tokens: Tensor, scores: Any, **options: Any) -> Tensor:
-        found = [cut(text, sampling.stop) != text for text in texts(tokens)]
+        found = [before_stop(text, sampling.stop) != text for text in texts(tokens)]
         return torch.tensor(found, device=tokens.device)
 
     def drawn(tokens: Tensor, scores: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def _batch(loaded: LoadedModel, prompt: Tensor, rows: range, sampling: Sampling,
         logits_processor=processors,
         stopping_criteria=StoppingCriteriaList([stopped]),
     )
-    return [cut(text, sampling.stop) for text in texts(tokens)]
+    return [before_stop(text, sampling.stop) for text in texts(tokens)]
 
 
 def _configuration(sampling: Sampling, ends: list[int], pad: int) -> Any:
@@ -115,7 +115,7 @@ def gumbel(like: Tensor, site: str, step: int, seed: int) -> Tensor:
         return -(uniform(like, seed).double() + 2.0**-25).log().neg().log()
 
 
-def _ends(loaded: LoadedModel) -> list[int]:
+def _end_tokens(loaded: LoadedModel) -> list[int]:
     """Return the tokens that end a text: the checkpoint's, or the tokenizer's if the checkpoint has none."""
     model: Any = loaded.model
     ends = model.generation_config.eos_token_id
@@ -123,6 +123,6 @@ def _ends(loaded: LoadedModel) -> list[int]:
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
-def _ended(rows: list[list[int]], start: int, ends: list[int]) -> list[list[int]]:
+def _cut_at_end(rows: list[list[int]], start: int, ends: list[int]) -> list[list[int]]:
     """Cut rows off at their first end token from `start` on."""
     return [row[: next((i for i in range(start, len(row)) if row[i] in ends), len(row))] for row in rows]

@@ -22,7 +22,7 @@ class FromNoise(Evaluator):
         """Draw inputs from the model's own paths, each at a random step. Data are not used."""
         if length is not None:
             raise DataError("images have no length; leave --calibration-seqlen out")
-        return drawn(loaded, self.scheduler(loaded), samples, seed)
+        return draw_inputs(loaded, self.scheduler(loaded), samples, seed)
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
         """Return one image's noise at the first step."""
@@ -82,7 +82,7 @@ def images(loaded: LoadedModel, start: Tensor, scheduler: Any, run: Run) -> Iter
         yield end
 
 
-def drawn(loaded: LoadedModel, scheduler: Any, samples: int, seed: int) -> list[Any]:
+def draw_inputs(loaded: LoadedModel, scheduler: Any, samples: int, seed: int) -> list[Any]:
     """Draw inputs from the model's own paths, each at a random step, as Q-Diffusion does (arXiv 2302.04304)."""
     path, times = paths(loaded, noise(loaded, samples, seed), scheduler, Run()), scheduler.timesteps.tolist()
     steps = torch.randint(len(times), (samples,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -11,7 +11,7 @@ from torch import Tensor
 from qsim_core import Data, LoadedModel, Metrics, Run
 from qsim_core.evaluation.metrics import Means
 from qsim_evaluators import ddim
-from qsim_evaluators.pictures import beside
+from qsim_evaluators.pictures import write_side_by_side
 
 MARKS = (25, 50, 75)
 """Percentages of the steps after which the error is also measured."""
@@ -57,4 +57,4 @@ class Denoising(ddim.FromNoise):
 
     def save_samples(self, baseline: Tensor, simulated: Tensor, directory: Path) -> None:
         """Write `samples.png`: the baseline's images on the left, those of the simulated model on the right."""
-        beside(baseline[-1], simulated[-1], directory / "samples.png")
+        write_side_by_side(baseline[-1], simulated[-1], directory / "samples.png")

@@ -21,7 +21,7 @@ Features = Callable[[Sequence[Any]], Tensor]
 EXPORTED = ".pt2"
 
 
-def given(name: str, device: torch.device) -> LoadedModel:
+def load_given(name: str, device: torch.device) -> LoadedModel:
     """Load a model of the zoo, of a directory or of the hub in float32. Raises `ModelError`."""
     located = locate(name, installed())
     loaded = located.adapter.load(located.source, torch.float32)
@@ -38,7 +38,7 @@ def features(name: str, device: torch.device) -> Features:
     """
     if Path(name).suffix == EXPORTED:
         return _of_program(name, device)
-    loaded = given(name, device)
+    loaded = load_given(name, device)
     model: Any = loaded.model
     base = getattr(model, "base_model", model)
     encoder = getattr(base, "vision_model", base)
@@ -53,7 +53,7 @@ def features(name: str, device: torch.device) -> Features:
     return found
 
 
-def described(name: str) -> str:
+def describe(name: str) -> str:
     """Describe the features in words."""
     if Path(name).suffix == EXPORTED:
         return f"the outputs of {name}"

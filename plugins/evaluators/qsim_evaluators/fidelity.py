@@ -15,7 +15,7 @@ from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.errors import file_did_you_mean
 from qsim_core.evaluation.metrics import Means
 from qsim_core.transforms.forward import call
-from qsim_evaluators.fitting import best
+from qsim_evaluators.fitting import default_evaluator
 
 OUTPUTS = ("logits", "sample", "last_hidden_state", "image_embeds", "pred_masks")
 """Names of a model's main output, in the order in which they are looked for."""
@@ -106,7 +106,7 @@ class Fidelity(Evaluator):
         """Return the evaluator that makes the inputs. Raises `DataError` if none is named and none is known."""
         from qsim_evaluators import qsim_evaluators
 
-        name = best(loaded)
+        name = default_evaluator(loaded)
         if self.inputs is None and name is None:
             raise DataError(
                 f"fidelity does not know the inputs of a {type(loaded.model).__name__}; name an evaluator, like "

@@ -40,16 +40,16 @@ def check(evaluator: str, loaded: LoadedModel) -> None:
     name, fit = type(loaded.model).__name__, fitting(loaded)
     if fit and evaluator not in fit:
         raise DataError(f"{evaluator} does not fit {with_article(name)}; {', '.join(fit)} and fidelity do")
-    need(evaluator, loaded, *NEEDS.get(evaluator, ("model", "")))
+    require(evaluator, loaded, *NEEDS.get(evaluator, ("model", "")))
 
 
-def need(evaluator: str, loaded: LoadedModel, field: str, called: str) -> None:
+def require(evaluator: str, loaded: LoadedModel, field: str, called: str) -> None:
     """Raise `DataError` if the model was loaded without a part that the evaluator needs."""
     if getattr(loaded, field) is None:
         raise DataError(f"{evaluator} needs {called}, and this {type(loaded.model).__name__} was loaded without one")
 
 
-def best(loaded: LoadedModel) -> str | None:
+def default_evaluator(loaded: LoadedModel) -> str | None:
     """Return the default evaluator for a model; None if its class is unknown."""
     return next(iter(fitting(loaded)), None)
 

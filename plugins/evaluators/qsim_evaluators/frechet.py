@@ -17,9 +17,9 @@ from qsim_core import Data, DataError, LoadedModel, Metrics, Run
 from qsim_core.components.host import installed
 from qsim_core.evaluation.locate import named_models
 from qsim_evaluators import ddim
-from qsim_evaluators.features import Features, described, features
+from qsim_evaluators.features import Features, describe, features
 from qsim_evaluators.fitting import device
-from qsim_evaluators.pictures import as_bytes, beside
+from qsim_evaluators.pictures import as_bytes, write_side_by_side
 from qsim_evaluators.pixels import encoded, image_files, image_rows
 from qsim_evaluators.prompts import FromTexts, makes_images_of_texts
 
@@ -135,13 +135,13 @@ class Frechet(ddim.FromNoise):
             made = f"one for each prompt, {self.steps} steps, {guidance}"
         return (
             f"Fréchet distance of {self.samples} images at most, {made}, to "
-            f"the reference images; features: {described(self.features)}; it shrinks with more images; its interval is "
+            f"the reference images; features: {describe(self.features)}; it shrinks with more images; its interval is "
             f"that of as many images, by a jackknife with {GROUPS} groups, against these references"
         )
 
     def save_samples(self, baseline: Made, simulated: Made, directory: Path) -> None:
         """Write `samples.png`: the baseline's images on the left, those of the simulated model on the right."""
-        beside(baseline.images, simulated.images, directory / "samples.png")
+        write_side_by_side(baseline.images, simulated.images, directory / "samples.png")
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.evaluation.metrics import Means
 from qsim_evaluators.fitting import check, device, longest
-from qsim_evaluators.text import cut, draw, read_text
+from qsim_evaluators.text import cut_windows, draw_windows, read_text
 
 LONGEST = 512
 IGNORED = -100
@@ -41,14 +41,14 @@ class MaskedLM(Evaluator):
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
         """Draw windows at random places of the text, masked as in the evaluation, one in a batch."""
         length = self._length(loaded, length)
-        windows = torch.cat(draw(self._tokens(loaded, data), samples, length - 2, seed, data.name))
+        windows = torch.cat(draw_windows(self._tokens(loaded, data), samples, length - 2, seed, data.name))
         seen, _ = self._masked(loaded, windows, seed)
         return [self._batch(loaded, window) for window in seen.split(1)]
 
     def training(self, loaded: LoadedModel, data: Data, length: int | None) -> list[dict[str, Tensor]]:
         """Cut the text into windows, masked as in the evaluation. The labels are the masked tokens."""
         inner = self._length(loaded, length) - 2
-        seen, labels = self._masked(loaded, cut(self._tokens(loaded, data), inner, data.name), self.seed)
+        seen, labels = self._masked(loaded, cut_windows(self._tokens(loaded, data), inner, data.name), self.seed)
         wanted = torch.where(labels < 0, IGNORED, labels)
         return [{"input_ids": ids, "labels": of} for ids, of in zip(seen, wanted, strict=True)]
 

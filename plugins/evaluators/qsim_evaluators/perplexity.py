@@ -14,7 +14,7 @@ from torch import Tensor
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.evaluation.metrics import Means
 from qsim_evaluators.fitting import check, device, longest
-from qsim_evaluators.text import cut, draw, read_text, tokens_of
+from qsim_evaluators.text import cut_windows, draw_windows, read_text, tokens_of
 
 LONGEST = 2048
 
@@ -53,7 +53,7 @@ class Perplexity(Evaluator):
         length, most = length or self._sizes(loaded)[0], longest(loaded, LONGEST)
         if not 2 <= length <= most:
             raise DataError(f"calibration windows of {length} tokens: the model takes 2 to {most}")
-        windows = draw(self._tokens(loaded, data), samples, length, seed, data.name)
+        windows = draw_windows(self._tokens(loaded, data), samples, length, seed, data.name)
         return [{"input_ids": window.to(device(loaded)), "use_cache": False} for window in windows]
 
     def training(self, loaded: LoadedModel, data: Data, length: int | None) -> list[dict[str, Tensor]]:
@@ -61,7 +61,7 @@ class Perplexity(Evaluator):
         length, most = length or self._sizes(loaded)[0], longest(loaded, LONGEST)
         if not 2 <= length <= most:
             raise DataError(f"training windows of {length} tokens: the model takes 2 to {most}")
-        windows = cut(self._tokens(loaded, data), length, data.name)
+        windows = cut_windows(self._tokens(loaded, data), length, data.name)
         return [{"input_ids": window, "labels": window} for window in windows]
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:

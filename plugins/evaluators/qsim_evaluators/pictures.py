@@ -22,7 +22,7 @@ def as_bytes(images: Tensor) -> Tensor:
     return ((images.float().nan_to_num().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def beside(left: Tensor, right: Tensor, file: Path) -> None:
+def write_side_by_side(left: Tensor, right: Tensor, file: Path) -> None:
     """Write a PNG of the first images of both, `[images, channels, height, width]`, in the same order.
 
     Pixels are from -1 to 1, or uint8.

@@ -64,7 +64,7 @@ def pixels(loaded: LoadedModel, images: Sequence[Any], first: int = 0) -> Tensor
     size = getattr(config, "image_size", None)
     if size is not None and tuple(found.shape[1:]) != (expected := (channels, *sides(size))):
         raise DataError(
-            f"image {first} becomes {by(found.shape[1:])}, the model takes {by(expected)} "
+            f"image {first} becomes {shape_in_words(found.shape[1:])}, the model takes {shape_in_words(expected)} "
             f"(channels, height, width): its processor does not fit it"
         )
     return found.to(device(loaded), dtype(loaded))
@@ -93,6 +93,6 @@ def sides(size: Any) -> tuple[int, int]:
     return height, width
 
 
-def by(shape: Any) -> str:
+def shape_in_words(shape: Any) -> str:
     """Write a shape in words: `3 by 224 by 224`."""
     return " by ".join(map(str, shape))

@@ -85,7 +85,7 @@ def tokens_of(loaded: LoadedModel, text: str) -> Tensor:
     return torch.tensor(loaded.tokenizer(text, verbose=False).input_ids, dtype=torch.long)
 
 
-def draw(tokens: Tensor, samples: int, length: int, seed: int, name: str) -> list[Tensor]:
+def draw_windows(tokens: Tensor, samples: int, length: int, seed: int, name: str) -> list[Tensor]:
     """Draw windows `[1, length]` at random places, as GPTQ does. Raises `DataError` if the text is too short."""
     if len(tokens) < length:
         raise DataError(f"{name} has {len(tokens)} tokens, fewer than one calibration window of {length}")
@@ -93,7 +93,7 @@ def draw(tokens: Tensor, samples: int, length: int, seed: int, name: str) -> lis
     return [tokens[start : start + length].unsqueeze(0) for start in starts.tolist()]
 
 
-def cut(tokens: Tensor, length: int, name: str) -> Tensor:
+def cut_windows(tokens: Tensor, length: int, name: str) -> Tensor:
     """Cut into windows `[many, length]`, without the remainder. Raises `DataError` if the text is too short."""
     if len(tokens) < length:
         raise DataError(f"{name} has {len(tokens)} tokens, fewer than one training window of {length}; lower --seqlen")

@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
-from qsim_evaluators.pictures import beside
+from qsim_evaluators.pictures import write_side_by_side
 
 import qsim_core as qsim
 from qsim_core.testing import EvaluatorSuite
@@ -100,7 +100,7 @@ def test_fidelity_takes_its_inputs() -> None:
 def test_the_picture_has_the_images_before_on_the_left_and_after_on_the_right(tmp_path: Path) -> None:
     black, white = torch.full((4, 1, SIZE, SIZE), -1.0), torch.full((4, 1, SIZE, SIZE), 1.0)
 
-    beside(black, white, tmp_path / "samples.png")
+    write_side_by_side(black, white, tmp_path / "samples.png")
 
     with Image.open(tmp_path / "samples.png") as image:
         assert image.size == (2 * (2 * (48 + 8) + 8), 2 * (48 + 8))

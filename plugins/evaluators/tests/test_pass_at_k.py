@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from qsim_evaluators.completing import cut, gumbel
+from qsim_evaluators.completing import before_stop, gumbel
 from qsim_evaluators.pass_at_k import estimate, problems
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
@@ -164,8 +164,8 @@ def test_a_checkpoints_own_settings_for_generation_are_left_out() -> None:
 
 
 def test_a_text_is_cut_before_its_first_stop() -> None:
-    assert cut("x\ndef y\nclass z", ("\nclass", "\ndef")) == "x"
-    assert cut("x define", ("\nclass", "\ndef")) == "x define"
+    assert before_stop("x\ndef y\nclass z", ("\nclass", "\ndef")) == "x"
+    assert before_stop("x define", ("\nclass", "\ndef")) == "x define"
 
 
 def test_nothing_is_generated_unless_code_may_run() -> None:
