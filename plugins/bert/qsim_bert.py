@@ -8,7 +8,7 @@ from qsim_core import Adapter, hookimpl
 
 
 class BERT(Pretrained):
-    """Text encoders. The checkpoint's head determines the evaluator; a model without head gives embeddings."""
+    """Text encoders. The checkpoint's head determines the evaluator; a model without a head gives embeddings."""
 
     name = "bert"
     families = ("distilbert", "roberta", "xlm-roberta")

@@ -8,7 +8,7 @@ from qsim_core import Adapter, hookimpl
 
 
 class ViT(Pretrained):
-    """Image encoders. Classifiers are evaluated by accuracy; a model without head gives embeddings."""
+    """Image encoders. Classifiers are evaluated by accuracy; a model without a head gives embeddings."""
 
     name = "vit"
     families = ("clip_vision_model", "deit")

@@ -1,4 +1,4 @@
-"""Evaluators: what turns a model and data into metrics, each with its protocol in words."""
+"""Evaluators: they compute metrics from a model and data, and describe their protocol in words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`accuracy(image, text, label)`: how often a classifier of images or texts is right."""
+"""`accuracy(image, text, label)`: share of images or texts that a classifier labels correctly."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
-from qsim_evaluators.fitting import check, longest, need
-from qsim_evaluators.pixels import by, encoded, image_rows, pixels, sides
+from qsim_evaluators.fitting import check, longest, require
+from qsim_evaluators.pixels import encoded, image_rows, pixels, shape_in_words, sides
 from qsim_evaluators.text import LONGEST, holds_lines, read_lines, read_rows, tokenized
 
 
 class Samples(Sequence[dict[str, Tensor]]):
-    """So many samples, each made when it is asked for."""
+    """A sequence of `many` samples, each made when it is read."""
 
     def __init__(self, many: int, make: Callable[[int], dict[str, Tensor]]) -> None:
         self.many, self.make = many, make
@@ -35,11 +35,11 @@ class Samples(Sequence[dict[str, Tensor]]):
 
 
 class Accuracy(Evaluator):
-    """The share of samples whose label is the likeliest, and among the five likeliest.
+    """The share of samples whose label is the model's first answer, and of those whose label is among its first five.
 
-    Data are a mapping with `label`, whole numbers or the names that the model gives its classes, and with `image`, PIL
-    images or uint8 arrays `[height, width]` or `[height, width, 3]`, which the model's own processor resizes and
-    normalises; or with `text`, which its tokenizer cuts off after `seqlen` tokens and pads to the longest of a batch.
+    Data are a mapping with `label` and with `image` or `text`. Labels are whole numbers, or the model's names of its
+    classes. Images are PIL images or uint8 arrays `[height, width]` or `[height, width, 3]`; the model's own processor
+    resizes and normalises them. Texts are cut off after `seqlen` tokens, and padded to the longest of a batch.
     """
 
     name = "accuracy"
@@ -47,14 +47,14 @@ class Accuracy(Evaluator):
     higher_is_better = True
     image: str = Field("image", description="the column with images")
     label: str = Field("label", description="the column with labels")
-    text: str = Field("text", description="the column with texts, if there is none with images")
-    seqlen: PositiveInt | None = Field(None, description="tokens of a text; none: what the model takes, 512 at most")
+    text: str = Field("text", description="the column with texts, used if there is no column with images")
+    seqlen: PositiveInt | None = Field(None, description="tokens of a text; none: the model's maximum, 512 at most")
 
     def read(self, source: str, split: str = "test") -> Data:
-        """Images or texts, and labels, from `datasets`: `NAME[:CONFIG[:SPLIT]]`, or a directory of data files; texts
-        from a file of rows; images from a directory with one of images for each label.
+        """Read images or texts, and labels, from `datasets`: `NAME[:CONFIG[:SPLIT]]`, or a directory of data files.
 
-        The fingerprint is of the labels and of the texts or the encoded images.
+        Texts may also come from a file of rows, and images from a directory that has one directory of images for each
+        label. The fingerprint is the hash of the labels and of the texts or the encoded images.
         """
         path = Path(source).expanduser()
         if holds_lines(path):
@@ -69,7 +69,7 @@ class Accuracy(Evaluator):
         return Data(source, {"image": rows[self.image], "label": rows[self.label]}, digest.hexdigest())
 
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
-        """Samples drawn at random, one in a batch."""
+        """Draw samples at random, one in a batch."""
         if length is not None and "text" not in data.content:
             raise DataError("images have no length; leave --calibration-seqlen out")
         many = len(data.content["label"])
@@ -77,7 +77,7 @@ class Accuracy(Evaluator):
         return [self._inputs(loaded, data, [place], length) for place in chosen]
 
     def training(self, loaded: LoadedModel, data: Data, length: int | None) -> Sequence[dict[str, Tensor]]:
-        """What processor or tokenizer make of each, when it is asked for, with its label; texts padded to `length`."""
+        """Return the model's inputs and label of each sample, made when it is read. Texts are padded to `length`."""
         kind = "text" if "text" in data.content else "image"
         if length is not None and kind == "image":
             raise DataError("images have no length; leave --seqlen out")
@@ -91,13 +91,13 @@ class Accuracy(Evaluator):
         return Samples(many, sample)
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
-        """The first sample."""
+        """Return the first sample."""
         return self._inputs(loaded, data, [0])
 
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
-        """`accuracy`, `top5`, `nll` (nats per sample), and the number of `images` or `texts`.
+        """Compute `accuracy`, `top5`, `nll` (nats per sample), and the number of `images` or `texts`.
 
-        `majority` is what is reached by always naming the most frequent label.
+        `majority` is the accuracy of always answering with the most frequent label.
         """
         kind = "text" if "text" in data.content else "image"
         places = list(range(len(data.content["label"])))[: run.limit]
@@ -117,10 +117,10 @@ class Accuracy(Evaluator):
         return Metrics({"accuracy": top1, "top5": top5, "nll": nll}, counts=counts)
 
     def protocol(self, loaded: LoadedModel) -> str:
-        """What the processor makes of an image, or the tokenizer of a text, in words."""
+        """Describe the number of classes, and the size of images or the length of texts."""
         config: Any = loaded.model.config
         if hasattr(config, "image_size"):
-            made = f"images made {by(sides(config.image_size))} pixels by the model's own processor"
+            made = f"images made {shape_in_words(sides(config.image_size))} pixels by the model's own processor"
         else:
             made = f"texts cut off after {self._length(loaded)} tokens and padded to the longest of a batch"
         return f"top-1 accuracy over {config.num_labels} classes, {made}"
@@ -130,18 +130,18 @@ class Accuracy(Evaluator):
     ) -> dict[str, Any]:
         check(self.name, loaded)
         if "text" in data.content:
-            need("accuracy of texts", loaded, "tokenizer", "a tokenizer")
+            require("accuracy of texts", loaded, "tokenizer", "a tokenizer")
             texts = [data.content["text"][place] for place in places]
             return tokenized(loaded, texts, length or self._length(loaded), padded)
-        need(self.name, loaded, "processor", "an image processor")
+        require(self.name, loaded, "processor", "an image processor")
         return {"pixel_values": pixels(loaded, [data.content["image"][place] for place in places], places[0])}
 
     def _length(self, loaded: LoadedModel) -> int:
-        """Tokens of a text. The positions of some models, RoBERTa's, are more than it may have."""
+        """Return the tokens of a text at most. Some models, such as RoBERTa, have more positions than usable tokens."""
         return self.seqlen or min(longest(loaded, LONGEST), loaded.tokenizer.model_max_length, LONGEST)
 
     def _texts(self, name: str, rows: Any) -> Data:
-        """Data of texts and labels, with the SHA-256 of their JSON. Raises `DataError` for a row that is none."""
+        """Make data of texts and labels, with the SHA-256 of their JSON. Raises `DataError` for an unsuitable row."""
         texts, labels = [], []
         for number, row in enumerate(rows, 1):
             if not isinstance(row, dict) or not isinstance(row.get(self.text), str) or row.get(self.label) is None:
@@ -155,17 +155,17 @@ class Accuracy(Evaluator):
 
 
 def _labels(loaded: LoadedModel, labels: Sequence[Any], many: int, kind: str) -> Tensor:
-    """The first labels as class numbers. Raises `DataError` for one that the model has no class for."""
+    """Return the first labels as class numbers. Raises `DataError` for a label that is not a class of the model."""
     config: Any = loaded.model.config
     if config.num_labels < 2:
-        raise DataError("the model has one output and no classes to tell apart; fidelity fits it")
+        raise DataError("the model has one output and no classes; use the evaluator fidelity")
     found = []
     for place in range(many):
         label = labels[place]
         number = config.label2id.get(label, -1) if isinstance(label, str) else _whole(label)
         if not 0 <= number < config.num_labels:
             raise DataError(
-                f"label {label!r} of {kind} {place} is none of the model's {config.num_labels} classes, "
+                f"label {label!r} of {kind} {place} is not one of the model's {config.num_labels} classes, "
                 f"0 to {config.num_labels - 1}"
             )
         found.append(number)
@@ -173,7 +173,7 @@ def _labels(loaded: LoadedModel, labels: Sequence[Any], many: int, kind: str) ->
 
 
 def _whole(label: Any) -> int:
-    """A whole number of Python, NumPy or torch; -1 for anything else."""
+    """Convert a whole number of Python, NumPy or torch; return -1 for anything else."""
     try:
         return operator.index(label)
     except TypeError:

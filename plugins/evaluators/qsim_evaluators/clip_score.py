@@ -1,4 +1,4 @@
-"""`clip_score(clip, steps, guidance)`: how well a pipeline's images fit the texts that they were made of."""
+"""`clip_score(clip, steps, guidance)`: similarity of a pipeline's images to the texts from which they were made."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from torch import Tensor
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.errors import with_article
-from qsim_evaluators.features import given
+from qsim_evaluators.features import load_given
 from qsim_evaluators.fitting import device
-from qsim_evaluators.pictures import as_bytes, beside
+from qsim_evaluators.pictures import as_bytes, write_side_by_side
 from qsim_evaluators.pixels import pixels
 from qsim_evaluators.prompts import FromTexts
 from qsim_evaluators.text import ROWS, read_file, read_rows
 
 WEIGHT = 100
-"""What the cosine is multiplied by: 100, as torchmetrics has it; the paper says 2.5."""
+"""The factor of the cosine: 100, as in torchmetrics; the paper takes 2.5."""
 
 
 class ClipScore(Evaluator):
     """CLIPScore of text-to-image pipelines (arXiv 2104.08718): 100 max(cos(image, text), 0), the mean over prompts.
 
-    A given CLIP embeds both; it is never quantized, and another one than the pipeline's own says more. Each prompt has
-    noise of its own, which the run's seed draws: the same for the pipeline as it is and for the simulated one. Data are
+    A given CLIP embeds both, and is never quantized. Choose a CLIP that is not part of the pipeline. Each prompt has
+    its own noise, drawn by the run's seed, which is the same for the unquantized and the simulated pipeline. Data are
     a list of prompts.
     """
 
     name = "clip_score"
     metric = "clip_score"
     higher_is_better = True
-    clip: str = Field(description="the CLIP that judges: a directory, or a name on the hub")
-    steps: PositiveInt = Field(25, description="of the path from noise to image")
+    clip: str = Field(description="the CLIP that compares images and texts: a directory, or a name on the hub")
+    steps: PositiveInt = Field(25, description="steps from noise to image")
     guidance: float | None = Field(None, description="scale of classifier-free guidance; none: the pipeline's own")
     column: str = Field("text", description="the column with prompts")
 
     def read(self, source: str, split: str = "test") -> Data:
-        """Prompts: the lines of a text file, or a column of rows: `NAME[:CONFIG[:SPLIT]]`, a file."""
+        """Read prompts: the lines of a text file, or a column of a file of rows or of `NAME[:CONFIG[:SPLIT]]`."""
         path = Path(source).expanduser()
         plain = path.is_file() and path.suffix not in ROWS
         found = (
@@ -53,15 +53,15 @@ class ClipScore(Evaluator):
         return Data(source, prompts, Data.of_text(source, "\n".join(prompts)).sha256)
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
-        """The first prompt, with few steps."""
+        """Return the first prompt, with few steps."""
         return self._made().example(loaded, data.content)
 
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
-        """So many prompts, drawn with their noise, each for a run of all the steps."""
+        """Draw prompts and their noise, each for a run of all steps."""
         return list(self._made().calibration(loaded, data.content, samples, length, seed))
 
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
-        """`clip_score`, NaN if an image is not finite, and the number of `prompts`."""
+        """Compute `clip_score`, which is NaN if an image is not finite, and the number of `prompts`."""
         prompts = data.content[: run.limit]
         judge = _Judge(self.clip, device(loaded))
         images, scores, texts = [], [], iter(prompts)
@@ -74,32 +74,35 @@ class ClipScore(Evaluator):
         return Metrics(samples, counts={"prompts": float(len(prompts))}, outputs=torch.cat(images))
 
     def protocol(self, loaded: LoadedModel) -> str:
-        """The judge and the path in words."""
+        """Describe the CLIP, the steps and the guidance in words."""
         guidance = "the pipeline's own guidance" if self.guidance is None else f"guidance {self.guidance:g}"
         return (
             f"CLIPScore, {WEIGHT} max(cos, 0) by {self.clip}, one image for each prompt, {self.steps} steps, {guidance}"
         )
 
     def save_samples(self, baseline: Tensor, simulated: Tensor, directory: Path) -> None:
-        """`samples.png`: the baseline's images on the left, the simulated model's on the right, in the same order."""
-        beside(baseline, simulated, directory / "samples.png")
+        """Write `samples.png`: the baseline's images on the left, those of the simulated model on the right."""
+        write_side_by_side(baseline, simulated, directory / "samples.png")
 
     def _made(self) -> FromTexts:
         return FromTexts(self.name, self.steps, self.guidance)
 
 
 class _Judge:
-    """A CLIP and what prepares its inputs."""
+    """A CLIP with its processor and its tokenizer."""
 
     def __init__(self, name: str, where: torch.device) -> None:
-        self.loaded = given(name, where)
+        self.loaded = load_given(name, where)
         self.model: Any = self.loaded.model
         both = hasattr(self.model, "get_image_features") and hasattr(self.model, "get_text_features")
         if not both or self.loaded.processor is None or self.loaded.tokenizer is None:
             raise DataError(f"{name}, {with_article(type(self.model).__name__)}, does not embed both images and texts")
 
     def cosine(self, images: Tensor, texts: list[str]) -> Tensor:
-        """`[images]` in float64, of uint8 images `[images, 3, height, width]` and as many texts; long ones are cut."""
+        """Compute the cosine of each uint8 image `[images, 3, height, width]` and its text: `[images]` in float64.
+
+        Texts that are too long are cut off.
+        """
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.loaded.tokenizer(
             texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"

@@ -1,4 +1,4 @@
-"""How a causal model goes on from a prompt: sampling that draws from a counter, and texts that stop it."""
+"""Complete prompts with a causal model: sampling with counter-based random numbers, and texts that end completions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from qsim_core.formats.random_bits import at, uniform
 from qsim_evaluators.fitting import device
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""What begins after a function's end (Chen et al., arXiv 2107.03374, section 3.2)."""
+"""Texts that show the end of a function (Chen et al., arXiv 2107.03374, section 3.2)."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; a temperature of 0 takes the likeliest."""
+    """Options of drawing tokens. A temperature of 0 takes the likeliest token."""
 
     temperature: float
     top_p: float
@@ -30,10 +30,11 @@ class Sampling:
 def complete(
     loaded: LoadedModel, prompt: Tensor, many: int, sampling: Sampling, site: str, batch_size: int
 ) -> list[str]:
-    """`many` completions of one prompt `[tokens]`, each up to the first stop.
+    """Return `many` completions of one prompt `[tokens]`, each up to the first stop.
 
-    A batch has one prompt, so none is padded; what is done waits on pad tokens for the others. A completion depends on
-    seed, `site` and its number, not on the batch, nor on torch's global random state.
+    A batch has only one prompt, so prompts are not padded. Finished completions get pad tokens until the others end. A
+    completion depends on the seed, on `site` and on its number. It does not depend on the batch or on torch's global
+    random state.
     """
     written = []
     for first in range(0, many, batch_size):
@@ -42,8 +43,8 @@ def complete(
     return written
 
 
-def cut(text: str, stop: tuple[str, ...]) -> str:
-    """The text before the first stop."""
+def before_stop(text: str, stop: tuple[str, ...]) -> str:
+    """Return the text before the first stop."""
     return text[: min((place for end in stop if (place := text.find(end)) >= 0), default=len(text))]
 
 
@@ -55,7 +56,7 @@ def _batch(loaded: LoadedModel, prompt: Tensor, rows: range, sampling: Sampling,
         TopPLogitsWarper,
     )
 
-    ends = _ends(loaded)
+    ends = _end_tokens(loaded)
     pad = next((token for token in (loaded.tokenizer.pad_token_id, *ends) if token is not None), 0)
 
     def decode(tokens: list[int]) -> str:
@@ -64,11 +65,14 @@ def _batch(loaded: LoadedModel, prompt: Tensor, rows: range, sampling: Sampling,
     before = decode(prompt.tolist())
 
     def texts(tokens: Tensor) -> list[str]:
-        """What each row adds to the prompt's text: a tokenizer may read the first token differently on its own."""
-        return [decode(row)[len(before) :] for row in _ended(tokens.tolist(), len(prompt), ends)]
+        """Return the text that each row adds to the prompt.
+
+        Prompt and completion are decoded together, because a tokenizer may decode a first token differently.
+        """
+        return [decode(row)[len(before) :] for row in _cut_at_end(tokens.tolist(), len(prompt), ends)]
 
     def stopped(tokens: Tensor, scores: Any, **options: Any) -> Tensor:
-        found = [cut(text, sampling.stop) != text for text in texts(tokens)]
+        found = [before_stop(text, sampling.stop) != text for text in texts(tokens)]
         return torch.tensor(found, device=tokens.device)
 
     def drawn(tokens: Tensor, scores: Tensor) -> Tensor:
@@ -89,11 +93,11 @@ def _batch(loaded: LoadedModel, prompt: Tensor, rows: range, sampling: Sampling,
         logits_processor=processors,
         stopping_criteria=StoppingCriteriaList([stopped]),
     )
-    return [cut(text, sampling.stop) for text in texts(tokens)]
+    return [before_stop(text, sampling.stop) for text in texts(tokens)]
 
 
 def _configuration(sampling: Sampling, ends: list[int], pad: int) -> Any:
-    """Every setting by name, or the checkpoint's own would fill it in; it is a processor that draws."""
+    """Set every option, so that the checkpoint's own options do not apply. The processor `drawn` draws the tokens."""
     from transformers import GenerationConfig
 
     return GenerationConfig(
@@ -111,14 +115,14 @@ def gumbel(like: Tensor, site: str, step: int, seed: int) -> Tensor:
         return -(uniform(like, seed).double() + 2.0**-25).log().neg().log()
 
 
-def _ends(loaded: LoadedModel) -> list[int]:
-    """The tokens that end a text: the checkpoint's, else the tokenizer's."""
+def _end_tokens(loaded: LoadedModel) -> list[int]:
+    """Return the tokens that end a text: the checkpoint's, or the tokenizer's if the checkpoint has none."""
     model: Any = loaded.model
     ends = model.generation_config.eos_token_id
     ends = loaded.tokenizer.eos_token_id if ends is None else ends
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
-def _ended(rows: list[list[int]], start: int, ends: list[int]) -> list[list[int]]:
-    """Rows up to their first end from `start` on."""
+def _cut_at_end(rows: list[list[int]], start: int, ends: list[int]) -> list[list[int]]:
+    """Cut rows off at their first end token from `start` on."""
     return [row[: next((i for i in range(start, len(row)) if row[i] in ends), len(row))] for row in rows]

@@ -1,9 +1,10 @@
-"""What runs in the sandbox's own process: it gives up what it could do harm with, then runs one program.
+"""Script of the sandbox's process: it gives up all rights that could do harm, then runs one program.
 
-A script of the standard library alone; `sandbox` starts it. Two mechanisms of the Linux kernel confine the process,
-neither of which it can take back, root or not. Resource limits bound its memory and processor time. A seccomp filter
-(man 2 seccomp) lets only those system calls through that Python needs to compute, import and read files: all others,
-and these with arguments that write, fail with EPERM. What is not in `CALLS` is refused: new calls of later kernels too.
+The script needs only the standard library; `sandbox` starts it. Two mechanisms of the Linux kernel confine the process.
+The process cannot undo them, even as root. Resource limits bound its memory and processor time. A seccomp filter (man 2
+seccomp) allows only the system calls that Python needs to compute, import and read files. All other calls fail with
+EPERM, and so do these calls with arguments that write. Calls that are not in `CALLS` or `GUARDED` are refused, also new
+calls of later kernels.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ SECCOMP_MODE_FILTER = 2
 KILL_PROCESS, ERRNO, ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
 EPERM = 1
 LOAD, EQUAL, ANY_BIT, RETURN = 0x20, 0x15, 0x45, 0x06
-"""BPF: load a word of the call's data; jump if it equals, if it has a bit of, a constant; answer."""
+"""BPF: load a word of the call's data; jump if it equals a constant; jump if it shares a bit with one; return."""
 NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16
-"""Where they stand in the kernel's `struct seccomp_data`, an argument in 8 bytes, its low half first."""
+"""Offsets in the kernel's `struct seccomp_data`. An argument has 8 bytes, its low half first."""
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | 0o20000000
-"""Flags of open that write; the last is O_TMPFILE's own bit."""
+"""Flags with which open writes. The last one is the bit that only O_TMPFILE has."""
 HARMLESS_FCNTL = (0, 1, 2, 3, 1030)
-"""F_DUPFD, F_GETFD, F_SETFD, F_GETFL and F_DUPFD_CLOEXEC; others send signals, change locks, leases and pipes."""
+"""F_DUPFD, F_GETFD, F_SETFD, F_GETFL and F_DUPFD_CLOEXEC. Others send signals, or change locks, leases and pipes."""
 HARMLESS_ADVICE = (0, 1, 2, 3, 4, 8, 14, 15)
-"""From MADV_NORMAL to MADV_DONTNEED, MADV_FREE and huge pages; root's MADV_HWPOISON takes memory from others."""
+"""MADV_NORMAL to MADV_DONTNEED, MADV_FREE and huge pages. With MADV_HWPOISON, root takes memory from processes."""
 LONGEST_REASON = 200
 
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-"""The column of `CALLS`, and the kernel's AUDIT_ARCH."""
+"""For each machine, the column of `CALLS` and the kernel's AUDIT_ARCH."""
 CALLS: dict[str, tuple[int | None, int | None]] = {
     "read": (0, 63), "readv": (19, 65), "pread64": (17, 67), "write": (1, 64), "writev": (20, 66), "close": (3, 57),
     "lseek": (8, 62), "dup": (32, 23), "stat": (4, None), "fstat": (5, 80), "lstat": (6, None),
@@ -52,15 +53,15 @@ CALLS: dict[str, tuple[int | None, int | None]] = {
     "getgid": (104, 176), "getegid": (108, 177), "uname": (63, 160), "sysinfo": (99, 179), "getrlimit": (97, 163),
     "getrusage": (98, 165), "getrandom": (318, 278), "exit": (60, 93), "exit_group": (231, 94),
 }  # fmt: skip
-"""Calls with any arguments, and their numbers."""
+"""Calls that are allowed with any arguments, with their numbers on both architectures."""
 GUARDED: dict[str, tuple[int | None, int | None]] = {
     "open": (2, None), "openat": (257, 56), "fcntl": (72, 25), "madvise": (28, 233), "prlimit64": (302, 261),
 }  # fmt: skip
-"""Calls with harmless arguments only; openat2's are in memory, where no filter can look."""
+"""Calls that are allowed with harmless arguments. A filter cannot read those of openat2, which are in memory."""
 
 
 def main() -> None:
-    """Read a request from standard input, run its program, and write on standard output how it ended."""
+    """Read a request from standard input, run its program, and write its result to standard output."""
     request = json.load(sys.stdin)
     answer, nowhere = os.dup(1), os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
@@ -72,11 +73,11 @@ def main() -> None:
     except Unconfined as error:
         report = {"unconfined": str(error)}
     os.write(answer, (request["token"] + json.dumps(report)).encode())
-    os._exit(0)  # what the program has left behind, to run at the end, does not run
+    os._exit(0)  # skips exit handlers of the program
 
 
 def run(text: str) -> str | None:
-    """Run a program as a module of its own: the error that ended it, none if it came to its end."""
+    """Run a program as a separate module. Return the error that ended it; None if it reached its end."""
     module = types.ModuleType("program")
     sys.modules["program"] = module
     try:
@@ -87,16 +88,16 @@ def run(text: str) -> str | None:
 
 
 class Unconfined(Exception):
-    """The kernel does not do what was asked of it."""
+    """The kernel does not confine the process."""
 
 
 def confine(seconds: int, memory: int) -> None:
-    """Give up, for good, all but `memory` bytes, `seconds` of processor time and the calls above."""
+    """Confine the process for good to `memory` bytes, `seconds` of processor time and the calls above."""
     machine = platform.machine()
     if machine not in ARCHITECTURES:
         raise Unconfined(f"seccomp filters are written for {' and '.join(ARCHITECTURES)}, and this is {machine}")
     for what, soft, hard in (
-        (resource.RLIMIT_CPU, seconds, seconds + 1),  # SIGXCPU, and SIGKILL for who does not heed it
+        (resource.RLIMIT_CPU, seconds, seconds + 1),  # SIGXCPU, then SIGKILL if it is ignored
         (resource.RLIMIT_AS, memory, memory),
         (resource.RLIMIT_FSIZE, 0, 0),
         (resource.RLIMIT_CORE, 0, 0),
@@ -114,7 +115,7 @@ def confine(seconds: int, memory: int) -> None:
 
 
 def filtering(machine: str) -> bytes:
-    """The filter as BPF, 8 bytes an instruction."""
+    """Build the filter in BPF, with 8 bytes for each instruction."""
     column, architecture = ARCHITECTURES[machine]
     allow, refuse = _instruction(RETURN, ALLOW), _instruction(RETURN, ERRNO | EPERM)
 
@@ -137,7 +138,7 @@ def filtering(machine: str) -> bytes:
         "openat": (low(2), *unless_writing),
         "fcntl": one_of(1, HARMLESS_FCNTL),
         "madvise": one_of(2, HARMLESS_ADVICE),
-        "prlimit64": (low(0), *zero, low(2), *zero, high(2), *zero, allow),  # reads a limit of its own, sets none
+        "prlimit64": (low(0), *zero, low(2), *zero, high(2), *zero, allow),  # may read its own limits
     }
     parts = [
         _instruction(LOAD, ARCHITECTURE),

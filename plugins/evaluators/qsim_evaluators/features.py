@@ -1,4 +1,4 @@
-"""Features of images, by a model that is given: it is never quantized, and measures what another one makes."""
+"""Features of images, computed by a given model that is never quantized."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from qsim_core.evaluation.locate import locate
 from qsim_evaluators.pixels import picture, pixels
 
 Features = Callable[[Sequence[Any]], Tensor]
-"""From images, as `pixels` takes them, to `[images, width]` in float32 on the CPU."""
+"""A function from images, in the forms that `pixels` takes, to features `[images, width]` in float32 on the CPU."""
 EXPORTED = ".pt2"
 
 
-def given(name: str, device: torch.device) -> LoadedModel:
-    """A model of the zoo, of a directory or of the hub, in float32. Raises `ModelError`."""
+def load_given(name: str, device: torch.device) -> LoadedModel:
+    """Load a model of the zoo, of a directory or of the hub in float32. Raises `ModelError`."""
     located = locate(name, installed())
     loaded = located.adapter.load(located.source, torch.float32)
     loaded.model.to(device)
@@ -30,20 +30,20 @@ def given(name: str, device: torch.device) -> LoadedModel:
 
 
 def features(name: str, device: torch.device) -> Features:
-    """The features of a vision model of transformers: the mean of its last hidden states over all positions.
+    """Return a function that computes features: the mean of a vision model's last hidden states over all positions.
 
-    Of a network of convolutions that is what FID takes of Inception. A program that `torch.export` saved, a file that
-    ends in `.pt2`, takes RGB images of one size, uint8 `[images, 3, height, width]`, and gives the features itself.
-    Raises `ModelError` and `DataError`.
+    For a convolutional network these are the features that FID takes from Inception. The model may also be a program
+    that `torch.export` saved in a `.pt2` file. It takes RGB images of one size, uint8 `[images, 3, height, width]`, and
+    returns the features. Raises `ModelError` and `DataError`.
     """
     if Path(name).suffix == EXPORTED:
         return _of_program(name, device)
-    loaded = given(name, device)
+    loaded = load_given(name, device)
     model: Any = loaded.model
     base = getattr(model, "base_model", model)
     encoder = getattr(base, "vision_model", base)
     if getattr(encoder, "main_input_name", None) != "pixel_values" or loaded.processor is None:
-        raise DataError(f"features of images cannot come from {name}, a {type(model).__name__}: it encodes no images")
+        raise DataError(f"{name}, a {type(model).__name__}, cannot give features: it does not encode images")
 
     def found(images: Sequence[Any]) -> Tensor:
         with torch.no_grad():
@@ -53,8 +53,8 @@ def features(name: str, device: torch.device) -> Features:
     return found
 
 
-def described(name: str) -> str:
-    """Which features they are, in words."""
+def describe(name: str) -> str:
+    """Describe the features in words."""
     if Path(name).suffix == EXPORTED:
         return f"the outputs of {name}"
     return f"the last hidden states of {name}, averaged over positions"
@@ -63,7 +63,7 @@ def described(name: str) -> str:
 def _of_program(name: str, device: torch.device) -> Features:
     try:
         program = torch.export.load(Path(name).expanduser()).module().to(device)
-    except Exception as error:  # a file can be wrong in as many ways as there are parts of a program
+    except Exception as error:  # torch raises errors of many classes
         raise DataError(f"{name} cannot be loaded as a program that torch.export saved: {one_line(error)}") from None
 
     def found(images: Sequence[Any]) -> Tensor:
@@ -72,9 +72,9 @@ def _of_program(name: str, device: torch.device) -> Features:
             batch = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
             with torch.no_grad():
                 outputs = program(batch.to(device))
-        except Exception as error:  # it says in words of its own that it takes other shapes
+        except Exception as error:  # a program raises its own error for other shapes
             shape = " by ".join(map(str, arrays[0].shape))
-            raise DataError(f"{name} takes no {len(arrays)} images of {shape}: {one_line(error)}") from None
+            raise DataError(f"{name} does not take {len(arrays)} images of {shape}: {one_line(error)}") from None
         if not isinstance(outputs, Tensor) or outputs.dim() != 2 or len(outputs) != len(arrays):
             raise DataError(f"{name} should give one row of features for each image, [images, width]")
         return outputs.float().cpu()

@@ -1,4 +1,4 @@
-"""Which evaluator fits which model, by what the model's class is called."""
+"""Choose evaluators for a model by the name of the model's class."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ FITS = {
     "frechet": ("UNet2DModel",),
     "retrieval": ("BertModel", "AlbertModel", "RobertaModel", "MPNetModel", "ElectraModel"),
 }
-"""Ends of class names, the narrowest first; of two evaluators for one class the first is the one that is made for it.
-A class of another name is taken at its word."""
+"""Endings of class names for each evaluator. Of two evaluators for one class, the first is the default.
+
+A model whose class has another name may be used with every evaluator."""
 NEEDS = {
     "perplexity": ("tokenizer", "a tokenizer"),
     "pass_at_k": ("tokenizer", "a tokenizer"),
@@ -31,44 +32,44 @@ NEEDS = {
     "frechet": ("processor", "a scheduler"),
     "retrieval": ("tokenizer", "a tokenizer"),
 }
-"""What an evaluator cannot do without: the field of a loaded model, and what it is called."""
+"""The part of a loaded model that an evaluator needs: the name of its field, and its name in messages."""
 
 
 def check(evaluator: str, loaded: LoadedModel) -> None:
-    """Raise `DataError`, saying what fits, unless an evaluator can be used on a model."""
+    """Raise `DataError` if an evaluator does not fit a model; the message lists evaluators that fit."""
     name, fit = type(loaded.model).__name__, fitting(loaded)
     if fit and evaluator not in fit:
         raise DataError(f"{evaluator} does not fit {with_article(name)}; {', '.join(fit)} and fidelity do")
-    need(evaluator, loaded, *NEEDS.get(evaluator, ("model", "")))
+    require(evaluator, loaded, *NEEDS.get(evaluator, ("model", "")))
 
 
-def need(evaluator: str, loaded: LoadedModel, field: str, called: str) -> None:
-    """Raise `DataError` for what an evaluator cannot do without, if the model was loaded without it."""
+def require(evaluator: str, loaded: LoadedModel, field: str, called: str) -> None:
+    """Raise `DataError` if the model was loaded without a part that the evaluator needs."""
     if getattr(loaded, field) is None:
         raise DataError(f"{evaluator} needs {called}, and this {type(loaded.model).__name__} was loaded without one")
 
 
-def best(loaded: LoadedModel) -> str | None:
-    """The evaluator that is made for a model like this, if its class tells."""
+def default_evaluator(loaded: LoadedModel) -> str | None:
+    """Return the default evaluator for a model; None if its class is unknown."""
     return next(iter(fitting(loaded)), None)
 
 
 def fitting(loaded: LoadedModel) -> list[str]:
-    """Every evaluator that is made for a model like this, the one of its field first."""
+    """List the evaluators for a model, the default first; empty if its class is unknown."""
     return [evaluator for evaluator, ends in FITS.items() if type(loaded.model).__name__.endswith(ends)]
 
 
 def device(loaded: LoadedModel) -> torch.device:
-    """Where the model computes."""
+    """Return the device on which the model computes."""
     return computes_on(loaded.model)
 
 
 def dtype(loaded: LoadedModel) -> torch.dtype:
-    """In what it computes."""
+    """Return the dtype in which the model computes."""
     return next(loaded.model.parameters()).dtype
 
 
 def longest(loaded: LoadedModel, otherwise: int) -> int:
-    """How many tokens the model takes."""
+    """Return the number of tokens that the model takes at most, or `otherwise` if its configuration has none."""
     config: Any = loaded.model.config
     return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or otherwise)

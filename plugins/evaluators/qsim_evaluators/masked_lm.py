@@ -1,4 +1,4 @@
-"""`masked_lm(seqlen, share, seed)`: how well a model guesses tokens that it does not see."""
+"""`masked_lm(seqlen, share, seed)`: perplexity and accuracy of a model that predicts masked tokens."""
 
 from __future__ import annotations
 
@@ -12,51 +12,52 @@ from torch import Tensor
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.evaluation.metrics import Means
 from qsim_evaluators.fitting import check, device, longest
-from qsim_evaluators.text import cut, draw, read_text
+from qsim_evaluators.text import cut_windows, draw_windows, read_text
 
 LONGEST = 512
 IGNORED = -100
-"""The label that transformers leaves out of a loss."""
+"""The label of tokens that transformers leaves out of a loss."""
 
 
 class MaskedLM(Evaluator):
-    """exp of the mean negative log-likelihood of masked tokens, over windows of the whole text, and their accuracy.
+    """exp of the mean negative log-likelihood of masked tokens over windows of the whole text, and their accuracy.
 
-    The text is tokenized in one piece, cut into windows of `seqlen` tokens with the tokenizer's first and last token
-    around each; a rest that fills no window is dropped. In each window the same number of tokens, `share` of them,
-    are masked, at places drawn by `seed` alone: BERT's 15% (arXiv 1810.04805), every one of them by the mask token.
+    The text is tokenized in one piece and cut into windows. A window has `seqlen` tokens, including the tokenizer's
+    first and last token. A remainder that fills no window is dropped. In each window the same number of tokens, `share`
+    of them, is replaced by the mask token. Only `seed` determines their places. The default is BERT's 15% (arXiv
+    1810.04805).
     """
 
     name = "masked_lm"
     metric = "masked_perplexity"
-    seqlen: int | None = Field(None, ge=3, description="tokens of a window; none: what the model takes, 512 at most")
-    share: float = Field(0.15, gt=0, lt=1, description="of the tokens that are masked")
-    seed: int = Field(0, description="draws the places, the same in every run")
+    seqlen: int | None = Field(None, ge=3, description="tokens of a window; none: the model's maximum, 512 at most")
+    share: float = Field(0.15, gt=0, lt=1, description="share of the tokens that are masked")
+    seed: int = Field(0, description="seed of the masked places, the same in every run")
 
     def read(self, source: str, split: str = "test") -> Data:
-        """Text from a file, or from `datasets`: `NAME[:CONFIG[:SPLIT]]` or a directory of data files."""
+        """Read text from a file, or from `datasets`: `NAME[:CONFIG[:SPLIT]]` or a directory of data files."""
         return read_text(source, "a masked language model", split)
 
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
-        """Windows at random places of the text, masked like those that are measured, one in a batch."""
+        """Draw windows at random places of the text, masked as in the evaluation, one in a batch."""
         length = self._length(loaded, length)
-        windows = torch.cat(draw(self._tokens(loaded, data), samples, length - 2, seed, data.name))
+        windows = torch.cat(draw_windows(self._tokens(loaded, data), samples, length - 2, seed, data.name))
         seen, _ = self._masked(loaded, windows, seed)
         return [self._batch(loaded, window) for window in seen.split(1)]
 
     def training(self, loaded: LoadedModel, data: Data, length: int | None) -> list[dict[str, Tensor]]:
-        """Non-overlapping windows of the text, masked like those that are measured; what is masked is to be found."""
+        """Cut the text into windows, masked as in the evaluation. The labels are the masked tokens."""
         inner = self._length(loaded, length) - 2
-        seen, labels = self._masked(loaded, cut(self._tokens(loaded, data), inner, data.name), self.seed)
+        seen, labels = self._masked(loaded, cut_windows(self._tokens(loaded, data), inner, data.name), self.seed)
         wanted = torch.where(labels < 0, IGNORED, labels)
         return [{"input_ids": ids, "labels": of} for ids, of in zip(seen, wanted, strict=True)]
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
-        """The first window, masked."""
+        """Return the first window, masked."""
         return self._batch(loaded, self._windows(loaded, data)[0][:1])
 
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
-        """`masked_perplexity`, `nll` (nats per masked token), `accuracy` (of the likeliest), and `tokens` masked."""
+        """Compute `masked_perplexity`, `nll` (nats per masked token) and `accuracy`, and count masked `tokens`."""
         seen, labels = (part[: run.limit] for part in self._windows(loaded, data))
         batches = list(zip(seen.split(run.batch_size), labels.split(run.batch_size), strict=True))
         found = []
@@ -75,7 +76,7 @@ class MaskedLM(Evaluator):
         return Metrics({"nll": nll, "accuracy": right}, metrics, counts={"tokens": float((labels >= 0).sum())})
 
     def protocol(self, loaded: LoadedModel) -> str:
-        """The windows and the mask in words."""
+        """Describe the windows and the mask in words."""
         return (
             f"perplexity of masked tokens, {self.share:.0%} of each non-overlapping window of {self._length(loaded)} "
             f"tokens of the concatenated text, places drawn by seed {self.seed}"
@@ -96,7 +97,7 @@ class MaskedLM(Evaluator):
         return torch.tensor(loaded.tokenizer(data.content, add_special_tokens=False, verbose=False).input_ids)
 
     def _windows(self, loaded: LoadedModel, data: Data) -> tuple[Tensor, Tensor]:
-        """`[windows, seqlen]` tokens with masks among them, and the answers, -1 where there is none."""
+        """Return tokens `[windows, seqlen]` with masks, and the true tokens, -1 where a token is not masked."""
         inner, tokens = self._length(loaded) - 2, self._tokens(loaded, data)
         if len(tokens) < inner:
             raise DataError(

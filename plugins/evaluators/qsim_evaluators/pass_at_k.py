@@ -1,4 +1,4 @@
-"""`pass_at_k(k, samples)`: how often programs that a model writes do what they should (HumanEval)."""
+"""`pass_at_k(k, samples)`: share of programming problems that a model solves in k attempts (HumanEval)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, QsimErro
 from qsim_evaluators import sandbox
 from qsim_evaluators.completing import STOPS, Sampling, complete
 from qsim_evaluators.fitting import check, device, longest
-from qsim_evaluators.text import draw, holds_lines, read_lines, read_rows, tokens_of
+from qsim_evaluators.text import draw_windows, holds_lines, read_lines, read_rows, tokens_of
 
 LONGEST = 2048
 NEEDED = ("prompt", "test", "entry_point")
@@ -24,39 +24,42 @@ OPTIONAL = ("task_id", "canonical_solution")
 
 
 class PassAtK(Evaluator):
-    """The chance that one of k programs passes a problem's tests, as Chen et al. estimate it (arXiv 2107.03374, eq. 1).
+    """The chance that one of k programs passes a problem's tests (Chen et al., arXiv 2107.03374, eq. 1).
 
-    A model goes on from `prompt`, `samples` times, each completion ends before the first of `stop`, and the program
-    `prompt + completion + test`, followed by `check(entry_point)`, passes if it comes to its end. Of n samples, c of
-    which pass, `pass@k` is the mean over problems of 1 - C(n - c, k) / C(n, k). It needs `Run.allow_code_execution`,
-    and runs programs in `sandbox` alone. Sampling draws by the run's seed, the problem, the sample and the token, and
-    so the same for a model as it is and under a recipe. Data are a mapping with `prompt`, `test` and `entry_point`,
-    and perhaps `task_id` and `canonical_solution`, of each a list of texts.
+    The model completes `prompt` `samples` times. Each completion ends before the first of `stop`. The program is
+    `prompt + completion + test`, followed by `check(entry_point)`. It passes if it reaches its end. If c of n samples
+    pass, `pass@k` is the mean over problems of 1 - C(n - c, k) / C(n, k).
+
+    The evaluator needs `Run.allow_code_execution`, and runs programs only in `sandbox`. Random numbers depend on the
+    run's seed, the problem, the sample and the token. So they are the same for the unquantized and the simulated model.
+
+    Data are a mapping with `prompt`, `test` and `entry_point`, and optionally `task_id` and `canonical_solution`. Each
+    is a list of texts.
     """
 
     name = "pass_at_k"
     metric = "pass@1"
     higher_is_better = True
-    k: tuple[PositiveInt, ...] = Field((1, 10), description="programs of which one has to pass; 1 is always among them")
+    k: tuple[PositiveInt, ...] = Field((1, 10), description="numbers of attempts to solve a problem; 1 is always added")
     samples: PositiveInt = Field(20, description="completions of each problem")
-    temperature: NonNegativeFloat = Field(0.2, description="of sampling; 0 takes the likeliest token")
-    top_p: float = Field(0.95, gt=0, le=1, description="the likeliest tokens of so much probability are drawn from")
+    temperature: NonNegativeFloat = Field(0.2, description="temperature of sampling; 0 takes the likeliest token")
+    top_p: float = Field(0.95, gt=0, le=1, description="tokens are drawn from the likeliest with this probability")
     max_new_tokens: PositiveInt = Field(512, description="tokens of a completion at most")
     stop: tuple[str, ...] = Field(STOPS, description="texts before which a completion ends")
-    timeout: PositiveInt = Field(3, description="seconds of processor time of a program, four times as many in all")
+    timeout: PositiveInt = Field(3, description="seconds of processor time of a program; wall-clock time is four times")
 
     @model_validator(mode="after")
     def _fits(self) -> PassAtK:
         if max(self.k, default=1) > self.samples:
             raise ValueError(f"pass@{max(self.k)} takes {max(self.k)} samples of a problem, not {self.samples}")
         if self.temperature == 0 and self.samples > 1:
-            raise ValueError(f"at temperature=0 all {self.samples} samples are one; say samples=1 and k=[1]")
+            raise ValueError(f"at temperature=0 all {self.samples} samples are equal; set samples=1 and k=[1]")
         if "" in self.stop:
-            raise ValueError("an empty text stops every completion at once")
+            raise ValueError("an empty stop text would end every completion at once")
         return self
 
     def read(self, source: str, split: str = "test") -> Data:
-        """Problems from a file of rows, of JSON lines as `.gz` too, or from `datasets`."""
+        """Read problems from a file of rows, from JSON lines (also `.gz`), or from `datasets`."""
         path = Path(source).expanduser()
         if holds_lines(path):
             return problems(source, read_lines(path))
@@ -64,23 +67,23 @@ class PassAtK(Evaluator):
         return problems(source, [dict(row) for row in rows])
 
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
-        """Windows at random places of all prompts with their canonical solutions, joined by blank lines."""
+        """Draw windows at random places of all prompts with their canonical solutions, joined by blank lines."""
         most = longest(loaded, LONGEST)
         length = length or most
         if length > most:
             raise DataError(f"calibration windows of {length} tokens: the model takes {most} at most")
         content = self._content(loaded, data)
         texts = [p + s for p, s in zip(content["prompt"], content["canonical_solution"], strict=True)]
-        windows = draw(tokens_of(loaded, "\n\n".join(texts)), samples, length, seed, data.name)
+        windows = draw_windows(tokens_of(loaded, "\n\n".join(texts)), samples, length, seed, data.name)
         return [{"input_ids": window.to(device(loaded)), "use_cache": False} for window in windows]
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
-        """The first prompt."""
+        """Return the first prompt."""
         tokens = tokens_of(loaded, self._content(loaded, data)["prompt"][0])
         return {"input_ids": tokens.unsqueeze(0).to(device(loaded)), "use_cache": False}
 
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
-        """`pass@k` for each k, and the number of `problems`; completions and verdicts as `outputs`."""
+        """Compute `pass@k` for each k, and the number of `problems`. `outputs` has completions and verdicts."""
         if not run.allow_code_execution:
             raise QsimError(
                 "pass_at_k runs programs that the model writes; allow it with --allow-code-execution "
@@ -110,7 +113,7 @@ class PassAtK(Evaluator):
         return Metrics(estimates, counts={"problems": float(len(places))}, outputs=outputs)
 
     def protocol(self, loaded: LoadedModel) -> str:
-        """Sampling, stops and the estimate in words."""
+        """Describe sampling, stops and the estimate in words."""
         if self.temperature == 0:
             drawn = "the greedy completion of each prompt as it is"
         else:
@@ -123,7 +126,7 @@ class PassAtK(Evaluator):
         )
 
     def save_samples(self, baseline: Any, simulated: Any, directory: Path) -> None:
-        """`baseline.jsonl` and `simulated.jsonl`: `task_id`, `completion` and `verdict` of each sample."""
+        """Write `task_id`, `completion` and `verdict` of each sample to `baseline.jsonl` and `simulated.jsonl`."""
         for name, outputs in (("baseline", baseline), ("simulated", simulated)):
             text = "".join(json.dumps(output) + "\n" for output in outputs)
             (directory / f"{name}.jsonl").write_text(text, encoding="utf-8")
@@ -140,7 +143,7 @@ class PassAtK(Evaluator):
         return {column: data.content.get(column, [""] * len(data.content["prompt"])) for column in NEEDED + OPTIONAL}
 
     def _check_lengths(self, loaded: LoadedModel, content: dict[str, list[str]], prompts: list[torch.Tensor]) -> None:
-        """Tell before hours have gone by that a prompt and its completion do not fit."""
+        """Raise `DataError` before the first completion if the longest prompt and its completion do not fit."""
         most, place = longest(loaded, LONGEST), max(range(len(prompts)), key=lambda place: len(prompts[place]))
         if (length := len(prompts[place])) + self.max_new_tokens > most:
             raise DataError(
@@ -150,9 +153,10 @@ class PassAtK(Evaluator):
 
 
 def estimate(n: int, c: int, k: int) -> float:
-    """1 - C(n - c, k) / C(n, k), unbiased for the chance that one of k passes if c of n did (arXiv 2107.03374, eq. 1).
+    """Compute 1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, eq. 1).
 
-    Taken as 1 - Π (1 - k / i) over i from n - c + 1 to n: no factor is large.
+    This is the unbiased estimate of the chance that one of k samples passes, if c of n have passed. It is computed as
+    1 - Π (1 - k / i) over i from n - c + 1 to n, so that no factor is large.
     """
     if n - c < k:
         return 1.0
@@ -160,7 +164,7 @@ def estimate(n: int, c: int, k: int) -> float:
 
 
 def problems(name: str, rows: list[dict[str, Any]]) -> Data:
-    """Data of problems, with the SHA-256 of their JSON. Raises `DataError` if one lacks what it needs."""
+    """Make data of problems, with the SHA-256 of their JSON. Raises `DataError` if a problem lacks a needed text."""
     if not rows:
         raise DataError(f"{name} has no problems")
     for number, row in enumerate(rows, 1):

@@ -1,4 +1,4 @@
-"""`perplexity(seqlen, stride)`: how well a language model predicts the next token, word and byte."""
+"""`perplexity(seqlen, stride)`: perplexity of a causal language model per token, word and byte."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.evaluation.metrics import Means
 from qsim_evaluators.fitting import check, device, longest
-from qsim_evaluators.text import cut, draw, read_text, tokens_of
+from qsim_evaluators.text import cut_windows, draw_windows, read_text, tokens_of
 
 LONGEST = 2048
 
@@ -22,55 +22,55 @@ LONGEST = 2048
 class Perplexity(Evaluator):
     """exp of the mean negative log-likelihood per predicted token, over windows of the whole text.
 
-    The text is tokenized in one piece and cut into windows of `seqlen` tokens, one every `stride`; a rest that
-    fills no window is dropped, and a window's first token is context only. With `stride` equal to `seqlen`, the
-    default, this is the protocol of GPTQ's evaluation (arXiv 2210.17323); a smaller stride counts each later
-    window's last `stride` tokens. Logits are turned into log-probabilities in float32 and summed in float64.
+    The text is tokenized in one piece and cut into windows of `seqlen` tokens, one every `stride` tokens. A remainder
+    that fills no window is dropped. The first token of a window is only context. By default `stride` equals `seqlen`:
+    this is the protocol of GPTQ's evaluation (arXiv 2210.17323). With a smaller stride, only the last `stride` tokens
+    of each later window count. Log-probabilities are computed in float32 and summed in float64.
 
-    Perplexity per word and per byte are lm-eval's: words are what white space separates, bytes are UTF-8's. They do not
-    depend on the tokenizer. Here they are what the text's tokens would cost at the mean of those that were predicted.
+    Perplexity per word and per byte follow lm-eval: words are separated by white space, bytes are those of UTF-8. They
+    do not depend on the tokenizer. Tokens that are not predicted count with the mean of the others.
     """
 
     name = "perplexity"
     metric = "perplexity"
-    seqlen: PositiveInt | None = Field(None, description="tokens of a window; none: what the model takes, 2048 at most")
+    seqlen: PositiveInt | None = Field(None, description="tokens of a window; none: the model's maximum, 2048 at most")
     stride: PositiveInt | None = Field(None, description="tokens from one window to the next; none: seqlen")
 
     @model_validator(mode="after")
     def _fits(self) -> Perplexity:
         if self.seqlen is not None and self.seqlen < 2:
-            raise ValueError(f"a window of {self.seqlen} token predicts nothing; seqlen is at least 2")
+            raise ValueError(f"a window of {self.seqlen} token has no token to predict; seqlen is at least 2")
         if self.seqlen is not None and self.stride is not None and self.stride > self.seqlen:
             raise ValueError(f"a stride of {self.stride} would leave tokens out between windows of {self.seqlen}")
         return self
 
     def read(self, source: str, split: str = "test") -> Data:
-        """Text from a file, or from `datasets`: `NAME[:CONFIG[:SPLIT]]` or a directory of data files."""
+        """Read text from a file, or from `datasets`: `NAME[:CONFIG[:SPLIT]]` or a directory of data files."""
         return read_text(source, "perplexity", split)
 
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
-        """Windows at random places of the text, as GPTQ draws them, one in a batch: `samples` of `length` tokens."""
+        """Draw `samples` windows of `length` tokens at random places of the text, one in a batch, as GPTQ does."""
         length, most = length or self._sizes(loaded)[0], longest(loaded, LONGEST)
         if not 2 <= length <= most:
             raise DataError(f"calibration windows of {length} tokens: the model takes 2 to {most}")
-        windows = draw(self._tokens(loaded, data), samples, length, seed, data.name)
+        windows = draw_windows(self._tokens(loaded, data), samples, length, seed, data.name)
         return [{"input_ids": window.to(device(loaded)), "use_cache": False} for window in windows]
 
     def training(self, loaded: LoadedModel, data: Data, length: int | None) -> list[dict[str, Tensor]]:
-        """Non-overlapping windows of the text; each token but the first is to be predicted."""
+        """Cut the text into non-overlapping windows. The model has to predict each token except the first."""
         length, most = length or self._sizes(loaded)[0], longest(loaded, LONGEST)
         if not 2 <= length <= most:
             raise DataError(f"training windows of {length} tokens: the model takes 2 to {most}")
-        windows = cut(self._tokens(loaded, data), length, data.name)
+        windows = cut_windows(self._tokens(loaded, data), length, data.name)
         return [{"input_ids": window, "labels": window} for window in windows]
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
-        """The first window alone, without a cache."""
+        """Return the first window, without a cache."""
         windows, _ = self._windows(loaded, self._tokens(loaded, data), data.name)
         return {"input_ids": windows[:1].to(device(loaded)), "use_cache": False}
 
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
-        """`perplexity`, `nll` (nats per token), `word_perplexity`, `byte_perplexity`, `bits_per_byte`, and `tokens`."""
+        """Compute perplexities per token, word and byte, `nll` (nats per token), `bits_per_byte`, and `tokens`."""
         text_tokens = self._tokens(loaded, data)
         windows, stride = self._windows(loaded, text_tokens, data.name)
         batches = list(windows[: run.limit].split(run.batch_size))
@@ -81,7 +81,7 @@ class Perplexity(Evaluator):
                 losses = _losses(loaded, batch)
                 fresh = losses[:, -min(stride, losses.shape[1]) :]
                 total, count = fresh.sum(1), torch.full((len(batch),), fresh.shape[1])
-                if not sums:  # the first window's beginning is in no other
+                if not sums:  # only the first window contains the first tokens
                     total[0], count[0] = losses[0].sum(), losses.shape[1]
                 sums.append(total)
                 tokens.append(count)
@@ -102,7 +102,7 @@ class Perplexity(Evaluator):
         return Metrics(samples, metrics, counts={"tokens": float(samples["tokens"].sum())})
 
     def protocol(self, loaded: LoadedModel) -> str:
-        """The windows, the stride and the weighting in words."""
+        """Describe the windows and the stride in words."""
         seqlen, stride = self._sizes(loaded)
         cut = "non-overlapping" if stride == seqlen else f"stride {stride}"
         return f"perplexity per token over {cut} windows of {seqlen} tokens of the concatenated text"
@@ -122,7 +122,7 @@ class Perplexity(Evaluator):
         return tokens_of(loaded, data.content)
 
     def _windows(self, loaded: LoadedModel, tokens: Tensor, name: str) -> tuple[Tensor, int]:
-        """`[windows, seqlen]` token ids, and the stride."""
+        """Return token ids `[windows, seqlen]`, and the stride."""
         seqlen, stride = self._sizes(loaded)
         if len(tokens) < seqlen:
             raise DataError(
@@ -133,7 +133,7 @@ class Perplexity(Evaluator):
 
 
 def _losses(loaded: LoadedModel, batch: Tensor) -> Tensor:
-    """Negative log-likelihood of each token but the first, `[windows, seqlen - 1]`, in float64."""
+    """Compute the negative log-likelihood of each token but the first, `[windows, seqlen - 1]`, in float64."""
     batch = batch.to(device(loaded))
     logits = loaded.model(input_ids=batch, use_cache=False).logits[:, :-1].float()
     losses = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")

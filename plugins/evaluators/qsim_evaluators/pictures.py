@@ -1,4 +1,4 @@
-"""Images as bytes, and two sets of them side by side in one PNG."""
+"""Convert images to bytes, and write two sets of images side by side to a PNG."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SMALLEST = 48
-"""Pixels of an image's side; a smaller one is shown by whole multiples."""
+"""The least pixels of an image's side. A smaller image is enlarged by a whole factor."""
 MOST = 64
 GAP = 4
 
 
 def as_bytes(images: Tensor) -> Tensor:
-    """Pixels from -1 to 1 as uint8 from 0 to 255; what lies outside is clipped, NaN is grey; uint8 stays."""
+    """Convert pixels from -1 to 1 to uint8 from 0 to 255. Values outside are clipped, NaN is grey, uint8 stays."""
     if images.dtype == torch.uint8:
         return images
     return ((images.float().nan_to_num().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def beside(left: Tensor, right: Tensor, file: Path) -> None:
+def write_side_by_side(left: Tensor, right: Tensor, file: Path) -> None:
     """Write a PNG of the first images of both, `[images, channels, height, width]`, in the same order.
 
     Pixels are from -1 to 1, or uint8.
@@ -35,7 +35,10 @@ def beside(left: Tensor, right: Tensor, file: Path) -> None:
 
 
 def _grid(images: Tensor) -> Tensor:
-    """`[channels, height, width]` in uint8: the images row by row in a square, white around each and right of all."""
+    """Arrange images row by row in a square, in uint8 `[channels, height, width]`.
+
+    White space surrounds each image, with more of it on both sides of the square.
+    """
     images = images[:, :1] if images.shape[1] not in (1, 3) else images
     pixels = as_bytes(images)
     times = -(-SMALLEST // min(pixels.shape[2:]))

@@ -1,4 +1,4 @@
-"""Images from files and from `datasets`, and what a vision model takes of them."""
+"""Read images from files and from `datasets`, and convert them to inputs of a vision model."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from qsim_evaluators.text import read_rows
 
 
 def image_rows(source: str, columns: list[str], split: str) -> Any:
-    """A data set with these columns, the first of them images. Raises `DataError`."""
+    """Read a data set with these columns, the first of which has images. Raises `DataError`."""
     import datasets
 
     rows = read_rows(source, columns, split)
     if not isinstance(rows.features[columns[0]], datasets.Image):
-        raise DataError(f"column {columns[0]!r} of {source!r} holds {rows.features[columns[0]]}, no images")
+        raise DataError(f"column {columns[0]!r} of {source!r} holds {rows.features[columns[0]]}, not images")
     return rows
 
 
 def image_files(directory: Path) -> Any:
-    """The image files that lie in a directory, by name, as a data set with the column `image`; none: None.
+    """Read the image files in a directory, sorted by name, as a data set with the column `image`.
 
-    A file `metadata` in CSV, JSON lines or Parquet says what goes with each `file_name`, in more columns.
+    Returns None if there are no image files. A file `metadata` in CSV, JSON lines or Parquet adds columns for each
+    `file_name`.
     """
     import datasets
     from PIL import Image
@@ -35,14 +36,14 @@ def image_files(directory: Path) -> Any:
     if any((directory / f"metadata.{kind}").exists() for kind in ("csv", "jsonl", "parquet")):
         try:
             return datasets.load_dataset("imagefolder", data_dir=str(directory), split="train")
-        except Exception as error:  # datasets raises whatever its many loaders raise
+        except Exception as error:  # its loaders raise errors of any class
             raise DataError(f"datasets cannot load {directory}: {' '.join(str(error).split())[:200]}") from None
     files = sorted(str(file) for file in directory.iterdir() if file.suffix.lower() in endings)
     return datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image()) if files else None
 
 
 def encoded(rows: Any, column: str) -> Iterator[bytes]:
-    """The images of a data set as they are stored."""
+    """Yield the images of a data set as stored bytes."""
     import datasets
 
     for row in rows.select_columns(column).cast_column(column, datasets.Image(decode=False)):
@@ -50,9 +51,9 @@ def encoded(rows: Any, column: str) -> Iterator[bytes]:
 
 
 def pixels(loaded: LoadedModel, images: Sequence[Any], first: int = 0) -> Tensor:
-    """What the model's own processor makes of images, `[images, channels, height, width]`.
+    """Convert images to the model's inputs `[images, channels, height, width]` with its own processor.
 
-    They are PIL images or uint8 arrays `[height, width]` or `[height, width, 3]`; messages count them from `first`.
+    Images are PIL images or uint8 arrays `[height, width]` or `[height, width, 3]`. Messages number them from `first`.
     Raises `DataError` for images that the model cannot take.
     """
     config: Any = loaded.model.config
@@ -63,14 +64,14 @@ def pixels(loaded: LoadedModel, images: Sequence[Any], first: int = 0) -> Tensor
     size = getattr(config, "image_size", None)
     if size is not None and tuple(found.shape[1:]) != (expected := (channels, *sides(size))):
         raise DataError(
-            f"image {first} becomes {by(found.shape[1:])}, the model takes {by(expected)} "
+            f"image {first} becomes {shape_in_words(found.shape[1:])}, the model takes {shape_in_words(expected)} "
             f"(channels, height, width): its processor does not fit it"
         )
     return found.to(device(loaded), dtype(loaded))
 
 
 def picture(image: Any, place: int, channels: int) -> Any:
-    """A PIL image of as many channels as the model takes: grey becomes RGB, RGB is never made grey unasked."""
+    """Convert an image to a PIL image with the model's channels. Grey becomes RGB; RGB never becomes grey."""
     from PIL import Image
 
     if not isinstance(image, Image.Image):
@@ -87,11 +88,11 @@ def picture(image: Any, place: int, channels: int) -> Any:
 
 
 def sides(size: Any) -> tuple[int, int]:
-    """Height and width, of which a configuration may name one for both."""
+    """Return height and width. A configuration may have one number for both."""
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return height, width
 
 
-def by(shape: Any) -> str:
-    """A shape in words: `3 by 224 by 224`."""
+def shape_in_words(shape: Any) -> str:
+    """Write a shape in words: `3 by 224 by 224`."""
     return " by ".join(map(str, shape))

@@ -1,4 +1,4 @@
-"""Images that a pipeline makes of texts, each of noise of its own that a seed draws."""
+"""Make images from texts with a pipeline, each from its own noise drawn by a seed."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ TAKES = {"prompt", "generator", "num_inference_steps", "output_type"}
 
 @dataclass(frozen=True)
 class FromTexts:
-    """What an evaluator asks of a pipeline."""
+    """Makes images of prompts with a pipeline, for the evaluator named `evaluator`."""
 
     evaluator: str
     steps: int
     guidance: float | None
-    """Scale of classifier-free guidance; none: the pipeline's own."""
+    """Scale of classifier-free guidance; None: the pipeline's own."""
 
     def images(self, loaded: LoadedModel, prompts: Sequence[str], run: Run) -> Iterator[Tensor]:
-        """Batches `[images, channels, height, width]` in float32 on the CPU, from -1 to 1, one image for each prompt.
+        """Yield batches `[images, channels, height, width]` in float32 on the CPU, with one image for each prompt.
 
-        An image's noise does not depend on how many there are. Raises `DataError`.
+        Pixels are from -1 to 1. The noise of an image does not depend on the number of images. Raises `DataError`.
         """
         seeds = _seeds(len(prompts), run.seed)
         places = [slice(start, start + run.batch_size) for start in range(0, len(prompts), run.batch_size)]
@@ -39,28 +39,29 @@ class FromTexts:
             yield 2 * made.float().cpu() - 1
 
     def example(self, loaded: LoadedModel, prompts: Sequence[str]) -> dict[str, Any]:
-        """The first prompt, with few steps. Raises `DataError`."""
+        """Return the first prompt, with few steps. Raises `DataError`."""
         return self._arguments(loaded, prompts[:1], [0]) | {"num_inference_steps": min(self.steps, 2)}
 
     def calibration(
         self, loaded: LoadedModel, prompts: Sequence[str], samples: int, length: int | None, seed: int
     ) -> list[dict[str, Any]]:
-        """So many prompts, drawn with their noise, each for a run of all the steps. Raises `DataError`."""
+        """Draw prompts and their noise, each for a run of all steps. Raises `DataError`."""
         if length is not None:
             raise DataError("images have no length; leave --calibration-seqlen out")
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randint(len(prompts), (samples,), generator=generator).tolist()
-        noise = torch.randint(2**31, 2**32, (samples,), generator=generator).tolist()  # `images` draws what lies below
+        # `images` draws seeds below 2**31, so calibration has other noise
+        noise = torch.randint(2**31, 2**32, (samples,), generator=generator).tolist()
         return [self._arguments(loaded, [prompts[place]], [noise[i]]) for i, place in enumerate(drawn)]
 
     def _arguments(self, loaded: LoadedModel, prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
-        """What the pipeline takes. Raises `DataError` if the model makes no images of texts."""
+        """Return the pipeline's arguments. Raises `DataError` if the model does not make images from texts."""
         if not makes_images_of_texts(loaded):
             check(self.evaluator, loaded)
             name = with_article(type(loaded.model).__name__)
-            raise DataError(f"{self.evaluator} needs a pipeline that makes images of texts, not {name}")
+            raise DataError(f"{self.evaluator} needs a pipeline that makes images from texts, not {name}")
         if self.guidance is not None and "guidance_scale" not in _parameters(loaded):
-            raise DataError(f"{_class(loaded).__name__} takes no scale of guidance; leave guidance out")
+            raise DataError(f"{_class(loaded).__name__} has no guidance_scale; leave guidance out")
         return {
             "prompt": list(prompts),
             "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
@@ -70,7 +71,7 @@ class FromTexts:
 
 
 def makes_images_of_texts(loaded: LoadedModel) -> bool:
-    """Whether it is a pipeline of diffusers that takes prompts."""
+    """Tell if the model is a pipeline of diffusers that takes prompts."""
     return _parameters(loaded) >= TAKES
 
 

@@ -1,4 +1,4 @@
-"""`question_answering(seqlen, stride)`: whether a model finds the words of a text that answer a question (SQuAD)."""
+"""`question_answering(seqlen, stride)`: F1 and exact match of answers that a model finds in a text (SQuAD)."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ from qsim_evaluators.text import holds_lines, read_rows
 
 LONGEST = 512
 LIKELIEST = 20
-"""Places where an answer may begin, and where it may end, that are looked at in each window."""
+"""Number of likely first tokens of an answer, and of likely last tokens, that are considered in each window."""
 COLUMNS = ("question", "context", "answers")
 
 
 class QuestionAnswering(Evaluator):
-    """Exact match and F1 of SQuAD v1.1 and v2 (arXiv 1606.05250, 1806.03822), from 0 to 1, as its own script has them.
+    """Exact match and F1 of SQuAD v1.1 and v2 (arXiv 1606.05250, 1806.03822), from 0 to 1, as in SQuAD's own script.
 
-    A context is read in windows of `seqlen` tokens, the question in front of each, that share `stride` tokens. The
-    answer is the span of at most `longest_answer` tokens with the largest sum of start and end logits in any window.
-    Where some questions have no answer (v2), none is given if the sum at the first token is larger in every window.
-    Data are a mapping with `question`, `context` and `answers`, of each a list of texts, empty where there is none.
+    A context is read in windows of `seqlen` tokens, which begin with the question. Neighbouring windows share `stride`
+    tokens. The answer is the span of at most `longest_answer` tokens with the largest sum of start and end logits in
+    any window. If some questions of the data have no answer (v2), the model may answer with no text. It does so if the
+    sum of the logits at the first token is larger in every window.
+
+    Data are a mapping with three lists: `question`, `context` and `answers`. Answers of a question are a list of texts,
+    which is empty if the question has no answer.
     """
 
     name = "question_answering"
@@ -40,7 +43,7 @@ class QuestionAnswering(Evaluator):
     longest_answer: PositiveInt = Field(30, description="tokens of an answer at most")
 
     def read(self, source: str, split: str = "test") -> Data:
-        """SQuAD's own JSON from a file, or its columns from a file of rows or from `datasets`."""
+        """Read SQuAD's own JSON from a file, or its columns from a file of rows or from `datasets`."""
         path = Path(source).expanduser()
         if holds_lines(path) and path.suffix != ".jsonl":
             return _data(source, _official(path))
@@ -51,17 +54,17 @@ class QuestionAnswering(Evaluator):
             raise DataError(f"{source}: 'answers' should hold 'text', a list, as SQuAD's does") from None
 
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
-        """The first windows of questions drawn at random, one in a batch."""
+        """Draw questions at random, and return the first window of each, one in a batch."""
         many = len(data.content["question"])
         chosen = torch.randint(many, (samples,), generator=torch.Generator().manual_seed(seed)).tolist()
         return [self._inputs(loaded, self._windows(loaded, data, place, length), slice(0, 1)) for place in chosen]
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
-        """The first question's first window."""
+        """Return the first window of the first question."""
         return self._inputs(loaded, self._windows(loaded, data, 0), slice(0, 1))
 
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
-        """`f1`, `exact_match`, and the number of `questions`."""
+        """Compute `f1` and `exact_match`, and the number of `questions`."""
         places = list(range(len(data.content["question"])))[: run.limit]
         may_be_none = not all(data.content["answers"])
         exact, f1 = [], []
@@ -74,7 +77,7 @@ class QuestionAnswering(Evaluator):
         return Metrics({"f1": torch.tensor(f1), "exact_match": torch.tensor(exact)}, counts={"questions": len(places)})
 
     def protocol(self, loaded: LoadedModel) -> str:
-        """The windows in words."""
+        """Describe the windows in words."""
         return f"SQuAD's F1 and exact match, windows of {self.seqlen} tokens that share {self.stride}"
 
     def _answer(self, loaded: LoadedModel, data: Data, place: int, at_once: int, may_be_none: bool) -> str:
@@ -94,7 +97,7 @@ class QuestionAnswering(Evaluator):
         return "" if may_be_none and none > best else text
 
     def _spans(self, start: Any, end: Any, parts: list[int | None]) -> list[tuple[float, tuple[int, int]]]:
-        """The sums of logits of the likeliest spans of the context, and where each begins and ends."""
+        """Return the sum of logits, the first and the last token of each of the likeliest spans of the context."""
         many = min(LIKELIEST, len(parts))
         return [
             (float(start[a] + end[b]), (a, b))
@@ -117,7 +120,7 @@ class QuestionAnswering(Evaluator):
                 question.lstrip(), context, truncation="only_second", max_length=length, stride=self.stride,
                 return_overflowing_tokens=True, return_offsets_mapping=True, padding="max_length",
             )  # fmt: skip
-        except Exception as error:  # what tokenizers raise has no class of its own
+        except Exception as error:  # tokenizers raise plain exceptions
             fit = f"windows of {length} tokens that share {self.stride}"
             raise DataError(f"question {place} does not fit {fit}: {str(error).rstrip(',')}") from None
 
@@ -128,13 +131,16 @@ class QuestionAnswering(Evaluator):
 
 
 def normalized(text: str) -> str:
-    """Lower case, without punctuation, articles and further white space: SQuAD's `normalize_answer`."""
+    """Lower the case, and remove punctuation, articles and extra white space, like SQuAD's `normalize_answer`."""
     kept = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
 
 
 def overlap(answer: str, truth: str) -> float:
-    """F1 of words; where one of the two has none, whether the other has none either: SQuAD's `compute_f1`."""
+    """Compute the F1 of words, like SQuAD's `compute_f1`.
+
+    If one of the two texts has no words, the result is 1 if the other has none either, else 0.
+    """
     found, wanted = normalized(answer).split(), normalized(truth).split()
     if not (found and wanted):
         return float(found == wanted)

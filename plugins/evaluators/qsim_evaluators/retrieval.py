@@ -1,4 +1,4 @@
-"""`retrieval(seqlen)`: whether a text's embedding still finds the text that it belongs to."""
+"""`retrieval(seqlen)`: accuracy with which embeddings of queries find their passages."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ COLUMNS = ("query", "passage")
 
 
 class Retrieval(Evaluator):
-    """How often the passage nearest to a query, by cosine, is its own; and how far embeddings have moved.
+    """The share of queries whose nearest passage by cosine is their own, and the change of embeddings.
 
-    An embedding is the mean of the last hidden states over a text's tokens, of length 1, as Sentence-BERT has it
-    (arXiv 1908.10084). Every passage competes for every query. `cosine` is that of each embedding with the one that the
-    model gives as it is. Data are a mapping with `query` and `passage`, two lists of one length.
+    An embedding is the mean of the last hidden states over a text's tokens, scaled to length 1, as in Sentence-BERT
+    (arXiv 1908.10084). Each query is compared with all passages. `cosine` compares each embedding with that of the
+    unquantized model. Data are a mapping with `query` and `passage`, two lists of the same length.
     """
 
     name = "retrieval"
@@ -32,24 +32,24 @@ class Retrieval(Evaluator):
     seqlen: PositiveInt = Field(128, description="tokens of a text that are read; the rest is cut off")
 
     def read(self, source: str, split: str = "test") -> Data:
-        """Pairs from `datasets`, columns `query` and `passage`: `NAME[:CONFIG[:SPLIT]]` or a directory of files."""
+        """Read pairs from the columns `query` and `passage` of a file of rows, a directory, or a name of `datasets`."""
         rows = read_rows(source, list(COLUMNS), split)
         return pairs(source, list(rows["query"]), list(rows["passage"]))
 
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
-        """Passages drawn at random, one in a batch."""
+        """Draw passages at random, one in a batch."""
         check(self.name, loaded)
         passages = data.content["passage"]
         chosen = torch.randint(len(passages), (samples,), generator=torch.Generator().manual_seed(seed)).tolist()
         return [tokenized(loaded, [passages[place]], length or self.seqlen) for place in chosen]
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
-        """The first passage."""
+        """Return the first passage."""
         check(self.name, loaded)
         return tokenized(loaded, data.content["passage"][:1], self.seqlen)
 
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
-        """`accuracy_at_1`, `mrr` (the mean of 1 over the rank), `cosine`, and the number of `pairs`."""
+        """Compute `accuracy_at_1`, `mrr` (the mean of 1 / rank) and `cosine`, and the number of `pairs`."""
         check(self.name, loaded)
         queries, passages = (data.content[column][: run.limit] for column in COLUMNS)
         embedded = self._embed(loaded, [*queries, *passages], run)
@@ -63,12 +63,12 @@ class Retrieval(Evaluator):
         return Metrics(samples, counts={"pairs": float(len(queries))}, outputs=embedded)
 
     def protocol(self, loaded: LoadedModel) -> str:
-        """The embedding and the competition in words."""
+        """Describe the embeddings and the comparison in words."""
         pooled = f"mean-pooled embeddings of {self.seqlen} tokens at most"
         return f"accuracy at 1 of retrieval by cosine among all passages, {pooled}"
 
     def _embed(self, loaded: LoadedModel, texts: list[str], run: Run) -> Tensor:
-        """`[texts, width]` in float64, each of length 1."""
+        """Compute embeddings `[texts, width]` in float64, each scaled to length 1."""
         batches = [texts[start : start + run.batch_size] for start in range(0, len(texts), run.batch_size)]
         found = []
         with torch.no_grad():
@@ -81,8 +81,8 @@ class Retrieval(Evaluator):
 
 
 def pairs(name: str, queries: list[str], passages: list[str]) -> Data:
-    """Data of pairs, with the SHA-256 of their JSON. Raises `DataError` if there are none to tell apart."""
+    """Make data of pairs, with the SHA-256 of their JSON. Raises `DataError` for fewer than two pairs."""
     if len(queries) < 2:
-        raise DataError(f"{name} has {len(queries)} pairs; retrieval needs two at least")
+        raise DataError(f"{name} has {len(queries)} pairs; retrieval needs at least two")
     digest = hashlib.sha256(json.dumps([queries, passages]).encode()).hexdigest()
     return Data(name, {"query": queries, "passage": passages}, digest)

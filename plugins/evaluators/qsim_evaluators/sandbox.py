@@ -1,10 +1,12 @@
-"""Programs that a model wrote, each in a process that can compute and read, and nothing else.
+"""Run programs that a model wrote, each in a process that can only compute and read files.
 
-A program cannot write, create, rename or remove a file, open a socket, start a process or a thread, signal another
-process, or use more than its share of memory and time; when its time is over it is killed. `confined` says by what
-means. It can read what the user can read, and nothing that it prints or reads leaves the process but the first line of
-an error. This is no substitute for a container or a virtual machine: one kernel is shared, and a hole in it is a way
-out. A program that looks for the sandbox's own objects in its process can report a success that is none.
+A program cannot write, create, rename or remove a file. It cannot open a socket, start a process or a thread, or
+signal another process. Its memory and time are limited, and it is killed when its time is over. `confined` describes
+the mechanisms. A program can read all files that the user can read. Of its output, only the first line of an error
+leaves the process.
+
+This does not replace a container or a virtual machine. The program shares the kernel, so it can escape by a
+vulnerability of the kernel. A program that manipulates the sandbox's objects in its process can report a false success.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ PASSED, TIMED_OUT = "passed", "timed out"
 RUNNER = Path(__file__).with_name("confined.py")
 MEMORY = 2**30
 SLOWER = 4
-"""A program's time on the clock may be so many times its time on the processor, which other processes use too."""
+"""Wall-clock time of a program as a multiple of its processor time, as other processes use the processor too."""
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 LONGEST_ANSWER = 2**16
 PROBE = """
@@ -48,18 +50,21 @@ for name, attempt in {
 
 @functools.cache
 def check() -> None:
-    """Raise `QsimError`, saying why, unless programs can be confined here: one tries all that it must not do."""
+    """Raise `QsimError` with the reason if programs cannot be confined here.
+
+    The check runs a program that tries all forbidden operations.
+    """
     if sys.platform != "linux":
-        raise _unconfined(f"that takes Linux's seccomp, and this is {sys.platform}")
+        raise _unconfined(f"it needs Linux's seccomp, and this system is {sys.platform}")
     if (verdict := run(PROBE)) != PASSED:
         raise _unconfined(verdict)
 
 
 def run(program: str, seconds: int = 3, memory: int = MEMORY) -> str:
-    """How a program of Python ends: `passed` if it reaches its end, `timed out`, or `failed: ` and why.
+    """Run a Python program. Return `passed` if it reaches its end, else `timed out`, or `failed: ` and the reason.
 
-    It may take `seconds` of processor time, four times as many on the clock, and `memory` bytes of address space.
-    Hashes and `random` are seeded. Raises `QsimError`, without having run it, if the kernel does not confine it.
+    It may use `seconds` of processor time, four times as many by the clock, and `memory` bytes of address space.
+    Hashes and `random` are seeded. Raises `QsimError` without running the program if the kernel does not confine it.
     """
     token = secrets.token_hex()
     request = json.dumps({"program": program, "token": token, "seconds": seconds, "memory": memory})
@@ -81,12 +86,12 @@ def run(program: str, seconds: int = 3, memory: int = MEMORY) -> str:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
         assert process.stdout is not None
-        answer = os.read(process.stdout.fileno(), LONGEST_ANSWER)  # after the end: it is no more than a pipe holds
+        answer = os.read(process.stdout.fileno(), LONGEST_ANSWER)  # complete: an answer fits into the pipe
     return _verdict(answer, token, process.returncode)
 
 
 def _verdict(answer: bytes, token: str, code: int) -> str:
-    if not answer.startswith(token.encode()):  # what a program wrote there is not even parsed
+    if not answer.startswith(token.encode()):  # output of the program is not parsed
         return _ending(code)
     report = json.loads(answer[len(token) :])
     if "unconfined" in report:
@@ -99,9 +104,9 @@ def _unconfined(reason: str) -> QsimError:
 
 
 def _ending(code: int) -> str:
-    """How a process ended that did not say."""
+    """Describe the end of a process that wrote no answer."""
     if code == -signal.SIGXCPU:
         return TIMED_OUT
     if code < 0:
         return f"failed: killed by {signal.Signals(-code).name}"
-    return f"failed: it left with exit status {code}"
+    return f"failed: it exited with status {code}"

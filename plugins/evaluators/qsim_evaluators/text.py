@@ -1,4 +1,4 @@
-"""Text and rows from files and from `datasets`."""
+"""Read text and rows from files and from `datasets`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from qsim_core.errors import file_did_you_mean
 from qsim_evaluators.fitting import device, longest
 
 ROWS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-"""How files of rows end, and what `datasets` calls them."""
+"""Endings of files of rows, and the names that `datasets` has for their formats."""
 LONGEST = 512
-"""Tokens that a model of texts takes if it does not say."""
+"""Tokens that a model of texts takes at most, if its configuration has no maximum."""
 
 
 def read_text(source: str, measure: str, split: str) -> Data:
-    """Text from a file, or of the column `text` of a file of rows or of `datasets`: `NAME[:CONFIG[:SPLIT]]`.
+    """Read text from a file, or from the column `text` of a file of rows or of `datasets`: `NAME[:CONFIG[:SPLIT]]`.
 
-    Rows are joined by blank lines, as GPTQ's evaluation joins them.
+    Rows are joined by blank lines, as in GPTQ's evaluation.
     """
     path = Path(source).expanduser()
     whole = path.is_file() and path.suffix not in ROWS
@@ -35,11 +35,13 @@ def read_text(source: str, measure: str, split: str) -> Data:
 
 
 def read_rows(source: str, columns: list[str], split: str) -> Any:
-    """A data set with these columns, from a file of rows, `NAME[:CONFIG[:SPLIT]]` or a directory of data files; `split`
-    unless another is named."""
+    """Read a data set with these columns from a file of rows, `NAME[:CONFIG[:SPLIT]]` or a directory of data files.
+
+    If the source does not name a split, `split` is read.
+    """
     path = Path(source).expanduser()
     if path.is_file() and path.suffix not in ROWS:
-        raise DataError(f"{source} holds no rows: their files end in {', '.join(ROWS)}")
+        raise DataError(f"{source} is not a file of rows; their names end in {', '.join(ROWS)}")
     directory = Path(source.partition(":")[0]).expanduser()
     if not path.is_file() and not directory.is_dir() and (source.startswith((".", "/", "~")) or path.suffix):
         raise DataError(f"there is no file {source}{file_did_you_mean(path)}")
@@ -52,10 +54,10 @@ def read_rows(source: str, columns: list[str], split: str) -> Any:
         else:
             with offline_unless_reachable(name):
                 rows = load_dataset(name, config or None, split=named or split)
-    except Exception as error:  # datasets raises whatever its many loaders raise
+    except Exception as error:  # its loaders raise errors of any class
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         cannot = "datasets cannot load"
-        what = f"{cannot} {source}" if path.is_file() else f"{source!r} is no file, and {cannot} it"
+        what = f"{cannot} {source}" if path.is_file() else f"{source!r} is not a file, and {cannot} it"
         raise DataError(f"{what}: {reason}") from None
     for column in columns:
         if column not in rows.column_names:
@@ -64,9 +66,9 @@ def read_rows(source: str, columns: list[str], split: str) -> Any:
 
 
 def tokenized(loaded: LoadedModel, texts: list[str], length: int, padded: bool = False) -> dict[str, Any]:
-    """Texts as the model's inputs, cut off after `length` tokens; padded to the longest or, `padded`, to `length`.
+    """Convert texts to the model's inputs, cut off after `length` tokens.
 
-    Raises `DataError`.
+    Texts are padded to the longest one, or to `length` if `padded` is true. Raises `DataError`.
     """
     if length > longest(loaded, LONGEST):
         raise DataError(f"the model takes {longest(loaded, LONGEST)} tokens at most, not {length}")
@@ -79,27 +81,27 @@ def tokenized(loaded: LoadedModel, texts: list[str], length: int, padded: bool =
 
 
 def tokens_of(loaded: LoadedModel, text: str) -> Tensor:
-    """The whole text's tokens, as the tokenizer gives them for one text."""
+    """Tokenize the whole text in one piece."""
     return torch.tensor(loaded.tokenizer(text, verbose=False).input_ids, dtype=torch.long)
 
 
-def draw(tokens: Tensor, samples: int, length: int, seed: int, name: str) -> list[Tensor]:
-    """Windows `[1, length]` at random places, as GPTQ draws them. Raises `DataError` if there is not one."""
+def draw_windows(tokens: Tensor, samples: int, length: int, seed: int, name: str) -> list[Tensor]:
+    """Draw windows `[1, length]` at random places, as GPTQ does. Raises `DataError` if the text is too short."""
     if len(tokens) < length:
         raise DataError(f"{name} has {len(tokens)} tokens, fewer than one calibration window of {length}")
     starts = torch.randint(len(tokens) - length + 1, (samples,), generator=torch.Generator().manual_seed(seed))
     return [tokens[start : start + length].unsqueeze(0) for start in starts.tolist()]
 
 
-def cut(tokens: Tensor, length: int, name: str) -> Tensor:
-    """Windows `[many, length]` one after another, a rest left out. Raises `DataError` if there is not one."""
+def cut_windows(tokens: Tensor, length: int, name: str) -> Tensor:
+    """Cut into windows `[many, length]`, without the remainder. Raises `DataError` if the text is too short."""
     if len(tokens) < length:
         raise DataError(f"{name} has {len(tokens)} tokens, fewer than one training window of {length}; lower --seqlen")
     return tokens[: len(tokens) // length * length].view(-1, length)
 
 
 def read_file(path: Path) -> str:
-    """A file's text. Raises `DataError`."""
+    """Read the text of a file. Raises `DataError`."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -107,12 +109,12 @@ def read_file(path: Path) -> str:
 
 
 def holds_lines(path: Path) -> bool:
-    """Whether it is a file, and of none of the kinds that are not JSON."""
+    """Tell if the path is a file that can hold JSON: any ending but those of other kinds of rows."""
     return path.is_file() and ROWS.get(path.suffix, "json") == "json"
 
 
 def read_lines(path: Path) -> list[Any]:
-    """The JSON of each line that is not blank, of a `.gz` too. Raises `DataError`."""
+    """Read the JSON of each line that is not blank, also from a `.gz` file. Raises `DataError`."""
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()

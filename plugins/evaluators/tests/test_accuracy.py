@@ -1,4 +1,4 @@
-"""Accuracy against scikit-learn and a plain loop, and every way in which images and labels can be wrong."""
+"""Accuracy against scikit-learn and a plain loop, and error messages for unsuitable images and labels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LABELS = np.random.default_rng(1).integers(0, CLASSES, 50).tolist()
 
 
 class Linear(nn.Module):
-    """Logits that are a linear function of the pixels."""
+    """A classifier whose logits are a linear function of the pixels."""
 
     def __init__(self, channels: int = 1) -> None:
         super().__init__()
@@ -39,11 +39,11 @@ class Linear(nn.Module):
 
 
 class ForImageClassification(Linear):
-    """A class whose name tells what it is for."""
+    """A class whose name tells that it classifies images."""
 
 
 def to_unit(images: list[Any], return_tensors: str) -> dict[str, Tensor]:
-    """A processor: pixels from 0 to 1, channels first, no resizing."""
+    """Process images: pixels from 0 to 1, channels first, no resizing."""
     arrays = [
         np.asarray(image)[None] if image.mode == "L" else np.asarray(image).transpose(2, 0, 1) for image in images
     ]
@@ -91,9 +91,9 @@ def test_grey_images_become_rgb_and_arrays_are_images() -> None:
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (GREY, [3, 7, 0], "label 7 of image 1 is none of the model's 7 classes, 0 to 6"),
-        (GREY, [3, -1, 0], "label -1 of image 1 is none of the model's 7 classes, 0 to 6"),
-        (GREY, ["3", "cat"], "label 'cat' of image 1 is none of the model's 7 classes, 0 to 6"),
+        (GREY, [3, 7, 0], "label 7 of image 1 is not one of the model's 7 classes, 0 to 6"),
+        (GREY, [3, -1, 0], "label -1 of image 1 is not one of the model's 7 classes, 0 to 6"),
+        (GREY, ["3", "cat"], "label 'cat' of image 1 is not one of the model's 7 classes, 0 to 6"),
         ([Image.new("RGB", (4, 4))], [0], "image 0 has mode RGB, the model takes one channel; convert the images to 'L'"),
         ([np.zeros((5, 4), "uint8")], [0], "image 0 becomes 1 by 5 by 4, the model takes 1 by 4 by 4 (channels, height, width): its processor does not fit it"),
         ([np.zeros((4, 4), "float32")], [0], "image 0 is float32 of shape (4, 4); expected uint8, [height, width] or [height, width, 3]"),
@@ -135,7 +135,7 @@ def test_calibration_draws_single_images_by_a_seed() -> None:
 
 
 class TestRead:
-    """Where images come from."""
+    """Sources of images."""
 
     @pytest.fixture
     def folder(self, tmp_path: Path) -> str:
@@ -167,7 +167,7 @@ class TestRead:
     def test_a_column_of_other_things(self, tmp_path: Path) -> None:
         (tmp_path / "test.jsonl").write_text(json.dumps({"image": "a.png", "label": 1}))
 
-        with pytest.raises(qsim.DataError, match="^column 'image' of .* holds .*string.*, no images$"):
+        with pytest.raises(qsim.DataError, match="^column 'image' of .* holds .*string.*, not images$"):
             qsim.parse("accuracy").read(str(tmp_path))
 
 

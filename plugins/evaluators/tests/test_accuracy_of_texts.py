@@ -1,4 +1,4 @@
-"""Accuracy of texts against one text at a time, and every way in which texts and labels can be wrong."""
+"""Accuracy of texts in batches against one text at a time, and error messages for unsuitable texts and labels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROWS = "".join(json.dumps({"text": t, "label": n}) + "\n" for t, n in zip(TEXTS,
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> qsim.LoadedModel:
-    """A BERT of three classes, whose tokens are letters; blanks pad."""
+    """Make a BERT with three classes, whose tokens are letters and whose padding is blanks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         labels = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: n for n, name in enumerate(CLASSES)}}
@@ -97,7 +97,7 @@ def test_a_classifier_on_disk_is_evaluated_on_a_file_of_json_lines(loaded: qsim.
 
 
 class TestRead:
-    """Where texts come from."""
+    """Sources of texts."""
 
     def test_a_directory_of_data_files_is_read_by_datasets(self, tmp_path: Path) -> None:
         (tmp_path / "test.jsonl").write_text(ROWS.replace('"text"', '"sentence"'))
@@ -136,14 +136,14 @@ class TestRead:
 
 
 class TestWrong:
-    """What does not fit says so in one line."""
+    """Error messages for models, tokenizers and labels that do not fit."""
 
     @pytest.mark.parametrize("label", [3, -1, "adverb", 0.5, [1, 0]])
     def test_a_label_that_is_no_class(self, loaded: qsim.LoadedModel, label: Any) -> None:
         with pytest.raises(qsim.DataError) as error:
             qsim.parse("accuracy").evaluate(loaded, data([0, label], TEXTS[:2]), qsim.Run())
 
-        assert str(error.value) == f"label {label!r} of text 1 is none of the model's 3 classes, 0 to 2"
+        assert str(error.value) == f"label {label!r} of text 1 is not one of the model's 3 classes, 0 to 2"
 
     def test_a_model_without_a_tokenizer(self, loaded: qsim.LoadedModel) -> None:
         with pytest.raises(qsim.DataError) as error:
@@ -175,4 +175,4 @@ class TestWrong:
         with pytest.raises(qsim.DataError) as error:
             qsim.parse("accuracy").evaluate(qsim.parse("bert").load(str(folder), torch.float32), data(), qsim.Run())
 
-        assert str(error.value) == "the model has one output and no classes to tell apart; fidelity fits it"
+        assert str(error.value) == "the model has one output and no classes; use the evaluator fidelity"

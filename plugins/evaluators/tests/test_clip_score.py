@@ -1,4 +1,4 @@
-"""CLIPScore against cosines taken by hand, on a Stable Diffusion and a CLIP that the tests write."""
+"""CLIPScore against cosines computed by hand, on a Stable Diffusion and a CLIP that the tests write."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MEAN, DEVIATION = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random CLIP; its tokenizer and its image processor lie beside it."""
+    """Write a random CLIP with its tokenizer and its image processor."""
     directory = str(tmp_path_factory.mktemp("clip"))
     vision = LAYERS | {"image_size": SIZE, "patch_size": 4}
     with torch.random.fork_rng(devices=[]):
@@ -50,7 +50,7 @@ def load(pipeline: str) -> qsim.LoadedModel:
 
 
 def by_hand(clip: str, images: Tensor, prompts: list[str]) -> list[float]:
-    """100 max(Σ a b / (|a| |b|), 0), of uint8 images."""
+    """Compute 100 max(Σ a b / (|a| |b|), 0) for uint8 images."""
     model = transformers.CLIPModel.from_pretrained(clip).eval()
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
     scores = []
@@ -80,7 +80,7 @@ def test_it_is_the_mean_of_the_cosines(pipeline: str, clip: str, batch_size: int
 
 
 def test_a_negative_cosine_counts_as_none(pipeline: str, clip: str, tmp_path: Path) -> None:
-    """With the text's projection turned round every cosine changes its sign."""
+    """Negating the projection of texts changes the sign of every cosine."""
     model = transformers.CLIPModel.from_pretrained(clip)
     with torch.no_grad():
         model.text_projection.weight.neg_()
@@ -170,7 +170,9 @@ def test_no_prompts(tmp_path: Path) -> None:
 
 
 def test_a_model_that_makes_no_images_of_texts() -> None:
-    with pytest.raises(qsim.DataError, match="^clip_score needs a pipeline that makes images of texts, not a Linear$"):
+    with pytest.raises(
+        qsim.DataError, match="^clip_score needs a pipeline that makes images from texts, not a Linear$"
+    ):
         qsim.parse("clip_score(x)").example(qsim.LoadedModel(torch.nn.Linear(2, 2)), DATA)
 
 
@@ -180,7 +182,7 @@ def test_a_judge_that_embeds_no_images(pipeline: str) -> None:
 
 
 def test_a_clip_of_the_hub(pipeline: str, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hub's cache on disk stands in for the network; the image processor is found there too."""
+    """The hub's cache on disk replaces the network; the image processor is found there too."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     entry = tmp_path / "hub" / "models--acme--clip"
     (entry / "refs").mkdir(parents=True)

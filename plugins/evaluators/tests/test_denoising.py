@@ -1,4 +1,4 @@
-"""Denoising against DDIM's formula written out, and the picture of both."""
+"""Denoising against DDIM's formula written out, and the picture of both runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
-from qsim_evaluators.pictures import beside
+from qsim_evaluators.pictures import write_side_by_side
 
 import qsim_core as qsim
 from qsim_core.testing import EvaluatorSuite
@@ -20,7 +20,7 @@ NOISE = qsim.Data.of_text("noise", "noise")
 
 
 def unet(scale: float = 1.0) -> Any:
-    """A random U-Net of one block, its weights larger by a factor."""
+    """Make a random U-Net of one block, with its weights multiplied by a factor."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = diffusers.UNet2DModel(
@@ -38,7 +38,7 @@ def loaded(scale: float = 1.0) -> qsim.LoadedModel:
 
 
 def by_hand(scale: float, images: torch.Tensor, steps: int) -> list[torch.Tensor]:
-    """Equation 12 of arXiv 2010.02502 with σ = 0; images from noise to end."""
+    """Compute all images from noise to end by equation 12 of arXiv 2010.02502 with σ = 0."""
     betas = torch.linspace(0.0001, 0.02, 20)
     kept = (1 - betas).cumprod(0)
     every, model, path = 20 // steps, unet(scale), [images]
@@ -86,8 +86,8 @@ def test_calibration_draws_places_on_the_models_own_path() -> None:
         qsim.parse("denoising").calibration(loaded(), NOISE, 2, 64, 0)
 
 
-def test_more_steps_than_the_model_knows() -> None:
-    with pytest.raises(qsim.DataError, match="^the model knows 20 steps of noise, fewer than steps=25$"):
+def test_more_steps_than_in_training() -> None:
+    with pytest.raises(qsim.DataError, match="^the model was trained with 20 steps of noise, fewer than steps=25$"):
         qsim.parse("denoising").example(loaded(), NOISE)
 
 
@@ -100,7 +100,7 @@ def test_fidelity_takes_its_inputs() -> None:
 def test_the_picture_has_the_images_before_on_the_left_and_after_on_the_right(tmp_path: Path) -> None:
     black, white = torch.full((4, 1, SIZE, SIZE), -1.0), torch.full((4, 1, SIZE, SIZE), 1.0)
 
-    beside(black, white, tmp_path / "samples.png")
+    write_side_by_side(black, white, tmp_path / "samples.png")
 
     with Image.open(tmp_path / "samples.png") as image:
         assert image.size == (2 * (2 * (48 + 8) + 8), 2 * (48 + 8))

@@ -19,7 +19,7 @@ WIDTH, CLASSES = 6, 5
 
 
 class Classifier(nn.Module):
-    """Logits of vectors, or of sequences of them."""
+    """A model that returns logits of vectors, or of sequences of vectors."""
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ def inputs(*shape: int, many: int = 12) -> qsim.Data:
 
 
 def compare(evaluator: Any, data: qsim.Data, **run: Any) -> tuple[Any, Any]:
-    """The model as it is, and another against it."""
+    """Evaluate the model, then another model with the first one's outputs as reference."""
     before = evaluator.evaluate(qsim.LoadedModel(Classifier()), data, qsim.Run(**run))
     after = evaluator.evaluate(qsim.LoadedModel(Classifier(1.1)), data, qsim.Run(reference=before.outputs, **run))
     return before, after
@@ -142,7 +142,7 @@ def test_a_file_whose_arguments_differ_in_number(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(5, 2), "y": torch.zeros(4)}, tmp_path / "inputs.safetensors")
 
     with pytest.raises(
-        qsim.DataError, match=r"with as many samples each along the first axis, not x \(5, 2\), y \(4,\)$"
+        qsim.DataError, match=r"with the same number of samples along the first axis, not x \(5, 2\), y \(4,\)$"
     ):
         qsim.parse("fidelity").read(str(tmp_path / "inputs.safetensors"))
 
@@ -151,13 +151,15 @@ def test_the_inputs_of_another_evaluator(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("some words")
 
     assert qsim.parse("fidelity(perplexity)").read(str(tmp_path / "words.txt")).content == "some words"
-    with pytest.raises(qsim.DataError, match="say whose data it is, like fidelity\\(perplexity\\)$"):
+    with pytest.raises(qsim.DataError, match="name an evaluator, like fidelity\\(perplexity\\)$"):
         qsim.parse("fidelity").read(str(tmp_path / "words.txt"))
     assert str(qsim.parse("fidelity(perplexity(64), samples=8)")) == "fidelity(perplexity(64), samples=8)"
 
 
 def test_a_model_whose_inputs_nobody_knows() -> None:
-    with pytest.raises(qsim.DataError, match="^fidelity does not know what a Classifier takes; say whose inputs, like"):
+    with pytest.raises(
+        qsim.DataError, match="^fidelity does not know the inputs of a Classifier; name an evaluator, like"
+    ):
         qsim.parse("fidelity").example(qsim.LoadedModel(Classifier()), qsim.Data.of_text("words", "words"))
 
 

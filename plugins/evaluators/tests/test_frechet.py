@@ -1,4 +1,4 @@
-"""The Fréchet distance against closed forms, and the images, features and references that go into it."""
+"""The Fréchet distance against closed forms, and its images, features and reference images."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def loaded(channels: int = 1) -> qsim.LoadedModel:
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random ViT with features of width 4, its processor beside it."""
+    """Write a random ViT with features of width 4, and its processor."""
     directory = str(tmp_path_factory.mktemp("vit"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -56,7 +56,7 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Sides(nn.Module):
-    """The mean of the left half's red and of the right half's, of uint8 images."""
+    """A model with two features of uint8 images: the mean red of the left half and of the right half."""
 
     def forward(self, images: Tensor) -> Tensor:
         red = images[:, 0].float()
@@ -78,13 +78,13 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> qsim.LoadedModel:
 
 
 def corners(mean: list[float], deviation: list[float]) -> Tensor:
-    """The eight rows mean ± deviation: their covariance, of n - 1, is diagonal, 8/7 deviation²."""
+    """Return the eight rows mean ± deviation. Their covariance (with n - 1) is diagonal, 8/7 deviation²."""
     signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=3)), dtype=torch.float64)
     return torch.tensor(mean, dtype=torch.float64) + signs * torch.tensor(deviation, dtype=torch.float64)
 
 
 def test_of_diagonal_covariances_it_is_the_sum_over_features() -> None:
-    """Σ (μ₁ - μ₂)² + (σ₁ - σ₂)², term by term."""
+    """The distance is Σ (μ₁ - μ₂)² + (σ₁ - σ₂)² over the features."""
     a, b = corners([0, 1, 2], [1, 2, 3]), corners([3, 1, -2], [2, 2, 0.5])
 
     assert frechet_distance(a, b) == pytest.approx(3**2 + 4**2 + 8 / 7 * (1**2 + 2.5**2), rel=1e-12)
@@ -235,7 +235,7 @@ def test_the_picture_has_both_runs_images(tmp_path: Path, program: str) -> None:
 
 
 class TestOfTexts:
-    """A pipeline that makes images of texts."""
+    """A pipeline that makes images from texts."""
 
     DATA = qsim.Data(
         "captions", {"image": list(np.repeat(SHADES[..., None], 3, 3)), "text": ["a cat", "two dogs"] * 6}, ""
@@ -311,7 +311,7 @@ class TestOfTexts:
 
 
 class TestRead:
-    """Where reference images come from."""
+    """Sources of reference images."""
 
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
@@ -340,7 +340,7 @@ class TestRead:
     def test_a_directory_without_images(self, tmp_path: Path) -> None:
         (tmp_path / "test.jsonl").write_text('{"image": "a.png"}')
 
-        with pytest.raises(qsim.DataError, match="^column 'image' of .* holds .*string.*, no images$"):
+        with pytest.raises(qsim.DataError, match="^column 'image' of .* holds .*string.*, not images$"):
             qsim.parse("frechet(x)").read(str(tmp_path))
 
     def test_an_image_that_cannot_be_read(self, tmp_path: Path, program: str) -> None:
@@ -354,14 +354,14 @@ class TestRead:
 @pytest.mark.parametrize(
     ("of", "channels", "data", "message"),
     [
-        ("{vit}", 1, qsim.Data("noise", None, ""), "frechet needs reference images, and noise is none; name some with --data"),
-        ("{vit}", 1, qsim.Data("two", {"image": list(SHADES[:4])}, ""), "4 reference images are too few for the covariance of 4 features: it takes more images than features"),
+        ("{vit}", 1, qsim.Data("noise", None, ""), "frechet needs reference images, and noise has none; name some with --data"),
+        ("{vit}", 1, qsim.Data("two", {"image": list(SHADES[:4])}, ""), "4 reference images are too few for the covariance of 4 features: it needs more images than features"),
         ("{vit}", 3, REFERENCE, "image 0 has mode RGB, the model takes one channel; convert the images to 'L'"),
         ("{program}", 4, REFERENCE, "the model makes images of 4 channels, which are neither grey nor RGB"),
-        ("{program}", 1, qsim.Data("wide", {"image": [np.zeros((8, 9), "uint8")]}, ""), "{program} takes no 1 images of 8 by 9 by 3: "),
-        ("{program}", 1, qsim.Data("both", {"image": [SHADES[0], np.zeros((8, 9), "uint8")]}, ""), "{program} takes no 2 images of 8 by 8 by 3: all input arrays must have the same shape"),
-        ("opt-tiny", 1, REFERENCE, "features of images cannot come from opt-tiny, a OPTForCausalLM: it encodes no images"),
-        ("ddpm-tiny", 1, REFERENCE, "features of images cannot come from ddpm-tiny, a UNet2DModel: it encodes no images"),
+        ("{program}", 1, qsim.Data("wide", {"image": [np.zeros((8, 9), "uint8")]}, ""), "{program} does not take 1 images of 8 by 9 by 3: "),
+        ("{program}", 1, qsim.Data("both", {"image": [SHADES[0], np.zeros((8, 9), "uint8")]}, ""), "{program} does not take 2 images of 8 by 8 by 3: all input arrays must have the same shape"),
+        ("opt-tiny", 1, REFERENCE, "opt-tiny, a OPTForCausalLM, cannot give features: it does not encode images"),
+        ("ddpm-tiny", 1, REFERENCE, "ddpm-tiny, a UNet2DModel, cannot give features: it does not encode images"),
         ("none.pt2", 1, REFERENCE, "none.pt2 cannot be loaded as a program that torch.export saved: "),
     ],
 )  # fmt: skip
@@ -384,7 +384,7 @@ def test_fewer_images_than_features(vit: str) -> None:
 
 def test_a_model_that_is_no_denoiser() -> None:
     class BertModel(nn.Module):
-        """A class whose name tells what it is for."""
+        """A class whose name tells that it encodes texts."""
 
     with pytest.raises(qsim.DataError, match="^frechet does not fit a BertModel; retrieval and fidelity do$"):
         qsim.parse("frechet(x)").example(qsim.LoadedModel(BertModel()), REFERENCE)

@@ -18,7 +18,7 @@ CLS, SEP, MASK = 1, 2, 3
 
 
 class Neighbours(nn.Module):
-    """Logits of a letter from the letters on both sides."""
+    """A model whose logits of a letter depend on the letters on both sides."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def fox(text: str = TEXT) -> qsim.Data:
 
 
 def by_hand(model: Any, seqlen: int, share: float, seed: int) -> tuple[float, float, int]:
-    """One masked letter after another."""
+    """Compute the metrics for one masked letter after another."""
     inner = seqlen - 2
     windows = [TEXT[start : start + inner] for start in range(0, len(TEXT) - inner + 1, inner)]
     lots = torch.rand(len(windows), inner, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,4 +1,4 @@
-"""HumanEval's estimate by hand and by counting, and a model that is made to write one program or another."""
+"""HumanEval's estimate by hand and by counting, and a model that writes given programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from qsim_evaluators.completing import cut, gumbel
+from qsim_evaluators.completing import before_stop, gumbel
 from qsim_evaluators.pass_at_k import estimate, problems
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
@@ -33,7 +33,7 @@ GREEDY = "pass_at_k([1], samples=1, temperature=0, max_new_tokens=8)"
 
 
 def tokenizer() -> Any:
-    """Each piece is a token."""
+    """Make a tokenizer that has one token for each piece."""
     words = Tokenizer(models.WordLevel({piece: place for place, piece in enumerate(PIECES)}, unk_token="<unk>"))
     pattern = "|".join(re.escape(piece) for piece in PIECES)
     words.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
@@ -42,7 +42,7 @@ def tokenizer() -> Any:
 
 
 def writer(chain: dict[str, str | list[str]], **options: Any) -> Any:
-    """An OPT whose next token follows from the last one alone; of several, each is as likely."""
+    """Make an OPT whose next token depends only on the last one. Several next tokens are equally likely."""
     width, ends = 16, PIECES.index("</s>")
     config = OPTConfig(
         vocab_size=width, hidden_size=width, word_embed_proj_dim=width, num_hidden_layers=1, num_attention_heads=2,
@@ -164,8 +164,8 @@ def test_a_checkpoints_own_settings_for_generation_are_left_out() -> None:
 
 
 def test_a_text_is_cut_before_its_first_stop() -> None:
-    assert cut("x\ndef y\nclass z", ("\nclass", "\ndef")) == "x"
-    assert cut("x define", ("\nclass", "\ndef")) == "x define"
+    assert before_stop("x\ndef y\nclass z", ("\nclass", "\ndef")) == "x"
+    assert before_stop("x define", ("\nclass", "\ndef")) == "x define"
 
 
 def test_nothing_is_generated_unless_code_may_run() -> None:
@@ -230,8 +230,8 @@ def test_its_text_is_read_back() -> None:
     ("text", "message"),
     [
         ("pass_at_k([1, 10], samples=5)", "pass@10 takes 10 samples of a problem, not 5"),
-        ("pass_at_k([1], temperature=0)", "at temperature=0 all 20 samples are one; say samples=1 and k=\\[1\\]"),
-        ('pass_at_k(stop=[""])', "an empty text stops every completion at once"),
+        ("pass_at_k([1], temperature=0)", "at temperature=0 all 20 samples are equal; set samples=1 and k=\\[1\\]"),
+        ('pass_at_k(stop=[""])', "an empty stop text would end every completion at once"),
         ("pass_at_k([0])", "k.0 should be greater than 0, not 0"),
         ("pass_at_k(top_p=0)", "top_p should be greater than 0, not 0"),
     ],
@@ -264,7 +264,7 @@ def test_calibration_reads_prompts_with_their_solutions() -> None:
 
 
 class TestRead:
-    """Where problems come from."""
+    """Sources of problems."""
 
     def read(self, source: Any) -> qsim.Data:
         return qsim.parse("pass_at_k").read(str(source))  # type: ignore[no-any-return]

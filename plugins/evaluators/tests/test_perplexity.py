@@ -20,7 +20,7 @@ TEXT = "the quick brown fox jumps over the lazy dog " * 4
 
 
 class Bigram(nn.Module):
-    """Logits of the next letter from the last: a language model of one matrix."""
+    """A language model of one matrix: the logits of the next letter depend on the last letter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def loaded() -> qsim.LoadedModel:
 
 
 def by_hand(model: Any, seqlen: int, stride: int) -> tuple[float, int]:
-    """One token after another: each position counts in the first window that predicts it."""
+    """Compute the metrics token by token. Each position counts in the first window that predicts it."""
     tokens, counted, total = [ord(letter) for letter in TEXT], set(), 0.0
     for start in range(0, len(tokens) - seqlen + 1, stride):
         for position in range(start + 1, start + seqlen):
@@ -65,7 +65,7 @@ def test_it_is_what_a_plain_loop_gives(loaded: qsim.LoadedModel, seqlen: int, st
 
 
 def test_words_and_bytes_are_counted_as_lm_eval_counts_them(loaded: qsim.LoadedModel) -> None:
-    """exp(-log-likelihood / words), where every token but the first is predicted and that one counts as the mean."""
+    """It is exp(-log-likelihood / words). The first token is not predicted, and counts with the mean of the others."""
     text = "un garçon\n\nmange" + " une pomme" * 3
     loaded.tokenizer = lambda text, verbose: SimpleNamespace(input_ids=[ord(letter) % 128 for letter in text])
     whole = qsim.parse(f"perplexity({len(text)})")
@@ -135,7 +135,7 @@ def test_a_window_longer_than_the_model_takes_is_an_error(loaded: qsim.LoadedMod
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("perplexity(1)", "a window of 1 token predicts nothing; seqlen is at least 2"),
+        ("perplexity(1)", "a window of 1 token has no token to predict; seqlen is at least 2"),
         ("perplexity(8, stride=9)", "a stride of 9 would leave tokens out between windows of 8"),
         ("perplexity(0)", "seqlen should be greater than 0, not 0"),
     ],
@@ -151,7 +151,7 @@ def test_a_stride_is_held_to_the_models_own_window(loaded: qsim.LoadedModel) -> 
 
 
 class TestRead:
-    """Where text comes from."""
+    """Sources of text."""
 
     def read(self, source: Any) -> qsim.Data:
         return qsim.parse("perplexity").read(str(source))  # type: ignore[no-any-return]
@@ -224,7 +224,7 @@ class TestRead:
     def test_a_name_that_nothing_is_behind(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
 
-        with pytest.raises(qsim.DataError, match="^'no_such_set' is no file, and datasets cannot load it: "):
+        with pytest.raises(qsim.DataError, match="^'no_such_set' is not a file, and datasets cannot load it: "):
             self.read("no_such_set")
 
 

@@ -26,7 +26,7 @@ PASSAGES = [
 
 
 class Encoder(nn.Module):
-    """States are rows of a table: of letters."""
+    """An encoder whose states are rows of a table of letters."""
 
     def __init__(self, noise: float = 0.0) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def test_a_file_that_holds_no_rows(tmp_path: Path) -> None:
     (tmp_path / "pairs.txt").write_text("a b")
 
     with pytest.raises(
-        qsim.DataError, match=r"pairs.txt holds no rows: their files end in .jsonl, .json, .csv, .parquet$"
+        qsim.DataError, match=r"pairs.txt is not a file of rows; their names end in .jsonl, .json, .csv, .parquet$"
     ):
         qsim.parse("retrieval").read(str(tmp_path / "pairs.txt"))
 
@@ -128,7 +128,7 @@ def test_a_file_that_holds_no_rows(tmp_path: Path) -> None:
     ("rows", "message"),
     [
         ([{"query": "a", "text": "b"}] * 2, r"has no column 'passage'; it has query, text$"),
-        ([{"query": "a", "passage": "b"}], r"has 1 pairs; retrieval needs two at least$"),
+        ([{"query": "a", "passage": "b"}], r"has 1 pairs; retrieval needs at least two$"),
     ],
 )
 def test_data_that_are_no_pairs(tmp_path: Path, rows: list[Any], message: str) -> None:

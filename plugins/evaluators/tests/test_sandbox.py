@@ -1,4 +1,4 @@
-"""What a program can do in the sandbox, and what it cannot; a plain process can do all of it."""
+"""Operations that the sandbox forbids, which a plain process may do, and those that it allows."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FORBIDDEN = {
 
 
 def plain(program: str) -> int:
-    """The exit status of a program in a process that nothing confines."""
+    """Run a program in an unconfined process, and return its exit status."""
     return subprocess.run([sys.executable, "-c", program], stderr=subprocess.DEVNULL).returncode
 
 
@@ -136,9 +136,9 @@ def test_memory_is_bounded() -> None:
     ("program", "verdict"),
     [
         ("import sys; sys.exit(0)", "failed: SystemExit: 0"),
-        ("import os; os._exit(0)", "failed: it left with exit status 0"),
-        ("import os; os.write(3, b'[' * 60_000); os._exit(0)", "failed: it left with exit status 0"),
-        ("import os; os.write(3, b'{\"reason\": null}'); os._exit(0)", "failed: it left with exit status 0"),
+        ("import os; os._exit(0)", "failed: it exited with status 0"),
+        ("import os; os.write(3, b'[' * 60_000); os._exit(0)", "failed: it exited with status 0"),
+        ("import os; os.write(3, b'{\"reason\": null}'); os._exit(0)", "failed: it exited with status 0"),
         ("import ctypes; ctypes.string_at(0)", "failed: killed by SIGSEGV"),
         ("assert 1 == 2, 'one\\nis not two'", "failed: AssertionError: one is not two"),
         ("def f(:", "failed: SyntaxError: invalid syntax (program, line 1)"),
@@ -227,5 +227,5 @@ def test_other_systems_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         sandbox.check.__wrapped__()
 
     assert str(error.value) == (
-        "generated code cannot be confined here: that takes Linux's seccomp, and this is darwin"
+        "generated code cannot be confined here: it needs Linux's seccomp, and this system is darwin"
     )

@@ -1,4 +1,4 @@
-"""What evaluators give to train on: the loss that a model trains with is the one that is measured."""
+"""Training samples of evaluators: the loss of training is the loss that the evaluator measures."""
 
 from __future__ import annotations
 

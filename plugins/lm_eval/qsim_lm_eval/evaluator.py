@@ -18,29 +18,29 @@ if TYPE_CHECKING:
     from qsim_lm_eval.tasks import Tasks
 
 FITTING = ("ForCausalLM", "LMHeadModel")
-"""Ends of the class names of models that the harness is run on."""
+"""Endings of the class names of models that the harness can evaluate."""
 
 
 class LMEval(Evaluator):
-    """Tasks of the Language Model Evaluation Harness (Gao et al., zenodo 10256836), scored as the harness scores them.
+    """Tasks of the Language Model Evaluation Harness (Gao et al., zenodo 10256836), scored by the harness.
 
-    A metric is called as in the harness with its task before it, `piqa/acc_norm`, and a filter behind it where the task
-    has several. Metrics that are means over documents, or the harness's perplexities of such means, have confidence
-    intervals; those of a whole corpus (F1, BLEU) have none. Log-probabilities are taken in float32. `limit` takes the
-    first documents of every task, `batch_size` is that of requests, and `seed` draws the examples that are shown.
+    A metric has the harness's name with its task in front, `piqa/acc_norm`, and its filter at the end if the task has
+    several. Metrics that are means over documents have confidence intervals, as have the harness's perplexities of such
+    means. Metrics of a whole corpus (F1, BLEU) have none. Log-probabilities are computed in float32. `limit` takes the
+    first documents of every task, `batch_size` counts requests, and `seed` draws the examples in prompts.
     """
 
     name = "lm_eval"
-    tasks: tuple[str, ...] = Field(description="tasks, groups or tags of the harness, patterns like mmlu_* too")
-    num_fewshot: NonNegativeInt | None = Field(None, description="examples that are shown; none: as each task has it")
+    tasks: tuple[str, ...] = Field(description="tasks, groups or tags of the harness, or patterns like mmlu_*")
+    num_fewshot: NonNegativeInt | None = Field(None, description="examples in a prompt; none: the task's own number")
     include_path: Path | None = Field(None, description="a directory with more tasks, in the harness's YAML")
-    max_length: PositiveInt | None = Field(None, description="tokens of an input; none: what the model takes")
-    inputs: Evaluator = Field("perplexity", description="whose batches transforms look at")  # type: ignore[assignment]
+    max_length: PositiveInt | None = Field(None, description="tokens of an input at most; none: the model's maximum")
+    inputs: Evaluator = Field("perplexity", description="evaluator that makes calibration batches")  # type: ignore[assignment]
 
     @field_validator("tasks", mode="before")
     @classmethod
     def _separate(cls, value: Any) -> Any:
-        """`"piqa,arc_easy"`, as the harness's own command takes them, is two."""
+        """Split `"piqa,arc_easy"` into two tasks, as the harness's own command does."""
         return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
     @field_validator("tasks")
@@ -53,37 +53,37 @@ class LMEval(Evaluator):
     @field_validator("include_path")
     @classmethod
     def _from_anywhere(cls, value: Path | None) -> Path | None:
-        """A record of a run does not depend on the directory it was made in."""
+        """Make the path absolute, so that a record of a run does not depend on the working directory."""
         return None if value is None else value.expanduser().resolve()
 
     def read(self, source: str, split: str = "test") -> Data:
-        """What `inputs` reads, for calibration: the tasks bring their own."""
+        """Read calibration data with `inputs`. The tasks have their own documents."""
         return self.inputs.read(source, split)
 
     def default_data(self) -> Data:
-        """The tasks with their documents; the name has versions and shots. Raises `DataError`."""
+        """Load the tasks with their documents. The name lists versions and numbers of examples. Raises `DataError`."""
         from qsim_lm_eval.tasks import load
 
         with quiet():
             return load(self.tasks, self.num_fewshot, self.include_path)
 
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
-        """Batches of `inputs`, from text: nothing that is measured on is calibrated on."""
+        """Make batches of text with `inputs`. The tasks' own documents are never used for calibration."""
         from qsim_lm_eval.tasks import Tasks
 
         if isinstance(data.content, Tasks):
-            raise DataError("nothing is calibrated on lm_eval's tasks; name some text with --calibration-data")
+            raise DataError("lm_eval's tasks cannot be used for calibration; name a text with --calibration-data")
         return self.inputs.calibration(loaded, data, samples, length, seed)
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
-        """The first request's tokens."""
+        """Return the tokens of the first request."""
         self._check(loaded)
         tokens = loaded.tokenizer(_tasks(data).first_text, verbose=False).input_ids or [loaded.tokenizer.eos_token_id]
         device = computes_on(loaded.model)
         return {"input_ids": torch.tensor([tokens[: self.max_length or 64]], device=device), "use_cache": False}
 
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
-        """The harness's metrics, `task/metric`, those of groups first, and the number of `documents`."""
+        """Return the harness's metrics as `task/metric`, those of groups first, and the number of `documents`."""
         self._check(loaded)
         tasks = _tasks(data)
         with quiet():
@@ -100,17 +100,17 @@ class LMEval(Evaluator):
                         limit=run.limit,
                         bootstrap_iters=0,
                     )
-            except (AssertionError, ValueError) as error:  # how the harness refuses what it is asked for
+            except (AssertionError, ValueError) as error:  # the harness refuses a request with these
                 raise DataError(f"lm-evaluation-harness: {' '.join(str(error).split())[:300]}") from None
             return score(results, tasks)
 
     def protocol(self, loaded: LoadedModel) -> str:
-        """The harness's version and what the model is given."""
+        """Name the harness's version and the limit on the length of inputs."""
         length = "" if self.max_length is None else f", inputs of {self.max_length} tokens at most"
         return f"lm-evaluation-harness {version('lm-eval')}{length}"
 
     def _check(self, loaded: LoadedModel) -> None:
-        """Raise `DataError` for what the harness cannot be run on."""
+        """Raise `DataError` for a model or tokenizer that the harness cannot evaluate."""
         model = type(loaded.model).__name__
         if not model.endswith(FITTING):
             raise DataError(f"lm_eval needs a causal language model of transformers, not {with_article(model)}")
@@ -122,5 +122,5 @@ def _tasks(data: Data) -> Tasks:
     from qsim_lm_eval.tasks import Tasks
 
     if not isinstance(data.content, Tasks):
-        raise DataError("lm_eval's tasks bring their own documents; leave --data out")
+        raise DataError("lm_eval's tasks have their own documents; leave --data out")
     return data.content

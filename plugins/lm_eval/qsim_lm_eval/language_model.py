@@ -1,4 +1,4 @@
-"""The loaded model as the harness sees it."""
+"""The loaded model behind the harness's interface."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import nn
 from qsim_core import LoadedModel, Run
 
 BATCHES = 16
-"""So many batches of requests are handed over at once, sorted by length among themselves."""
+"""Batches in a portion of requests. The harness sorts the requests of a portion by length."""
 
 
 class InMemory(HFLM):  # type: ignore[misc]
-    """A model that is there already, as it is or simulated; its requests go in pieces that progress is shown of."""
+    """A model in memory, unquantized or simulated. Requests are answered in portions, so that progress is shown."""
 
     def __init__(self, loaded: LoadedModel, run: Run, max_length: int | None) -> None:
         with _left_alone(loaded.model):
             super().__init__(
                 pretrained=loaded.model,
-                tokenizer=copy.deepcopy(loaded.tokenizer),  # it may be given a padding token
+                tokenizer=copy.deepcopy(loaded.tokenizer),  # the harness may add a padding token
                 batch_size=run.batch_size,
                 max_length=max_length,
                 softmax_dtype=torch.float32,
@@ -35,7 +35,7 @@ class InMemory(HFLM):  # type: ignore[misc]
         return self._in_pieces(super().loglikelihood, requests, BATCHES)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        return self._in_pieces(super().loglikelihood_rolling, requests, 1)  # of whole documents, many windows each
+        return self._in_pieces(super().loglikelihood_rolling, requests, 1)  # one document has many windows
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         return self._in_pieces(super().generate_until, requests, BATCHES)
@@ -48,7 +48,7 @@ class InMemory(HFLM):  # type: ignore[misc]
 
 @contextmanager
 def _left_alone(model: nn.Module) -> Iterator[None]:
-    """Keep the harness from tying weights anew: a transform may have made of one weight two that differ."""
+    """Keep the harness from tying weights again: a transform may have split one weight into two that differ."""
     model.tie_weights = lambda: None  # type: ignore[assignment]
     try:
         yield

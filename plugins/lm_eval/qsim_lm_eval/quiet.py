@@ -1,4 +1,4 @@
-"""Silence around the harness: qsim shows its own progress, and what has to be said stands in the result."""
+"""Suppress the output of the harness: qsim shows its own progress, and the result contains all notes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No log, no warning and no bar of tqdm while it lasts, whichever library they come from."""
+    """Suppress logs, warnings and tqdm's progress bars of all libraries in the `with` block."""
     from tqdm import tqdm
 
     before, draw = logging.root.manager.disable, tqdm.__init__

@@ -1,4 +1,4 @@
-"""What the harness found, document by document, as metrics that know their samples."""
+"""Convert the harness's scores of documents into metrics with samples."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ OF_MEANS: dict[Any, Callable[[Tensor], Tensor]] = {
     harness.weighted_perplexity: lambda mean: (-mean).exp(),
     harness.bits_per_byte: lambda mean: -mean / math.log(2),
 }
-"""The harness's ways to make one number of many that are functions of Σ value / Σ weight."""
+"""Aggregations of the harness that are functions of Σ value / Σ weight, with that function."""
 
 
 def score(results: Any, tasks: Tasks) -> Metrics:
-    """The harness's metrics. A sample is the i-th document of each task, so that all tasks are drawn from alike.
+    """Make metrics of the harness's results. Sample i is the i-th document of every task.
 
-    `samples` has two columns `[most documents of a task]` for each metric, its values times weights and its weights,
-    zeros behind a task's last document. What is no function of means is a number without uncertainty.
+    `samples` has two columns `[most documents of a task]` for each metric: values times weights, and weights. Both are
+    zero after a task's last document. A metric that is not a function of means is a number without an interval.
     """
     columns: dict[str, Tensor] = {}
     links: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {}
@@ -62,7 +62,7 @@ def score(results: Any, tasks: Tasks) -> Metrics:
 
 
 def _by_metric(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """`metric,filter` to the values of the documents, in their order; None where a document has none."""
+    """Map `metric,filter` to the values of the documents in their order; None for a document without a value."""
     names = dict.fromkeys((metric, sample["filter"]) for sample in samples for metric in sample["metrics"])
     found: dict[str, list[Any]] = defaultdict(list)
     for metric, kind in names:
@@ -71,7 +71,10 @@ def _by_metric(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _weighted(value: Any) -> tuple[float, float] | None:
-    """A document's value times its weight, and the weight, both zero where it has no value; None if it is no number."""
+    """Return a document's value times its weight, and the weight. None if the value is not a number.
+
+    Both are zero for a document without a value.
+    """
     if value is None:
         return 0.0, 0.0
     if isinstance(value, tuple) and len(value) == 2:
@@ -84,7 +87,7 @@ def _weighted(value: Any) -> tuple[float, float] | None:
 
 
 def _named(found: dict[str, dict[str, Any]], kind: Any) -> dict[str, Any]:
-    """`task/metric`, with the filter behind it where it has a name."""
+    """Name metrics `task/metric`, followed by the filter if the filter has a name."""
     return {
         f"{name}/{key.removesuffix(',none')}": value
         for name, values in found.items()

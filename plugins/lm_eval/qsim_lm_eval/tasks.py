@@ -1,4 +1,4 @@
-"""Tasks of the harness by name: found, loaded with their documents, and known by a fingerprint."""
+"""Tasks of the harness: find them by name, load them with their documents, and compute their fingerprint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qsim_core.errors import did_you_mean
 
 @dataclass
 class Tasks:
-    """Tasks with their documents, by name, and the groups that they are averaged in."""
+    """Tasks with their documents by name, and the groups over which they are averaged."""
 
     tasks: dict[str, Any]
     groups: dict[str, Any]
@@ -31,9 +31,9 @@ class Tasks:
 
     @contextmanager
     def seeded(self, seed: int) -> Iterator[None]:
-        """Inside, the examples shown and whatever else is drawn begin anew, the same for every model.
+        """Seed all random numbers of the harness in the `with` block, so that each model gets the same examples.
 
-        The harness draws from global generators; afterwards they are where they were.
+        The harness draws from global generators. Their states are restored afterwards.
         """
         states = random.getstate(), np.random.get_state()
         try:
@@ -50,20 +50,20 @@ class Tasks:
 
 
 def load(names: tuple[str, ...], num_fewshot: int | None, include_path: Path | None) -> Data:
-    """The tasks under these names as `Data`; its hash is of their documents and first requests. Raises `DataError`."""
+    """Load the named tasks as `Data`, with a hash of their documents and first requests. Raises `DataError`."""
     manager, found = _find(names, include_path)
     try:
         loaded = manager.load(found)
-    except Exception as error:  # whatever data sets, their loaders and the code of tasks raise
+    except Exception as error:  # data sets, their loaders and tasks raise errors of any class
         raise DataError(f"lm_eval cannot load {', '.join(names)}: {_in_one_line(error)}") from None
     digest, parts, first = hashlib.sha256(), [], ""
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
-            raise DataError(f"{name} runs code that the model has written; lm_eval leaves such tasks out")
+            raise DataError(f"{name} runs code that the model has written; lm_eval does not run such tasks")
         shots = _show(task, num_fewshot)
         try:
             requests, documents = _first_requests(task), list(task.eval_docs)
-        except Exception as error:  # a template or a function of the task that does not fit the documents
+        except Exception as error:  # a template or function may not fit the documents
             raise DataError(f"lm_eval cannot ask {name}: {_in_one_line(error)}") from None
         first = first or "".join(part for part in requests[0] if isinstance(part, str))
         known = [name, task.VERSION, shots, requests, documents]
@@ -74,10 +74,10 @@ def load(names: tuple[str, ...], num_fewshot: int | None, include_path: Path | N
 
 
 def _find(names: tuple[str, ...], include_path: Path | None) -> tuple[TaskManager, list[str]]:
-    """The index that knows the names, and what patterns among them stand for."""
+    """Return an index of tasks that contains all names, and the tasks that match the names and patterns."""
     if include_path is not None and not include_path.is_dir():
         raise DataError(f"lm_eval finds no directory {include_path}")
-    # the harness's own thousands of tasks take seconds to read: only where they are needed
+    # the harness's own thousands of tasks take seconds to read, so they are read only if needed
     for with_its_own in [True] if include_path is None else [False, True]:
         manager = TaskManager(include_path=include_path, include_defaults=with_its_own)
         matches = {name: manager.match_tasks([name]) for name in names}
@@ -88,7 +88,7 @@ def _find(names: tuple[str, ...], include_path: Path | None) -> tuple[TaskManage
 
 
 def _show(task: Any, num_fewshot: int | None) -> int:
-    """How many examples a task shows from now on: as asked for, unless its own definition says none."""
+    """Set and return a task's number of examples: `num_fewshot`, unless the task itself defines 0."""
     own = task.get_config("num_fewshot")
     shots = (own or 0) if num_fewshot is None or own == 0 else num_fewshot
     task.set_config(key="num_fewshot", value=shots)
@@ -96,7 +96,7 @@ def _show(task: Any, num_fewshot: int | None) -> int:
 
 
 def _first_requests(task: Any) -> list[Any]:
-    """What the first document asks of the model."""
+    """Return the requests of the first document."""
     task.set_fewshot_seed(0)
     task.build_all_requests(limit=1)
     return [request.args for request in task.instances]

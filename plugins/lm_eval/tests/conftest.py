@@ -1,4 +1,4 @@
-"""A small model, and a writer of tasks: a task is its definition and its documents, in one directory."""
+"""Fixtures: a small model, and functions that write a task's definition and documents to one directory."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _cached_here(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `datasets` makes of the files of a test goes with it."""
+    """Keep the cache of `datasets` in the temporary directory of the tests."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
 
 
 @pytest.fixture
 def loaded() -> Any:
-    """`opt-tiny` in float32 and its tokenizer."""
+    """Load `opt-tiny` in float32 and its tokenizer."""
     located = locate("opt-tiny", qsim.Host())
     return located.adapter.load(located.source, torch.float32)
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
-    """`write("ends", rows, output_type="multiple_choice", …)` defines a task, and gives the directory."""
+    """`write("ends", rows, output_type="multiple_choice", …)` writes a task and returns its directory."""
 
     def task(name: str, rows: list[dict[str, Any]], **definition: Any) -> Path:
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -46,7 +46,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def ends(write: Callable[..., Path]) -> Callable[..., Path]:
-    """Sentences with two ends each, the right one among them."""
+    """`ends()` writes a task of sentences with two possible ends each, one of them correct."""
 
     def task(name: str = "ends", count: int = 6, **definition: Any) -> Path:
         rows = [

@@ -1,4 +1,4 @@
-"""The harness's numbers against plain torch, qsim's own perplexity and what the harness itself reports."""
+"""The harness's numbers against plain torch, qsim's own perplexity, and the harness's own results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def measure(loaded: Any, tasks: str, directory: Path, options: str = "", **run: 
 
 
 def by_hand(loaded: Any, context: str, continuation: str) -> float:
-    """The log-likelihood of a continuation, token by token."""
+    """Compute the log-likelihood of a continuation, token by token."""
     end = len(context.rstrip())
     prefix = loaded.tokenizer(context[:end]).input_ids if end else [loaded.tokenizer.eos_token_id]
     ids = loaded.tokenizer(context + continuation).input_ids
@@ -71,7 +71,7 @@ def test_a_choice_is_the_likeliest_one_also_by_its_length(loaded: Any, ends: Cal
 
 
 def test_word_perplexity_is_that_of_qsims_own_windows(loaded: Any, write: Callable[..., Path]) -> None:
-    """Inputs of 31 tokens predict 31 each, from the one before on; so do windows of 32 tokens, one every 31."""
+    """An input of 31 tokens and the token before it predict 31 tokens; so do windows of 32 tokens with stride 31."""
     ids = loaded.tokenizer(PAGE * 10).input_ids[: 31 * 5]
     text, metrics = loaded.tokenizer.decode(ids), ("word_perplexity", "byte_perplexity", "bits_per_byte")
     assert loaded.tokenizer(text).input_ids == ids
@@ -224,7 +224,7 @@ def test_transforms_look_at_text_as_perplexitys_do(loaded: Any, ends: Callable[.
 
     batches = [e.calibration(loaded, text, 2, 16, 0) for e in (found, own)]
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(*batches, strict=True))
-    with pytest.raises(qsim.DataError, match="^nothing is calibrated on lm_eval's tasks; name some text with"):
+    with pytest.raises(qsim.DataError, match="^lm_eval's tasks cannot be used for calibration; name a text with"):
         found.calibration(loaded, found.default_data(), 2, 16, 0)
 
 
@@ -262,7 +262,7 @@ def test_a_record_tells_that_documents_have_changed(ends: Callable[..., Path], t
     [
         ("family", "^lm_eval needs a causal language model of transformers, not a BertForMaskedLM$"),
         ("tokenizer", "^lm_eval needs a tokenizer with an end-of-text token, and this OPTForCausalLM has none$"),
-        ("data", "^lm_eval's tasks bring their own documents; leave --data out$"),
+        ("data", "^lm_eval's tasks have their own documents; leave --data out$"),
     ],
 )
 def test_what_it_cannot_be_run_on(loaded: Any, ends: Callable[..., Path], change: str, message: str) -> None:

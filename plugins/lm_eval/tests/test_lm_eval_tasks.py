@@ -1,4 +1,4 @@
-"""Which tasks a text names, and one clear line for those that cannot be run."""
+"""Tasks by name, and the error messages for tasks that cannot be run."""
 
 from __future__ import annotations
 
@@ -110,7 +110,9 @@ def test_more_examples_than_there_are_documents(ends: Callable[..., Path]) -> No
 
 
 def test_code_that_a_model_writes_is_not_run(ends: Callable[..., Path]) -> None:
-    with pytest.raises(qsim.DataError, match="^ends runs code that the model has written; lm_eval leaves such tasks"):
+    with pytest.raises(
+        qsim.DataError, match="^ends runs code that the model has written; lm_eval does not run such tasks"
+    ):
         data("ends", ends(unsafe_code=True))
 
 

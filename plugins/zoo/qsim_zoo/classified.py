@@ -1,4 +1,4 @@
-"""bert-tiny-classifier: what a docstring documents."""
+"""bert-tiny-classifier: classify docstrings by the kind of object that they document."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertTokenizer
 
 from qsim_zoo import trained
-from qsim_zoo.lesson import Lesson
+from qsim_zoo.task import Task
 from qsim_zoo.text import KINDS, labelled
 
 BODY = "bert-tiny"
 
 
-class BertTinyClassifier(Lesson):
-    """bert-tiny's body, trained on with a classification head in place of the masked language model's."""
+class BertTinyClassifier(Task):
+    """Trains the body of bert-tiny further, with a classification head in place of that of the language model."""
 
     name = "bert-tiny-classifier"
     steps = 1000
@@ -28,7 +28,7 @@ class BertTinyClassifier(Lesson):
     batch: int = 32
 
     def prepare(self, directory: Path) -> None:
-        """Write bert-tiny's tokenizer, and turn the docstrings of both splits into tokens."""
+        """Write bert-tiny's tokenizer, and read the docstrings of both splits."""
         directory.mkdir(parents=True, exist_ok=True)
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(trained(BODY) / file, directory)
@@ -43,17 +43,17 @@ class BertTinyClassifier(Lesson):
         config.label2id = {kind: label for label, kind in enumerate(KINDS)}
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.1
         model: Any = BertForSequenceClassification(config)
-        model.bert.load_state_dict(body.bert.state_dict(), strict=False)  # which has no pooler
+        model.bert.load_state_dict(body.bert.state_dict(), strict=False)  # bert-tiny has no pooler
         made: nn.Module = model
         return made
 
     def loss(self, model: Any) -> Tensor:
-        """Cross-entropy of some docstrings."""
+        """Compute the cross-entropy of random docstrings."""
         chosen = torch.randint(len(self.train_texts), (self.batch,)).tolist()
         return self._loss(model, [self.train_texts[n] for n in chosen], [self.train_kinds[n] for n in chosen])
 
     def validate(self, model: Any) -> float:
-        """Cross-entropy over the validation split."""
+        """Compute the cross-entropy over the validation split."""
         total = 0.0
         for start in range(0, len(self.valid_texts), self.batch):
             texts, kinds = (part[start : start + self.batch] for part in (self.valid_texts, self.valid_kinds))
@@ -61,7 +61,7 @@ class BertTinyClassifier(Lesson):
         return total / len(self.valid_texts)
 
     def report(self, loss: float) -> float:
-        """The loss itself, nats per docstring."""
+        """Return the loss itself, in nats per docstring."""
         return loss
 
     def _loss(self, model: Any, texts: list[str], kinds: list[str]) -> Tensor:

@@ -1,4 +1,4 @@
-"""ddpm-tiny: digits out of noise."""
+"""ddpm-tiny: make digits from noise."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qsim_zoo.digits import digits
-from qsim_zoo.lesson import Lesson
+from qsim_zoo.task import Task
 
 SIZE = 8
 LIBRARY: Any = diffusers  # its classes have no types
 
 
-class DdpmTiny(Lesson):
+class DdpmTiny(Task):
     """A U-Net with attention at both of its resolutions, and DDPM's schedule of 1,000 steps (arXiv 2006.11239)."""
 
     name = "ddpm-tiny"
@@ -26,7 +26,7 @@ class DdpmTiny(Lesson):
     batch: int = 32
 
     def prepare(self, directory: Path) -> None:
-        """Read the images, from -1 to 1."""
+        """Read the images with pixels from -1 to 1."""
         directory.mkdir(parents=True, exist_ok=True)
         self.scheduler = LIBRARY.DDPMScheduler()
         self.train_images, self.valid_images = (
@@ -48,19 +48,19 @@ class DdpmTiny(Lesson):
         return model
 
     def loss(self, model: Any) -> Tensor:
-        """Mean squared error of the predicted noise, at times drawn for each image."""
+        """Compute the mean squared error of the predicted noise, at a random time for each image."""
         images = self.train_images[torch.randint(len(self.train_images), (self.batch,))]
         return self._loss(model, images, torch.randint(len(self.scheduler), (self.batch,)))
 
     def validate(self, model: Any) -> float:
-        """The same over the validation split, with noise and times that are the same each time."""
+        """Compute the same over the validation split, with the same noise and times in each call."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             times = torch.linspace(0, len(self.scheduler) - 1, len(self.valid_images)).long()
             return float(self._loss(model, self.valid_images, times))
 
     def report(self, loss: float) -> float:
-        """The error itself; 1 is what a model that predicts nothing has."""
+        """Return the error itself. A model that always predicts zero has an error of 1."""
         return loss
 
     def save(self, model: Any, directory: Path) -> None:

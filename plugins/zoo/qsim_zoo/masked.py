@@ -13,20 +13,21 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
-from qsim_zoo.lesson import Lesson
+from qsim_zoo.task import Task
 from qsim_zoo.text import text
 
 VOCABULARY = 2048
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PAD, _, CLS, SEP, MASK = range(5)
 SHARE = 0.15
-"""Of the tokens that are to be guessed, as BERT has it (arXiv 1810.04805)."""
+"""Share of the tokens that the model has to predict, as in BERT (arXiv 1810.04805)."""
 
 
 def letters(words: str) -> list[str]:
-    """Every letter at the beginning of a word, and inside one.
+    """List every letter that occurs at the beginning of a word or inside one, in sorted order.
 
-    Named in this order they have the same numbers each time; by itself a fit numbers them anew, and breaks ties so.
+    Given to the fit as special tokens, the letters have the same ids each time. Otherwise each fit would number them
+    differently, and would break ties differently.
     """
     normal = BertNormalizer().normalize_str(words)
     found = {word for word, _ in BertPreTokenizer().pre_tokenize_str(normal)}
@@ -34,15 +35,15 @@ def letters(words: str) -> list[str]:
 
 
 def waves(positions: int, width: int) -> Tensor:
-    """Sines and cosines of each position (arXiv 1706.03762): from there neighbours are found in few steps."""
+    """Compute sines and cosines of each position (arXiv 1706.03762). Starting from them, training takes fewer steps."""
     angles = torch.arange(positions)[:, None] / 10_000 ** (torch.arange(0, width, 2) / width)
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
-class BertTiny(Lesson):
+class BertTiny(Task):
     """BERT with 4 layers of width 128 (1.1 million parameters) and its masked language model's head.
 
-    Its positions are learned, but begin as waves.
+    The embeddings of positions are trained, and start as sines and cosines.
     """
 
     name = "bert-tiny"
@@ -55,7 +56,7 @@ class BertTiny(Lesson):
     left_out = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
 
     def prepare(self, directory: Path) -> None:
-        """Fit a lower-case WordPiece tokenizer, and turn both splits into tokens."""
+        """Fit a lower-case WordPiece tokenizer, and tokenize both splits."""
         pieces = BertWordPieceTokenizer()
         pieces.train_from_iterator(
             [text("train")],
@@ -92,13 +93,13 @@ class BertTiny(Lesson):
         return made
 
     def loss(self, model: Any) -> Tensor:
-        """Mean negative log-likelihood of the masked tokens of some windows."""
+        """Compute the mean negative log-likelihood of the masked tokens of random windows."""
         length = self.context - 2
         starts = torch.randint(len(self.train_tokens) - length, (self.batch,)).tolist()
         return self._loss(model, torch.stack([self.train_tokens[start : start + length] for start in starts]))
 
     def validate(self, model: Any) -> float:
-        """The same over non-overlapping windows, with masks that are the same each time."""
+        """Compute the same over non-overlapping windows, with the same masks in each call."""
         length = self.context - 2
         windows = self.valid_tokens[: len(self.valid_tokens) // length * length].view(-1, length)
         with torch.random.fork_rng(devices=[]):
@@ -107,7 +108,7 @@ class BertTiny(Lesson):
         return float(sum(losses) / len(windows))
 
     def _loss(self, model: Any, windows: Tensor) -> Tensor:
-        """Of ten tokens to guess eight are masked, one is another token and one stays, as BERT has it."""
+        """Compute the loss. Of ten tokens to predict, eight are masked, one is replaced and one stays, as in BERT."""
         to_guess = torch.rand(windows.shape) < SHARE
         how = torch.rand(windows.shape)
         seen = torch.where(to_guess & (how < 0.8), MASK, windows)

@@ -1,8 +1,8 @@
 """opt-tiny-outliers: opt-tiny with the activation outliers of large models, and the same function in float32.
 
-In each norm that feeds linears, four channels' gain and bias are multiplied by 20 to 60 and the consumers' columns
-divided by as much. Large language models grow such channels by themselves (arXiv 2208.07339); a model of this size
-does not, so the zoo gives them to it.
+In each norm before linear layers, the gain and bias of four channels are multiplied by 20 to 60. The matching columns
+of these layers are divided by the same factors. Large language models develop such channels in training (arXiv
+2208.07339). A model of this size does not, so the zoo adds them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CONSUMERS = {
 
 
 def add_outliers(weights: dict[str, Tensor], layers: int, seed: int = 0) -> dict[str, Tensor]:
-    """The state dict of an OPT model with outlier channels; the model's function stays the same."""
+    """Return the state dict of an OPT model with outlier channels added. The function of the model stays the same."""
     generator = torch.Generator().manual_seed(seed)
     result = {name: tensor.float().clone() for name, tensor in weights.items()}
     for layer in range(layers):
@@ -47,7 +47,7 @@ def add_outliers(weights: dict[str, Tensor], layers: int, seed: int = 0) -> dict
 
 
 def directory(source: Path) -> Path:
-    """A directory with the model, made once from `source` and kept in the user's cache ($QSIM_CACHE)."""
+    """Return a directory with the model, made once from `source` and kept in the user's cache ($QSIM_CACHE)."""
     weights = source / "model.safetensors"
     stamp = hashlib.sha256(weights.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:16]
     target = cache() / "zoo" / stamp / "opt-tiny-outliers"
@@ -56,9 +56,9 @@ def directory(source: Path) -> Path:
     try:
         _make(source, target)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or "there is no room, or no leave to write"
+        reason = getattr(error, "strerror", None) or "the disk is full, or not writable"
         raise ModelError(
-            f"cannot make opt-tiny-outliers under {cache()}: {reason}; set QSIM_CACHE to a directory with 20 MB of room"
+            f"cannot make opt-tiny-outliers under {cache()}: {reason}; set QSIM_CACHE to a directory with 20 MB free"
         ) from None
     return target
 
@@ -73,5 +73,5 @@ def _make(source: Path, target: Path) -> None:
         made = add_outliers(load_file(source / "model.safetensors"), config["num_hidden_layers"])
         save_file(made, part / "model.safetensors", metadata={"format": "pt"})
         (part / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2), encoding="utf-8")
-        if not target.is_dir():  # another process may have been faster
+        if not target.is_dir():  # another process may have made it first
             part.rename(target)

@@ -1,9 +1,8 @@
-"""Text that every Python carries: the reference topics, the standard library's docstrings, and its source.
+"""Text that every Python contains: the reference topics, the standard library's docstrings, and its source.
 
-The text is read at run time from the running interpreter, so it varies a little between Python releases;
-whoever reports a number reports the text's SHA-256 with it. A document is one reference topic or all
-docstrings of one module, or the source of one. It belongs to a split by a hash of its *name*, so it stays there when a
-release rewords it.
+The text is read from the running interpreter, so it varies a little between Python releases. Results therefore record
+its SHA-256. A document is one reference topic, all docstrings of one module, or the source of one module. Its split
+follows from a hash of its *name*, so a document stays in its split when a release changes its text.
 """
 
 from __future__ import annotations
@@ -17,27 +16,27 @@ from pathlib import Path
 
 SPLITS = ("train", "valid", "test")
 KINDS = ("module", "class", "function", "procedure")
-"""What a docstring documents: of functions and methods those that give something back, and those that do not."""
+"""The kinds of documented objects. A function or method is a procedure if it returns no value."""
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "__pycache__", "pydoc_data", "ensurepip"})
 
 
 def split_of(document: str) -> str:
-    """The split a document belongs to: about 90% train, 5% valid, 5% test, by SHA-256 of its name."""
+    """Return the split of a document by SHA-256 of its name: about 90% train, 5% valid, 5% test."""
     share = hashlib.sha256(document.encode()).digest()[0]
     return "test" if share < 13 else "valid" if share < 26 else "train"
 
 
 @functools.cache
 def text(split: str) -> str:
-    """All documents of one split, in the order of their names, a blank line between paragraphs."""
+    """Return all documents of one split in the order of their names, with a blank line between paragraphs."""
     _check(split)
     return "\n\n".join(part for _, part in sorted(_documents(split)))
 
 
 @functools.cache
 def source(split: str) -> str:
-    """The source of the standard library's top-level modules of one split, in the order of their names."""
+    """Return the source of the standard library's top-level modules of one split, in the order of their names."""
     _check(split)
     modules = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     parts = [path.read_text(encoding="utf-8") for path in modules if split_of(f"source {path.name}") == split]
@@ -46,9 +45,9 @@ def source(split: str) -> str:
 
 @functools.cache
 def pairs(split: str, most: int = 200) -> tuple[tuple[str, str], ...]:
-    """First lines of docstrings, and what follows them there, of the first `most` docstrings of a split that have both.
+    """Split docstrings into their first line and the rest, for the first `most` suitable docstrings of a split.
 
-    A first line has 20 to 100 letters and stands once, what follows has 100 at least.
+    A first line has 20 to 100 characters, the rest at least 100. Each first line occurs once.
     """
     _check(split)
     found: dict[str, str] = {}
@@ -62,7 +61,7 @@ def pairs(split: str, most: int = 200) -> tuple[tuple[str, str], ...]:
 
 @functools.cache
 def labelled(split: str) -> tuple[list[str], list[str]]:
-    """The docstrings of a split, and what each documents, one of `KINDS`, as the code below it shows."""
+    """Return the docstrings of a split, and the kind of object that each documents (one of `KINDS`)."""
     _check(split)
     documented = [pair for _, module in _modules(split) for pair in module]
     return [docstring for docstring, _ in documented], [kind for _, kind in documented]
@@ -85,7 +84,7 @@ def _documents(split: str) -> Iterator[tuple[str, str]]:
 
 @functools.cache
 def _modules(split: str) -> tuple[tuple[str, list[tuple[str, str]]], ...]:
-    """The documented modules of a split by name, each with its docstrings and what they document."""
+    """Return the documented modules of a split by name, each with its docstrings and the kinds of their objects."""
     library = Path(sysconfig.get_paths()["stdlib"])
     found = []
     for path in library.rglob("*.py"):
@@ -108,22 +107,22 @@ def _documented(path: Path) -> list[tuple[str, str]]:
 
 
 def kind(node: ast.AST) -> str:
-    """What the docstring of a node of the syntax tree documents, one of `KINDS`."""
+    """Return the kind of a documented node of the syntax tree (one of `KINDS`)."""
     if isinstance(node, FUNCTIONS):
-        return "function" if any(map(_gives, _own(node))) else "procedure"
+        return "function" if any(map(_returns_value, _own_nodes(node))) else "procedure"
     return "class" if isinstance(node, ast.ClassDef) else "module"
 
 
-def _gives(node: ast.AST) -> bool:
-    """Whether a statement or expression hands a value to the caller: `return x`, unless it is `None`, or a yield."""
+def _returns_value(node: ast.AST) -> bool:
+    """Tell if a node returns a value to the caller: a yield, or `return x` where x is not `None`."""
     if isinstance(node, ast.Return):
         return node.value is not None and not (isinstance(node.value, ast.Constant) and node.value.value is None)
     return isinstance(node, ast.Yield | ast.YieldFrom)
 
 
-def _own(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes of a function's body, but for those of functions and classes in it."""
+def _own_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield all nodes of a function's body, except those inside nested functions and classes."""
     for child in ast.iter_child_nodes(node):
         yield child
         if not isinstance(child, (*FUNCTIONS, ast.Lambda, ast.ClassDef)):
-            yield from _own(child)
+            yield from _own_nodes(child)

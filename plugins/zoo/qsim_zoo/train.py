@@ -1,8 +1,8 @@
 """Train the zoo's models: `python -m qsim_zoo.train opt-tiny`.
 
-Training is seeded and resumable: every step draws its batch and its dropout from the step's own number,
-and a checkpoint holds model, optimizer and step, so that a run that was stopped goes on where it was.
-The weights with the lowest validation loss are the ones that are kept, in float16.
+Training is seeded, and can be resumed. Every step seeds its batch and its dropout with its own number. A checkpoint
+holds model, optimizer and step, so a stopped run continues from there. The weights with the lowest validation loss are
+saved, in float16.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from qsim_zoo.causal import CodegenTiny, OptTiny
 from qsim_zoo.classified import BertTinyClassifier
 from qsim_zoo.diffusion import DdpmTiny
-from qsim_zoo.lesson import Lesson
 from qsim_zoo.masked import BertTiny
+from qsim_zoo.task import Task
 from qsim_zoo.vision import VitTiny
 
-LESSONS: dict[str, Callable[[], Lesson]] = {
-    lesson.name: lesson for lesson in (OptTiny, CodegenTiny, BertTiny, BertTinyClassifier, VitTiny, DdpmTiny)
+TASKS: dict[str, Callable[[], Task]] = {
+    task.name: task for task in (OptTiny, CodegenTiny, BertTiny, BertTinyClassifier, VitTiny, DdpmTiny)
 }
 COLUMNS = (
     TextColumn("{task.description}"),
@@ -39,29 +39,29 @@ COLUMNS = (
 
 @dataclass
 class Training:
-    """A run in progress, and the file that lets it go on after it was stopped."""
+    """A run in progress, and the checkpoint file from which it can be resumed."""
 
-    lesson: Lesson
+    task: Task
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     checkpoint: Path
     plan: dict[str, int]
-    """Steps and seed: a checkpoint goes on only under the same."""
+    """Steps and seed. A checkpoint can be resumed only with the same steps and seed."""
     step: int = 0
     best: float = math.inf
 
     @classmethod
-    def of(cls, lesson: Lesson, work: Path, steps: int, seed: int) -> Training:
-        """A run at its beginning, or where its checkpoint is. Raises `click.ClickException` if that is of another."""
+    def of(cls, task: Task, work: Path, steps: int, seed: int) -> Training:
+        """Start a run, or resume its checkpoint. Raises `click.ClickException` if the checkpoint has another plan."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = lesson.make().train()
-        run = cls(lesson, model, lesson.optimizer(model), work / f"{lesson.name}.pt", {"steps": steps, "seed": seed})
+            model = task.make().train()
+        run = cls(task, model, task.optimizer(model), work / f"{task.name}.pt", {"steps": steps, "seed": seed})
         run.resume()
         return run
 
     def resume(self) -> None:
-        """Take up the checkpoint, if there is one."""
+        """Load the checkpoint, if there is one."""
         if not self.checkpoint.exists():
             return
         saved = torch.load(self.checkpoint, weights_only=True)
@@ -72,7 +72,7 @@ class Training:
         self.step, self.best = saved["step"], saved["best"]
 
     def keep(self) -> None:
-        """Write the checkpoint, whole or not at all."""
+        """Write the checkpoint atomically."""
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         part = self.checkpoint.with_suffix(".part")
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -80,12 +80,12 @@ class Training:
         part.replace(self.checkpoint)
 
     def advance(self) -> float:
-        """One optimizer step on a batch (and with dropout) drawn from the seed and the step; returns the loss."""
+        """Make one optimizer step and return its loss. Batch and dropout are drawn by the seed and the step."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lesson.learning_rate(self.step, self.plan["steps"])
+            group["lr"] = self.task.learning_rate(self.step, self.plan["steps"])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.plan["seed"] * 1_000_003 + self.step)
-            loss = self.lesson.loss(self.model)
+            loss = self.task.loss(self.model)
             self.optimizer.zero_grad()
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -95,17 +95,17 @@ class Training:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """The loss on the validation split."""
+        """Compute the loss on the validation split."""
         self.model.eval()
-        loss = self.lesson.validate(self.model)
+        loss = self.task.validate(self.model)
         self.model.train()
         return loss
 
 
-def train(lesson: Lesson, directory: Path, work: Path, steps: int, seed: int, every: int) -> float:
-    """Train (or go on training) a model into `directory`; returns the best validation loss."""
-    lesson.prepare(directory)
-    run = Training.of(lesson, work, steps, seed)
+def train(task: Task, directory: Path, work: Path, steps: int, seed: int, every: int) -> float:
+    """Train a model, or resume its training, and save it in `directory`. Return the best validation loss."""
+    task.prepare(directory)
+    run = Training.of(task, work, steps, seed)
     with Progress(*COLUMNS, console=Console(stderr=True)) as progress:
         bar = progress.add_task("training", total=steps, completed=run.step)
         while run.step < steps:
@@ -116,28 +116,26 @@ def train(lesson: Lesson, directory: Path, work: Path, steps: int, seed: int, ev
                 progress.console.print(f"step {run.step}: loss {loss:.3f}, validation {valid:.3f}")
                 if valid < run.best:
                     run.best = valid
-                    lesson.save(run.model, directory)
+                    task.save(run.model, directory)
                 run.keep()
     return run.best
 
 
 @click.command()
-@click.argument("name", type=click.Choice(list(LESSONS)))
+@click.argument("name", type=click.Choice(list(TASKS)))
 @click.option(
     "--output", type=click.Path(path_type=Path), default=Path(__file__).with_name("models"), show_default=True
 )
-@click.option(
-    "--work", type=click.Path(path_type=Path), default=Path("zoo-training"), help="Where checkpoints are kept."
-)
-@click.option("--steps", type=click.IntRange(1), help="Default: as the committed weights were trained.")
+@click.option("--work", type=click.Path(path_type=Path), default=Path("zoo-training"), help="Directory of checkpoints.")
+@click.option("--steps", type=click.IntRange(1), help="Default: the steps of the committed weights.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--every", type=click.IntRange(1), default=100, help="Steps between validations.", show_default=True)
 def main(name: str, output: Path, work: Path, steps: int | None, seed: int, every: int) -> None:
-    """Train a model of the zoo; a stopped run goes on from its last checkpoint."""
-    lesson = LESSONS[name]()
-    steps = steps or lesson.steps
-    best = train(lesson, output / name, work, steps, seed, every)
-    click.echo(json.dumps({"model": name, "steps": steps, "seed": seed, lesson.measure: lesson.report(best)}))
+    """Train a model of the zoo. A stopped run continues from its last checkpoint."""
+    task = TASKS[name]()
+    steps = steps or task.steps
+    best = train(task, output / name, work, steps, seed, every)
+    click.echo(json.dumps({"model": name, "steps": steps, "seed": seed, task.measure: task.report(best)}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""vit-tiny: which digit an image shows."""
+"""vit-tiny: recognize the digit in an image."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from qsim_zoo.digits import digits
-from qsim_zoo.lesson import Lesson
+from qsim_zoo.task import Task
 
 SIZE = 8
 CLASSES = 10
 
 
-class VitTiny(Lesson):
+class VitTiny(Task):
     """ViT with 4 layers of width 96 (0.45 million parameters), on patches of 2 by 2 pixels."""
 
     name = "vit-tiny"
@@ -27,7 +27,7 @@ class VitTiny(Lesson):
     batch: int = 64
 
     def prepare(self, directory: Path) -> None:
-        """Write the processor, and read the images as it would give them: from -1 to 1."""
+        """Write the processor, and read the images with pixels from -1 to 1, as the processor returns them."""
         directory.mkdir(parents=True, exist_ok=True)
         size = {"height": SIZE, "width": SIZE}
         ViTImageProcessorPil(size=size, image_mean=[0.5], image_std=[0.5]).save_pretrained(directory)
@@ -51,7 +51,7 @@ class VitTiny(Lesson):
         return model
 
     def loss(self, model: Any) -> Tensor:
-        """Cross-entropy of some images, each moved by up to a pixel and with a little noise."""
+        """Compute the cross-entropy of random images, each shifted by up to a pixel and with a little noise."""
         chosen = torch.randint(len(self.train_images), (self.batch,))
         images = F.pad(self.train_images[chosen], (1, 1, 1, 1), value=-1.0)
         down, right = torch.randint(3, (2, self.batch)).tolist()
@@ -61,11 +61,11 @@ class VitTiny(Lesson):
         return self._loss(model, moved + 0.1 * torch.randn(moved.shape), self.train_labels[chosen])
 
     def validate(self, model: Any) -> float:
-        """Cross-entropy over the validation split."""
+        """Compute the cross-entropy over the validation split."""
         return float(self._loss(model, self.valid_images, self.valid_labels))
 
     def report(self, loss: float) -> float:
-        """The loss itself, nats per image."""
+        """Return the loss itself, in nats per image."""
         return loss
 
     @staticmethod
@@ -74,6 +74,6 @@ class VitTiny(Lesson):
 
 
 def _tensors(split: str) -> tuple[Tensor, Tensor]:
-    """Images `[images, 1, 8, 8]` from -1 to 1, and labels."""
+    """Return images `[images, 1, 8, 8]` with pixels from -1 to 1, and labels."""
     images, labels = digits(split)
     return torch.tensor(images).unsqueeze(1) / 127.5 - 1, torch.tensor(labels)

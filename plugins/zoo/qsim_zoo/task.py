@@ -1,4 +1,4 @@
-"""What a model of the zoo is taught: its data, its shape, its loss."""
+"""Training task of one model of the zoo: its architecture, its data and its loss."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 
-class Lesson(ABC):
-    """One model to train. Whatever it draws it draws from torch's generator, which the training seeds."""
+class Task(ABC):
+    """A model to train. It draws random numbers only from torch's global generator, which the training seeds."""
 
     name: ClassVar[str]
     steps: ClassVar[int]
-    """How many steps the committed weights were trained for."""
+    """Number of steps in which the committed weights were trained."""
     measure: ClassVar[str]
-    """What `report` gives, in words."""
+    """The name of the number that `report` returns."""
     peak_rate: float = 1e-3
     warmup: int = 100
     left_out: tuple[str, ...] = ()
@@ -26,38 +26,38 @@ class Lesson(ABC):
 
     @abstractmethod
     def prepare(self, directory: Path) -> None:
-        """Write tokenizer or processor, and read the data."""
+        """Write the tokenizer or the processor, and read the data."""
 
     @abstractmethod
     def make(self) -> nn.Module:
-        """The model before training."""
+        """Make the untrained model."""
 
     @abstractmethod
     def loss(self, model: nn.Module) -> Tensor:
-        """The loss on one batch, drawn at random."""
+        """Compute the loss of one random batch."""
 
     @abstractmethod
     def validate(self, model: nn.Module) -> float:
-        """The loss on the validation split; the same each time."""
+        """Compute the loss of the validation split, with the same random numbers in each call."""
 
     def report(self, loss: float) -> float:
-        """A validation loss as people read it."""
+        """Convert a validation loss to the number that is reported: a perplexity, unless overridden."""
         return math.exp(loss)
 
     def save(self, model: nn.Module, directory: Path) -> None:
-        """Write configuration and float16 weights; the running model stays float32."""
+        """Write the configuration and float16 weights. The model in memory stays float32."""
         saved = {name: tensor.half() for name, tensor in model.state_dict().items() if name not in self.left_out}
         model.save_pretrained(directory, state_dict=saved)  # type: ignore[operator]
 
     def learning_rate(self, step: int, steps: int) -> float:
-        """Linear warm-up, then half a cosine down to zero."""
+        """Return the learning rate of a step: linear warm-up, then half a cosine down to zero."""
         if step < self.warmup:
             return self.peak_rate * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, steps - self.warmup)
         return self.peak_rate * 0.5 * (1 + math.cos(math.pi * done))
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """AdamW; weight decay on matrices only."""
+        """Make an AdamW optimizer with weight decay on matrices only."""
         matrices = [p for p in model.parameters() if p.dim() > 1]
         vectors = [p for p in model.parameters() if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
