@@ -1,7 +1,7 @@
-"""Accelerators: what computes a quantizer's result faster than the reference, with the same bits.
+"""Accelerators: they compute a quantizer's result faster than the reference, with the same bits.
 
-An accelerator is found in the entry-point group `qsim.accelerators`, is loaded when the first tensor is quantized, and
-may decline whatever it does not know. Without one the reference computes everything.
+An accelerator is found in the entry-point group `qsim.accelerators`, and is loaded when the first tensor is quantized.
+It may decline any call. Without an accelerator the reference computes everything.
 """
 
 from __future__ import annotations
@@ -21,27 +21,36 @@ log = logging.getLogger(__name__)
 
 
 class Accelerator(Protocol):
-    """Quantizes as the reference does, bit for bit, or declines. The entry point names an instance."""
+    """Quantizes as the reference does, bit for bit, or declines. The entry point names an instance.
+
+    It may have further methods:
+
+        attend(sites, query, key, value, …)   computes fused attention at its sites, or gives None
+        compiled(source, elements)            compiles a C++ source of a plugin for this processor, or gives None
+        at_once()                             a context manager: what it compiles is compiled at the first call inside
+    """
 
     def quantize(self, quantizer: Any, x: Tensor, scales: Any = None, out: Tensor | None = None) -> Tensor | None:
-        """`quantizer.quantize(x)`, or under static `scales`; None: the reference shall do it.
+        """Compute `quantizer.quantize(x)`, or the same under static `scales`; None: the reference has to do it.
 
         `quantizer` is a `Format` or a `Scheme`. The result may be put into `out`, which has the shape, the strides and
         the dtype of `x`.
         """
 
-    # An accelerator may also have `attend(sites, query, key, value, …)`, which computes fused attention at its sites, and
-    # `compiled(source, elements)`, which compiles a C++ source of a plugin for this processor. Both may return None.
 
-
-_loaded: list[tuple[Accelerator, ...]] = []
+_loaded: list[dict[str, Accelerator]] = []
 
 
 def accelerators() -> tuple[Accelerator, ...]:
-    """The accelerators in use: those installed, by name. One that does not load is logged and left out."""
+    """Give the accelerators in use: those installed, by name. One that does not load is logged and left out."""
+    return tuple(accelerators_by_name().values())
+
+
+def accelerators_by_name() -> dict[str, Accelerator]:
+    """Give the accelerators in use by the name of their entry point, or of their class."""
     if not _loaded:
-        found = (_load(entry) for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name))
-        _loaded.append(tuple(accelerator for accelerator in found if accelerator is not None))
+        found = {entry.name: _load(entry) for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)}
+        _loaded.append({name: accelerator for name, accelerator in found.items() if accelerator is not None})
     return _loaded[-1]
 
 
@@ -49,16 +58,22 @@ def accelerators() -> tuple[Accelerator, ...]:
 def accelerated_by(*chosen: Accelerator) -> Iterator[None]:
     """Use these accelerators inside and no others; without any, the reference computes everything."""
     accelerators()
-    _loaded.append(chosen)
+    _loaded.append({type(accelerator).__name__: accelerator for accelerator in chosen})
     try:
         yield
     finally:
         _loaded.pop()
 
 
+def at_once(accelerator: Accelerator) -> contextlib.AbstractContextManager[Any]:
+    """Make an accelerator compile at its first call inside, and not once that is worth the time."""
+    prepare = getattr(accelerator, "at_once", None)
+    return contextlib.nullcontext() if prepare is None else prepare()
+
+
 def accelerated(quantizer: Any, x: Tensor, scales: Any = None, out: Tensor | None = None) -> Tensor | None:
-    """The first accelerator's result; None where each declines."""
-    for accelerator in accelerators():
+    """Give the first accelerator's result; None if each declines."""
+    for accelerator in accelerators_by_name().values():
         found = accelerator.quantize(quantizer, x, scales, out)
         if found is not None:
             return found
@@ -66,9 +81,9 @@ def accelerated(quantizer: Any, x: Tensor, scales: Any = None, out: Tensor | Non
 
 
 def compiled(source: Path, elements: int) -> Any:
-    """A C++ source compiled for this processor by the first accelerator that can; None: Python does the work.
+    """Compile a C++ source for this processor, by the first accelerator that can; None: Python does the work.
 
-    `elements` is the work of this call, counted as elements that are quantized: compiling has to be worth it.
+    `elements` is the work of this call, in elements that are quantized: compiling has to be worth it.
     """
     for accelerator in accelerators():
         compile_source = getattr(accelerator, "compiled", None)
