@@ -47,9 +47,10 @@ def lines(found: Collection[Row]) -> list[str]:
 
 
 def failures(built_in: Collection[str]) -> dict[str, list[str]]:
-    """The messages of all that does not load or cannot be used, by name; `built_in` are the core's own commands."""
+    """The messages of all that does not load or gives wrong bits, by name; `built_in` are the core's own commands."""
     from qsim_core.cli.plugin_commands import load_command
     from qsim_core.components.host import Host
+    from qsim_core.quantizers.accelerator_check import disagreements
 
     found = {name: [str(error)] for name, error in Host().verify().items()}
 
@@ -66,6 +67,8 @@ def failures(built_in: Collection[str]) -> dict[str, list[str]]:
     for group in others.values():
         for plugin in group.values():
             attempt(plugin)
+    for name, messages in disagreements(Host()).items():
+        found.setdefault(name, []).extend(f"accelerator {name}: {message}" for message in messages)
     for name in built_in & others[COMMANDS].keys():
         plugin = others[COMMANDS][name]
         found.setdefault(name, []).append(f"{plugin} cannot be run: `qsim {name}` is a command of qsim-core")
@@ -73,7 +76,11 @@ def failures(built_in: Collection[str]) -> dict[str, list[str]]:
 
 
 @click.command()
-@click.option("--check", is_flag=True, help="Load each plugin; exit code 1 if one of them fails.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Load each plugin, and compare accelerators with the reference; exit code 1 on a fault.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def plugins(ctx: click.Context, check: bool, as_json: bool) -> None:

@@ -1,8 +1,7 @@
-"""Accelerators compute a quantizer's result faster than the reference, with the same bits.
+"""Accelerators: they compute a quantizer's result faster than the reference, with the same bits.
 
 An accelerator is found in the entry-point group `qsim.accelerators`, and is loaded when the first tensor is quantized.
-It may decline any call; the reference then computes the result. Without an accelerator the reference computes
-everything.
+It may decline any call. Without an accelerator the reference computes everything.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import logging
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,68 +21,59 @@ log = logging.getLogger(__name__)
 
 
 class Accelerator(Protocol):
-    """Quantizes as the reference does, bit for bit, or declines. One method to write: `quantize`.
+    """Quantizes as the reference does, bit for bit, or declines. The entry point names an instance.
 
-    The entry point names an instance. An accelerator may have two more methods: `attend` (see `AttentionAccelerator`)
-    and `compiled` (see `CompilingAccelerator`).
+    It may have further methods:
+
+        attend(sites, query, key, value, …)   computes fused attention at its sites, or gives None
+        compiled(source, elements)            compiles a C++ source of a plugin for this processor, or gives None
+        at_once()                             a context manager: what it compiles is compiled at the first call inside
     """
 
     def quantize(self, quantizer: Any, x: Tensor, scales: Any = None, out: Tensor | None = None) -> Tensor | None:
-        """Compute `quantizer.quantize(x)`, or quantize `x` under static `scales`; None declines.
+        """Compute `quantizer.quantize(x)`, or the same under static `scales`; None: the reference has to do it.
 
-        `quantizer` is a `Format` or a `Scheme`. `scales` is a `Scales`, or None; only a `Scheme` has them. The result
-        may be put into `out`, which has the shape, strides and dtype of `x`.
+        `quantizer` is a `Format` or a `Scheme`. The result may be put into `out`, which has the shape, the strides and
+        the dtype of `x`.
         """
 
 
-@runtime_checkable
-class AttentionAccelerator(Accelerator, Protocol):
-    """An accelerator that computes fused attention at its sites, too."""
-
-    def attend(self, sites: Any, *args: Any, **kwargs: Any) -> Tensor | None:
-        """Compute `explicit_attention(*args, **kwargs)` at the `Sites` of a model; None declines.
-
-        The numbers are those of its two products, computed one after the other at their sites.
-        """
-
-
-@runtime_checkable
-class CompilingAccelerator(Accelerator, Protocol):
-    """An accelerator that compiles the C++ sources of plugins, too."""
-
-    def compiled(self, source: Path, elements: int) -> Any:
-        """Compile a C++ source for this processor and load it; None declines, and Python does the work.
-
-        `elements` is the work of the present call, counted as elements that are quantized. An accelerator may decline
-        until the work so far is worth the time of compiling.
-        """
-
-
-_loaded: list[tuple[Accelerator, ...]] = []
+_loaded: list[dict[str, Accelerator]] = []
 
 
 def accelerators() -> tuple[Accelerator, ...]:
-    """The accelerators in use: the installed ones, sorted by name. One that does not load is logged and left out."""
+    """Give the accelerators in use: those installed, by name. One that does not load is logged and left out."""
+    return tuple(accelerators_by_name().values())
+
+
+def accelerators_by_name() -> dict[str, Accelerator]:
+    """Give the accelerators in use by the name of their entry point, or of their class."""
     if not _loaded:
-        found = (_load(entry) for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name))
-        _loaded.append(tuple(accelerator for accelerator in found if accelerator is not None))
+        found = {entry.name: _load(entry) for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)}
+        _loaded.append({name: accelerator for name, accelerator in found.items() if accelerator is not None})
     return _loaded[-1]
 
 
 @contextlib.contextmanager
 def accelerated_by(*chosen: Accelerator) -> Iterator[None]:
-    """Use only these accelerators inside the block; with no argument the reference computes everything."""
+    """Use these accelerators inside and no others; without any, the reference computes everything."""
     accelerators()
-    _loaded.append(chosen)
+    _loaded.append({type(accelerator).__name__: accelerator for accelerator in chosen})
     try:
         yield
     finally:
         _loaded.pop()
 
 
+def at_once(accelerator: Accelerator) -> contextlib.AbstractContextManager[Any]:
+    """Make an accelerator compile at its first call inside, and not once that is worth the time."""
+    prepare = getattr(accelerator, "at_once", None)
+    return contextlib.nullcontext() if prepare is None else prepare()
+
+
 def accelerated(quantizer: Any, x: Tensor, scales: Any = None, out: Tensor | None = None) -> Tensor | None:
-    """Quantize by the first accelerator that does not decline; None if every accelerator declines."""
-    for accelerator in accelerators():
+    """Give the first accelerator's result; None if each declines."""
+    for accelerator in accelerators_by_name().values():
         found = accelerator.quantize(quantizer, x, scales, out)
         if found is not None:
             return found
@@ -91,15 +81,14 @@ def accelerated(quantizer: Any, x: Tensor, scales: Any = None, out: Tensor | Non
 
 
 def compiled(source: Path, elements: int) -> Any:
-    """Compile a C++ source by the first accelerator that does not decline; None if every accelerator declines.
+    """Compile a C++ source for this processor, by the first accelerator that can; None: Python does the work.
 
-    See `CompilingAccelerator.compiled`.
+    `elements` is the work of this call, in elements that are quantized: compiling has to be worth it.
     """
     for accelerator in accelerators():
-        if isinstance(accelerator, CompilingAccelerator):
-            found = accelerator.compiled(source, elements)
-            if found is not None:
-                return found
+        compile_source = getattr(accelerator, "compiled", None)
+        if compile_source is not None and (found := compile_source(source, elements)) is not None:
+            return found
     return None
 
 

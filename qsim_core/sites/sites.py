@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from qsim_core.errors import RecipeError
-from qsim_core.formats.accelerator import AttentionAccelerator, accelerators
+from qsim_core.formats.accelerator import accelerators
 from qsim_core.matmuls.attention import EXPLICIT, SOFTMAX, explicit_attention
 from qsim_core.matmuls.call import Call
 from qsim_core.matmuls.layout import Layout
@@ -117,10 +117,10 @@ class Sites:
     def attend(self, *args: Any, **kwargs: Any) -> Tensor:
         """Compute attention as two products at their sites, or by an accelerator that does the same by tiles."""
         for accelerator in accelerators():
-            if isinstance(accelerator, AttentionAccelerator):
-                result = accelerator.attend(self, *args, **kwargs)
-                if result is not None:
-                    return result
+            attend = getattr(accelerator, "attend", None)
+            result: Tensor | None = None if attend is None else attend(self, *args, **kwargs)
+            if result is not None:
+                return result
         return explicit_attention(*args, **kwargs)
 
     def meet(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

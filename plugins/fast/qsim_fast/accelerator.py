@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from qsim_core.quantizers.scales import Scales
 from qsim_core.sites.sites import Sites
 from qsim_fast.causal_attention import QUERIES, SCORES
 from qsim_fast.compiled import Compiled, compiled
+from qsim_fast.kernels import native
 from qsim_fast.quantizing import cast, quantize
 from qsim_fast.tiled_attention import attend
 
@@ -36,6 +38,10 @@ class Fast:
     def attend(self, sites: Sites, *args: Any, **kwargs: Any) -> Tensor | None:
         """Compute attention a few heads, or a few queries, at a time; None if its sites do not allow it."""
         return attend(sites, *args, **kwargs, queries=self.queries, scores=self.scores)
+
+    def at_once(self) -> AbstractContextManager[None]:
+        """Compile the kernels at the first call inside, unless they are switched off."""
+        return nullcontext() if native.switched_off() else native.only(native.forced() or True)
 
     def compiled(self, source: Path, elements: int) -> Compiled | None:
         """Compile a C++ source for this processor, once Python has done as much work as the compiler takes.

@@ -1,0 +1,84 @@
+"""Accelerators give the reference's bits or decline: `qsim plugins --check` compares them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from click.testing import CliRunner, Result
+from torch import Tensor
+
+import qsim_core as qsim
+from qsim_core.cli.main import main
+from qsim_core.formats.accelerator import accelerated_by
+from qsim_core.quantizers.accelerator_check import disagreements
+
+
+def reference(quantizer: Any, x: Tensor) -> Tensor:
+    with accelerated_by():
+        return quantizer.quantize(x)  # type: ignore[no-any-return]
+
+
+class Declining:
+    """Leaves everything to the reference."""
+
+    def quantize(self, quantizer: Any, x: Tensor, scales: Any = None, out: Tensor | None = None) -> None:
+        return None
+
+
+class OneUlpOff(Declining):
+    """Wrong in one value of one scheme, by one unit in the last place."""
+
+    def quantize(self, quantizer: Any, x: Tensor, scales: Any = None, out: Tensor | None = None) -> Any:
+        if str(quantizer) != "token(int8)" or scales is not None or x.dtype != torch.float32:
+            return None
+        y = reference(quantizer, x)
+        y[0, 0] = torch.nextafter(y[0, 0], torch.tensor(torch.inf))
+        return y
+
+
+class Failing(Declining):
+    def quantize(self, quantizer: Any, x: Tensor, scales: Any = None, out: Tensor | None = None) -> Any:
+        raise ValueError("no such instruction")
+
+
+def check() -> Result:
+    return CliRunner().invoke(main, ["plugins", "--check"])
+
+
+def test_an_accelerators_result_is_used() -> None:
+    class Three(Declining):
+        def quantize(self, quantizer: Any, x: Tensor, scales: Any = None, out: Tensor | None = None) -> Any:
+            return torch.full_like(x, 3.0)
+
+    with accelerated_by(Declining(), Three()):
+        assert qsim.parse("token(int8)").quantize(torch.zeros(1, 2)).tolist() == [[3.0, 3.0]]  # type: ignore[attr-defined]
+
+
+def test_without_an_accelerator_the_reference_computes() -> None:
+    assert reference(qsim.parse("int8"), torch.tensor([[2.4, 300.0]])).tolist() == [[2.0, 127.0]]
+
+
+def test_the_check_names_the_accelerator_and_the_quantizer_that_is_wrong_by_one_ulp() -> None:
+    with accelerated_by(OneUlpOff()):
+        result = check()
+
+    assert result.exit_code == 1
+    assert "accelerator OneUlpOff: token(int8), of float32: 1 of 3600 values differ from the reference" in result.stderr
+
+
+def test_an_accelerator_that_raises_is_named() -> None:
+    with accelerated_by(Failing()):
+        result = check()
+
+    assert result.exit_code == 1
+    assert "accelerator Failing: int8, of float32: ValueError: no such instruction" in result.stderr
+
+
+def test_one_that_declines_everything_is_right(host: qsim.Host) -> None:
+    with accelerated_by(Declining()):
+        assert disagreements(host) == {}
+
+
+def test_the_installed_accelerators_agree_with_the_reference(host: qsim.Host) -> None:
+    assert disagreements(host) == {}
