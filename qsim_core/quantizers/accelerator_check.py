@@ -118,6 +118,6 @@ def _difference(accelerator: Accelerator, quantize: Quantize, x: Tensor) -> str 
         return None
     before, one, other = (float(tensor[differs][0]) for tensor in (x, found, wanted))
     return (
-        f"{int(differs.sum())} of {x.numel()} values differ from the reference, such as {one!r} for {before!r} in place "
+        f"{int(differs.sum())} of {x.numel()} values differ, such as {one!r} for {before!r} in place "
         f"of {other!r}; an accelerator gives the same bits, or declines"
     )
