@@ -34,7 +34,7 @@ from qsim_core.components.hook_validation import HOOKS, base_of
 
 ROOT = Path(__file__).parent.parent
 MADE_BY_QSIM = (qsim.Simulation, qsim.Context)
-"""Classes that nobody else makes: what they are made of is no promise."""
+"""Classes that only qsim makes: their constructors are not public."""
 WRITTEN = "This page is written by `python docs/generate.py`.\n"
 FOR_AUTHORS = {
     "qsim_transformers.pretrained": ["Pretrained"],
@@ -290,7 +290,7 @@ def signature(function: Any) -> str:
 
 
 def _attributes(cls: type) -> Iterator[str]:
-    """What is annotated in the class itself (options, fields, class variables), and what `__init__` sets."""
+    """The annotations of the class itself (options, fields, class variables), and the attributes that `__init__` sets."""
     for name, annotation in inspect.get_annotations(cls).items():
         if not name.startswith("_") and name != "model_config":
             yield f"{name}: {annotation}{_default(cls, name)}"

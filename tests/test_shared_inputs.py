@@ -13,7 +13,7 @@ import qsim_core as qsim
 
 
 def test_a_gradient_is_that_of_what_was_computed() -> None:
-    """What was quantized where no gradient is recorded is not used again where one is."""
+    """A tensor that was quantized without a gradient is not used again where a gradient is recorded."""
 
     class Half(nn.Module):
         def __init__(self) -> None:

@@ -43,31 +43,32 @@ class Layer:
         self.tokens += len(x)
 
     def divide(self, columns: Tensor) -> None:
-        """The inputs are divided by `columns` [K] from now on."""
+        """Divide the inputs by `columns` [K] from now on."""
         columns = columns.to(self.gram)
         self.gram /= columns[:, None] * columns
         self.magnitude /= columns
 
     def error(self, change: Tensor) -> float:
-        """|X Δᵀ|² for a change Δ [..., N, K] of the rows."""
+        """Compute |X Δᵀ|² for a change Δ [..., N, K] of the rows."""
         return float(((change @ self.gram) * change).sum())
 
 
 class AWQ(Transform):
     """Multiplies the columns of weights by s and divides what makes the channels by s; then clips weights.
 
-    s = mean|x|^α / √(max s · min s), channel by channel; of α = 0, 1/grid, 2/grid, … the one that makes the error
-    |X (Q(W s)/s - W)ᵀ|² of all weights that read the channels least, Q being the recipe's own quantizer. With `clip`
-    each block of a weight is then cut to that share 1, 1 - 1/grid, … (down to a half) of its largest magnitude which
-    makes the block's own error least. Source: AWQ (arXiv 2306.00978), equations 4 and 5, and its reference's search.
+    s = mean|x|^α / √(max s · min s), channel by channel. Each α of 0, 1/grid, 2/grid, … is tried. The one with the least
+    error |X (Q(W s)/s - W)ᵀ|² is taken, over all weights that read the channels; Q is the recipe's own quantizer. With
+    `clip` the largest magnitude of each block is then cut to a share of it. The shares 1, 1 - 1/grid, … down to a half
+    are tried, and the one with the block's least error is taken. Source: AWQ (arXiv 2306.00978), equations 4 and 5, and
+    the search of its reference.
 
-    Scales are folded where the model's structure allows it, into norms and into weights before a linear or a ReLU;
-    what is left alone is reported with the reason. The README names what differs from the reference.
+    Scales are folded where the model's structure allows it, into norms and into weights before a linear or a ReLU.
+    Weights that are left alone are reported with the reason. The README lists the differences from the reference.
     """
 
     name = "awq"
     grid: PositiveInt = Field(20, description="candidates for α; and 1/grid is the step from one share to the next")
-    clip: bool = Field(True, description="clip weights too, but those that make q and k")
+    clip: bool = Field(True, description="clip weights too, except those of q and k")
 
     def apply(self, model: nn.Module, context: Context) -> None:
         """Scale and clip block by block. Raises `DataError` without calibration data."""

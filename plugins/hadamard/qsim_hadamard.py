@@ -27,8 +27,8 @@ LARGEST = 64
 class Rotation:
     """x D H along the last axis, of `size`: random signs D from `seed` (none: all +1), then a Hadamard matrix over √n.
 
-    H is a Kronecker product of small ones, Sylvester's and at most one of Paley's, and is applied factor by factor, in
-    the dtype of `x`. Raises `ValueError` where no Hadamard matrix of that size can be made of these.
+    H is a Kronecker product of small Hadamard matrices: Sylvester's, and at most one of Paley's. It is applied factor by
+    factor, in the dtype of `x`. Raises `ValueError` for a size that is not such a product.
     """
 
     size: int
@@ -97,7 +97,7 @@ def hadamard(size: int) -> Tensor:
 
 
 def _paley(size: int) -> int | None:
-    """Which of Paley's constructions makes a matrix of this size, with a prime."""
+    """The number of Paley's construction that makes a matrix of this size, with a prime; None: neither does."""
     if size % 4 == 0 and _is_prime(size - 1):
         return 1
     return 2 if size % 4 == 0 and (size // 2 - 1) % 4 == 1 and _is_prime(size // 2 - 1) else None
@@ -108,7 +108,7 @@ def _is_prime(number: int) -> bool:
 
 
 def _jacobsthal(prime: int) -> Tensor:
-    """Whether column - row is a square modulo the prime: 1, not: -1, zero: 0."""
+    """The matrix of column - row modulo the prime: 1 for a square, -1 for another number, 0 for zero."""
     character = torch.full((prime,), -1.0, dtype=torch.float64)
     character[torch.arange(1, prime).square() % prime] = 1.0
     character[0] = 0.0
@@ -119,13 +119,13 @@ def _jacobsthal(prime: int) -> Tensor:
 class Hadamard(Transform):
     """Rotates the input of every quantized matmul, and the other operand with it; the function stays.
 
-    x W = (x D H)(Hᵀ D W): the weights are rotated once, the inputs in each forward, so that any model will do, whatever
-    norms, residuals and ties it has. `attention` rotates q and k, after any rotary embedding: q kᵀ = (q D H)(k D H)ᵀ.
+    x W = (x D H)(Hᵀ D W): the weights are rotated once, the inputs in each forward. So it works on any model, with any
+    norms, residuals and ties. `attention` rotates q and k, after any rotary embedding: q kᵀ = (q D H)(k D H)ᵀ.
     `fold_norms` first moves the norms' weights into the linears that read them, where the structure allows it. Source:
     QuaRot (arXiv 2404.00456), sections 3 and 4, with randomized Hadamard matrices as there.
 
-    A size without a Hadamard matrix, a convolution, and a weight that is tied, used in two ways or already on a grid
-    are left alone and reported.
+    Left alone and reported are sizes without a Hadamard matrix, convolutions, weights that are tied or used in two
+    ways, and weights that are already on a grid.
     """
 
     name = "hadamard"
@@ -189,7 +189,7 @@ def _fold_norms(model: nn.Module, context: Context) -> None:
 
 
 def _reason(site: Site, seen: list[Layout | None], parameter: Tensor, context: Context) -> str | None:
-    """Why a weight cannot be rotated along its reduction axis."""
+    """The reason why a weight cannot be rotated along its reduction axis; None: it can."""
     weights = context.sites.weights
     if site.op.startswith("conv"):
         return "a convolution"
@@ -205,7 +205,7 @@ def _reason(site: Site, seen: list[Layout | None], parameter: Tensor, context: C
 
 
 def _unknown(size: int) -> str | None:
-    """Why there is no rotation of a size; None: there is."""
+    """The reason why there is no rotation of a size; None: there is one."""
     try:
         factors(size)
     except ValueError as error:

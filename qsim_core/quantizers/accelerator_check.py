@@ -25,8 +25,8 @@ Quantize = Callable[[], Tensor]
 def disagreements(host: Host) -> dict[str, list[str]]:
     """Compare each accelerator in use with the reference; give a message for each quantizer that differs, by name.
 
-    The quantizers are the formats, schemes and presets of a host that need no option, and each scheme that needs an
-    element alone, with each format.
+    The quantizers are the formats, schemes and presets of a host that need no option. A scheme that needs only an
+    element is tried with each format.
     """
     quantizers = list(_quantizers(host))
     found = {

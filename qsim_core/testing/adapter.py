@@ -38,7 +38,7 @@ class AdapterSuite(ComponentSuite):
 
     @pytest.fixture
     def source(self, tmp_path: Path) -> str:
-        """What `load` takes."""
+        """The source that `load` takes."""
         return str(self.checkpoint(tmp_path))
 
     def test_its_models_are_found_by_their_directory(self, component: Any, source: str) -> None:

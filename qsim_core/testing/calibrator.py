@@ -18,7 +18,7 @@ DTYPES = [torch.float32, torch.float64]
 
 
 def error_of(blocks: Tensor) -> Any:
-    """What rounding to 15 levels under a range (lowest, highest) changes, [..., B, n]."""
+    """The change of values by rounding to 15 levels under a range (lowest, highest), [..., B, n]."""
 
     def error(lowest: Tensor, highest: Tensor) -> Tensor:
         largest = torch.maximum(-lowest, highest).unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""What holds for every component, whatever its hook: found, written, read back, checked, copied."""
+"""Tests for the components of every hook: found, written, read back, checked, copied."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ComponentSuite:
 
     @pytest.fixture
     def component(self, request: pytest.FixtureRequest) -> Any:
-        """What the text means to a host of what is installed."""
+        """The component that the text means to a host of the installed plugins."""
         try:
             return installed().parse(request.param, self.base)
         except QsimError as error:
@@ -128,7 +128,7 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def identical(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors have one shape, one dtype and equal values, NaN being equal to NaN."""
+    """Tell if two tensors have one shape, one dtype and equal values; NaN equals NaN."""
     return x.shape == y.shape and x.dtype == y.dtype and bool(((x == y) | (x.isnan() & y.isnan())).all())
 
 
@@ -141,7 +141,7 @@ def _full_name(component: Any, base: type[Component]) -> str:
 
 
 def _error(act: Callable[..., Any], *arguments: Any) -> Exception | None:
-    """What an act raises."""
+    """The error that an act raises."""
     try:
         act(*arguments)
     except Exception as error:

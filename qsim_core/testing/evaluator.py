@@ -36,7 +36,7 @@ class EvaluatorSuite(ComponentSuite):
         return small.loaded()
 
     def data(self, evaluator: Any) -> Data:
-        """What to measure on, at least two samples: the evaluator's own, by default, or a text."""
+        """The data to measure on, at least two samples: by default the evaluator's own, or a text."""
         return evaluator.default_data() or small.text()
 
     def measured(self, evaluator: Any, loaded: LoadedModel | None = None, **changes: Any) -> dict[str, float]:
@@ -172,7 +172,7 @@ def _state(loaded: LoadedModel) -> dict[str, Tensor]:
 
 
 def _same(first: Any, second: Any) -> bool:
-    """Whether two nested collections hold the same tensors and values."""
+    """Tell if two nested collections hold the same tensors and values."""
     pairs = list(zip(*map(tree_leaves, (first, second)), strict=True))
     return all(
         identical(a, b) if isinstance(a, Tensor) else a == b for a, b in (map(_state_of, pair) for pair in pairs)

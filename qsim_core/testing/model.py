@@ -41,7 +41,7 @@ class LanguageModel(nn.Module):
     """Two blocks between an embedding and a head; norms and biases are random too. `forward` gives `.logits`."""
 
     checkpointing = False
-    """Whether blocks are computed again in the backward pass."""
+    """True if blocks are computed again in the backward pass."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ class TransformSuite(ComponentSuite):
             return simulate(model, **given | changes)
 
     def logits(self, model: nn.Module) -> Tensor:
-        """What the model gives for the first batch."""
+        """The model's output for the first batch."""
         with torch.no_grad():
             return model(**self.batches()[0]).logits  # type: ignore[no-any-return]
 
@@ -161,6 +161,6 @@ class TransformSuite(ComponentSuite):
 
 
 def _look(model: nn.Module) -> dict[str, Any]:
-    """What a transform leaves alone of each tensor and module, by name."""
+    """The parts of each tensor and module that a transform leaves alone, by name."""
     tensors = {name: (tuple(t.shape), t.dtype, t.requires_grad) for name, t in model.state_dict(keep_vars=True).items()}
     return tensors | {f"module {name!r}": module.training for name, module in model.named_modules()}

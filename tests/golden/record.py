@@ -196,7 +196,7 @@ def mlp() -> nn.Sequential:
 
 
 def answered(model: nn.Module, example: Any) -> Any:
-    """What the model makes of an example."""
+    """The model's output for an example."""
     if isinstance(example, Mapping):
         return model(**example)
     return model(*example) if isinstance(example, tuple) else model(example)
@@ -214,7 +214,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def figures_of(simulation: Any) -> Outputs:
-    """What transforms report of each layer, and how many reports there are."""
+    """The reports of transforms about each layer, and the number of reports."""
     numbers = [
         float(value) for report in simulation.reports for value in (report.before, report.after) if value is not None
     ]

@@ -1,4 +1,4 @@
-"""How often the likeliest next token stays the one that it was: `agreement(seqlen=128)`."""
+"""The share of places where the likeliest next token stays the same: `agreement(seqlen=128)`."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def rptq(model: Any, options: str = "4, head_clusters=2", **recipe: Any) -> qsim
 
 
 def seen(model: Any, path: str, output: bool = False) -> list[Tensor]:
-    """What a module is given, or what it makes, batch by batch: [tokens, channels]."""
+    """The inputs or the outputs of a module, batch by batch: [tokens, channels]."""
     found: list[Tensor] = []
     hook = lambda m, args, out: found.append((out if output else args[0]).detach().flatten(0, -2))  # noqa: E731
     handle = model.get_submodule(path).register_forward_hook(hook)
