@@ -290,7 +290,7 @@ def signature(function: Any) -> str:
 
 
 def _attributes(cls: type) -> Iterator[str]:
-    """The annotations of the class itself (options, fields, class variables), and the attributes that `__init__` sets."""
+    """The annotations of the class itself (options, fields, class variables), and the attributes `__init__` sets."""
     for name, annotation in inspect.get_annotations(cls).items():
         if not name.startswith("_") and name != "model_config":
             yield f"{name}: {annotation}{_default(cls, name)}"

@@ -27,8 +27,8 @@ LARGEST = 64
 class Rotation:
     """x D H along the last axis, of `size`: random signs D from `seed` (none: all +1), then a Hadamard matrix over √n.
 
-    H is a Kronecker product of small Hadamard matrices: Sylvester's, and at most one of Paley's. It is applied factor by
-    factor, in the dtype of `x`. Raises `ValueError` for a size that is not such a product.
+    H is a Kronecker product of small Hadamard matrices: Sylvester's, and at most one of Paley's. It is applied factor
+    by factor, in the dtype of `x`. Raises `ValueError` for a size that is not such a product.
     """
 
     size: int
@@ -124,8 +124,8 @@ class Hadamard(Transform):
     `fold_norms` first moves the norms' weights into the linears that read them, where the structure allows it. Source:
     QuaRot (arXiv 2404.00456), sections 3 and 4, with randomized Hadamard matrices as there.
 
-    Left alone and reported are sizes without a Hadamard matrix, convolutions, weights that are tied or used in two
-    ways, and weights that are already on a grid.
+    Left alone, and reported, are sizes without a Hadamard matrix and convolutions. So are weights that are tied, used in
+    two ways, or already on a grid.
     """
 
     name = "hadamard"

@@ -51,8 +51,8 @@ def quantize_file(
     """Round the weights of `source` into `target`, which appears whole or not at all.
 
     Float tensors of two axes and more are weights, unless a pattern of `skip` matches. Other tensors are copied byte by
-    byte. Raises `QsimError` for a file that cannot be read or has no weights to round. NaN or Inf in a weight, before or
-    after it is rounded, is a `QsimError` too. Raises `RecipeError` for a pattern that matches no tensor.
+    byte. Raises `QsimError` for a file that cannot be read or has no weights to round. NaN or Inf in a weight, before
+    or after it is rounded, is a `QsimError` too. Raises `RecipeError` for a pattern that matches no tensor.
     """
     if source.resolve() == target.resolve():
         raise QsimError(f"{target} is the input; give the output another name")
