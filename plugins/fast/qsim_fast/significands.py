@@ -16,7 +16,7 @@ SMALLEST = 2.0**-63
 @remembered
 def significand(format: Format | None) -> float:
     """Bits of a format's significands, the hidden one counted; infinite where that is not known, or not the same."""
-    if format is None or format.rounding == "stochastic":
+    if format is None or format.draws:
         return float("inf")
     if format.powers_of_two:
         return 1
