@@ -124,8 +124,8 @@ class Hadamard(Transform):
     `fold_norms` first moves the norms' weights into the linears that read them, where the structure allows it. Source:
     QuaRot (arXiv 2404.00456), sections 3 and 4, with randomized Hadamard matrices as there.
 
-    Left alone, and reported, are sizes without a Hadamard matrix and convolutions. So are weights that are tied, used in
-    two ways, or already on a grid.
+    Left alone, and reported, are sizes without a Hadamard matrix and convolutions. So are weights that are tied, used
+    in two ways, or already on a grid.
     """
 
     name = "hadamard"
