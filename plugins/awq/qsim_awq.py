@@ -58,9 +58,9 @@ class AWQ(Transform):
 
     s = mean|x|^α / √(max s · min s), channel by channel. Each α of 0, 1/grid, 2/grid, … is tried. The one with the
     least error |X (Q(W s)/s - W)ᵀ|² is taken, over all weights that read the channels; Q is the recipe's quantizer.
-    With `clip` the largest magnitude of each block is then cut to a share of it. The shares 1, 1 - 1/grid, … down to a
-    half are tried, and the one with the block's least error is taken. Source: AWQ (arXiv 2306.00978), equations 4 and 5, and
-    the search of its reference.
+    With `clip` the largest magnitude of each block is then cut to a share of it. The shares 1, 1 - 1/grid, … down to
+    a half are tried, and the one with the block's least error is taken. Source: AWQ (arXiv 2306.00978), equations 4
+    and 5, and the search of its reference.
 
     Scales are folded where the model's structure allows it, into norms and into weights before a linear or a ReLU.
     Weights that are left alone are reported with the reason. The README lists the differences from the reference.
