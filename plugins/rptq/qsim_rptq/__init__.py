@@ -23,17 +23,26 @@ from qsim_rptq.unit_interval import UnitInterval
 
 
 class RPTQ(Transform):
-    """Channels in the order of their clusters, and one static scale and zero point for each cluster of activations.
+    """Puts channels in the order of their clusters, and gives each cluster of activations a static scale and zero point.
 
-    Reordered are R1 what a norm gives to q, k and v, R2 q with k in each head, R3 v and what reads it in each head, R4
-    what a norm gives to the MLP, and R5 what fc1 gives to fc2: clusters are k-means' of each channel's (max, min), and
-    the new order is folded into norms and weights, so that the function stays. Then activations are quantized with
-    scale = (max - min) / 2^bits and zero = round(-(max + min) / (2 scale)) of each cluster. The bits are those of the
-    recipe's activations, whose own scales are not used where RPTQ's are. Source: arXiv 2304.01089, as
+    Reordered are:
+
+        R1    the channels from a norm to q, k and v
+        R2    the channels of q with those of k, in each head
+        R3    the channels of v with the columns that read them, in each head
+        R4    the channels from a norm to the MLP
+        R5    the channels from fc1 to fc2
+
+    Clusters are found by k-means on each channel's (max, min). The new order is folded into norms and weights, so that
+    the function stays. Then activations are quantized, cluster by cluster, with
+
+        scale = (max - min) / 2^bits,    zero = round(-(max + min) / (2 scale))
+
+    The bits are those of the recipe's activations, whose own scales are not used there. Source: arXiv 2304.01089, as
     hahnyuan/RPTQ4LLM computes it.
 
-    What cannot be reordered (a residual after the norm, a rotary embedding between q's weight and q·k) is reported with
-    the reason and keeps the quantizer that the recipe has for it.
+    Channels that cannot be reordered are reported with the reason and keep the recipe's quantizer. Such are channels of a
+    norm with a residual after it, or of q with a rotary embedding before q·k.
     """
 
     name = "rptq"

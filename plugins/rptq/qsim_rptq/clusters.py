@@ -1,4 +1,4 @@
-"""Which channels are alike: extremes of every channel, and k-means on them."""
+"""Clusters of like channels: the extremes of every channel, and k-means on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands at a site: quantizers that hold what calibration found."""
+"""The quantizer that holds the scales and zero points of clusters of channels."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SMALLEST, LARGEST = 1e-4, 1e4
 class Clustered(SiteQuantizer):
     """A scale and a zero point for each channel, the same for all channels of a cluster.
 
-    `scale` and `zero` are [K] for rows x K, or [heads, 1, K] and [heads, K, 1] for an operand of attention,
-    [..., heads, tokens, K] or the other way round; one whose batch and heads are one axis will do too.
+    `scale` and `zero` are [K] for rows x K. For an operand of attention, [..., heads, tokens, K], they are
+    [heads, 1, K]; with tokens last they are [heads, K, 1]. Batch and heads may be one axis.
     """
 
     element: Format
@@ -30,16 +30,16 @@ class Clustered(SiteQuantizer):
 
     @classmethod
     def covering(cls, low: Tensor, high: Tensor, element: Format, clusters: int) -> Clustered:
-        """scale = (high - low) / 2^bits within 1e-4 … 1e4, zero = round(-(high + low) / (2 scale)) within ±1e4.
+        """Cover a range: scale = (high - low) / 2^bits in 1e-4 … 1e4, zero = round(-(high + low) / (2 scale)) in ±1e4.
 
-        Of 2^bits steps the last has no code: what is above the middle of it saturates, as in the reference.
+        Of 2^bits steps the last has no code. Values above its middle saturate, as in the reference.
         """
         scale = ((high - low) / (element.max - element.min + 1)).clamp(SMALLEST, LARGEST)
         zero = ((high + low) * (-0.5 / scale)).clamp(-LARGEST, LARGEST).round()
         return cls(element, scale, zero, clusters)
 
     def same_as(self, other: Clustered) -> bool:
-        """Whether both round every value alike."""
+        """Tell if both round every value alike."""
         alike = self.element == other.element and self.scale.shape == other.scale.shape
         return alike and torch.equal(self.scale, other.scale) and torch.equal(self.zero, other.zero)
 

@@ -1,4 +1,4 @@
-"""What is reordered: channels that are made in one place and read in others, and how to fold a new order.
+"""Steps of reordering: channels that are made in one place and read in others, and the fold of a new order.
 
 A step's *slots* are its channels, [sets, channels of a set]: one set for a norm or a pair of weights, one for each head
 inside attention. Only slots of one set change places.
@@ -22,17 +22,17 @@ from qsim_core.transforms.context import Context
 
 @dataclass(eq=False)
 class Place:
-    """An operand of a matmul: which slot each of its channels is."""
+    """An operand of a matmul, and the slot of each of its channels."""
 
     site: Site
     role: str
     slots: Tensor
     """[K], or [heads, size of a head] for an operand of attention."""
     tokens_last: bool = False
-    """Of v in PV, whose reduction axis is the tokens: whether its quantizer has them last."""
+    """True for v in PV if its quantizer has the tokens, the reduction axis, last."""
 
     def values(self, call: Call) -> Tensor:
-        """The operand as [values, K] or [values, heads, size of a head]."""
+        """Give the operand as [values, K] or [values, heads, size of a head]."""
         if self.slots.dim() == 1:
             return call.input.reshape(-1, len(self.slots))
         index = int(self.role == "input2")
@@ -42,7 +42,7 @@ class Place:
         return rows.transpose(-2, -3).flatten(0, -3)
 
     def facing(self, by_channel: Tensor) -> Tensor:
-        """Numbers for each channel in the shape in which they meet the rows that a quantizer is handed."""
+        """Shape numbers, one for each channel, so that they broadcast with the rows that a quantizer is given."""
         if self.slots.dim() == 1:
             return by_channel
         return by_channel.unsqueeze(-1 if self.tokens_last else -2)
@@ -50,7 +50,7 @@ class Place:
 
 @dataclass(eq=False)
 class Maker:
-    """A weight whose results are looked at instead of what is read: q's and k's."""
+    """A weight whose results are measured instead of the operands that read them: that of q or k."""
 
     site: Site
     channels: Tensor
@@ -58,33 +58,33 @@ class Maker:
     slots: Tensor
 
     def values(self, call: Call) -> Tensor:
-        """The weight's result as [values, heads, size of a head]."""
+        """Give the weight's result as [values, heads, size of a head]."""
         result = call.result.rows(call.run([operand.detach() for operand in call.operands]))
         return result.reshape(-1, result.shape[-1])[:, self.channels]
 
 
 @dataclass(eq=False)
 class Step:
-    """Channels that are put in another order, all that is quantized of them, and what tells them apart."""
+    """Channels that are put in another order, the places where they are quantized, and the places that are measured."""
 
     name: str
     sets: int
     size: int
-    """Of all sets together."""
+    """The number of channels in all sets together."""
     clusters: int
-    """Of each set, at most."""
+    """The number of clusters of each set, at most."""
     places: list[Place]
     fold: Callable[[Tensor], None]
-    """Takes an order for each set, [sets, channels of a set]."""
+    """Folds an order for each set, [sets, channels of a set]."""
     features: Sequence[Place | Maker] = ()
-    """Whose extremes are clustered; of the places, if there are none here."""
+    """The operands and weights whose extremes are clustered; empty: the places."""
     of_norm: bool = False
     labels: Tensor = field(default_factory=lambda: torch.empty(0))
     """[size]: the cluster of each slot, once they are in order."""
 
 
 def steps(context: Context, clusters: int, head_clusters: int, only_kv: bool) -> Iterator[Step]:
-    """Everything that can be reordered and that the recipe quantizes; what cannot be is reported with the reason."""
+    """Give the steps for all channels that the recipe quantizes; those that cannot be reordered are reported."""
     if not only_kv:
         for refused in structure_of(context).refused:
             context.report(refused.name.removesuffix(".weight"), note=f"left alone: {'; '.join(refused.reasons)}")
@@ -96,7 +96,7 @@ def steps(context: Context, clusters: int, head_clusters: int, only_kv: bool) ->
 
 
 def _norms(context: Context, clusters: int) -> Iterator[Step]:
-    """R1 and R4: what norms make and weights read."""
+    """Give the steps R1 and R4: from norms to the weights that read them."""
 
     def fold(group: NormGroup, order: Tensor) -> None:
         context.handles.append(permute_group(context.model, group, order[0]))
@@ -108,7 +108,7 @@ def _norms(context: Context, clusters: int) -> Iterator[Step]:
 
 
 def _pairs(context: Context, clusters: int) -> Iterator[Step]:
-    """R5: what one weight makes and another reads, fc1 and fc2; gate and up together."""
+    """Give the steps R5: from one weight to another, fc1 to fc2; gate and up together."""
 
     def fold(pair: WeightPair, order: Tensor) -> None:
         permute_rows(context.model, pair, order[0])
@@ -125,7 +125,7 @@ def _pairs(context: Context, clusters: int) -> Iterator[Step]:
 
 
 def _scores(context: Context, attention: Attention, clusters: int, only_kv: bool) -> Iterator[Step]:
-    """R2: q and k, head by head, in one order."""
+    """Give the steps R2: q and k, head by head, in one order."""
     query, key = attention.query, attention.key
     roles = ("input2",) if only_kv else ("input", "input2")
     sites = _products(context, f"{attention.path}:qk", roles)
@@ -146,7 +146,7 @@ def _scores(context: Context, attention: Attention, clusters: int, only_kv: bool
 
 
 def _values(context: Context, attention: Attention, clusters: int, only_kv: bool) -> Iterator[Step]:
-    """R3: v and what reads it behind the product, head by head."""
+    """Give the steps R3: v and the weights that read it behind the product, head by head."""
     value, name = attention.value, f"{attention.path}:pv"
     slots = _slots(value)
     tokens_last = all(site.plan.value_axis == "tokens" for site in context.all_sites)
@@ -175,7 +175,7 @@ def _slots(rows: Projection) -> Tensor:
 
 
 def _readers(context: Context, uses: Iterable[Use], slot_of: Tensor) -> list[Place]:
-    """Where weights read channels, if something quantizes what they read; `slot_of` [channels] says which slot."""
+    """Give the places where weights read channels and a quantizer stands; `slot_of` [channels] has their slots."""
     sites = {site.weight: site for site in context.sites.table.values()}
     found = []
     for use in uses:
@@ -190,13 +190,13 @@ def _readers(context: Context, uses: Iterable[Use], slot_of: Tensor) -> list[Pla
 
 
 def _products(context: Context, alias: str, roles: Iterable[str]) -> list[tuple[Site, str]]:
-    """The operands of a product of attention that something quantizes."""
+    """Give the operands of a product of attention that are quantized."""
     sites = [site for site in context.sites.table.values() if alias in site.aliases]
     return [(site, role) for site in sites for role in roles if site.planned(role) is not None]
 
 
 def _free(context: Context, name: str, layer: str) -> bool:
-    """Whether channels may be put in another order; if not, the report says why."""
+    """Tell if channels may be put in another order; if not, report why."""
     reasons = structure_of(context).why_ordered(name)
     if reasons:
         context.report(layer, note=f"left in order: {reasons}")
