@@ -23,7 +23,7 @@ from qsim_rptq.unit_interval import UnitInterval
 
 
 class RPTQ(Transform):
-    """Puts channels in the order of their clusters, and gives each cluster of activations a static scale and zero point.
+    """Puts channels in the order of their clusters; each cluster of activations has a static scale and zero point.
 
     Reordered are:
 
@@ -41,8 +41,8 @@ class RPTQ(Transform):
     The bits are those of the recipe's activations, whose own scales are not used there. Source: arXiv 2304.01089, as
     hahnyuan/RPTQ4LLM computes it.
 
-    Channels that cannot be reordered are reported with the reason and keep the recipe's quantizer. Such are channels of a
-    norm with a residual after it, or of q with a rotary embedding before q·k.
+    Channels that cannot be reordered are reported with the reason and keep the recipe's quantizer. Such are channels of
+    a norm with a residual after it, or of q with a rotary embedding before q·k.
     """
 
     name = "rptq"
