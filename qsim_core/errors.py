@@ -69,8 +69,7 @@ def did_you_mean(name: str, known: Iterable[str], words: Mapping[str, str] | Non
     "; did you mean 'e4m3' or 'e5m2'? There are: e4m3, e5m2"
     """
     names = sorted(known, key=_natural_order)
-    whole_word = re.compile(rf"\b{re.escape(name)}\b", re.IGNORECASE)
-    described = [other for other, about in sorted((words or {}).items()) if whole_word.search(about)]
+    described = described_as(name, words or {})
     hint = _closest(name, names) or "."
     if described:
         hint = f"; did you mean {' or '.join(map(repr, described[:3]))}?"
@@ -80,6 +79,12 @@ def did_you_mean(name: str, known: Iterable[str], words: Mapping[str, str] | Non
         return f"{hint} There are: {', '.join(names)}"
     likely = difflib.get_close_matches(name, names, n=LISTED // 2, cutoff=0.0)
     return f"{hint} There are {len(names)}, like: {', '.join(n for n in names if n in likely)}"
+
+
+def described_as(name: str, words: Mapping[str, str]) -> list[str]:
+    """The names whose description in `words` contains `name` as a word, sorted."""
+    whole_word = re.compile(rf"\b{re.escape(name)}\b", re.IGNORECASE)
+    return [other for other, about in sorted(words.items()) if whole_word.search(about)]
 
 
 def file_did_you_mean(path: Path) -> str:

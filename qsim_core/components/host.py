@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qsim_core.components.default_host import set_default_host
 from qsim_core.components.discovery import Plugin as Plugin
 from qsim_core.components.discovery import import_plugin, in_one_line, installed_plugins
-from qsim_core.errors import PluginError, QsimError, SpecError, did_you_mean, with_article
+from qsim_core.errors import PluginError, QsimError, SpecError, described_as, did_you_mean, with_article
 
 if TYPE_CHECKING:
     from qsim_core.components.component import Component, Preset
@@ -160,17 +160,17 @@ class Host:
             raise PluginError(f"{bare!r} is offered by {offering}; write {choices}")
         if fitting:
             return fitting[0]
-        if candidates:
+        known = [found[0][1] for found in self.components(kind).values()]
+        if plugin:
+            known = list(self.load(plugin).items())
+        descriptions = {offered.name: offered.doc for offered in known if isinstance(offered, Preset)}
+        if candidates and not described_as(bare, descriptions):
             raise QsimError(
                 f"{name!r} is {with_article(self.class_of(candidates[0][1]).kind)}, not {with_article(kind.kind)}"
             )
         failures = self.check()
         if bare in failures:  # the plugin with this name probably offers the component
             raise failures[bare]
-        known = [found[0][1] for found in self.components(kind).values()]
-        if plugin:
-            known = list(self.load(plugin).items())
-        descriptions = {offered.name: offered.doc for offered in known if isinstance(offered, Preset)}
         hint = did_you_mean(bare, [offered.name for offered in known], descriptions)
         raise QsimError(f"no {kind.kind} {name!r}{hint}{self.not_looked_at()}")
 
