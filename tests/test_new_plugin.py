@@ -163,5 +163,5 @@ def test_an_installed_core_has_the_templates(tmp_path: Path) -> None:
 
     subprocess.run([*install, str(tmp_path / "there"), str(source)], check=True)
 
-    there = {path.name for path in (tmp_path / "there" / "qsim_core" / "templates").iterdir()}
-    assert there == {path.name for path in (ROOT / "qsim_core" / "templates").iterdir()}
+    there = {path.name for path in (tmp_path / "there" / "qsim_core" / "cli" / "templates").iterdir()}
+    assert there == {path.name for path in (ROOT / "qsim_core" / "cli" / "templates").iterdir()}
