@@ -12,6 +12,7 @@ from rich.text import Text
 
 from qsim_core.cli.console import console
 from qsim_core.evaluation.result import Result
+from qsim_core.simulation.recipe import ROLES
 from qsim_core.transforms.report import LayerReport
 
 FEW = 10
@@ -49,6 +50,9 @@ def recipe_table(result: Result) -> Table:
     table.add_column(justify="right")
     for key in ("weights", "activations", "outputs"):
         table.add_row(key, result.recipe[key] or "as they are")
+    for role in ROLES:
+        if role in result.recipe:
+            table.add_row(role, result.recipe[role] or "as they are")
     for transform in result.recipe["transforms"]:
         table.add_row("after", transform)
     return table

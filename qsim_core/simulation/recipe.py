@@ -224,6 +224,7 @@ class Recipe(_Quantizers):
             values=said.get("values", inputs),
             arithmetic=said.get("arithmetic", AUTO),
             value_axis=self.value_axis,
+            own=frozenset(said.keys() & {*ROLES}),
         )
 
     def patterns(self) -> list[str]:

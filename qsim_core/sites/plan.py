@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from qsim_core.formats.quantizer import Quantizer
@@ -29,6 +29,8 @@ class Plan:
     """The axis along which the scales of attention's values are shared."""
     skipped: bool = False
     """True if the recipe leaves this matmul alone."""
+    own: frozenset[str] = field(default=frozenset(), compare=False)
+    """The roles of attention that the recipe names; the others have the quantizer of the inputs."""
 
 
 class Planner(Protocol):

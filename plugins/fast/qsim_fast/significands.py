@@ -16,7 +16,7 @@ SMALLEST_SAFE = 2.0**-63
 @cached_by_identity
 def significand_bits(format: Format | None) -> float:
     """Count the bits of a format's significands, the hidden one included; infinite if unknown or not constant."""
-    if format is None or format.rounding == "stochastic":
+    if format is None or format.draws:
         return float("inf")
     if format.powers_of_two:
         return 1

@@ -13,12 +13,13 @@ import qsim_core as qsim
 from qsim_core import Transform, hookimpl
 from qsim_core.errors import RecipeError
 from qsim_core.formats.format import Format
-from qsim_core.quantizers.scheme import Scheme
+from qsim_core.quantizers.standard_schemes import Cast
 from qsim_core.sites.site import Site
 from qsim_core.transforms.context import Context
 from qsim_rptq.clusters import channel_extremes, cluster_extremes, fold, relative_errors
-from qsim_rptq.held import Clustered, Probabilities
+from qsim_rptq.held import Clustered
 from qsim_rptq.steps import Place, steps
+from qsim_rptq.unit_interval import UnitInterval
 
 
 class RPTQ(Transform):
@@ -38,7 +39,12 @@ class RPTQ(Transform):
     name = "rptq"
     clusters: int = Field(32, ge=1, description="of the channels of norms, and between fc1 and fc2 (R1, R4, R5)")
     head_clusters: int = Field(4, ge=1, description="of the channels of each head of q with k, and of v (R2, R3)")
-    p_bits: int | None = Field(8, ge=2, le=16, description="of P, over [0, 1]; none: the recipe's quantizer")
+    p_bits: int | None = Field(
+        8,
+        ge=2,
+        le=16,
+        description="of P, as cast(unit_interval(8)), unless the recipe names probabilities; none: as the recipe says",
+    )
     norm_bits: int | None = Field(
         None, ge=2, le=16, description="at least so many for what norms give to weights (R1, R4); none: the recipe's"
     )
@@ -53,7 +59,7 @@ class RPTQ(Transform):
     def apply(self, model: nn.Module, context: Context) -> None:
         """Reorder, then fix scales. Raises `DataError` without calibration data, `RecipeError` without integers."""
         found = list(steps(context, self.clusters, self.head_clusters, self.only_kv))
-        elements = {place: self._element(place.site, step.of_norm) for step in found for place in step.places}
+        elements = {place: self._element(place, step.of_norm) for step in found for place in step.places}
         features, seconds = channel_extremes(context, found) if found else {}, {}
         for step in found:
             if step not in features:
@@ -70,8 +76,9 @@ class RPTQ(Transform):
             _leave_all_but_kv(context.sites.table.values())
         elif self.p_bits is not None:
             for site in context.sites.table.values():
-                if site.is_value_product and site.planned("input") is not None:
-                    site.fixed["input"] = Probabilities(self.p_bits)
+                own = "probabilities" in site.plan.own
+                if site.is_value_product and site.planned("input") is not None and not own:
+                    site.fixed["input"] = Cast(element=UnitInterval(bits=self.p_bits))
         scales = {
             place: (
                 Clustered.covering(low.min(), high.max(), elements[place], 1),
@@ -92,14 +99,15 @@ class RPTQ(Transform):
                 note=f"{len(step.labels.unique())} clusters of {step.size} channels",
             )
 
-    def _element(self, site: Site, of_norm: bool) -> Format:
-        """The integers of the recipe's quantizer at a site, every code in use; of a norm, at least `norm_bits` wide."""
-        planned = site.planned("input")
-        element = planned.element if isinstance(planned, Scheme) else planned
+    def _element(self, place: Place, of_norm: bool) -> Format:
+        """Give the integers of the recipe's quantizer, every code in use; those of a norm have at least `norm_bits`."""
+        site, planned = place.site, place.site.planned(place.role)
+        element = None if planned is None else planned.rounds_to
         if not isinstance(element, Format) or not element.is_integer:
+            named = site.named(place.role)
             raise RecipeError(
-                f"{self} finds zero points, which are for integers, and {site.name} has activations {planned}; "
-                f"say int4, or a scheme of it"
+                f"{self} finds zero points, which are for integers, and {site.name} has "
+                f"{'activations' if named == 'input' else named} {planned}; say int4, or a scheme of it"
             )
         norm_bits = 8 if self.preset == "paper" and self.norm_bits is None else self.norm_bits
         if of_norm and norm_bits is not None and element.width < norm_bits:
@@ -123,6 +131,11 @@ def _fix(scales: dict[Place, Clustered]) -> None:
         held = next((other for other in made if other.same_as(held)), held)
         made.append(held)
         place.site.fixed[place.role] = held
+
+
+@hookimpl
+def qsim_quantizers() -> list[type[Format]]:
+    return [UnitInterval]
 
 
 @hookimpl

@@ -65,25 +65,3 @@ class Clustered(SiteQuantizer):
 
     def __str__(self) -> str:
         return f"rptq({self.element}, {self.clusters} cluster{'s' * (self.clusters != 1)})"
-
-
-@dataclass(frozen=True, eq=False)
-class Probabilities(SiteQuantizer):
-    """round(x (2^bits - 1)) / (2^bits - 1): for values from 0 to 1, without a scale. NaN stays; the rest saturates."""
-
-    bits: int
-
-    def quantize(self, x: Tensor) -> Tensor:
-        levels = 2**self.bits - 1
-        return laid_out_as(x, (working(x) * levels).round().clamp(0, levels) / levels)
-
-    def passes(self, x: Tensor) -> Tensor:
-        margin = 0.5 / (2**self.bits - 1)
-        passing: Tensor = (x >= -margin) & (x <= 1 + margin)
-        return passing
-
-    def bits_per_element(self, shape: torch.Size) -> float:
-        return float(self.bits)
-
-    def __str__(self) -> str:
-        return f"rptq(P, {self.bits} bits of [0, 1])"

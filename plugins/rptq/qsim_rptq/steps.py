@@ -191,8 +191,8 @@ def _readers(context: Context, uses: Iterable[Use], slot_of: Tensor) -> list[Pla
 
 def _products(context: Context, alias: str, roles: Iterable[str]) -> list[tuple[Site, str]]:
     """The operands of a product of attention that something quantizes."""
-    sites = [site for site in context.sites.table.values() if alias in site.aliases and site.planned("input")]
-    return [(site, role) for site in sites for role in roles]
+    sites = [site for site in context.sites.table.values() if alias in site.aliases]
+    return [(site, role) for site in sites for role in roles if site.planned(role) is not None]
 
 
 def _free(context: Context, name: str, layer: str) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import qsim_core as qsim
 from qsim_core.cli.main import main
-from qsim_core.testing import TransformSuite
+from qsim_core.testing import QuantizerSuite, TransformSuite
 from qsim_core.transforms.context import Context
 
 SIZES = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -225,7 +225,7 @@ def test_each_site_says_what_it_has() -> None:
         f"{LAYER}.self_attn.k_proj": wide,
         f"{LAYER}.self_attn.v_proj": wide,
         f"{LAYER}.self_attn:matmul.0": narrow,
-        f"{LAYER}.self_attn:matmul.1": f"rptq(P, 8 bits of [0, 1]), {narrow}",
+        f"{LAYER}.self_attn:matmul.1": f"cast(unit_interval(8)), {narrow}",
         f"{LAYER}.self_attn.out_proj": narrow,
         f"{LAYER}.fc1": wide,
         f"{LAYER}.fc2": wide,
@@ -250,9 +250,9 @@ def test_probabilities_have_255_levels() -> None:
 @pytest.mark.parametrize(
     ("options", "norm", "p"),
     [
-        ("4", "rptq(int(4, narrow=false), 4 clusters)", "rptq(P, 8 bits of [0, 1])"),
-        ("4, preset=paper", "rptq(int(8, narrow=false), 4 clusters)", "rptq(P, 8 bits of [0, 1])"),
-        ("4, norm_bits=6, p_bits=4", "rptq(int(6, narrow=false), 4 clusters)", "rptq(P, 4 bits of [0, 1])"),
+        ("4", "rptq(int(4, narrow=false), 4 clusters)", "cast(unit_interval(8))"),
+        ("4, preset=paper", "rptq(int(8, narrow=false), 4 clusters)", "cast(unit_interval(8))"),
+        ("4, norm_bits=6, p_bits=4", "rptq(int(6, narrow=false), 4 clusters)", "cast(unit_interval(4))"),
         ("4, norm_bits=3, p_bits=none", "rptq(int(4, narrow=false), 4 clusters)", "None"),
     ],
 )
@@ -440,6 +440,49 @@ def test_a_trained_model_end_to_end(tmp_path: Path) -> None:
     assert result["recipe"]["transforms"] == ["rptq(8)"]
     assert result["simulated"]["perplexity"] == pytest.approx(result["baseline"]["perplexity"], rel=0.05)
     assert len([layer for layer in result["transforms"] if layer["after"] is not None]) == 20
+
+
+@pytest.mark.parametrize(
+    ("recipe", "p"),
+    [
+        ({"probabilities": "int6"}, "token(int6)"),
+        ({"probabilities": "int4"}, "token(int4)"),
+        ({"probabilities": "cast(unit_interval(5))"}, "cast(unit_interval(5))"),
+        ({"probabilities": None}, "None"),
+        ({"overrides": {f"{LAYER}.self_attn:pv": {"probabilities": "int3"}}}, "token(int3)"),
+    ],
+)
+def test_probabilities_that_the_recipe_names_win(recipe: dict[str, Any], p: str) -> None:
+    simulation = rptq(build("opt"), **recipe)
+
+    (site,) = (site for site in simulation.sites.table.values() if f"{LAYER}.self_attn:pv" in site.names)
+    assert "input" not in site.fixed
+    assert str(site.quantizer("input")) == p
+    other = "cast(unit_interval(8))" if "overrides" in recipe else "None"
+    assert str(fixed(simulation, "model.decoder.layers.1.self_attn:pv")) == other
+
+
+def test_each_operand_of_attention_has_the_bits_of_its_role() -> None:
+    simulation = rptq(build("opt"), queries="int8", keys="int6", values=None)
+
+    assert str(fixed(simulation, f"{LAYER}.self_attn:qk")) == "rptq(int(8, narrow=false), 8 clusters)"
+    assert str(fixed(simulation, f"{LAYER}.self_attn:qk", "input2")) == "rptq(int(6, narrow=false), 8 clusters)"
+    assert fixed(simulation, f"{LAYER}.self_attn:pv", "input2") is None
+    assert str(fixed(simulation, f"{LAYER}.self_attn.out_proj")) == "rptq(int(4, narrow=false), 8 clusters)"
+
+
+def test_a_role_with_another_format_is_named() -> None:
+    with pytest.raises(qsim.RecipeError) as error:
+        rptq(build("opt"), values="e4m3")
+
+    assert str(error.value) == (
+        f"rptq(4, head_clusters=2) finds zero points, which are for integers, and {LAYER}.self_attn:matmul.1 has values "
+        f"token(e4m3); say int4, or a scheme of it"
+    )
+
+
+class TestUnitInterval(QuantizerSuite):
+    text = ("cast(unit_interval)", "cast(unit_interval(4))")
 
 
 class TestRptq(TransformSuite):
