@@ -22,7 +22,7 @@ class UnitInterval(Format):
     @property
     def levels(self) -> int:
         """The number of steps between 0 and 1."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     def table(self) -> Tensor:
         return (torch.arange(2**self.bits).float() / self.levels).double()
