@@ -201,3 +201,51 @@ def test_restore_takes_the_hooks_of_transforms_away() -> None:
 
     assert not torch.equal(model(x), before)
     assert torch.equal(simulation.restore()(x), before)
+
+
+class Masked(nn.Module):
+    """A product of activations with a mask."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(torch.full((1, 5, 5), 0.3), x, x.transpose(1, 2))
+
+
+class Experts(nn.Module):
+    """Two experts in one weight, of which the second is a hundred times as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        scales = torch.tensor([1.0, 100.0])[:, None, None]
+        self.weight = nn.Parameter(scales * torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(x.expand(2, -1, -1), self.weight)
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe"),
+    [
+        (nn.Linear(8, 4), {"weights": "int4", "activations": "int8", "outputs": "int6"}),
+        (nn.Linear(8, 4), {"weights": "int(4, rounding=stochastic)", "activations": "int4"}),
+        (Experts(), {"weights": "tensor(int4)", "activations": "tensor(int4)", "outputs": "e4m3"}),
+        (Masked(), {"activations": "int4", "outputs": "cast(int4)"}),
+    ],
+    ids=["linear", "stochastic", "experts", "mask"],
+)
+def test_what_is_tried_is_what_the_site_computes(model: nn.Module, recipe: dict[str, str]) -> None:
+    """The random numbers of a weight are the same, too."""
+    tried: list[Tensor] = []
+
+    class Trying(qsim.Transform):
+        name = "trying"
+
+        def apply(self, model: nn.Module, context: Context) -> None:
+            context.observe(lambda site, call: tried.append(context.simulated(site, call)), "trying")
+            site = next(iter(context.all_sites))
+            site.fixed["input"] = site.planned("input")  # a transform has to change something
+
+    x = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(1))
+    qsim.simulate(model.eval(), {**recipe, "transforms": [Trying()]}, calibration=[x])
+
+    with torch.no_grad():
+        assert torch.equal(tried[0], model(x))

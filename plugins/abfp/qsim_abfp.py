@@ -66,7 +66,8 @@ class Analog(Arithmetic):
         for quantizer in quantizers:
             if not isinstance(quantizer, ABFP):
                 raise RecipeError("it takes abfp on both operands")
-            if not (quantizer.symmetric and not quantizer.static and quantizer.rule == "divide"):
+            anew = not quantizer.needs_held_scales("input")
+            if not (quantizer.symmetric and anew and quantizer.rule == "divide"):
                 raise RecipeError("it takes scales max|x| / max(element), found anew for each tensor")
             if quantizer.scale is not None and not _is_bfloat16(quantizer.scale):
                 raise RecipeError("it takes scales in bf16, or not rounded at all")

@@ -83,5 +83,31 @@ def test_where_no_layer_has_one_it_is_an_error() -> None:
         )
 
 
+class Experts(nn.Module):
+    """Two experts in one weight, of which the second is a hundred times as large, and one bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(noise(2, 4, 6, seed=1) * torch.tensor([1.0, 100.0])[:, None, None])
+        self.bias = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+def test_each_expert_is_quantized_by_itself_as_its_site_does() -> None:
+    """The correction is the mean of the errors that the site makes."""
+    model, x = Experts(), 1 + noise(2, 40, 4)
+    exact = model(x).detach()
+    qsim.simulate(model, weights="tensor(int4)", example=x)
+    with torch.no_grad():
+        error = (model(x) - exact).mean((0, 1))
+    corrected = Experts()
+
+    qsim.simulate(corrected, weights="tensor(int4)", transforms=["bias_correction"], calibration=[x])
+
+    assert torch.allclose(corrected.bias, -error, rtol=1e-4, atol=1e-4)
+
+
 class TestBiasCorrection(TransformSuite):
     text = ("bias_correction", "bias_correction(true)")
