@@ -884,3 +884,17 @@ def test_a_simulation_leaves_no_cycle_that_keeps_activations(make: Make, ids: Te
     assert simulation.sites.stack.quantized is None
     gc.collect()
     assert simulation.sites.stack.caller is None
+
+
+def test_the_error_of_a_result_is_measured_before_a_mask_is_added() -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return torch.baddbmm(mask, x, x.transpose(1, 2))
+
+    x = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    measured = []
+    for masked in (0.0, 1000.0):
+        simulation = qsim.simulate(Masked().eval(), outputs="tensor(int4)", example=(x, torch.full((2, 4, 4), masked)))
+        measured.append(simulation.audit().sites[0].measured["output"])
+
+    assert measured[0] == measured[1]

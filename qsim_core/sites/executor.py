@@ -73,11 +73,17 @@ class Execution:
 
     def finished(self, product: Tensor) -> Tensor:
         """Quantize the result. A bias is part of it; a mask is added afterwards."""
-        if self.output is None:
-            return product
+        return product if self.output is None else self.completed(self.rounded(product))
+
+    def rounded(self, product: Tensor) -> Tensor:
+        """Quantize the product alone."""
         result = self.call.result
         with at(f"{self.site.name}:output", self.site.calls):
             rounded: Tensor = result.back(self.rounded_output(result.rows(product)))
+        return rounded
+
+    def completed(self, rounded: Tensor) -> Tensor:
+        """Add the mask to the quantized product, and put the result where the call wants it."""
         kwargs = self.call.kwargs
         if self.call.masked:
             alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
@@ -186,10 +192,13 @@ class LiveExecution(Execution):
             return self._finished_lowered(self.lowering, lowered, values)
         site.arithmetic = str(self.arithmetic) if self.arithmetic.simulates else "float32"
         values = values or self._values()
-        product = self.product(values)
-        result = self.finished(product)
-        self._observe("output", product, result if self.output is not None else product, self.call.result, self.output)
-        return result
+        return self.finished(self.product(values))
+
+    def finished(self, product: Tensor) -> Tensor:
+        """Quantize the result, and show it to the observer before a mask is added."""
+        rounded = product if self.output is None else self.rounded(product)
+        self._observe("output", product, rounded, self.call.result, self.output)
+        return product if self.output is None else self.completed(rounded)
 
     def _plan(self) -> Lowering | None:
         """Plan an exact computation of this call; None for float32, or for an arithmetic that is simulated.
@@ -282,14 +291,11 @@ class LiveExecution(Execution):
         return None if any(operand is None for operand in taken) else lowering.product(self.call, *taken)
 
     def _finished_lowered(self, lowering: Lowering, lowered: Tensor, values: Sequence[Tensor]) -> Tensor:
-        layout, quantizer = self.call.result, self.output
-        if lowering.rounds:  # the exact product is already rounded to the output's format
-            if self.observer is not None:
-                self._observe("output", self.call.run(values), lowered, layout, quantizer)
-            return lowered
-        result = self.finished(lowered)
-        self._observe("output", lowered, result, layout, quantizer)
-        return result
+        if not lowering.rounds:
+            return self.finished(lowered)
+        if self.observer is not None:  # the exact product is already rounded to the output's format
+            self._observe("output", self.call.run(values), lowered, self.call.result, self.output)
+        return lowered
 
     def rounded_output(self, rows: Tensor) -> Tensor:
         rounded: Tensor = self.output(rows)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import qsim_core as qsim
 from qsim_core.testing import TransformSuite
+from qsim_core.testing import both_ways as both_ways
 
 BATCHES = [{"input_ids": tokens(seed), "use_cache": False} for seed in range(4)]
 
@@ -34,6 +35,7 @@ def test_without_clipping_the_function_stays(family: str) -> None:
     assert any(report.after is not None for report in simulation.reports)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_the_scales_are_the_best_of_the_search_written_out() -> None:
     (plain, x), (model, _) = uneven(), uneven()
     quantizer = qsim.parse("block(int3, 8)")
@@ -61,6 +63,7 @@ def test_a_relu_lets_scales_through_and_a_gelu_does_not(curve: nn.Module, scaled
     assert {r.layer for r in simulation.reports if r.note.startswith("α = ")} == scaled
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_clipping_makes_the_error_of_the_outputs_smaller() -> None:
     model, x = nn.Linear(16, 4), torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
     x[:, 7] *= 0.01

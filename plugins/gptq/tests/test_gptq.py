@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from qsim_fast.kernels import native
 from qsim_gptq.feedback import factorize
 from qsim_gptq.inputs import samples
 from torch import Tensor, nn
@@ -18,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qsim_core as qsim
 from qsim_core.matmuls.operators import read_call
 from qsim_core.testing import TransformSuite
+from qsim_core.testing import both_ways as both_ways
+from qsim_core.testing.both_ways import WAYS, computed
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -139,12 +140,13 @@ SCALES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
      "nvfp4", "block(nf4, 16)"],
 )  # fmt: skip
 @pytest.mark.parametrize("option", ["", "act_order=true", "static_groups=true"])
+@pytest.mark.skipif(len(WAYS) < 2, reason="no accelerator is installed")
 def test_the_kernels_round_as_python_does(option: str, weights: str) -> None:
     weight, x = noise(300, 96, dtype=torch.float32), inputs(500, 96, dtype=torch.float32)
     found = []
-    for native_ones in (True, False):
+    for way in WAYS:
         model = linear(weight)
-        with native.only(native_ones):
+        with computed(way):
             gptq(model, [x], weights, f"gptq({option})")
         found.append(model.weight.detach())
 
@@ -161,6 +163,7 @@ def nvfp4_global(weight: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("text", ["gptq", "gptq(static_groups=true)"])
 @pytest.mark.parametrize("weights", [*SCALES])
+@pytest.mark.usefixtures("both_ways")
 def test_every_block_is_a_scale_times_elements(weights: str, text: str) -> None:
     quantizer = qsim.parse(weights)
     weight, x = noise(8, 64, dtype=torch.float32), inputs(300, 64, dtype=torch.float32)

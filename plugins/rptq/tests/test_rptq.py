@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import qsim_core as qsim
 from qsim_core.cli.main import main
 from qsim_core.testing import QuantizerSuite, TransformSuite
+from qsim_core.testing import both_ways as both_ways
 from qsim_core.transforms.context import Context
 
 SIZES = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -181,6 +182,7 @@ def test_q_and_k_are_clustered_together_head_by_head() -> None:
     assert torch.equal(model.get_submodule(f"{attention}.q_proj").bias, before[order])
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_scales_are_the_references() -> None:
     """Extremes of each cluster averaged over batches, (max - min) / 16 and round(-(max + min) / (2 scale))."""
     model = build("opt")
@@ -239,6 +241,7 @@ def test_q_k_and_v_share_one_quantizer() -> None:
     assert len({id(fixed(simulation, f"{LAYER}.self_attn.{name}_proj")) for name in "qkv"}) == 1
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_probabilities_have_255_levels() -> None:
     held = fixed(rptq(build("opt")), f"{LAYER}.self_attn:pv")
     x = torch.rand(100, generator=torch.Generator().manual_seed(0))
@@ -277,6 +280,7 @@ def test_only_k_and_v() -> None:
     assert {report.layer.rpartition(":")[2] for report in simulation.reports} == {"qk", "pv"}
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_clusters_hurt_less_than_one_scale() -> None:
     changed = [report for report in rptq(build("opt")).reports if report.after is not None]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import qsim_core as qsim
 from qsim_core.testing import TransformSuite
+from qsim_core.testing import both_ways as both_ways
 
 SIZES = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LLAMA = {
@@ -116,6 +117,7 @@ def test_outliers_are_gone() -> None:
     assert {report.measure for report in changed} == {"largest channel over the median one"}
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_quantizing_hurts_less_afterwards() -> None:
     exact = logits(model("OPT"))
 
