@@ -8,6 +8,7 @@ import re
 import shlex
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -84,10 +85,23 @@ def test_the_commands_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pyte
         (tmp_path / name).write_text(text)
     commands = [shlex.split(line, comments=True) for block in blocks(page, "bash") for line in block.splitlines()]
 
+    trained = False
     for program, *arguments in commands:
         assert program == "qsim"
+        if arguments[0] == "finetune" and trained:
+            check_options(*arguments)
+            continue
         outcome = CliRunner().invoke(main, shortened(arguments))
         assert outcome.exit_code == 0, f"{arguments}: {outcome.output}"
+        trained = trained or arguments[0] == "finetune"
+
+
+def check_options(name: str, *options: str) -> None:
+    """Read the options of a command without running it: a page's first training runs, the others take as long."""
+    with click.Context(main) as context:
+        command = main.get_command(context, name)
+        assert command is not None
+        command.make_context(name, list(options))
 
 
 LOCAL = {"facebook/opt-125m": "opt-tiny", "google-bert/bert-base-uncased": "bert-tiny", "google/vit-base-patch16-224": "vit-tiny",
