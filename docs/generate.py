@@ -310,7 +310,8 @@ def _default(cls: type, name: str) -> str:
         return "" if default is PydanticUndefined else f" = {_text(default)}"
     if is_dataclass(cls):
         (field,) = [f for f in fields(cls) if f.name == name]
-        return "" if field.default is MISSING and field.default_factory is MISSING else f" = {_text(field.default)}"
+        made = field.default if field.default_factory is MISSING else field.default_factory()
+        return "" if made is MISSING else f" = {_text(made)}"
     return f" = {_text(vars(cls)[name])}" if name in vars(cls) else ""
 
 
