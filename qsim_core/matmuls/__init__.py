@@ -1,0 +1,1 @@
+"""The matmuls of torch: their calls, the layouts of their operands, and attention written out."""

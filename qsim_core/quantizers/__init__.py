@@ -1,0 +1,1 @@
+"""Quantizers with scales: schemes, calibrators of ranges, static and learned scales, gradients."""

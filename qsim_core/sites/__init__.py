@@ -1,4 +1,4 @@
-"""Sites: the places in a model where tensors are quantized."""
+"""Sites: the places in a model where tensors are quantized, and the executor that computes a matmul there."""
 
 from qsim_core.moved import names_of_0_1
 
