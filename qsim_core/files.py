@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +17,8 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 
     Raises `QsimError` if the file cannot be written.
     """
+    import tempfile
+
     check_writable(path)
     part: Path | None = None
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,13 +12,17 @@ from qsim_core.cli.cache import cache
 from qsim_core.cli.components import components
 from qsim_core.cli.evaluate import evaluate
 from qsim_core.cli.new_plugin import new_plugin
-from qsim_core.cli.plugin_commands import PluginCommand, plugin_commands
 from qsim_core.cli.plugins import lines, plugins, rows
 from qsim_core.errors import QsimError
 from qsim_core.version import __version__
 
+if TYPE_CHECKING:
+    from qsim_core.cli.plugin_commands import PluginCommand
+
 INTERRUPTED = 130
 """The exit code of a run that Ctrl-C ended, as shells have it."""
+OF_PLUGINS = "qsim.commands"
+"""The key of the plugins' commands in click's `Context.meta`."""
 
 
 class Commands(click.Group):
@@ -66,9 +70,11 @@ class Commands(click.Group):
 
 def _of_plugins(ctx: click.Context) -> dict[str, PluginCommand]:
     """The commands of plugins, looked up once in a run."""
-    found: dict[str, PluginCommand] = ctx.meta.setdefault(PluginCommand.__module__, {})
-    if not found:
-        found |= plugin_commands()
+    from qsim_core.cli.plugin_commands import plugin_commands
+
+    found: dict[str, PluginCommand] | None = ctx.meta.get(OF_PLUGINS)
+    if found is None:
+        found = ctx.meta[OF_PLUGINS] = plugin_commands()
     return found
 
 

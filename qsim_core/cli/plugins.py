@@ -6,14 +6,14 @@ import json
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import click
 
-from qsim_core.components.discovery import ACCELERATORS, COMMANDS, GROUP, GROUPS, Plugin, import_plugin, installed
 from qsim_core.errors import PluginError
 
-PROVIDES = {GROUP: "components", COMMANDS: "command", ACCELERATORS: "accelerator"}
-"""Each entry-point group, and what a distribution with an entry point in it provides."""
+if TYPE_CHECKING:
+    from qsim_core.components.discovery import Plugin
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,16 @@ class Row:
 
 def rows() -> list[Row]:
     """Every name that a distribution has in one of the entry-point groups, sorted. Nothing is imported."""
+    from qsim_core.components.discovery import ACCELERATORS, COMMANDS, installed
     from qsim_core.components.host import Host
 
+    others = installed((COMMANDS, ACCELERATORS))
+    provided = {"components": Host().plugins, "command": others[COMMANDS], "accelerator": others[ACCELERATORS]}
     found: dict[tuple[str, str, str], list[str]] = {}
-    everything = {**installed((COMMANDS, ACCELERATORS)), GROUP: Host().plugins}
-    for group in GROUPS:
-        for plugin in everything[group].values():
+    for what, plugins_of_group in provided.items():
+        for plugin in plugins_of_group.values():
             for claimant in plugin.claims:
-                found.setdefault((plugin.name, *claimant), []).append(PROVIDES[group])
+                found.setdefault((plugin.name, *claimant), []).append(what)
     return [Row(*key, tuple(provides)) for key, provides in sorted(found.items())]
 
 
@@ -49,6 +51,7 @@ def lines(found: Collection[Row]) -> list[str]:
 def failures(built_in: Collection[str]) -> dict[str, list[str]]:
     """The messages of all that does not load or gives wrong bits, by name; `built_in` are the core's own commands."""
     from qsim_core.cli.plugin_commands import load_command
+    from qsim_core.components.discovery import ACCELERATORS, COMMANDS, import_plugin, installed
     from qsim_core.components.host import Host
     from qsim_core.quantizers.accelerator_check import disagreements
 
