@@ -1,0 +1,11 @@
+"""Without a GPU, Triton's interpreter runs the kernels for GPUs: Triton has to know before it is imported."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
