@@ -68,7 +68,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "host": ("qsim_core.components.host", "qsim_core.components.discovery"),
     "hub": ("qsim_transformers.hub",),
     "int8": ("qsim_fast.int8", "qsim_fast.arithmetics"),
-    "kernels": ("qsim_fast.kernels.interface",),
+    "kernels": ("qsim_fast.kernels.arguments", "qsim_fast.kernels.protocol"),
     "kernels_gpu": ("qsim_fast.kernels.quantizers_triton",),
     "learned": ("qsim_core.quantizers.learned_steps", "qsim_core.formats.rounding", "qsim_core.sites.held_scales"),
     "listing": ("qsim_core.cli.components",),

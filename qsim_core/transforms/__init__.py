@@ -1,0 +1,1 @@
+"""Transforms: methods that rewrite a model, and the tools that they are made with."""
