@@ -167,6 +167,7 @@ KINDS = {
     "transform": "Transforms",
     "adapter": "Adapters",
     "evaluator": "Evaluators",
+    "arithmetic": "Arithmetics",
 }
 
 

@@ -57,7 +57,7 @@ def test_a_package_of_the_core_has_a_dozen_modules_or_fewer(package: str) -> Non
 def test_the_core_is_small() -> None:
     lines = {path: len(path.read_text().splitlines()) for path in code(CORE) if "testing" not in path.parts}
 
-    assert sum(lines.values()) < 11_000
+    assert sum(lines.values()) < 11_250
 
 
 @pytest.mark.parametrize(

@@ -55,13 +55,18 @@ def _of_hook(hook: str) -> tuple[Any, ...]:
     return (BeforeValidator(build),)
 
 
+def _unless_none(value: Any) -> Any:
+    """Read the text `none` as no quantizer."""
+    return None if value == "none" else value
+
+
 def _several(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-Weights = Annotated[Quantizer | None, _in_scheme(Channel)]
-Activations = Annotated[Quantizer | None, _in_scheme(Token)]
-Outputs = Annotated[Quantizer | None, _in_scheme(Cast)]
+Weights = Annotated[Quantizer | None, BeforeValidator(_unless_none), _in_scheme(Channel)]
+Activations = Annotated[Quantizer | None, BeforeValidator(_unless_none), _in_scheme(Token)]
+Outputs = Annotated[Quantizer | None, BeforeValidator(_unless_none), _in_scheme(Cast)]
 
 
 class _Strict(BaseModel):

@@ -25,7 +25,7 @@ from qsim_core.evaluation.trained import read_state
 
 QUICK = ["--limit", "2", "--seqlen", "32", "--batch-size", "2", "--evaluator", "perplexity(seqlen=32)"]
 LSQ = ["--weights", "channel(int4, gradient=lsq)", "--activations", "abfp(int8, gradient=lsq)"]
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 def qsim_(*arguments: Any) -> Any:
