@@ -57,11 +57,6 @@ class Plugin:
         return f"reinstall or upgrade {self.distribution}, or uninstall it"
 
 
-def installed_plugins() -> dict[str, Plugin]:
-    """Every installed plugin with hooks, by name. No plugin is imported."""
-    return installed([GROUP])[GROUP]
-
-
 def installed(groups: Collection[str]) -> dict[str, dict[str, Plugin]]:
     """The entry points of each group by name. No plugin is imported.
 

@@ -7,6 +7,7 @@ manager: a program may make its own `Host`, and register objects on it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Iterator
@@ -14,8 +15,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from qsim_core.components.default_host import set_default_host
+from qsim_core.components.discovery import ACCELERATORS, GROUP, import_plugin, in_one_line
 from qsim_core.components.discovery import Plugin as Plugin
-from qsim_core.components.discovery import import_plugin, in_one_line, installed_plugins
+from qsim_core.components.discovery import installed as installed_entries
 from qsim_core.errors import PluginError, QsimError, SpecError, described_as, did_you_mean, with_article
 
 if TYPE_CHECKING:
@@ -44,7 +46,9 @@ class Host:
 
     def __init__(self, *, discover: bool = True) -> None:
         core = Plugin("core", "qsim-core", _core_version(), module="qsim_core.sites.core_components")
-        self._plugins = {"core": core, **(installed_plugins() if discover else {})}
+        found = installed_entries([GROUP, ACCELERATORS]) if discover else {GROUP: {}, ACCELERATORS: {}}
+        self._plugins = {"core": core, **found[GROUP]}
+        self._accelerators = found[ACCELERATORS].keys()
         self._loaded: dict[str, Offers | PluginError] = {}
         self._everything: dict[str, list[tuple[str, type[Component] | Preset]]] | None = None
 
@@ -129,6 +133,19 @@ class Host:
             if of_kind:
                 fitting[name] = of_kind
         return fitting
+
+    def classes_without_search(self, kind: type[Component]) -> list[type[Component]]:
+        """The component classes of this kind in registered plugins, and in plugins that are accelerators too.
+
+        Only these plugins are imported. One that does not load is left out.
+        """
+        found: list[type[Component]] = []
+        for name, plugin in self.plugins.items():
+            if plugin.entry is None or name in self._accelerators:
+                with contextlib.suppress(PluginError):
+                    offers = self.load(name).items()
+                    found += [one for one in offers if isinstance(one, type) and issubclass(one, kind)]
+        return found
 
     def find(self, name: str, kind: type[Component] | None = None) -> type[Component] | Preset:
         """Find the component class or the preset with this name, `name` or `plugin.name`.

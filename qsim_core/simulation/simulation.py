@@ -296,10 +296,11 @@ def simulate(
 
 
 def exact_arithmetics(recipe: Recipe, host: Host | None) -> list[ExactArithmetic]:
-    """The installed exact arithmetics that `auto` asks, in their order; none where no site is computed by `auto`."""
+    """The exact arithmetics that `auto` asks, in their order; none where no site is computed by `auto`.
+
+    They are those of installed plugins that are accelerators too, and those of registered plugins.
+    """
     if not any(isinstance(part.arithmetic, Auto) for part in recipe.parts):
         return []
-    found = (host or installed()).components(ExactArithmetic)
-    classes = [offered for offers in found.values() for _, offered in offers if isinstance(offered, type)]
-    made: list[Any] = [offered() for offered in classes]
+    made: list[Any] = [found() for found in (host or installed()).classes_without_search(ExactArithmetic)]
     return sorted((one for one in made if one.automatic), key=lambda one: (one.order, one.name))
