@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+import qsim_core.testing.model as small
 from qsim_core.components.component import Component
 from qsim_core.errors import DataError, QsimError
 from qsim_core.evaluation.adapter import LoadedModel
 from qsim_core.evaluation.data import Data
 from qsim_core.evaluation.evaluator import Evaluator
 from qsim_core.evaluation.metrics import Metrics
-from qsim_core.testing import model as small
 from qsim_core.testing.component import ComponentSuite, global_randomness_untouched, identical, one_line
 from qsim_core.transforms.forward import as_in_evaluation, call
 from qsim_core.transforms.run import Run
