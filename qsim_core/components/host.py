@@ -62,7 +62,7 @@ class Host:
 
         Raises `PluginError` if the plugin's name is taken, or an object cannot be used.
         """
-        from qsim_core.components import hook_validation
+        import qsim_core.components.hook_validation as hook_validation
 
         has_hooks = len(objects) == 1 and hook_validation.has_hooks(objects[0])
         module = objects[0] if has_hooks else hook_validation.inline(objects)
@@ -195,7 +195,7 @@ class Host:
         self, offers: list[tuple[str, type[Component] | Preset]]
     ) -> list[tuple[str, type[Component] | Preset]]:
         """Keep the classes and presets of the first hook, in the order of `HOOKS`: `int8` is the format."""
-        from qsim_core.components import hook_validation
+        import qsim_core.components.hook_validation as hook_validation
 
         hooks = {self.class_of(offered).hook for _, offered in offers}
         first = next((hook for hook in hook_validation.HOOKS if hook in hooks), "")
@@ -281,7 +281,7 @@ class Host:
     @staticmethod
     def _collect(plugin: Plugin) -> Offers:
         """Import a plugin and collect its components. Raises `PluginError` if that fails for any reason."""
-        from qsim_core.components import hook_validation
+        import qsim_core.components.hook_validation as hook_validation
 
         module = import_plugin(plugin)
         try:

@@ -75,6 +75,7 @@ class Histogram(Observer):
         self.counts = torch.empty(0)
 
     def update(self, values: Tensor, counts: Tensor | None = None) -> None:
+        """Add the values [B, n] of another batch, each as often as `counts` says; None: once."""
         self.extremes.update(values)
         largest = values.abs().amax(-1)
         needed = bin_exponent(largest)
