@@ -35,6 +35,11 @@ SECOND_LAST = Layout("second last", _swap, _swap)
 """The reduction axis is the last but one, as in the second operand of a matrix product, `[..., K, N]`."""
 
 
+def holds_experts(weight: Tensor, layout: Layout) -> bool:
+    """Tell if a weight of three axes holds one matrix for each expert of a layer."""
+    return weight.dim() == 3 and layout in (LAST, SECOND_LAST)
+
+
 def channels(space: int, groups: int) -> Layout:
     """The layout of a convolution's image: `[B, C, *space]` as `[B, groups, *space, C / groups]`.
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from qsim_core.matmuls.call import Call
-from qsim_core.matmuls.layout import LAST, SECOND_LAST, Layout
+from qsim_core.matmuls.layout import LAST, Layout, holds_experts
 from qsim_core.quantizers.stacked import Stacked
 from qsim_core.sites.quantized_weights import Weight
 from qsim_core.sites.site import Site
@@ -58,7 +58,7 @@ def operands_of(
         if role == "input2" and site.plan.value_axis == "head" and site.is_value_product:
             layout = LAST
         quantizer = quantizer_of(role)
-        experts = role == "weight" and tensor.dim() == 3 and layout in (LAST, SECOND_LAST)
+        experts = role == "weight" and holds_experts(tensor, layout)
         if quantizer is not None and experts and not quantizer.by_rows:
             quantizer = Stacked(each=quantizer)
         operands.append(Operand(role, tensor, layout, quantizer, weight))

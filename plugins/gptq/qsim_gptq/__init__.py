@@ -99,6 +99,8 @@ class GPTQ(Transform):
             return
         quantizer = weight.quantizer
         assert quantizer is not None
+        if not quantizer.by_rows:
+            parts = [expert for part in parts for expert in part.experts()]
         with context.run.stage(f"gptq {name}"), context.timed() as seconds:
             outcomes: list[_Outcome] = []
             for index, part in enumerate(parts):

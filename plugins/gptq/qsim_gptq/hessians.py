@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qsim_core.formats.rounding import working
 from qsim_core.matmuls.call import Call
-from qsim_core.matmuls.layout import Layout
+from qsim_core.matmuls.layout import Layout, holds_experts
 from qsim_core.sites.site import Site
 from qsim_core.transforms.context import MatmulWeight
 from qsim_gptq.inputs import Unseen, matrices, samples
@@ -31,6 +31,16 @@ class Part:
     def rows(self) -> Tensor:
         """The part as rows [..., K], the form in which the quantizer takes it."""
         return self.layout.rows(self.operand)
+
+    def experts(self) -> list[Part]:
+        """The matrix of each expert as a part of its own; the part itself if it is one matrix."""
+        if not holds_experts(self.operand, self.layout):
+            return [self]
+        found = [None] * len(self.tokens) if self.hessians is None else self.hessians.split(1)
+        return [
+            Part(operand, self.layout, hessian, [tokens])
+            for operand, hessian, tokens in zip(self.operand, found, self.tokens, strict=True)
+        ]
 
 
 @dataclass

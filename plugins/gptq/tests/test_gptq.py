@@ -473,6 +473,20 @@ def test_experts_have_hessians_of_their_own(kind: type[Loop], weights: str) -> N
     assert report.after < 0.9 * report.before  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("weights", ["tensor(int4)", "scaled(e2m1, 16, scale=scaled(e4m3, tensor))"])
+@pytest.mark.parametrize("kind", [Batched, Grouped])
+def test_experts_share_no_scale(kind: type[Loop], weights: str) -> None:
+    weight = noise(3, 24, 32, dtype=torch.float32) * torch.tensor([1.0, 4.0, 9.0])[:, None, None]
+    x = inputs(300, 32, dtype=torch.float32).reshape(3, 100, 32)
+    together, apart = kind(weight.mT.contiguous()), Loop(weight)
+
+    gptq(together, x.split(50, 1), weights)
+
+    gptq(apart, x.split(50, 1), weights)
+    same = (together.weight.detach().mT - apart.weight.detach()).abs() < 1e-6
+    assert same.float().mean() > 0.98
+
+
 @pytest.mark.parametrize("kind", [Loop, Batched])
 def test_experts_without_tokens_are_rounded_to_nearest(kind: type[Loop]) -> None:
     weight = noise(3, 24, 32)
