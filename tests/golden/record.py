@@ -1305,6 +1305,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     chosen = [e for e in ENTRIES.values() if fnmatch.fnmatchcase(e.name, options.only) and (e.in_ci or not options.ci)]
+    if not chosen:
+        parser.error(f"no recipe matches {options.only!r}")
     recipes: dict[str, Any] = {}
     failed = []
     for entry in chosen:
