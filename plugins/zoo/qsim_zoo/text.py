@@ -11,6 +11,7 @@ import ast
 import functools
 import hashlib
 import sysconfig
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ SPLITS = ("train", "valid", "test")
 KINDS = ("module", "class", "function", "procedure")
 """The kinds of documented objects. A function or method is a procedure if it returns no value."""
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+BLOCKS = frozenset({"body", "handlers", "orelse", "finalbody", "cases"})
+"""The fields of a statement that hold further statements."""
 LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "__pycache__", "pydoc_data", "ensurepip"})
 
 
@@ -64,7 +67,7 @@ def labelled(split: str) -> tuple[list[str], list[str]]:
     """Return the docstrings of a split, and the kind of object that each documents (one of `KINDS`)."""
     _check(split)
     documented = [pair for _, module in _modules(split) for pair in module]
-    return [docstring for docstring, _ in documented], [kind for _, kind in documented]
+    return [docstring for docstring, _ in documented], [kind(node) for _, node in documented]
 
 
 def _check(split: str) -> None:
@@ -82,28 +85,39 @@ def _documents(split: str) -> Iterator[tuple[str, str]]:
         yield module, "\n\n".join(docstring for docstring, _ in documented)
 
 
-@functools.cache
-def _modules(split: str) -> tuple[tuple[str, list[tuple[str, str]]], ...]:
-    """Return the documented modules of a split by name, each with its docstrings and the kinds of their objects."""
+def _modules(split: str) -> Iterator[tuple[str, list[tuple[str, ast.AST]]]]:
+    """Yield the documented modules of a split by name, each with its docstrings and the trees of their objects."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    found = []
+    found = {}
     for path in library.rglob("*.py"):
         relative = path.relative_to(library)
         document = f"module {relative.as_posix()}"
-        wanted = not LEFT_OUT.intersection(relative.parts) and split_of(document) == split
-        if wanted and (documented := _documented(path)):
-            found.append((document, documented))
-    return tuple(sorted(found, key=lambda module: module[0]))
+        if not LEFT_OUT.intersection(relative.parts) and split_of(document) == split:
+            found[document] = path
+    for document, path in sorted(found.items()):
+        if documented := _documented(path):
+            yield document, documented
 
 
-def _documented(path: Path) -> list[tuple[str, str]]:
+def _documented(path: Path) -> list[tuple[str, ast.AST]]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):  # a few library files are templates, not modules
         return []
     documented = (ast.Module, ast.ClassDef, *FUNCTIONS)
-    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
-    return [(docstring, kind(node)) for node in nodes if (docstring := ast.get_docstring(node))]
+    nodes = [node for node in _statements(tree) if isinstance(node, documented)]
+    return [(docstring, node) for node in nodes if (docstring := ast.get_docstring(node))]
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Yield a module and all its statements in the order of `ast.walk`, without a look into expressions."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        for name in node._fields:
+            if name in BLOCKS:
+                waiting.extend(getattr(node, name))
 
 
 def kind(node: ast.AST) -> str:
