@@ -235,9 +235,8 @@ def test_e8m0_agrees_with_each_library_that_rounds_ties_the_same_way(rounding: s
 
 @pytest.mark.parametrize("name", [name for name in [*NAMES, *OTHERS] if name != "tf32"])
 def test_codes_are_those_of_the_standard(name: str) -> None:
-    number = qsim.parse(name)
-    table = number.table()
-    expected = [gfloat.decode_float(description(name), code).fval for code in range(len(table))]
+    table, described = qsim.parse(name).table(), description(name)
+    expected = [gfloat.decode_float(described, code).fval for code in range(len(table))]
 
     assert torch.equal(
         table.nan_to_num(nan=12345.0), torch.tensor(expected, dtype=torch.float64).nan_to_num(nan=12345.0)
