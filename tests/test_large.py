@@ -52,8 +52,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc to know the memory in use")
-@pytest.mark.parametrize(("device", "less"), [pytest.param("cpu", False, marks=pytest.mark.slow), ("disk", True)])
+@pytest.mark.parametrize(("device", "less"), [("cpu", False), ("disk", True)])
 def test_weights_on_disk_take_less_than_half_a_checkpoint_of_memory(large: Path, device: str, less: bool) -> None:
     size = sum(shard.stat().st_size for shard in large.glob("*.safetensors"))
     run = [sys.executable, "-c", RUN, str(large), str(large / "text.txt"), device]
