@@ -94,7 +94,7 @@ finally:
     [
         (["acme/model"], "Error: no model 'acme/model': it is neither a directory nor a model that a plugin names, and the hub"),
         (["acme"], "Error: no model 'acme': it is neither a directory nor a model that a plugin names, and the hub"),
-        (["{model}", "--data", "acme/data"], "Error: 'acme/data' is no file, and datasets cannot load it: "),
+        (["{model}", "--data", "acme/data"], "Error: 'acme/data' is not a file, and datasets cannot load it: "),
     ],
 )  # fmt: skip
 def test_without_a_network_a_command_looks_for_the_hub_once_and_ends_in_one_line(
