@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
+from typing import Any
 
 import pytest
+from wheels import build, unpack
 
 ROOT = Path(__file__).parent.parent
 PLUGINS = sorted(path.name for path in (ROOT / "plugins").iterdir() if (path / "pyproject.toml").exists())
@@ -55,40 +57,21 @@ def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-BUILD = """
-import os, sys
-from setuptools import build_meta
-
-for source in sys.argv[2:]:
-    os.chdir(source)
-    build_meta.build_wheel(sys.argv[1])
-"""
-
-
 @pytest.fixture(scope="session")
 def install(copied: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`install("qsim-abfp")`: the content of its wheel in a directory. Each wheel is built once, by its own backend."""
+    """`install("qsim-abfp")`: the content of its wheel in a directory. All wheels are built at once, by their backend."""
     installed: dict[str, Path] = {}
     wheels = tmp_path_factory.mktemp("wheels")
+    sources = [copied, *(copied / "plugins" / plugin for plugin in PLUGINS)]
+    build(sources, wheels)
 
     def into_directory(name: str) -> Path:
         if name not in installed:
-            source = copied / source_of(name).relative_to(ROOT)
-            subprocess.run([sys.executable, "-c", BUILD, wheels, source], check=True, capture_output=True)
-            (wheel,) = wheels.glob(f"{name.replace('-', '_')}-*.whl")
-            installed[name] = tmp_path_factory.mktemp(name)
-            zipfile.ZipFile(wheel).extractall(installed[name])
+            wheel = wheels.glob(f"{name.replace('-', '_')}-*.whl")
+            installed[name] = unpack(wheel, tmp_path_factory.mktemp(name))
         return installed[name]
 
     return into_directory
-
-
-def changed() -> set[str]:
-    """The plugins that were changed within a day; all of them where git does not tell. The others run nightly."""
-    command = ["git", "log", "--since=24 hours ago", "--name-only", "--format=", "--", "plugins"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    touched = {parts[1] for line in run.stdout.splitlines() if len(parts := line.split("/")) > 2}
-    return set(PLUGINS) if run.returncode else touched
 
 
 def third_party(names: set[str], target: Path) -> Path:
@@ -128,29 +111,69 @@ def plugins_among(names: set[str]) -> set[str]:
     return {plugin for table in tables.values() for plugin in table["entry-points"].get("qsim", {})}
 
 
-NIGHTLY = set(PLUGINS) - changed() - {"abfp", "zoo"}
+SERVER = """
+import json, os, sys
+import torch, click, pluggy, pydantic, rich, yaml  # the core's own requirements, imported once for all programs
+
+for line in sys.stdin:
+    program, path = json.loads(line)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(writing, 1)
+        os.dup2(writing, 2)
+        sys.path[:0] = path
+        exec(program, {})
+        sys.stdout.flush()
+        os._exit(0)
+    os.close(writing)
+    with open(reading) as printed:
+        text = printed.read()
+    print(json.dumps([os.waitpid(child, 0)[1], text]), flush=True)
+"""
+"""Runs each program in a child process, so that torch is imported once. A traceback ends the child with status 1."""
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["qsim-core", *(pytest.param(f"qsim-{p}", marks=[pytest.mark.slow] * (p in NIGHTLY)) for p in PLUGINS)],
-)
+@pytest.fixture(scope="session")
+def run(install: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """`run(program, path)`: the exit status and the text of a program that finds only torch and what is in `path`."""
+    directory = tmp_path_factory.mktemp("server")
+    names = declared("qsim-core") - {"qsim-core"}
+    environment = {
+        "PYTHONPATH": str(third_party(names, directory / "third-party")), "PATH": os.environ["PATH"], "HOME": str(directory)
+    }  # fmt: skip
+    command = [sys.executable, "-S", "-B", "-c", SERVER]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=environment, cwd=directory, **pipes) as server:  # type: ignore[call-overload]
+
+        def answer(program: str, path: list[Path]) -> Any:
+            server.stdin.write(json.dumps([program, list(map(str, path))]) + "\n")
+            server.stdin.flush()
+            return json.loads(server.stdout.readline())
+
+        yield answer
+
+
+@pytest.mark.parametrize("name", ["qsim-core", *(f"qsim-{plugin}" for plugin in PLUGINS)])
 def test_a_distribution_works_with_what_it_declares_and_nothing_else(
-    name: str, install: Callable[[str], Path], tmp_path: Path
+    name: str, install: Callable[[str], Path], run: Callable[..., Any], tmp_path: Path
 ) -> None:
     names = declared(name)
     ours = {n for n in names if n.startswith("qsim-")}
     path = [install(own) for own in sorted(ours)] + [third_party(names - ours, tmp_path / "third-party")]
-    environment = {"PYTHONPATH": os.pathsep.join(map(str, path)), "PATH": os.environ["PATH"], "HOME": str(tmp_path)}
 
     program = PROGRAM if "qsim-core" in ours else LIBRARY.format(module=name.replace("-", "_"))
-    run = subprocess.run(
-        [sys.executable, "-S", "-B", "-c", program], capture_output=True, text=True, env=environment, cwd=tmp_path
-    )
+    status, printed = run(program, path)
 
-    assert run.returncode == 0, run.stderr
+    assert status == 0, printed
     if "qsim-core" in ours:
-        assert run.stdout.strip().split(",") == sorted({"core"} | plugins_among(ours))
+        assert printed.strip().split(",") == sorted({"core"} | plugins_among(ours))
+
+
+def test_what_is_not_declared_is_not_found(install: Callable[[str], Path], run: Callable[..., Any]) -> None:
+    status, printed = run("import qsim_core, transformers", [install("qsim-core")])
+
+    assert (status != 0, printed.splitlines()[-1]) == (True, "ModuleNotFoundError: No module named 'transformers'")
 
 
 def test_the_zoos_distribution_carries_its_models(install: Callable[[str], Path]) -> None:

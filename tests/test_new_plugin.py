@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from wheels import build, unpack
 
 from qsim_core.cli.main import main
 
@@ -51,10 +52,15 @@ def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(plugins: Path, tmp_path_factory: pytest.TempPathFactory) -> Program:
     """`run("-m", "pytest", …)`: Python with these plugins installed, besides those of this environment."""
-    target = tmp_path_factory.mktemp("environment")
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*install, "--target", str(target), *map(str, sorted(plugins.iterdir()))], check=True)
-    environment = {**os.environ, "PYTHONPATH": str(target), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    wheels = tmp_path_factory.mktemp("wheels")
+    build(sorted(plugins.iterdir()), wheels)
+    installed = unpack(wheels.glob("*.whl"), tmp_path_factory.mktemp("environment"))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(installed),
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
     def program(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, *arguments]
@@ -159,9 +165,9 @@ def test_an_installed_core_has_the_templates(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "qsim_core", source / "qsim_core", ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / file, source)
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
 
-    subprocess.run([*install, str(tmp_path / "there"), str(source)], check=True)
+    build([source], tmp_path)
+    installed = unpack(tmp_path.glob("*.whl"), tmp_path / "installed")
 
-    there = {path.name for path in (tmp_path / "there" / "qsim_core" / "cli" / "templates").iterdir()}
+    there = {path.name for path in (installed / "qsim_core" / "cli" / "templates").iterdir()}
     assert there == {path.name for path in (ROOT / "qsim_core" / "cli" / "templates").iterdir()}

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from wheels import build, unpack
 
 import qsim_core as qsim
 from qsim_core.moved import MOVED
@@ -27,13 +28,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Program:
     """`run("-c", …)`: Python in an environment with a wheel of each plugin; deprecations are shown."""
     folder = tmp_path_factory.mktemp("plugins_0_1")
     shutil.copytree(PLUGINS, folder / "sources")  # building leaves files behind
-    sources = map(str, sorted((folder / "sources").iterdir()))
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    alone = ["--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "wheel", *alone, "--wheel-dir", str(folder / "wheels"), *sources], check=True)
-    wheels = map(str, sorted((folder / "wheels").glob("*.whl")))
-    subprocess.run([*pip, "install", *alone, "--target", str(folder / "installed"), *wheels], check=True)
-    environment = {**os.environ, "PYTHONPATH": str(folder / "installed"), "OMP_NUM_THREADS": "1"}
+    build(sorted((folder / "sources").iterdir()), folder / "wheels")
+    installed = unpack((folder / "wheels").glob("*.whl"), folder / "installed")
+    environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
 
     def program(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-W", "always::DeprecationWarning", *arguments]

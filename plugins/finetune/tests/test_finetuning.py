@@ -24,9 +24,10 @@ from qsim_core.cli.main import main
 from qsim_core.evaluation.trained import read_state
 
 ROOT = Path(__file__).parents[3]
-QUICK = ["--limit", "2", "--seqlen", "32", "--batch-size", "2", "--evaluator", "perplexity(seqlen=32)"]
+WINDOWS = ["--limit", "2", "--seqlen", "32", "--batch-size", "2"]
+QUICK = [*WINDOWS, "--evaluator", "perplexity(seqlen=32)", "--eval-data", ROOT / "README.md"]
 SHORT = [*QUICK, "--data", ROOT / "CHANGELOG.md"]
-"""As `QUICK`, trained on a text that is tokenized in no time."""
+"""Options of a training on one small text, measured on another."""
 LSQ = ["--weights", "channel(int4, gradient=lsq)", "--activations", "abfp(int8, gradient=lsq)"]
 
 
@@ -90,7 +91,7 @@ def test_what_is_folded_are_the_quantized_weights(trained: tuple[Path, Finetuned
     assert not torch.equal(folded, masters)
     assert (
         qsim_(
-            "evaluate", output / "folded", "--activations", "int8", *QUICK[:2], "--data", ROOT / "README.md"
+            "evaluate", output / "folded", "--activations", "int8", "--limit", 2, "--data", ROOT / "README.md"
         ).exit_code
         == 0
     )
@@ -153,14 +154,15 @@ def test_the_table_says_what_a_reader_needs(tmp_path: Path) -> None:
 
 def test_transforms_come_before_the_training_and_are_in_the_weights_after_it(tmp_path: Path) -> None:
     finetuned = result(
-        "opt-tiny-outliers", "--plugin", "abfp", "--plugin", "smoothquant", *QUICK, "--steps", 2,
+        "opt-tiny-outliers", "--plugin", "abfp", "--plugin", "smoothquant", *SHORT, "--steps", 2,
         "--calibration-samples", 8, "--calibration-seqlen", 128, "--output", tmp_path / "run",
     )  # fmt: skip
 
     assert finetuned.before.recipe["transforms"] == ["smoothquant(0.5)"]
     assert finetuned.after.recipe["transforms"] == []
-    without = qsim_("evaluate", "opt-tiny-outliers", "--plugin", "abfp", *QUICK[:2], *QUICK[-2:], "--json", "-")
-    assert finetuned.after.simulated["nll"] < qsim.Result.model_validate_json(without.stdout).simulated["nll"] - 1
+    without = qsim_("evaluate", "opt-tiny-outliers", "--plugin", "abfp", "--evaluator", "perplexity(seqlen=32)",
+                    "--limit", 2, "--data", ROOT / "README.md", "--json", "-")  # fmt: skip
+    assert finetuned.after.simulated["nll"] < qsim.Result.model_validate_json(without.stdout).simulated["nll"] - 0.5
 
 
 def test_a_transform_that_leaves_more_than_weights_is_refused(tmp_path: Path) -> None:
@@ -205,13 +207,13 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_numbers(tmp_path: Path) 
             "evaluate": "perplexity(seqlen=32)",
         }
     )
-    training, limited = Training(steps=6, batch_size=2, seqlen=32, checkpoint_every=3), qsim.Run(limit=2)
-    data = str(ROOT / "CHANGELOG.md")
-    unbroken = finetune(recipe, tmp_path / "unbroken", training, data=data, run=limited)
+    training, limited = Training(steps=5, batch_size=2, seqlen=32, checkpoint_every=2), qsim.Run(limit=2)
+    texts = {"data": str(ROOT / "CHANGELOG.md"), "eval_data": str(ROOT / "README.md")}
+    unbroken = finetune(recipe, tmp_path / "unbroken", training, **texts, run=limited)
 
     with pytest.raises(KeyboardInterrupt):
-        finetune(recipe, tmp_path / "broken", training, data=data, run=qsim.Run(limit=2, count=stopping))
-    resumed = finetune(recipe, tmp_path / "broken", training, data=data, resume=True, run=limited)
+        finetune(recipe, tmp_path / "broken", training, **texts, run=qsim.Run(limit=2, count=stopping))
+    resumed = finetune(recipe, tmp_path / "broken", training, **texts, resume=True, run=limited)
 
     assert resumed.log == unbroken.log
     assert resumed.after.simulated == unbroken.after.simulated
@@ -327,8 +329,7 @@ def test_a_model_without_data_says_which_to_name(tmp_path: Path) -> None:
 def test_what_it_was_measured_on_is_found_again(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "plugins" / "zoo" / "qsim_zoo" / "models" / "opt-tiny", tmp_path / "model")
 
-    finetuned = result(tmp_path / "model", "--plugin", "abfp", *SHORT, "--steps", 1,
-                       "--eval-data", ROOT / "README.md", "--output", tmp_path / "run")  # fmt: skip
+    finetuned = result(tmp_path / "model", "--plugin", "abfp", *SHORT, "--steps", 1, "--output", tmp_path / "run")
 
     assert finetuned.data.source == str(ROOT / "CHANGELOG.md")
     assert finetuned.after.data.sha256 == finetuned.before.data.sha256
@@ -355,7 +356,7 @@ def test_checkpointing_autocast_and_accumulation_are_options(tmp_path: Path) -> 
 def test_a_trained_model_can_train_on(trained: tuple[Path, Finetuned], tmp_path: Path) -> None:
     output, finetuned = trained
 
-    more = result(output, *QUICK[:6], "--steps", 2, "--output", tmp_path / "more")
+    more = result(output, *WINDOWS, "--data", ROOT / "CHANGELOG.md", "--steps", 2, "--output", tmp_path / "more")
 
     assert more.before.simulated == finetuned.after.simulated
     assert more.after.simulated != more.before.simulated
