@@ -16,7 +16,9 @@ from torch import nn
 import qsim_core as qsim
 from qsim_core.cli.main import main
 
-FEW = ["--calibration-samples", "2", "--calibration-seqlen", "64", "--limit", "1"]
+ROOT = Path(__file__).parent.parent
+TEXTS = ["--data", str(ROOT / "README.md"), "--calibration-data", str(ROOT / "CHANGELOG.md")]
+FEW = [*TEXTS, "--calibration-samples", "2", "--calibration-seqlen", "64", "--limit", "1"]
 COMBINATIONS = {
     "ABFP-SQ": (["--plugin", "abfp", "--plugin", "smoothquant"], ["smoothquant(0.5)"]),
     "SQ, GPTQ": (["--precision", "w4a8", "--plugin", "smoothquant", "--plugin", "gptq"], ["smoothquant(0.5)", "gptq(0.01)"]),

@@ -23,10 +23,13 @@ from qsim_core.simulation.store import Store
 from qsim_core.transforms.checkpoint import sha256
 
 
+TEXT = str(Path(__file__).parent.parent / "README.md")
+
+
 def evaluate(work_dir: Path | None, weights: str = "int4", **run: Any) -> qsim.Result:
     dtype = run.pop("dtype", "float32")
     recipe = qsim.Recipe.of({"model": "opt-tiny", "weights": weights})
-    return qsim.evaluate(recipe, dtype=dtype, run=Run(**({"limit": 3} | run), work_dir=work_dir))
+    return qsim.evaluate(recipe, data=TEXT, dtype=dtype, run=Run(**({"limit": 3} | run), work_dir=work_dir))
 
 
 def numbers(result: qsim.Result) -> dict[str, Any]:
@@ -64,7 +67,7 @@ def test_a_damaged_baseline_is_computed_again(tmp_path: Path) -> None:
 
 
 def test_two_runs_at_once_share_a_work_directory(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "qsim_core", "evaluate", "--limit", "2", "--quiet", "--work-dir", "work"]
+    command = [sys.executable, "-m", "qsim_core", "evaluate", "--data", TEXT, "--limit", "1", "--quiet", "--work-dir", "work"]
     runs = [
         subprocess.Popen([*command, "--weights", format, "--json", f"{format}.json"], cwd=tmp_path)
         for format in ("int4", "int8")
