@@ -14,7 +14,7 @@ from torch import Tensor
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.evaluation.metrics import Means
 from qsim_evaluators.fitting import check, device, longest
-from qsim_evaluators.text import cut_windows, draw_windows, read_text, tokens_of
+from qsim_evaluators.text import cut_windows, draw_windows, read_text, tokens_of_corpus
 
 LONGEST = 2048
 
@@ -119,7 +119,7 @@ class Perplexity(Evaluator):
 
     def _tokens(self, loaded: LoadedModel, data: Data) -> Tensor:
         check(self.name, loaded)
-        return tokens_of(loaded, data.content)
+        return tokens_of_corpus(loaded, data.content)
 
     def _windows(self, loaded: LoadedModel, tokens: Tensor, name: str) -> tuple[Tensor, int]:
         """Return token ids `[windows, seqlen]`, and the stride."""

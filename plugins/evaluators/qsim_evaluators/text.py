@@ -6,6 +6,7 @@ import gzip
 import json
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from qsim_transformers.hub import offline_unless_reachable
@@ -83,6 +84,28 @@ def tokenized(loaded: LoadedModel, texts: list[str], length: int, padded: bool =
 def tokens_of(loaded: LoadedModel, text: str) -> Tensor:
     """Tokenize the whole text in one piece."""
     return torch.tensor(loaded.tokenizer(text, verbose=False).input_ids, dtype=torch.long)
+
+
+KEPT: WeakKeyDictionary[Any, dict[tuple[str, str, bool], Tensor]] = WeakKeyDictionary()
+"""For each tokenizer the tokens of the last two texts: one to measure on, one to calibrate with."""
+
+
+def tokens_of_corpus(loaded: LoadedModel, text: str) -> Tensor:
+    """Tokenize a long text once, however often an evaluation needs its tokens.
+
+    Tokens are kept under the text and the tokenizer's whole state, so a changed tokenizer is asked again.
+    """
+    tokenizer = loaded.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokens_of(loaded, text)
+    kept = KEPT.setdefault(tokenizer, {})
+    key = (text, backend.to_str(), tokenizer.split_special_tokens)
+    if key not in kept:
+        while len(kept) > 1:
+            del kept[next(iter(kept))]
+        kept[key] = tokens_of(loaded, text)
+    return kept[key].clone()
 
 
 def draw_windows(tokens: Tensor, samples: int, length: int, seed: int, name: str) -> list[Tensor]:

@@ -11,7 +11,9 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 import qsim_core as qsim
 from qsim_core.testing import EvaluatorSuite
@@ -118,6 +120,21 @@ def test_a_hopeless_model_has_infinite_perplexity(loaded: qsim.LoadedModel) -> N
     metrics = qsim.parse("perplexity(16)").evaluate(loaded, qsim.Data.of_text("fox", TEXT), qsim.Run())
 
     assert metrics["perplexity"] == math.inf
+
+
+def test_a_tokenizer_that_changes_between_two_evaluations_is_asked_again() -> None:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    loaded = qsim.LoadedModel(Bigram(), tokenizer)
+    data, run = qsim.Data("a text", "a b a b a b", "0" * 64), qsim.Run()
+    tokens = [qsim.parse("perplexity(seqlen=3)").evaluate(loaded, data, run)["tokens"] for _ in range(2)]
+
+    tokenizer.add_tokens(["b a"])
+
+    tokens.append(qsim.parse("perplexity(seqlen=3)").evaluate(loaded, data, run)["tokens"])
+    assert tokens == [4, 4, 2]
 
 
 def test_text_shorter_than_a_window_is_an_error(loaded: qsim.LoadedModel) -> None:
