@@ -1,40 +1,217 @@
-"""Writing a file so that it appears complete or not at all, and the directory of qsim's cache."""
+"""Files that a kill, a full disk or a flipped bit cannot turn into other numbers, and the directory of qsim's cache.
+
+Every file appears complete or not at all (`writing`). What qsim reads back later has a SHA-256 with it: a value in one
+file (`keep`, `kept`), or the files of a folder (`seal`, `damaged`). What does not match is made again.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
+import json
+import logging
+import math
 import os
+import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from qsim_core.errors import QsimError
+
+PARTIAL = "tmp"
+"""The beginning of the name of a file that is being written."""
+SEAL = "sha256.json"
+"""The name of the file that holds the digests of the other files of a folder."""
+LOCK = ".lock"
+"""The end of the name of a file that keeps a second process waiting. It is empty, and stays."""
+LONGEST_DESCRIPTION = 2**16
+"""Bytes of the longest last line of a kept file."""
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """Open a binary file to write. It appears at `path` when the block ends, and is deleted if the block fails.
+    """Open a binary file to write. It appears at `path` when the block ends; nothing is left if the block fails.
 
     Raises `QsimError` if the file cannot be written.
     """
-    import tempfile
-
     check_writable(path)
-    part: Path | None = None
+    part = path.with_name(f"{PARTIAL}{secrets.token_hex(8)}")
     try:
-        with tempfile.NamedTemporaryFile("wb", dir=path.parent, delete=False) as file:
-            part = Path(file.name)
-            yield file  # type: ignore[misc]
+        with _new(part) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        part.chmod(0o666 & ~_umask())
+            if not part.exists():  # it has no name yet
+                os.link(f"/proc/self/fd/{file.fileno()}", part, src_dir_fd=file.fileno())
         part.replace(path)
-        part = None
     except OSError as error:
         raise QsimError(f"cannot write {path}: {error.strerror or error}") from None
     finally:  # also after Ctrl-C
-        if part is not None:
-            part.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
+
+
+def _new(part: Path) -> BinaryIO:
+    """Open a new file: without a name where the system can, so that a kill leaves nothing of it, else as `part`."""
+    if os.path.isdir("/proc/self/fd") and hasattr(os, "O_TMPFILE"):
+        with contextlib.suppress(OSError):  # the file system cannot
+            return os.fdopen(os.open(part.parent, os.O_TMPFILE | os.O_WRONLY, 0o666), "wb")
+    return part.open("xb")
+
+
+def keep(path: Path, value: Any, most: float = math.inf, **about: str) -> None:
+    """Write numbers, texts and tensors, in mappings and lists, for `kept`; nothing if they take more than `most` bytes.
+
+    Where it cannot be written, on a full disk, a warning is logged and the run goes on.
+    """
+    import torch
+
+    buffer = io.BytesIO()  # torch.save hides the error of a full disk
+    torch.save(value, buffer)
+    if buffer.tell() > most:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_checked(path, buffer.getbuffer(), **about)
+    except (OSError, QsimError) as error:
+        log.warning("nothing is kept for later runs: %s", error)
+
+
+def kept(path: Path) -> Any:
+    """Read back what `keep` wrote; None where there is nothing, or not what was written, which is logged."""
+    import pickle
+
+    import torch
+
+    content = read_checked(path)
+    try:
+        return None if content is None else torch.load(io.BytesIO(content), weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError):  # another version of torch wrote it
+        return None
+
+
+def write_checked(path: Path, content: bytes | memoryview, **about: str) -> None:
+    """Write content, and a last line of JSON with a description and the SHA-256 of both. Raises `QsimError`."""
+    line = json.dumps({**about, "sha256": _digest(content, about)})
+    with writing(path) as file:
+        file.write(content)
+        file.write(b"\n" + line.encode())
+
+
+def read_checked(path: Path, own: bool = False) -> bytes | None:
+    """Read the content that `write_checked` wrote; None where there is nothing, or not what was written.
+
+    With `own`, a file that another user could have written counts as damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            if own:
+                check_own(path, file.fileno())
+            whole = file.read()
+        content, about = whole[: whole.rfind(b"\n")], _description(whole)
+        if about.pop("sha256", None) == _digest(content, about):
+            return content
+    except FileNotFoundError:
+        return None
+    except (OSError, QsimError) as error:
+        log.warning("%s is not read: %s", path, error)
+        return None
+    log.warning("%s is damaged: what it held is made again", path)
+    return None
+
+
+def described(path: Path) -> dict[str, Any]:
+    """Read the last line of a kept file, its description; empty for a damaged one."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-min(LONGEST_DESCRIPTION, path.stat().st_size), os.SEEK_END)
+            return _description(file.read())
+    except OSError:
+        return {}
+
+
+def _description(end: bytes) -> dict[str, Any]:
+    try:
+        said = json.loads(end[end.rfind(b"\n") :])
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _digest(content: bytes | memoryview, about: dict[str, Any]) -> str:
+    digest = hashlib.sha256(content)
+    digest.update(json.dumps(about).encode())
+    return digest.hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Write the SHA-256 of each file of a folder, last of all: from then on it is complete. Raises `QsimError`."""
+    try:
+        digests = {path.name: _sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    except OSError as error:
+        raise QsimError(f"cannot read {folder}: {error.strerror}") from None
+    digests.pop(SEAL, None)
+    with writing(folder / SEAL) as file:
+        file.write(json.dumps(digests, indent=2).encode() + b"\n")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Inside, no other process of this machine makes what goes to `path`. A file that ends in `.lock` stays beside."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    with path.with_suffix(LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def empty(folder: Path) -> Iterator[Path]:
+    """Inside, there is a new folder to work in. What a process that was killed has left there goes, too."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sealed(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a folder as `seal` met it; empty if there is no seal, or a damaged one."""
+    try:
+        digests = dict(json.loads((folder / SEAL).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return {}
+    return {str(name): str(digest) for name, digest in digests.items() if Path(name).name == name}
+
+
+def damaged(folder: Path, *needed: str) -> list[str]:
+    """Name the files of a folder that are not as `seal` met them, or that are needed and were not there then."""
+    digests = sealed(folder)
+    if not digests:
+        return [SEAL]
+    wrong = (name for name, digest in digests.items() if _changed(folder / name, digest))
+    return [*(name for name in needed if name not in digests), *wrong]
+
+
+def _changed(path: Path, digest: str) -> bool:
+    try:
+        return _sha256_of(path) != digest
+    except OSError:
+        return True
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())  # a library may have written it
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_writable(path: Path) -> None:
@@ -49,10 +226,12 @@ def check_writable(path: Path) -> None:
         raise QsimError(f"cannot write {path}: {path.parent} is not writable")
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def make_work_dir(work_dir: Path) -> None:
+    """Make a work directory, before there is anything to keep. Raises `QsimError` where that is impossible."""
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise QsimError(f"cannot use {work_dir} as work directory: {error.strerror}") from None
 
 
 CACHE_NOTE = ".qsim"
@@ -60,11 +239,26 @@ CACHE_NOTE = ".qsim"
 
 
 def make_cache_folder(kind: str, note: str) -> Path:
-    """Make the folder for one kind of things in the user's cache, which `qsim cache` then lists and clears."""
+    """Make the folder for one kind of things in the user's cache, which `qsim cache` then lists and clears.
+
+    It is the user's own: others can neither write to it nor read it. Raises `QsimError` if it is another user's.
+    """
     folder = cache() / kind
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if os.name == "posix" and folder.stat().st_uid == os.geteuid():
+        folder.chmod(0o700)
+    check_own(folder)
     (folder / CACHE_NOTE).write_text(note, encoding="utf-8")
     return folder
+
+
+def check_own(path: Path, opened: int | None = None) -> None:
+    """Raise `QsimError` if another user could have written a file or a folder of the cache, or what is `opened`."""
+    if os.name != "posix":
+        return
+    found = path.stat() if opened is None else os.fstat(opened)
+    if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022:
+        raise QsimError(f"others can write to {path}; set QSIM_CACHE to a directory of your own")
 
 
 def cache() -> Path:

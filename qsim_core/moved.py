@@ -109,7 +109,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "sites": ("qsim_core.sites.sites",),
     "spec": ("qsim_core.components.syntax",),
     "static": ("qsim_core.simulation.static_calibration",),
-    "store": ("qsim_core.simulation.store",),
+    "store": ("qsim_core.files", "qsim_core.simulation.cache_entry"),
     "structure": ("qsim_structure.structure",),
     "tensorfile": ("qsim_tensorfile.rounding", "qsim_tensorfile.header"),
     "tracing": ("qsim_structure.tracing",),

@@ -15,8 +15,7 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 from qsim_core.cli.main import main
-from qsim_core.files import make_cache_folder
-from qsim_core.simulation.store import Store
+from qsim_core.files import keep, make_cache_folder, seal
 from qsim_core.transforms.checkpoint import Checkpoint
 
 
@@ -30,6 +29,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("kernels/0123456789abcdef.so", "zoo/0123456789abcdef/opt-tiny-outliers/config.json", "zoo/mine.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("1234567")
+    seal(folder / "zoo" / "0123456789abcdef" / "opt-tiny-outliers")
     return folder
 
 
@@ -37,8 +37,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def work(tmp_path: Path) -> Path:
     """A work directory with a baseline, statistics and blocks, and with somebody else's files."""
     folder = tmp_path / "work"
-    Store(folder, "baseline").put("digest", b"metrics", model="opt-tiny", what="perplexity, text, float32")
-    Store(folder, "statistics").put("digest", b"extremes", model="opt-tiny", what="24 tensors, 32 batches")
+    keep(folder / "baseline" / "digest.kept", "metrics", model="opt-tiny", what="perplexity, text, float32")
+    keep(folder / "statistics" / "digest.kept", "extremes", model="opt-tiny", what="24 tensors, 32 batches")
     Checkpoint.of(folder, nn.Linear(2, 2), [torch.ones(1, 2)], "gptq").save(0, nn.Linear(2, 2), {})
     (folder / "baseline" / "notes.txt").write_text("mine")
     (folder / "feedfeedfeedfeed").mkdir()
@@ -71,7 +71,7 @@ def test_the_table_has_sizes_and_ages_and_says_where(cache: Path) -> None:
     assert lines[0].split() == ["kind", "model", "what", "size", "age"]
     assert lines[1].split()[:5] == ["kernels", "compiled", "kernels", "7", "bytes"]
     assert int(lines[1].split()[5]) > 20_000
-    assert lines[3] == f"2 entries (14 bytes) in {cache}"
+    assert lines[3] == f"2 entries (102 bytes) in {cache}"
 
 
 def test_one_kind_is_cleared_and_the_rest_stays(work: Path) -> None:
@@ -89,6 +89,26 @@ def test_all_is_cleared_but_what_others_have_put_there(work: Path, cache: Path) 
     left = sorted(str(path.relative_to(work.parent)) for path in work.parent.rglob("*") if path.is_file())
     assert left == ["cache/kernels/.qsim", "cache/zoo/.qsim", "cache/zoo/mine.txt", "work/baseline/notes.txt"]
     assert (work / "feedfeedfeedfeed").is_dir()
+
+
+def test_neither_a_file_of_others_nor_what_a_link_leads_to_is_removed(work: Path, cache: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    theirs = [elsewhere / "block-000.pt", elsewhere / "0123456789abcdef.so", elsewhere / "digest.kept"]
+    theirs += [elsewhere / ".qsim", elsewhere / "photo.jpg", cache / "zoo" / "0123456789abcdef" / "notes.txt"]
+    for number in ("000", "1-draft", "001.pt.tex"):
+        theirs.append(work / "0123456789abcdef" / f"block-{number}.txt")
+    for path in theirs:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("theirs")
+    (work / "fedcba9876543210").symlink_to(elsewhere)
+    (cache / "models").symlink_to(elsewhere)
+    (work / "0123456789abcdef" / "block-007.pt").symlink_to(elsewhere / "photo.jpg")
+
+    assert run("--work-dir", work, "--clear", "--yes").exit_code == 0
+
+    assert all(path.read_text() == "theirs" for path in theirs)
+    assert (work / "0123456789abcdef" / "block-007.pt").is_symlink()
+    assert rows("--work-dir", work) == []
 
 
 def test_without_a_terminal_nothing_is_removed_unasked(cache: Path) -> None:
@@ -114,7 +134,7 @@ def test_on_a_terminal_it_asks(answer: str, left: int) -> None:
     _, said = process.communicate()
 
     assert (process.returncode, len(rows())) == (answer == "n", left)
-    assert said.startswith(b"Remove 1 entry (7 bytes)? [y/N]: ")
+    assert said.startswith(b"Remove 1 entry (95 bytes)? [y/N]: ")
 
 
 @pytest.mark.parametrize(

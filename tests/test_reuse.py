@@ -17,9 +17,9 @@ from torch import nn
 import qsim_core as qsim
 from qsim_core import Metrics, Run
 from qsim_core.evaluation.baseline_cache import cached_baseline, of_component
+from qsim_core.files import kept
 from qsim_core.simulation.cache_entry import CacheEntry
 from qsim_core.simulation.fingerprint import of_code, of_model
-from qsim_core.simulation.store import Store
 from qsim_core.transforms.checkpoint import sha256
 
 
@@ -56,9 +56,9 @@ def test_a_damaged_baseline_is_computed_again(tmp_path: Path) -> None:
     whole = evaluate(tmp_path)
     (file,) = tmp_path.glob("baseline/*.kept")
     content = file.read_bytes()
-    for damaged in (content[:-100], content[:-1] + bytes([content[-1] ^ 1]), b"", b"[]\n"):
+    for damaged in (content[:-100], content[:-9] + bytes([content[-9] ^ 1]) + content[-8:], b"", b"[]\n"):
         file.write_bytes(damaged)
-        assert Store(tmp_path, "baseline").get(file.stem) is None
+        assert kept(file) is None
 
     again = evaluate(tmp_path)
 
@@ -82,24 +82,24 @@ def test_two_runs_at_once_share_a_work_directory(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from qsim_core.simulation.store import Store
+from qsim_core.files import keep
 for count in range(200):
-    Store(Path(sys.argv[1]), "baseline").put("digest", sys.argv[2].encode() * (1 + count))
+    keep(Path(sys.argv[1]), sys.argv[2] * (1 + count))
 """
 
 
 def test_what_others_are_writing_is_read_whole(tmp_path: Path) -> None:
-    store, read = Store(tmp_path, "baseline"), set()
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), letter]) for letter in "ab"]
+    path, read = tmp_path / "entry.kept", set()
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), letter]) for letter in "ab"]
 
     while any(writer.poll() is None for writer in writers):
-        content = store.get("digest")
+        content = kept(path)
         assert content is not None or not read, "an entry that was there is never missing"
         read |= set() if content is None else {content}
 
     assert [writer.wait() for writer in writers] == [0, 0]
     assert {len(set(content)) for content in read} == {1}, "nothing is a mixture"
-    assert len(list(tmp_path.rglob("*"))) == 2
+    assert list(tmp_path.rglob("*")) == [path]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_where_nothing_can_be_kept_the_run_goes_on(tmp_path: Path, caplog: pytes
     (tmp_path / "baseline").write_text("no directory")
 
     with caplog.at_level(logging.WARNING):
-        Store(tmp_path, "baseline").put("digest", b"content")
+        CacheEntry(tmp_path, "baseline", ["key"]).put("content")
 
     assert caplog.messages[0].startswith("nothing is kept for later runs: [Errno 17] File exists")
 

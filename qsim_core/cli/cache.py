@@ -7,25 +7,24 @@ computes again what it no longer finds.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from qsim_core.errors import QsimError, did_you_mean, file_did_you_mean
-from qsim_core.files import CACHE_NOTE
+from qsim_core.files import CACHE_NOTE, LOCK, SEAL, described, sealed
 from qsim_core.files import cache as user_cache
 
 STAMP = "[0-9a-f]" * 16
 """The digest in a name, as a shell's pattern."""
-PARTIAL = "tmp"
-"""The beginning of the name of a file that is being written."""
-LOCK = ".lock"
-"""The end of the name of a file that keeps a second process waiting. It is empty, and stays."""
+BLOCK = "block-[0-9]*.pt"
+"""The name of a transform's finished block."""
 UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
@@ -50,18 +49,14 @@ def cache(work_dir: Path | None, clear: str | None, yes: bool, as_json: bool) ->
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing that is kept: a file, or a directory of files."""
+    """One thing that is kept: a file, or the files of a folder."""
 
     kind: str
     model: str
     what: str
     path: Path
-
-    @property
-    def files(self) -> list[Path]:
-        """The files that it consists of, none that is being written."""
-        found = self.path.rglob("*") if self.path.is_dir() else [self.path]
-        return [path for path in found if path.is_file() and not path.name.startswith(PARTIAL)]
+    files: tuple[Path, ...]
+    """The files that qsim has written. Links, and what others have put beside them, are not among them."""
 
     @property
     def bytes(self) -> int:
@@ -77,9 +72,8 @@ class Entry:
         try:
             for path in self.files:
                 path.unlink(missing_ok=True)
-            folders = [path for path in self.path.rglob("*") if path.is_dir()] if self.path.is_dir() else []
-            for folder in [*sorted(folders, reverse=True), self.path if self.path.is_dir() else self.path.parent]:
-                with contextlib.suppress(OSError):  # something else is in it
+            for folder in (self.path, self.path.parent):
+                with contextlib.suppress(OSError):  # it is a file, or something else is in it
                     folder.rmdir()
         except OSError as error:
             raise QsimError(f"cannot remove {self.path}: {error.strerror or error}") from None
@@ -93,38 +87,48 @@ def entries(work_dir: Path | None) -> list[Entry]:
 
 
 def _kinds_of_a_work_directory() -> tuple[str, ...]:
-    from qsim_core.simulation.store import KINDS
+    from qsim_core.simulation.cache_entry import KINDS
 
     return (*KINDS, "blocks")
 
 
 def _in(work_dir: Path) -> Iterator[Entry]:
-    from qsim_core.simulation.store import ENDING, KINDS, about
+    from qsim_core.simulation.cache_entry import ENDING, KINDS
 
     for kind in KINDS:
-        for path in sorted((work_dir / kind).glob(f"*{ENDING}")):
-            said = about(path)
-            yield Entry(kind, str(said.get("model", "")), str(said.get("what", "damaged")), path)
+        for path in _own(work_dir, kind, f"*{ENDING}"):
+            said = described(path)
+            yield Entry(kind, str(said.get("model", "")), str(said.get("what", "damaged")), path, (path,))
     for folder in sorted(work_dir.glob(STAMP)):
-        if blocks := len(list(folder.glob("block-*.pt"))):
-            yield Entry("blocks", "", f"{blocks} finished by a transform", folder)
+        if blocks := _own(work_dir, folder.name, BLOCK):
+            yield Entry("blocks", "", f"{len(blocks)} finished by a transform", folder, blocks)
 
 
 def _for_the_user() -> Iterator[Entry]:
-    """The entries of the user's cache: in the folder of each kind, files and folders that are named by a digest."""
+    """The entries of the user's cache: in the folder of each kind, files and sealed folders named by a digest."""
     for kind, note in _kinds_for_the_user().items():
-        for path in sorted((user_cache() / kind).glob(f"{STAMP}.*")):
+        for path in _own(user_cache(), kind, f"{STAMP}.*"):
             if path.suffix != LOCK:
-                yield Entry(kind, "", note, path)
-        for path in sorted((user_cache() / kind).glob(f"{STAMP}/*/")):
-            if not path.name.startswith(PARTIAL):
-                yield Entry(kind, path.name, note, path)
+                yield Entry(kind, "", note, path, (path,))
+        for seal in sorted((user_cache() / kind).glob(f"{STAMP}/*/{SEAL}")):
+            folder, names = seal.parent, map(glob.escape, sealed(seal.parent))
+            if files := _own(user_cache(), str(folder.relative_to(user_cache())), *names, SEAL):
+                yield Entry(kind, folder.name, note, folder, files)
+
+
+def _own(root: Path, inside: str, *patterns: str) -> tuple[Path, ...]:
+    """The files of a folder inside `root` that have such names. Neither they nor a folder on the way is a link."""
+    folder = root / inside
+    if any(step.is_symlink() for step in (folder, *folder.parents) if root in step.parents):
+        return ()
+    found = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    return tuple(path for path in found if path.is_file() and not path.is_symlink())
 
 
 def _kinds_for_the_user() -> dict[str, str]:
     """The folders of the user's cache that qsim or a plugin has made, and what each holds."""
-    notes = sorted(user_cache().glob(f"*/{CACHE_NOTE}"))
-    return {path.parent.name: path.read_text(encoding="utf-8") for path in notes}
+    notes = [note for path in sorted(user_cache().glob("*")) for note in _own(user_cache(), path.name, CACHE_NOTE)]
+    return {note.parent.name: note.read_text(encoding="utf-8") for note in notes}
 
 
 def show(work_dir: Path | None, as_json: bool) -> None:
@@ -171,9 +175,12 @@ def clear_kept(work_dir: Path | None, kind: str, yes: bool, as_json: bool) -> No
 
 
 def _json(found: Iterable[Entry]) -> str:
-    rows = [{**asdict(entry), "path": str(entry.path)} for entry in found]
-    numbers = [{"bytes": entry.bytes, "seconds": round(entry.seconds)} for entry in found]
-    return json.dumps([row | more for row, more in zip(rows, numbers, strict=True)], indent=2)
+    rows = [
+        {name: str(getattr(entry, name)) for name in ("kind", "model", "what", "path")}
+        | {"bytes": entry.bytes, "seconds": round(entry.seconds)}
+        for entry in found
+    ]
+    return json.dumps(rows, indent=2)
 
 
 def _many(found: list[Entry]) -> str:

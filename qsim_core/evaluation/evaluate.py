@@ -19,7 +19,7 @@ from qsim_core.evaluation.job import Job
 from qsim_core.evaluation.metrics import intervals
 from qsim_core.evaluation.record import calibration_record, data_record, description
 from qsim_core.evaluation.result import Result
-from qsim_core.simulation import store
+from qsim_core.files import make_work_dir
 from qsim_core.simulation.environment import Environment
 from qsim_core.simulation.recipe import Recipe
 from qsim_core.simulation.simulation import simulate
@@ -49,7 +49,7 @@ def evaluate(
         raise RecipeError("the recipe quantizes nothing; name weights, activations or outputs")
     _check_samples(job.evaluator, samples)
     if run.work_dir is not None:
-        store.make(run.work_dir)
+        make_work_dir(run.work_dir)
     with run.stage(f"loading {job.located.name}"):
         dataset = job.data(data)
         given = calibration or Calibration()

@@ -7,9 +7,7 @@ calibration data, by their SHA-256. Another run of another recipe may use the sa
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
-import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsim_core.errors import QsimError
-from qsim_core.files import writing
+from qsim_core.files import keep, kept, make_work_dir
 from qsim_core.transforms.offload import state
 from qsim_core.version import __version__
 
 
 class Checkpoint:
-    """One transform's finished blocks, a file for each; each file appears whole or not at all."""
+    """One transform's finished blocks, a file for each. A block whose file is damaged is computed again."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -34,33 +31,23 @@ class Checkpoint:
         """The checkpoint of what these texts, the model as it is now and the data say. Raises `QsimError`."""
         tensors = (tensor for _, tensor in state(model))
         made_from = sha256(itertools.chain((__version__, torch.__version__, *texts), tensors, leaves(list(batches))))
-        directory = work_dir / made_from[:16]
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise QsimError(f"cannot use {work_dir} as work directory: {error.strerror}") from None
-        return cls(directory)
+        make_work_dir(work_dir)
+        return cls(work_dir / made_from[:16])
 
     def save(self, index: int, block: nn.Module, said: dict[str, Any]) -> None:
-        """Keep a finished block's tensors, and what was said about it (plain data). Raises `QsimError`."""
+        """Keep a finished block's tensors, and what was said about it (plain data)."""
         tensors = {name: tensor.detach().cpu() for name, tensor in block.state_dict().items()}
-        self.directory.mkdir(parents=True, exist_ok=True)  # `qsim cache --clear` may have taken it away
-        with writing(self._file(index)) as file:
-            torch.save({"tensors": tensors, "said": said}, file)
+        keep(self._file(index), {"tensors": tensors, "said": said})
 
     def restore(self, index: int, block: nn.Module) -> dict[str, Any] | None:
-        """Give a block the tensors that were kept, if they were; what was said about it. Raises `QsimError`."""
-        path = self._file(index)
-        if not path.exists():
+        """Give a block the tensors that were kept, if they were; what was said about it."""
+        found = kept(self._file(index))
+        if found is None:
             return None
-        try:
-            kept = torch.load(io.BytesIO(path.read_bytes()), weights_only=True)
-            with torch.no_grad():
-                for name, tensor in block.state_dict().items():
-                    tensor.copy_(kept["tensors"][name])
-        except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            raise QsimError(f"{path} cannot be read back ({type(error).__name__}); remove it and run again") from None
-        said: dict[str, Any] = kept["said"]
+        with torch.no_grad():
+            for name, tensor in block.state_dict().items():
+                tensor.copy_(found["tensors"][name])
+        said: dict[str, Any] = found["said"]
         return said
 
     def _file(self, index: int) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from qsim_fast.quantizing import rounding_rule_for
 class Compiled:
     """A compiled source. The source may include `grid.h`."""
 
-    def __init__(self, path: Path) -> None:
-        self.functions = ctypes.CDLL(str(path))
+    def __init__(self, functions: ctypes.CDLL) -> None:
+        self.functions = functions
         """The functions that the source exports."""
 
     @staticmethod
@@ -39,10 +38,5 @@ def compiled(source: Path, elements: int) -> Compiled | None:
 
     `elements` is the work of this call, in elements that are quantized.
     """
-    path = native.compiled(source, elements)
-    return None if path is None else _opened(path)
-
-
-@functools.cache
-def _opened(path: Path) -> Compiled:
-    return Compiled(path)
+    library = native.compiled(source, elements)
+    return None if library is None else Compiled(library)

@@ -396,7 +396,7 @@ def test_layers_with_the_same_input_share_its_codes() -> None:
     model, x = Attention(), torch.randn(20, 32)
     built = native.load(build=True)
     assert built is not None
-    kernels = Counting(built.path)
+    kernels = Counting(built.raw)
     qsim.simulate(model, qsim.Recipe(arithmetic="int8", weights="int8", activations="int8"), example=x)  # type: ignore[arg-type]
     with native.only(kernels), torch.no_grad():
         model(x)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qsim_core import ModelError
-from qsim_core.files import cache, make_cache_folder
+from qsim_core.files import cache, check_own, damaged, empty, locked, make_cache_folder, seal
 
 CHANNELS = 4
 LOWEST, HIGHEST = 20.0, 60.0
@@ -51,7 +50,8 @@ def directory(source: Path) -> Path:
     weights = source / "model.safetensors"
     stamp = hashlib.sha256(weights.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:16]
     target = cache() / "zoo" / stamp / "opt-tiny-outliers"
-    if target.is_dir():
+    if not damaged(target):
+        check_own(cache() / "zoo")
         return target
     try:
         _make(source, target)
@@ -65,13 +65,15 @@ def directory(source: Path) -> Path:
 
 def _make(source: Path, target: Path) -> None:
     make_cache_folder("zoo", "made of another model")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        part = Path(scratch) / "part"
-        shutil.copytree(source, part)
+    target.parent.mkdir(exist_ok=True)
+    with locked(target.parent), empty(target.with_name("part")) as part:
+        if not damaged(target):  # another process was faster
+            return
+        shutil.copytree(source, part, dirs_exist_ok=True)
         config = json.loads((part / "config.json").read_text(encoding="utf-8"))
         made = add_outliers(load_file(source / "model.safetensors"), config["num_hidden_layers"])
         save_file(made, part / "model.safetensors", metadata={"format": "pt"})
         (part / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2), encoding="utf-8")
-        if not target.is_dir():  # another process may have made it first
-            part.rename(target)
+        seal(part)
+        shutil.rmtree(target, ignore_errors=True)
+        part.rename(target)

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from qsim_core.files import keep, kept
 from qsim_zoo.causal import CodegenTiny, OptTiny
 from qsim_zoo.classified import BertTinyClassifier
 from qsim_zoo.diffusion import DdpmTiny
@@ -62,9 +63,9 @@ class Training:
 
     def resume(self) -> None:
         """Load the checkpoint, if there is one."""
-        if not self.checkpoint.exists():
+        saved = kept(self.checkpoint)
+        if saved is None:
             return
-        saved = torch.load(self.checkpoint, weights_only=True)
         if saved["plan"] != self.plan:
             raise click.ClickException(f"{self.checkpoint} is of a run with {saved['plan']}; give another --work")
         self.model.load_state_dict(saved["model"])
@@ -72,12 +73,9 @@ class Training:
         self.step, self.best = saved["step"], saved["best"]
 
     def keep(self) -> None:
-        """Write the checkpoint atomically."""
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        part = self.checkpoint.with_suffix(".part")
+        """Write the checkpoint."""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save({**state, "step": self.step, "best": self.best, "plan": self.plan}, part)
-        part.replace(self.checkpoint)
+        keep(self.checkpoint, {**state, "step": self.step, "best": self.best, "plan": self.plan})
 
     def advance(self) -> float:
         """Make one optimizer step and return its loss. Batch and dropout are drawn by the seed and the step."""

@@ -1,8 +1,9 @@
 """The kernels of `kernels.cpp` for CPUs: compiled on the user's machine, and called on torch's memory.
 
 The library is kept in the user's cache under the digest of its source, the compiler and the processor. It is built once
-Python has spent as much time on quantizing as the compiler takes, and is found in the cache from then on. Without a
-compiler, or with QSIM_NATIVE=0, the reference in Python computes the same bits.
+Python has spent as much time on quantizing as the compiler takes, and is found in the cache from then on. A library
+that is damaged, or that another user could have written, is built again. Without a compiler, or with QSIM_NATIVE=0, the
+reference in Python computes the same bits.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import math
 import os
 import shutil
 import subprocess
-import tempfile
 import threading
 from collections.abc import Iterator
 from ctypes import POINTER, c_int32, c_int64, c_void_p
@@ -25,12 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
-
-from qsim_core.files import cache, make_cache_folder
+from qsim_core.errors import QsimError
+from qsim_core.files import cache, empty, locked, make_cache_folder, read_checked, write_checked
 from qsim_core.formats.rounding import Steps
 from qsim_core.machine import processor
 from qsim_fast.kernels.arguments import CPU, GIVEN, Grid, Scaling, Task, bfloat16_bits, buffer
@@ -62,9 +58,8 @@ class CpuKernels:
     longest_block = math.inf
     writes_parts = False
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.raw = ctypes.CDLL(str(path))
+    def __init__(self, raw: ctypes.CDLL) -> None:
+        self.raw = raw
         self.raw.extremes.argtypes = [c_void_p, c_int32, *[c_int64] * 3, c_void_p, c_void_p, c_int32]
         self.raw.round_to_grid.argtypes = [c_void_p, c_int32, c_void_p, c_int32, POINTER(Task), POINTER(Grid)]
         self.raw.any_below.argtypes = [c_void_p, c_int64, c_int32, c_int32]
@@ -195,20 +190,11 @@ def only(wanted: bool | Kernels) -> Iterator[None]:
 
 def load(build: bool) -> CpuKernels | None:
     """Load the kernels from the cache, or build them if `build`. None: without a compiler, or not built yet."""
-    path = _built(SOURCE, build)
-    return None if path is None else _library(path)
+    library = _built(SOURCE, build)
+    return None if library is None else CpuKernels(library)
 
 
-@functools.cache
-def _library(path: Path) -> CpuKernels | None:
-    try:
-        return CpuKernels(path)
-    except OSError as error:
-        log.info("quantizing in Python: the kernels do not load (%s)", error)
-        return None
-
-
-def compiled(source: Path, elements: int) -> Path | None:
+def compiled(source: Path, elements: int) -> ctypes.CDLL | None:
     """Compile a source once Python has done as much work as the compiler takes; `elements` is the work of this call.
 
     None: it is too early, a compiler is missing, or Python has to do everything.
@@ -223,48 +209,52 @@ def compiled(source: Path, elements: int) -> Path | None:
 _lock = threading.Lock()
 
 
-def _built(source: Path, build: bool) -> Path | None:
+def _built(source: Path, build: bool) -> ctypes.CDLL | None:
     with _lock:
         return _build(source, build)
 
 
 @functools.cache
-def _build(source: Path, build: bool) -> Path | None:
-    """Find the compiled source in the user's cache, under a digest of the source, the flags and the machine."""
+def _build(source: Path, build: bool) -> ctypes.CDLL | None:
+    """Load the compiled source from the user's cache, under a digest of the source, the flags and the machine."""
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     texts = source.read_bytes() + HEADER.read_bytes()
     digest = hashlib.sha256(texts + repr((FLAGS, EXACT, compiler, processor())).encode()).hexdigest()
     try:
         path = cache() / "kernels" / f"{digest[:16]}.so"
-        if not path.exists():
+        content = read_checked(path, own=True)
+        if content is None:
             if not build or compiler is None:
                 return None
-            with _locked(path):
-                if not path.exists():  # another process may have been faster
-                    _compile(compiler, source, path)
-        return path
+            make_cache_folder(path.parent.name, "compiled kernels")
+            with locked(path):
+                content = read_checked(path, own=True)  # another process may have been faster
+                if content is None:
+                    content = _compile(compiler, source, path.with_suffix(".build"))
+                    write_checked(path, content)
+        return _loaded(content, path)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home directory
-        log.info("quantizing in Python: no kernels could be built (%s)", error)
-        return None
+        log.info("quantizing in Python: the kernels cannot be built or loaded (%s)", error)
+    except QsimError as error:
+        log.warning("quantizing in Python: %s", error)
+    return None
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Keep other processes from building the same library."""
-    make_cache_folder(path.parent.name, "compiled kernels")
-    if fcntl is None:
-        yield
-        return
-    with path.with_suffix(".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _loaded(content: bytes, path: Path) -> ctypes.CDLL:
+    """Load a library from memory of this process: no change of the file can end the process while it is in use."""
+    if not hasattr(os, "memfd_create"):
+        return ctypes.CDLL(str(path))
+    opened = os.memfd_create(path.name)  # it stays open: the loader knows libraries by their paths
+    with open(opened, "wb", closefd=False) as file:
+        file.write(content)
+    return ctypes.CDLL(f"/proc/self/fd/{opened}")
 
 
-def _compile(compiler: str, source: Path, path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-        part = Path(directory) / path.name
-        command = [compiler, *FLAGS, *EXACT, f"-I{HEADER.parent}", str(source), "-o", str(part)]
+def _compile(compiler: str, source: Path, folder: Path) -> bytes:
+    with empty(folder):
+        made = folder / "kernels.so"
+        command = [compiler, *FLAGS, *EXACT, f"-I{HEADER.parent}", str(source), "-o", str(made)]
         threaded = subprocess.run([*command, "-fopenmp"], capture_output=True, timeout=120, check=False)
         if threaded.returncode:  # a compiler without OpenMP: one thread
             subprocess.run(command, capture_output=True, timeout=120, check=True)
-        part.replace(path)
+        return made.read_bytes()
