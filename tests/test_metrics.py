@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import qsim_core as qsim
-from qsim_core.evaluation.metrics import RESAMPLES, interval, intervals
+from qsim_core.evaluation.metrics import RESAMPLES, finite_outputs, interval, intervals, rank
 
 WIDTH = 8
 
@@ -31,6 +32,46 @@ def test_a_metric_is_a_function_of_the_samples_means() -> None:
 
 def test_without_a_function_the_means_are_the_metrics() -> None:
     assert qsim.Metrics({"accuracy": torch.tensor([True, False, True, True])}) == {"accuracy": 0.75}
+
+
+def test_a_sample_with_a_value_that_is_nan_has_no_score() -> None:
+    metrics = qsim.Metrics(
+        {"right": torch.tensor([1.0, 1.0]), "nll": torch.tensor([0.5, math.nan])}, counts={"texts": 2}
+    )
+
+    assert math.isnan(metrics["right"])
+    assert metrics.samples["right"][0] == 1
+    assert metrics["texts"] == 2
+
+
+def test_equal_outputs_rank_last_and_nan_has_no_rank() -> None:
+    outputs = torch.tensor([[3.0, 2.0, 1.0], [2.0, 2.0, 2.0], [1.0, 2.0, 2.0], [3.0, math.nan, 1.0]])
+
+    assert rank(outputs, torch.tensor([0, 1, 1, 0])).tolist() == pytest.approx([1, 3, 2, math.nan], nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("output", "finite"),
+    [
+        ([1.0, -math.inf], True),  # a class that the model rules out
+        ([1.0, math.nan], False),
+        ([1.0, math.inf], False),
+        ([-math.inf, -math.inf], False),
+    ],
+)
+@pytest.mark.parametrize("wrap", [tuple, dict, SimpleNamespace])
+def test_an_output_is_finite_or_it_is_not(output: list[float], finite: bool, wrap: Any) -> None:
+    class Fixed(nn.Module):
+        def forward(self) -> Any:
+            logits, boxes = torch.tensor(output), torch.tensor(math.inf)
+            return (logits, boxes) if wrap is tuple else wrap(loss=None, logits=logits, boxes=boxes)
+
+    model = Fixed()
+    with finite_outputs(model) as found:
+        model()
+
+    assert found() is finite
+    assert not model._forward_hooks
 
 
 def test_resampling_is_what_a_plain_loop_gives() -> None:
@@ -114,6 +155,16 @@ class Plain(Squares):
         return {"error": 1.0}
 
 
+class Chosen(Squares):
+    """An evaluator of a third party that chooses the largest output, and does not look for NaN."""
+
+    name = "chosen"
+    metric = "first"
+
+    def evaluate(self, loaded: qsim.LoadedModel, data: qsim.Data, run: qsim.Run) -> Any:
+        return {"first": float(loaded.model(torch.eye(WIDTH)).argmax(1).eq(0).float().mean())}
+
+
 class Seen(Squares):
     """An evaluator whose outputs a person can look at."""
 
@@ -141,7 +192,7 @@ def evaluate(tmp_path: Any) -> Any:
     (tmp_path / "vectors").mkdir()
     (tmp_path / "vectors" / "config.json").write_text('{"model_type": "vectors", "architectures": ["Linear"]}')
     host = qsim.Host()
-    host.register(Squares, Plain, Seen, Vectors)
+    host.register(Squares, Plain, Chosen, Seen, Vectors)
 
     def run(samples: Any = None, **recipe: Any) -> qsim.Result:
         values = {"model": str(tmp_path / "vectors"), "weights": "int4", **recipe}
@@ -165,6 +216,17 @@ def test_an_evaluator_that_returns_plain_numbers_still_works(evaluate: Any) -> N
     result = evaluate(evaluate="plain")
 
     assert (result.simulated, result.intervals, result.ratio) == ({"error": 1.0}, {}, 1.0)
+
+
+@pytest.mark.parametrize(("evaluator", "metric"), [("squares", "error"), ("chosen", "first")])
+def test_a_model_whose_outputs_are_nan_has_no_score_whoever_evaluates_it(
+    evaluate: Any, evaluator: str, metric: str
+) -> None:
+    result = evaluate(evaluate=evaluator, weights=lambda w: w * math.nan)
+
+    assert math.isfinite(result.baseline[metric])
+    assert math.isnan(result.simulated[metric])
+    assert result.warnings[0] == f"simulated: no score for {metric}, as outputs are not finite"
 
 
 def test_an_evaluators_own_data_go_before_the_models_and_its_first_metric_is_the_one(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from qsim_core.evaluation.baseline_cache import baseline_entry, cached_baseline
 from qsim_core.evaluation.data import Calibration, Data
 from qsim_core.evaluation.evaluator import Evaluator
 from qsim_core.evaluation.job import Job
-from qsim_core.evaluation.metrics import intervals
+from qsim_core.evaluation.metrics import intervals, without_score
 from qsim_core.evaluation.record import calibration_record, data_record, description
 from qsim_core.evaluation.result import Result
 from qsim_core.files import make_work_dir
@@ -97,7 +97,12 @@ def evaluate(
         data=data_record(data, dataset),
         calibration=None if seen is None else calibration_record(given, seen),
         transforms=simulation.reports,
-        warnings=[*job.notes(dtype), *simulation.warnings],
+        warnings=[
+            *without_score(baseline, "baseline"),
+            *without_score(simulated, "simulated"),
+            *job.notes(dtype),
+            *simulation.warnings,
+        ],
         batch_size=run.batch_size,
         limit=run.limit,
         seed=run.seed,
@@ -112,7 +117,7 @@ def evaluate(
 
 def _metrics(evaluator: Evaluator, loaded: LoadedModel, data: Data, run: Run, label: str) -> dict[str, float]:
     """The metrics of one pass over the data; its progress is shown under a label."""
-    return evaluator.evaluate(loaded, data, replace(run, track=lambda items, total, _: run.track(items, total, label)))
+    return evaluator.measure(loaded, data, replace(run, track=lambda items, total, _: run.track(items, total, label)))
 
 
 def _check_samples(evaluator: Evaluator, directory: Path | None) -> None:

@@ -13,6 +13,7 @@ from qsim_core.components.component import Component
 from qsim_core.errors import DataError
 from qsim_core.evaluation.adapter import LoadedModel
 from qsim_core.evaluation.data import Data
+from qsim_core.evaluation.metrics import finite_outputs, unscored
 from qsim_core.transforms.run import Run
 
 
@@ -28,6 +29,12 @@ class Evaluator(Component):
     @abstractmethod
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> dict[str, float]:
         """The metrics by name; deterministic for the same model, data and run. `Metrics` have confidence intervals."""
+
+    def measure(self, loaded: LoadedModel, data: Data, run: Run) -> dict[str, float]:
+        """The metrics that `evaluate` gives; NaN if an output of the model was not finite, as it has no score then."""
+        with finite_outputs(loaded.model) as finite:
+            metrics = self.evaluate(loaded, data, run)
+        return metrics if finite() else unscored(metrics)
 
     def read(self, source: str, split: str = "test") -> Data:
         """The data of a path or name; of a data set the part `split`, unless the name says another.

@@ -4,15 +4,20 @@ An evaluator may return any dict of numbers. `Metrics` also say how the numbers 
 the samples again and again: the percentile bootstrap of Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993,
 §13.3. The same ones are drawn for the baseline and for the simulated model. A sample that is hard for both then adds
 nothing to the uncertainty of their ratio.
+
+Outputs that are not finite have no score, and equal outputs rank last. `rank` has both rules. `Metrics` and
+`finite_outputs` have the first one for every evaluator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from math import isnan, nan
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Means = Mapping[str, Tensor]
 RESAMPLES = 1000
@@ -28,8 +33,9 @@ def _as_they_are(means: Means) -> Means:
 class Metrics(dict[str, float]):
     """Metrics that are functions of means over samples.
 
-    `samples` has tensors `[samples]`, such as the log-likelihood and the tokens of each window. `of_means` makes the
-    metrics from their means, element by element, for one set of means or for many: a perplexity is
+    `samples` has tensors `[samples]`, such as the log-likelihood and the tokens of each window. A sample of which one
+    value is NaN has no score: all its values become NaN. `of_means` makes the metrics from their means, element by
+    element, for one set of means or for many: a perplexity is
     `lambda m: {"perplexity": (m["nll"] / m["tokens"]).exp()}`. Without it each mean is a metric. `counts` are numbers
     that are not uncertain. `outputs` are compared with those of the same model under a recipe: the core hands the
     baseline's to the simulated run as `Run.reference`.
@@ -43,11 +49,14 @@ class Metrics(dict[str, float]):
         counts: Mapping[str, float] | None = None,
         outputs: Any = None,
     ) -> None:
-        self.samples = {name: values.detach().cpu().double() for name, values in samples.items()}
+        found = {name: values.detach().cpu().double() for name, values in samples.items()}
+        unscored = torch.stack(list(found.values())).isnan().any(0) if found else torch.tensor(False)
+        self.samples = {name: values.masked_fill(unscored, torch.nan) for name, values in found.items()}
         self.of_means = of_means
+        self.counts = dict(counts or {})
         self.outputs = outputs
         means = {name: values.mean() for name, values in self.samples.items()}
-        super().__init__({name: float(value) for name, value in of_means(means).items()} | dict(counts or {}))
+        super().__init__({name: float(value) for name, value in of_means(means).items()} | self.counts)
 
     @property
     def size(self) -> int:
@@ -82,6 +91,61 @@ class Resampled(Metrics):
     def resampled(self, seed: int) -> dict[str, Tensor]:
         """The draws with the seed of the run; there are no others."""
         return self._draws
+
+
+def rank(outputs: Tensor, chosen: Tensor) -> Tensor:
+    """The rank of element `chosen` [...] among outputs [..., n]: 1 for the largest, in float64.
+
+    Equal outputs rank before the chosen one: a model that gives n equal outputs ranks each of them at n. NaN where an
+    output is NaN.
+    """
+    own = outputs.gather(-1, chosen.unsqueeze(-1))
+    return (outputs >= own).sum(-1).double().masked_fill(outputs.isnan().any(-1), nan)
+
+
+@contextmanager
+def finite_outputs(model: nn.Module) -> Iterator[Callable[[], bool]]:
+    """Gives a function that tells if all outputs of the model inside were finite.
+
+    A NaN in any tensor that the model returns is not finite. In the first tensor +Inf is not finite either, nor is
+    -Inf everywhere. Other -Inf stand for what a model rules out.
+    """
+    largest: list[Tensor] = []
+
+    def see(module: nn.Module, args: Any, output: Any) -> None:
+        first, *others = [found.detach().amax() for found in _tensors(output)] or [torch.zeros(())]
+        largest.extend([first, *(value.clamp(-1, 1) for value in others)])  # NaN stays NaN
+
+    handle = model.register_forward_hook(see)
+    try:
+        yield lambda: all(bool(value.isfinite()) for value in largest)
+    finally:
+        handle.remove()
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """List the tensors of floating-point numbers that a model returns: one, or several in order or by name."""
+    if isinstance(output, Tensor):
+        parts: Any = [output]
+    elif isinstance(output, Mapping):
+        parts = output.values()
+    else:
+        parts = output if isinstance(output, tuple | list) else getattr(output, "__dict__", {}).values()
+    return [part for part in parts if isinstance(part, Tensor) and part.is_floating_point() and part.numel()]
+
+
+def unscored(metrics: dict[str, float]) -> dict[str, float]:
+    """The same metrics without a score: all are NaN but the counts of `Metrics`."""
+    if not isinstance(metrics, Metrics):
+        return dict.fromkeys(metrics, nan)
+    samples = {name: torch.full_like(values, nan) for name, values in metrics.samples.items()}
+    return Metrics(samples, metrics.of_means, counts=metrics.counts, outputs=metrics.outputs)
+
+
+def without_score(metrics: Mapping[str, float], label: str) -> list[str]:
+    """One line that names the metrics that are NaN; no line if there are none."""
+    names = [name for name, value in metrics.items() if isnan(value)]
+    return [f"{label}: no score for {', '.join(names)}, as outputs are not finite"] if names else []
 
 
 def intervals(baseline: dict[str, float], simulated: dict[str, float], seed: int) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,8 +43,7 @@ class EvaluatorSuite(ComponentSuite):
     def measured(self, evaluator: Any, loaded: LoadedModel | None = None, **changes: Any) -> dict[str, float]:
         """Its metrics of a model, as `qsim evaluate` would ask for them."""
         loaded = loaded or self.loaded()
-        run = Run(**{name: getattr(self.run, name) for name in Run.__dataclass_fields__} | changes)
-        metrics: dict[str, float] = evaluator.evaluate(loaded, self.data(evaluator), run)
+        metrics: dict[str, float] = evaluator.evaluate(loaded, self.data(evaluator), replace(self.run, **changes))
         return metrics
 
     def test_metrics_are_numbers_by_name(self, component: Any) -> None:
@@ -100,9 +100,20 @@ class EvaluatorSuite(ComponentSuite):
             for p in moved.model.parameters():
                 p.add_(torch.randn(p.shape, generator=generator).to(p) * (3 * p.square().mean().sqrt()))
 
-        after = self.measured(component, moved, reference=getattr(before, "outputs", None))
+        after = self.measured(component, moved, reference=_outputs(before))
 
         assert dict(after) != dict(before), f"{component} gives {dict(before)} whatever the weights are"
+
+    def test_outputs_that_are_not_finite_have_no_score(self, component: Any) -> None:
+        before, broken = self.measured(component), self.loaded()
+        with torch.no_grad():
+            for p in broken.model.parameters():
+                p.fill_(math.nan)
+
+        found = component.measure(broken, self.data(component), replace(self.run, reference=_outputs(before)))
+
+        first = type(component).metric or next(iter(found))
+        assert math.isnan(found[first]), f"{component} gives {first} {found[first]} where every output is NaN"
 
     def test_what_its_samples_say_can_be_drawn_again(self, component: Any) -> None:
         metrics = self.measured(component)
@@ -169,6 +180,10 @@ class EvaluatorSuite(ComponentSuite):
 
 def _state(loaded: LoadedModel) -> dict[str, Tensor]:
     return loaded.model.state_dict()
+
+
+def _outputs(metrics: dict[str, float]) -> Any:
+    return getattr(metrics, "outputs", None)
 
 
 def _same(first: Any, second: Any) -> bool:

@@ -16,6 +16,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
+from qsim_core.evaluation.metrics import rank
 from qsim_evaluators.fitting import check, longest, require
 from qsim_evaluators.pixels import encoded, image_rows, pixels, shape_in_words, sides
 from qsim_evaluators.text import LONGEST, holds_lines, read_lines, read_rows, tokenized
@@ -36,6 +37,8 @@ class Samples(Sequence[dict[str, Tensor]]):
 
 class Accuracy(Evaluator):
     """The share of samples whose label is the model's first answer, and of those whose label is among its first five.
+
+    A class with the same logit as the label ranks before it.
 
     Data are a mapping with `label` and with `image` or `text`. Labels are whole numbers, or the model's names of its
     classes. Images are PIL images or uint8 arrays `[height, width]` or `[height, width, 3]`; the model's own processor
@@ -108,9 +111,9 @@ class Accuracy(Evaluator):
             for batch in run.track(batches, len(batches), f"{kind}s"):
                 logits = loaded.model(**self._inputs(loaded, data, batch)).logits.float().cpu()
                 truth = labels[batch]
-                right = logits.topk(min(5, logits.shape[1])).indices == truth.unsqueeze(1)
+                place = rank(logits, truth)
                 nll = F.cross_entropy(logits, truth, reduction="none")
-                found.append(torch.stack([right[:, 0].double(), right.any(1).double(), nll.double()]))
+                found.append(torch.stack([(place == 1).double(), (place <= 5).double(), nll.double()]))
         top1, top5, nll = torch.cat(found, 1)
         majority = max(Counter(labels.tolist()).values()) / len(places)
         counts = {"majority": majority, f"{kind}s": float(len(places))}

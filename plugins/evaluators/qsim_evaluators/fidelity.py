@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.errors import file_did_you_mean
-from qsim_core.evaluation.metrics import Means
+from qsim_core.evaluation.metrics import Means, rank
 from qsim_core.transforms.forward import call
 from qsim_evaluators.fitting import default_evaluator
 
@@ -132,7 +132,8 @@ def _compare(x: Tensor, r: Tensor) -> tuple[float, ...]:
     x, r = x.double(), r.double()
     log_r, log_x = r.log_softmax(1), x.log_softmax(1)
     kl = (log_r.exp() * (log_r - log_x)).sum(1)
-    flips = (x.argmax(1) != r.argmax(1)).double()
+    first = r.argmax(1)
+    flips = (rank(x, first) > rank(r, first)).double()  # of equal logits none is the largest alone
     cosine = F.cosine_similarity(x, r, dim=1)
     return tuple(
         float(value) for value in (r.square().sum(), (x - r).square().sum(), cosine.mean(), kl.mean(), flips.mean())

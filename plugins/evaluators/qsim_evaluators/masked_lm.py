@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
-from qsim_core.evaluation.metrics import Means
+from qsim_core.evaluation.metrics import Means, rank
 from qsim_evaluators.fitting import check, device, longest
 from qsim_evaluators.text import cut_windows, draw_windows, read_text
 
@@ -67,7 +67,7 @@ class MaskedLM(Evaluator):
                 wanted = logits[answers >= 0].view(len(batch), -1, logits.shape[-1])
                 truth = answers[answers >= 0].view(len(batch), -1)
                 nll = F.cross_entropy(wanted.transpose(1, 2), truth, reduction="none").double()
-                found.append(torch.stack([nll.mean(1), (wanted.argmax(-1) == truth).double().mean(1)]))
+                found.append(torch.stack([nll.mean(1), (rank(wanted, truth) == 1).double().mean(1)]))
         nll, right = torch.cat(found, 1)
 
         def metrics(means: Means) -> Means:

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, QsimError, Run
+from qsim_core.evaluation.metrics import finite_outputs
 from qsim_evaluators import sandbox
 from qsim_evaluators.completing import STOPS, Sampling, complete
 from qsim_evaluators.fitting import check, device, longest
@@ -98,16 +99,19 @@ class PassAtK(Evaluator):
         passed, outputs = [], []
         with torch.no_grad(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
             for place in run.track(places, len(places), "problems"):
-                written = complete(loaded, prompts[place], self.samples, sampling, f"problem {place}", run.batch_size)
+                with finite_outputs(loaded.model) as finite:
+                    written = complete(
+                        loaded, prompts[place], self.samples, sampling, f"problem {place}", run.batch_size
+                    )
                 programs = [self._program(content, place, completion) for completion in written]
                 verdicts = list(pool.map(lambda program: sandbox.run(program, self.timeout), programs))
-                passed.append(verdicts.count(sandbox.PASSED))
+                passed.append(verdicts.count(sandbox.PASSED) if finite() else None)
                 outputs += [
                     {"task_id": content["task_id"][place], "completion": completion, "verdict": verdict}
                     for completion, verdict in zip(written, verdicts, strict=True)
                 ]
         estimates = {
-            f"pass@{k}": torch.tensor([estimate(self.samples, c, k) for c in passed], dtype=torch.float64)
+            f"pass@{k}": torch.tensor([math.nan if c is None else estimate(self.samples, c, k) for c in passed])
             for k in sorted({1, *self.k})
         }
         return Metrics(estimates, counts={"problems": float(len(places))}, outputs=outputs)

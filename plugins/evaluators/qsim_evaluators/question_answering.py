@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import string
 from collections import Counter
@@ -12,8 +13,10 @@ from typing import Any
 
 import torch
 from pydantic import Field, PositiveInt
+from torch import Tensor
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
+from qsim_core.evaluation.metrics import finite_outputs
 from qsim_evaluators.fitting import check, device, longest
 from qsim_evaluators.text import holds_lines, read_rows
 
@@ -29,7 +32,7 @@ class QuestionAnswering(Evaluator):
     A context is read in windows of `seqlen` tokens, which begin with the question. Neighbouring windows share `stride`
     tokens. The answer is the span of at most `longest_answer` tokens with the largest sum of start and end logits in
     any window. If some questions of the data have no answer (v2), the model may answer with no text. It does so if the
-    sum of the logits at the first token is larger in every window.
+    sum of the logits at the first token is larger in every window. Of equally likely answers the worst one counts.
 
     Data are a mapping with three lists: `question`, `context` and `answers`. Answers of a question are a list of texts,
     which is empty if the question has no answer.
@@ -70,41 +73,46 @@ class QuestionAnswering(Evaluator):
         exact, f1 = [], []
         with torch.no_grad():
             for place in run.track(places, len(places), "questions"):
-                answer = self._answer(loaded, data, place, run.batch_size, may_be_none)
+                with finite_outputs(loaded.model) as finite:
+                    answers = self._answers(loaded, data, place, run.batch_size, may_be_none)
                 truths = data.content["answers"][place] or [""]
-                exact.append(max(float(normalized(answer) == normalized(truth)) for truth in truths))
-                f1.append(max(overlap(answer, truth) for truth in truths))
+                scores = (max(overlap(answer, truth) for truth in truths) for answer in answers)
+                right = (any(normalized(answer) == normalized(truth) for truth in truths) for answer in answers)
+                f1.append(min(scores) if finite() else math.nan)
+                exact.append(float(all(right)))
         return Metrics({"f1": torch.tensor(f1), "exact_match": torch.tensor(exact)}, counts={"questions": len(places)})
 
     def protocol(self, loaded: LoadedModel) -> str:
         """Describe the windows in words."""
         return f"SQuAD's F1 and exact match, windows of {self.seqlen} tokens that share {self.stride}"
 
-    def _answer(self, loaded: LoadedModel, data: Data, place: int, at_once: int, may_be_none: bool) -> str:
+    def _answers(self, loaded: LoadedModel, data: Data, place: int, at_once: int, may_be_none: bool) -> set[str]:
+        """Return the likeliest answer, or all that are equally likely."""
         windows = self._windows(loaded, data, place)
-        best, text, none = float("-inf"), "", float("inf")
+        best, texts, none = float("-inf"), {""}, float("inf")
         for first in range(0, len(windows["input_ids"]), at_once):
             part = slice(first, first + at_once)
             output = loaded.model(**self._inputs(loaded, windows, part))
             starts, ends = output.start_logits.double().cpu(), output.end_logits.double().cpu()
             none = min(none, float((starts[:, 0] + ends[:, 0]).min()))
             for index, (start, end) in enumerate(zip(starts, ends, strict=True), first):
-                spans = self._spans(start, end, windows.sequence_ids(index))
-                score, (a, b) = max(spans, default=(float("-inf"), (0, 0)))
-                if score > best:
-                    offsets = windows["offset_mapping"][index]
-                    best, text = score, data.content["context"][place][offsets[a][0] : offsets[b][1]]
-        return "" if may_be_none and none > best else text
+                offsets = windows["offset_mapping"][index]
+                score, spans = self._likeliest(start, end, windows.sequence_ids(index))
+                found = {data.content["context"][place][offsets[a][0] : offsets[b][1]] for a, b in spans}
+                if spans and score >= best:
+                    best, texts = score, found if score > best else texts | found
+        if not may_be_none or none < best:
+            return texts
+        return {""} if none > best else {"", *texts}
 
-    def _spans(self, start: Any, end: Any, parts: list[int | None]) -> list[tuple[float, tuple[int, int]]]:
-        """Return the sum of logits, the first and the last token of each of the likeliest spans of the context."""
-        many = min(LIKELIEST, len(parts))
-        return [
-            (float(start[a] + end[b]), (a, b))
-            for a in start[: len(parts)].topk(many).indices.tolist()
-            for b in end[: len(parts)].topk(many).indices.tolist()
-            if parts[a] == parts[b] == 1 and a <= b < a + self.longest_answer
-        ]
+    def _likeliest(self, start: Tensor, end: Tensor, parts: list[int | None]) -> tuple[float, list[list[int]]]:
+        """Return the largest sum of logits of a span of the context, and the first and last token of each such span."""
+        inside = torch.tensor([part == 1 for part in parts])
+        first, last = ((_likely(logits[: len(parts)]) & inside).nonzero() for logits in (start, end))
+        sums = start[first] + end[last].T
+        fits = (first <= last.T) & (first + self.longest_answer > last.T)
+        best = float(sums[fits].max()) if fits.any() else float("-inf")
+        return best, [[int(first[a]), int(last[b])] for a, b in ((sums == best) & fits).nonzero().tolist()]
 
     def _windows(self, loaded: LoadedModel, data: Data, place: int, length: int | None = None) -> Any:
         check(self.name, loaded)
@@ -128,6 +136,11 @@ class QuestionAnswering(Evaluator):
     def _inputs(loaded: LoadedModel, windows: Any, part: slice) -> dict[str, Any]:
         names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in windows]
         return {name: torch.tensor(windows[name][part], device=device(loaded)) for name in names}
+
+
+def _likely(logits: Tensor) -> Tensor:
+    """Mark the `LIKELIEST` largest logits, and those that equal the last of them."""
+    return logits >= logits.topk(min(LIKELIEST, len(logits))).values[-1]
 
 
 def normalized(text: str) -> str:

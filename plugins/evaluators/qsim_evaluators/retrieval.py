@@ -12,6 +12,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
+from qsim_core.evaluation.metrics import rank
 from qsim_evaluators.fitting import check
 from qsim_evaluators.text import read_rows, tokenized
 
@@ -22,8 +23,9 @@ class Retrieval(Evaluator):
     """The share of queries whose nearest passage by cosine is their own, and the change of embeddings.
 
     An embedding is the mean of the last hidden states over a text's tokens, scaled to length 1, as in Sentence-BERT
-    (arXiv 1908.10084). Each query is compared with all passages. `cosine` compares each embedding with that of the
-    unquantized model. Data are a mapping with `query` and `passage`, two lists of the same length.
+    (arXiv 1908.10084). Each query is compared with all passages; one that is as near as its own ranks before it.
+    `cosine` compares each embedding with that of the unquantized model. Data are a mapping with `query` and `passage`,
+    two lists of the same length.
     """
 
     name = "retrieval"
@@ -56,10 +58,9 @@ class Retrieval(Evaluator):
         exact = embedded if run.reference is None else run.reference
         query, passage = embedded.split(len(queries))
         scores = query @ passage.T
-        own = scores.diagonal().unsqueeze(1)
-        rank = (scores > own).sum(1) + 1
+        place = rank(scores, torch.arange(len(queries)))
         kept = F.cosine_similarity(embedded, exact, dim=1).view(2, -1).mean(0)
-        samples = {"accuracy_at_1": (rank == 1).double(), "mrr": 1 / rank.double(), "cosine": kept}
+        samples = {"accuracy_at_1": (place == 1).double(), "mrr": 1 / place, "cosine": kept}
         return Metrics(samples, counts={"pairs": float(len(queries))}, outputs=embedded)
 
     def protocol(self, loaded: LoadedModel) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from pathlib import Path
@@ -50,6 +51,16 @@ def test_it_is_what_each_text_gives_by_itself(loaded: qsim.LoadedModel, batch_si
     assert found["nll"] == pytest.approx(log_loss(LABELS, chances, labels=range(3)), rel=1e-4)
     assert (found["top5"], found["majority"], found["texts"]) == (1.0, 0.5, 6.0)
     assert found.samples["accuracy"].shape == (6,)
+
+
+def test_equal_logits_choose_no_class(loaded: qsim.LoadedModel) -> None:
+    equal = copy.deepcopy(loaded)
+    for part in equal.model.classifier.parameters():  # type: ignore[operator, union-attr]
+        part.data.zero_()
+
+    found = qsim.parse("accuracy").evaluate(equal, data(), qsim.Run())
+
+    assert (found["accuracy"], found["top5"]) == (0, 1)
 
 
 def test_names_are_labels_too_and_a_limit_takes_the_first(loaded: qsim.LoadedModel) -> None:

@@ -81,6 +81,17 @@ def test_a_model_against_itself_has_no_error() -> None:
     assert (before["kl"], before["flips"]) == (0, 0)
 
 
+def test_equal_logits_are_flips_but_of_the_model_itself_none() -> None:
+    model, data = Classifier(), inputs()
+    exact = qsim.parse("fidelity").evaluate(qsim.LoadedModel(model), data, qsim.Run()).outputs
+    model.weight.data.zero_()
+
+    after = qsim.parse("fidelity").evaluate(qsim.LoadedModel(model), data, qsim.Run(reference=exact))
+
+    assert after["flips"] == 1
+    assert qsim.parse("fidelity").evaluate(qsim.LoadedModel(model), data, qsim.Run())["flips"] == 0
+
+
 def test_few_positions_of_a_long_sequence_are_compared_the_last_one_with_them() -> None:
     data = inputs(9, many=1)
 

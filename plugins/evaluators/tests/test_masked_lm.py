@@ -81,6 +81,17 @@ def test_it_is_what_a_plain_loop_gives(
     assert found["accuracy"] == pytest.approx(accuracy, abs=1e-12)
 
 
+@pytest.mark.parametrize(("logit", "accuracy"), [(0.0, 0), (math.nan, math.nan)])
+def test_equal_logits_predict_nothing_and_nan_has_no_score(
+    loaded: qsim.LoadedModel, logit: float, accuracy: float
+) -> None:
+    loaded.model.table.data.fill_(logit)
+
+    found = qsim.parse("masked_lm(10)").evaluate(loaded, fox(), qsim.Run())
+
+    assert found["accuracy"] == pytest.approx(accuracy, nan_ok=True)
+
+
 def test_the_masks_are_the_same_whatever_the_run(loaded: qsim.LoadedModel) -> None:
     evaluator = qsim.parse("masked_lm(10)")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -94,6 +95,16 @@ def test_a_right_program_passes_and_an_impossible_test_fails() -> None:
         {"task_id": "sum", "completion": "    return a + b", "verdict": "passed"},
         {"task_id": "sum", "completion": "    return a + b", "verdict": "failed: AssertionError"},
     ]
+
+
+def test_a_model_whose_logits_are_nan_has_no_score() -> None:
+    broken = writer(ADDS)
+    broken.model.lm_head.weight.data.fill_(math.nan)
+
+    found = measure(broken, GREEDY, RIGHT)
+
+    assert math.isnan(found["pass@1"])
+    assert found["problems"] == 1
 
 
 def test_samples_that_pass_and_samples_that_do_not() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,6 +100,21 @@ def test_an_answer_is_the_text_between_the_likeliest_ends() -> None:
     }
 
 
+def test_of_equally_likely_answers_the_worst_counts() -> None:
+    model = Pointer("dog", "away")
+    model.begin.data.zero_()
+    model.end.data.zero_()
+
+    assert ask(model, [["the dog ran away"], ["A cat"], []])["f1"] == 0
+
+
+def test_logits_that_are_nan_answer_nothing_not_even_what_has_no_answer() -> None:
+    model = Pointer("dog", "away")
+    model.end.data.fill_(math.nan)
+
+    assert math.isnan(ask(model, [["the dog ran away"], [], []])["exact_match"])
+
+
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_an_answer_is_found_in_whichever_window_it_stands(batch_size: int) -> None:
     found = ask(
@@ -118,7 +134,7 @@ def test_an_answer_is_not_longer_than_is_allowed_and_not_backwards() -> None:
         ]
         == 0
     )
-    assert ask(Pointer("rain", "cat"), [["cat"]] * 3)["exact_match"] == 0
+    assert ask(Pointer("rain", "cat"), [["cat"]] * 3)["exact_match"] == 1  # the likeliest that is not backwards
 
 
 def test_no_answer_is_given_only_where_some_questions_have_none() -> None:

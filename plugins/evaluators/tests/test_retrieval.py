@@ -90,6 +90,16 @@ def test_it_is_what_a_plain_loop_gives(length: int, batch_size: int) -> None:
     assert exact["cosine"] == pytest.approx(1, abs=1e-12)
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_equal_embeddings_find_nothing(value: float) -> None:
+    model = Encoder()
+    model.table.data.fill_(value)
+
+    found = qsim.parse("retrieval(64)").evaluate(qsim.LoadedModel(model, letters), pairs(), qsim.Run())
+
+    assert (found["accuracy_at_1"], found["mrr"]) == (0, 1 / 4)
+
+
 def test_limit_takes_the_first_pairs() -> None:
     loaded = qsim.LoadedModel(Encoder(), letters)
 

@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.errors import with_article
+from qsim_core.evaluation.metrics import finite_outputs
 from qsim_core.transforms.offload import computes_on
 from qsim_lm_eval.quiet import quiet
 
@@ -93,7 +94,7 @@ class LMEval(Evaluator):
             from qsim_lm_eval.scores import score
 
             try:
-                with tasks.seeded(run.seed):
+                with tasks.seeded(run.seed), finite_outputs(loaded.model) as finite:
                     results = lm_eval.evaluate(
                         InMemory(loaded, run, self.max_length),
                         {"tasks": tasks.tasks, "groups": tasks.groups},
@@ -102,7 +103,7 @@ class LMEval(Evaluator):
                     )
             except (AssertionError, ValueError) as error:  # the harness refuses a request with these
                 raise DataError(f"lm-evaluation-harness: {' '.join(str(error).split())[:300]}") from None
-            return score(results, tasks)
+            return score(results, tasks, finite())
 
     def protocol(self, loaded: LoadedModel) -> str:
         """Name the harness's version and the limit on the length of inputs."""

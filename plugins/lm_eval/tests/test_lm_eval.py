@@ -120,6 +120,21 @@ def test_what_is_generated_is_compared_and_a_corpus_score_has_no_interval(
     assert intervals(found, found, 0).keys() == {"say/exact_match"}
 
 
+def test_choices_that_are_equally_likely_are_wrong(loaded: Any, ends: Callable[..., Path]) -> None:
+    directory = ends(count=6, doc_to_choice="{{['no end', 'no end']}}", doc_to_target="0")
+
+    assert measure(loaded, "ends", directory) == {"ends/acc": 0, "ends/acc_norm": 0, "documents": 6}
+
+
+def test_a_model_whose_logits_are_nan_has_no_score(loaded: Any, ends: Callable[..., Path]) -> None:
+    loaded.model.get_input_embeddings().weight.data.fill_(math.nan)
+
+    found = measure(loaded, "ends", ends())
+
+    assert math.isnan(found["ends/acc"])
+    assert found["documents"] == 6
+
+
 def test_a_group_is_the_mean_over_the_documents_of_its_tasks(loaded: Any, ends: Callable[..., Path]) -> None:
     ends("few", 12, doc_to_target="0")
     directory = ends("many", 20, doc_to_target="1")
