@@ -148,10 +148,11 @@ def _digest(content: bytes | memoryview, about: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def seal(folder: Path) -> None:
+def seal(folder: Path, pattern: str = "*") -> None:
     """Write the SHA-256 of each file of a folder, last of all: from then on it is complete. Raises `QsimError`."""
     try:
-        digests = {path.name: _sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
+        files = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
+        digests = {path.relative_to(folder).as_posix(): _sha256_of(path) for path in files}
     except OSError as error:
         raise QsimError(f"cannot read {folder}: {error.strerror}") from None
     digests.pop(SEAL, None)
@@ -189,16 +190,14 @@ def sealed(folder: Path) -> dict[str, str]:
         digests = dict(json.loads((folder / SEAL).read_bytes()))
     except (OSError, ValueError, TypeError):
         return {}
-    return {str(name): str(digest) for name, digest in digests.items() if Path(name).name == name}
+    return {str(name): str(digest) for name, digest in digests.items()}
 
 
 def damaged(folder: Path, *needed: str) -> list[str]:
     """Name the files of a folder that are not as `seal` met them, or that are needed and were not there then."""
     digests = sealed(folder)
-    if not digests:
-        return [SEAL]
-    wrong = (name for name, digest in digests.items() if _changed(folder / name, digest))
-    return [*(name for name in needed if name not in digests), *wrong]
+    missing = [name for name in (*needed, *(() if digests else [SEAL])) if name not in digests]
+    return missing + [name for name, digest in digests.items() if _changed(folder / name, digest)]
 
 
 def _changed(path: Path, digest: str) -> bool:

@@ -111,7 +111,8 @@ def _for_the_user() -> Iterator[Entry]:
             if path.suffix != LOCK:
                 yield Entry(kind, "", note, path, (path,))
         for seal in sorted((user_cache() / kind).glob(f"{STAMP}/*/{SEAL}")):
-            folder, names = seal.parent, map(glob.escape, sealed(seal.parent))
+            folder = seal.parent
+            names = [glob.escape(name) for name in sealed(folder) if Path(name).name == name]
             if files := _own(user_cache(), str(folder.relative_to(user_cache())), *names, SEAL):
                 yield Entry(kind, folder.name, note, folder, files)
 

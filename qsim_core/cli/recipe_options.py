@@ -22,7 +22,7 @@ from qsim_core.evaluation.adapter import Adapter
 from qsim_core.evaluation.data import Calibration
 from qsim_core.evaluation.evaluator import Evaluator
 from qsim_core.evaluation.job import Job
-from qsim_core.evaluation.trained import Trained
+from qsim_core.evaluation.trained import RECORD
 from qsim_core.formats.format import Format
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.quantizers.calibrators import Calibrator
@@ -68,7 +68,7 @@ def recipe_of(options: Mapping[str, Any], host: Host) -> Recipe:
         recipe = recipe.model_copy(update={"evaluate": Job.of(recipe, host).evaluator})
     for setting in options["settings"]:
         recipe = with_setting(host, recipe, setting)
-    trained = recipe.model is not None and Trained.of(Path(recipe.model).expanduser()) is not None
+    trained = recipe.model is not None and (Path(recipe.model).expanduser() / RECORD).is_file()
     if not recipe.quantizes and not recipe.transforms and not trained:
         raise RecipeError("nothing to do: say --plugin, --precision, --weights, --activations or --recipe")
     return recipe

@@ -78,8 +78,8 @@ def locate(name: str, host: Host) -> Located:
         adapter = _adapter(name, name, host)
         return Located(name, name, adapter, (adapter,))
     source = str(path.resolve())  # a record must mean the same from any directory
-    adapter = _adapter(source, name, host)
     trained = Trained.of(path)
+    adapter = _adapter(source, name, host)
     return Located(source, source, adapter, (adapter,)) if trained is None else _as(trained, source, adapter, host)
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qsim_core.components.component import explain
 from qsim_core.errors import ModelError
-from qsim_core.files import writing
+from qsim_core.files import SEAL, damaged, writing
 from qsim_core.simulation.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -37,10 +37,18 @@ class Trained(BaseModel):
 
     @classmethod
     def of(cls, directory: Path) -> Trained | None:
-        """The record in a directory, if there is one. Raises `ModelError` if it cannot be read."""
+        """The record in a directory, if there is one.
+
+        Raises `ModelError` if it cannot be read, or if a file is not as the training has written it.
+        """
         path = directory / RECORD
         if not path.is_file():
             return None
+        if (directory / SEAL).exists() and (wrong := damaged(directory, RECORD)):
+            raise ModelError(
+                f"{directory} is not what its training has written: {wrong[0]} is damaged, changed or not finished; go "
+                f"on with --resume, copy it again, or remove {SEAL} if you changed it"
+            )
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +20,7 @@ import qsim_core as qsim
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="seccomp is Linux's")
 MACHINE = platform.machine()
-REFUSED = "failed: PermissionError: [Errno 1] Operation not permitted"
+REFUSED = "failed: PermissionError"
 PER_LINUX, PER_LINUX32 = 0, 8
 FORBIDDEN = {
     "a socket": "import socket; socket.socket()",
@@ -73,22 +76,22 @@ def test_calls_that_the_libraries_do_not_make(call: str) -> None:
 import ctypes
 libc = ctypes.CDLL(None, use_errno=True)
 answer = libc.syscall({number[call]}, 0, 0, 100, 0, 0)
-raise RuntimeError(f"{{answer}} {{ctypes.get_errno()}}")
+assert (answer, ctypes.get_errno()) == (-1, {EPERM})
 """
 
-    assert sandbox.run(program) == f"failed: RuntimeError: -1 {EPERM}"
+    assert sandbox.run(program) == "passed"
 
 
 def test_a_limit_cannot_be_lifted() -> None:
     program = "import resource as r; r.setrlimit(r.RLIMIT_AS, (r.RLIM_INFINITY, r.RLIM_INFINITY))"
 
-    assert sandbox.run(program) == "failed: ValueError: not allowed to raise maximum limit"
+    assert sandbox.run(program) == "failed: ValueError"
 
 
 def test_threads_are_processes_too() -> None:
     program = "import threading; threading.Thread(target=print).start()"
 
-    assert sandbox.run(program) == "failed: RuntimeError: can't start new thread"
+    assert sandbox.run(program) == "failed: RuntimeError"
 
 
 BOMB = """
@@ -135,14 +138,15 @@ def test_memory_is_bounded() -> None:
 @pytest.mark.parametrize(
     ("program", "verdict"),
     [
-        ("import sys; sys.exit(0)", "failed: SystemExit: 0"),
+        ("import sys; sys.exit(0)", "failed: SystemExit"),
         ("import os; os._exit(0)", "failed: it exited with status 0"),
         ("import os; os.write(3, b'[' * 60_000); os._exit(0)", "failed: it exited with status 0"),
         ("import os; os.write(3, b'{\"reason\": null}'); os._exit(0)", "failed: it exited with status 0"),
         ("import ctypes; ctypes.string_at(0)", "failed: killed by SIGSEGV"),
-        ("assert 1 == 2, 'one\\nis not two'", "failed: AssertionError: one is not two"),
+        ("assert 1 == 2, 'one\\nis not two'", "failed: AssertionError"),
         ("def f(:", "failed: SyntaxError: invalid syntax (program, line 1)"),
-        ("raise ValueError('x' * 1000)", f"failed: ValueError: {'x' * 188}"),
+        ("raise ValueError('what it has read')", "failed: ValueError"),
+        ("raise type('what_it_has_read', (KeyError,), {})", "failed: KeyError"),
     ],
 )
 def test_only_the_end_is_a_pass(program: str, verdict: str) -> None:
@@ -171,9 +175,90 @@ except EOFError:
 
 
 def test_hashes_and_random_numbers_are_the_same_each_time() -> None:
-    program = "import random; raise ValueError(hash('x'), random.random())"
+    program = "import random; assert (hash('x') % 1000, int(random.random() * 1000)) == {}"
 
-    assert sandbox.run(program) == sandbox.run(program)
+    assert sandbox.run(program.format((363, 844))) == "passed"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"", b"{", b"[]", b"[" * 50_000, b"\xff", b'{"unconfined": "x"}', b'{"reason": null}', b"Error", b"\nValueError"],
+    ids=lambda answer: repr(answer[:8]),
+)
+def test_a_forged_answer_fails_its_program_and_is_not_repeated(answer: bytes) -> None:
+    program = f"""
+import os, sys
+frame = sys._getframe()
+while "request" not in frame.f_locals:
+    frame = frame.f_back
+os.write(frame.f_locals["answer"], frame.f_locals["request"]["token"].encode() + {answer!r} + b"!")
+os._exit(0)
+"""
+
+    assert sandbox.run(program) == "failed: it exited with status 0"
+
+
+PRYING = """
+import os
+for process in filter(str.isdigit, os.listdir("/proc")):
+    for name in ("environ", "mem", "maps", "fd", "cwd"):
+        try:
+            path = f"/proc/{process}/{name}"
+            content = os.listdir(path) if name == "fd" else os.readlink(path) if name == "cwd" else open(path).read()
+        except OSError:
+            continue
+        assert not content or int(process) == os.getpid(), path  # threads of the kernel have none
+"""
+
+
+def test_no_other_process_can_be_looked_into() -> None:
+    program = f"from qsim_evaluators import sandbox; print(sandbox.run({PRYING!r}))"
+
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert said.stdout == "passed\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root has rights to lose")
+def test_programs_of_root_are_run_by_another_user_without_capabilities() -> None:
+    program = """
+import os
+assert (os.getuid(), os.getegid()) == (65534, 65534)
+state = [line.split() for line in open("/proc/self/status") if line.startswith(("CapPrm", "CapEff", "CapAmb"))]
+assert [int(bits, 16) for _, bits in state] == [0, 0, 0]
+open("/etc/shadow")
+"""
+
+    assert sandbox.run(program) == "failed: PermissionError"
+
+
+def confined(program: str, **changes: int) -> int:
+    """Run a program without `sandbox`, as if that had been killed, and return the exit status."""
+    limits = {"seconds": 5, "clock": 60, "memory": sandbox.MEMORY, "parent": os.getpid()}
+    asked = json.dumps({"program": program, "token": "", **limits, **changes})
+    return subprocess.run([sys.executable, str(sandbox.RUNNER)], input=asked, text=True, capture_output=True).returncode
+
+
+def test_a_program_whose_parent_has_ended_before_it_starts_does_not_run() -> None:
+    assert confined("", parent=1) == 1
+    assert confined("") == 0
+
+
+def test_a_program_ends_by_the_clock_even_if_no_process_waits_for_it() -> None:
+    program = """
+import signal, time
+for number in range(1, 64):
+    try:
+        signal.signal(number, signal.SIG_IGN)
+    except (OSError, ValueError):
+        pass
+while True:
+    time.sleep(1000)
+"""
+    start = time.monotonic()
+
+    assert confined(program, clock=1) == -signal.SIGKILL
+    assert time.monotonic() - start < 30
 
 
 def test_an_environment_is_not_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from qsim_core.errors import TrainingError
+from qsim_finetune.saving import SavingTrainer
 
 
-class DistillationTrainer(Trainer):  # type: ignore[misc]
+class DistillationTrainer(SavingTrainer):
     """transformers' `Trainer` with the divergence from `teacher`, which takes the same inputs, as its loss.
 
     The teacher has no dropout, and no gradient; labels are not looked at. Hinton et al., arXiv 1503.02531, at

@@ -25,7 +25,7 @@ from qsim_core.evaluation.job import Job
 from qsim_core.evaluation.record import from_anywhere
 from qsim_core.evaluation.result import DataRecord, Result
 from qsim_core.evaluation.trained import STATE, Trained, write_state
-from qsim_core.files import writing
+from qsim_core.files import damaged, seal, writing
 from qsim_core.simulation.recipe import Recipe
 from qsim_core.simulation.simulation import Simulation, simulate
 from qsim_core.transforms.run import Run
@@ -36,6 +36,8 @@ from qsim_finetune.output_directory import (
     CHECKPOINTS,
     CURVE,
     FOLDED,
+    drop_unfinished,
+    last_checkpoint,
     open_directory,
     plan_of,
     save_model,
@@ -77,20 +79,22 @@ def finetune(
         job.evaluator.training(_loaded(job), taught, training.seqlen)
         open_directory(output, plan_of(job, source, training), resume)
     given = calibration or Calibration()
-    if (output / BEFORE).exists():
+    if BEFORE not in damaged(output, BEFORE):
         before = Result.read(output / BEFORE)
     else:
         before = evaluate(recipe, host=host, data=measured, device=device, calibration=given, run=run)
         before.write(output / BEFORE)
+        seal(output)
     start = time.perf_counter()
-    log, unfolded = _train(job, taught, output, training, device, given, fold, run)
-    seconds = time.perf_counter() - start
     Trained(
         base=job.located.name,
         recipe=job.recipe.record(),
         evaluator=str(job.evaluator),
         data=from_anywhere(measured),
     ).write(output)
+    log, unfolded = _train(job, taught, output, training, device, given, fold, run)
+    seal(output)
+    seconds = time.perf_counter() - start
     after = evaluate(Recipe.of({"model": str(output)}, host), host=host, device=device, run=run)
     after.write(output / AFTER)
     return Finetuned(
@@ -114,8 +118,6 @@ def _train(
     job: Job, taught: Data, output: Path, training: Training, device: str, given: Calibration, fold: bool, run: Run
 ) -> tuple[list[Logged], list[str]]:
     """Train and save. Returns the loss of each step, and the weights that could not be folded."""
-    from transformers.trainer_utils import get_last_checkpoint
-
     from qsim_finetune.trainer import Ended, trainer
 
     loaded = _loaded(job)
@@ -126,15 +128,17 @@ def _train(
     simulation.sites.quantizing = not training.control
     checkpoints = output / CHECKPOINTS
     checkpoints.mkdir(exist_ok=True)
+    drop_unfinished(checkpoints)
     if training.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     with contextlib.ExitStack() as shown, torch.random.fork_rng(devices=[]):
         at_work = trainer(simulation, samples, training, checkpoints, device, run, shown, teacher)
         try:
             with contextlib.suppress(Ended):
-                at_work.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)))
+                last = last_checkpoint(checkpoints)
+                at_work.train(resume_from_checkpoint=None if last is None else str(last))
         except TrainingError as error:
-            last = get_last_checkpoint(str(checkpoints))
+            last = last_checkpoint(checkpoints)
             kept = f"the last good checkpoint is {last}" if last else "there was no checkpoint yet"
             raise TrainingError(f"{error}; {kept}") from None
     log = [

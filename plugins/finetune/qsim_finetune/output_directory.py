@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from qsim_core.errors import TrainingError
+from qsim_core.errors import TrainingError, one_line
 from qsim_core.evaluation.adapter import LoadedModel
 from qsim_core.evaluation.job import Job
 from qsim_core.evaluation.result import DataRecord
-from qsim_core.files import writing
+from qsim_core.evaluation.trained import STATE
+from qsim_core.files import damaged, writing
 from qsim_finetune.training import Training
 
 PLAN = "training.json"
@@ -36,35 +38,56 @@ def plan_of(job: Job, data: DataRecord, training: Training) -> dict[str, Any]:
 
 def open_directory(output: Path, plan: dict[str, Any], resume: bool) -> None:
     """Make the directory of a run, or find an interrupted one. Raises `TrainingError` if it holds anything else."""
-    path = output / PLAN
-    checkpoints = any((output / CHECKPOINTS).glob("checkpoint-*"))
+    path, checkpoints = output / PLAN, output / CHECKPOINTS
     if output.exists() and not output.is_dir():
         raise TrainingError(f"{output} is not a directory")
-    stopped_early = path.exists() and not checkpoints and not (output / AFTER).exists()
-    if stopped_early:
-        for stale in (path, output / BEFORE):
-            stale.unlink(missing_ok=True)
-        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     if not path.exists():
         if output.exists() and any(output.iterdir()):
             raise TrainingError(f"{output} holds files that are not of a training; name another --output")
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TrainingError(f"cannot make {output}: {error.strerror}") from None
-        with writing(path) as file:
-            file.write(json.dumps(plan, indent=2).encode() + b"\n")
-        return
-    if (output / AFTER).exists():
+    elif (output / AFTER).exists():
         raise TrainingError(f"{output} holds a run that has ended (qsim evaluate {output}); name another --output")
-    if not resume:
+    elif last_checkpoint(checkpoints) is None:  # it had not got anywhere
+        (output / BEFORE).unlink(missing_ok=True)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    elif not resume:
         raise TrainingError(f"{output} holds another run; go on with it by --resume, or name another --output")
-    before = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        _check_same(output, plan)
+        return
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"cannot make {output}: {error.strerror}") from None
+    with writing(path) as file:
+        file.write(json.dumps(plan, indent=2).encode() + b"\n")
+
+
+def _check_same(output: Path, plan: dict[str, Any]) -> None:
+    """Raise `TrainingError` if a directory holds a run of another plan."""
+    try:
+        before = dict(json.loads((output / PLAN).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        raise TrainingError(f"{output / PLAN} is damaged; name another --output") from None
     for key, value in plan.items():
         if before.get(key) != value:
             raise TrainingError(
                 f"{output} holds a run with {key} {before.get(key)!r}, not {value!r}; name another --output"
             )
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """The last complete checkpoint of a `Trainer` with a `SimulationCallback`, whose `output_dir` this is."""
+    numbered = [path for path in directory.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    newest = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    return next((path for path in newest if not damaged(path, STATE)), None)
+
+
+def drop_unfinished(directory: Path) -> None:
+    """Remove the checkpoints after the last complete one: what a kill or a full disk has left of them."""
+    last = last_checkpoint(directory)
+    for path in directory.glob("checkpoint-*"):
+        if path != last and damaged(path, STATE):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def save_model(loaded: LoadedModel, directory: Path, tensors: dict[str, torch.Tensor] | None) -> None:
@@ -75,5 +98,5 @@ def save_model(loaded: LoadedModel, directory: Path, tensors: dict[str, torch.Te
         for part in (loaded.tokenizer, loaded.processor):
             if part is not None:
                 part.save_pretrained(directory)
-    except OSError as error:
-        raise TrainingError(f"cannot save the model in {directory}: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"cannot save the model in {directory}: {one_line(error)}") from None

@@ -13,10 +13,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qsim_core.errors import ModelError, QsimError
 from qsim_core.evaluation.trained import STATE, read_state, write_state
+from qsim_core.files import damaged, seal
 from qsim_core.simulation.simulation import Simulation
 from qsim_core.transforms.run import Run
 from qsim_finetune.distillation import DistillationTrainer
 from qsim_finetune.divergence import Watch
+from qsim_finetune.saving import SavingTrainer
 
 if TYPE_CHECKING:
     from qsim_finetune.training import Training
@@ -28,9 +30,10 @@ WARMUP = 0.05
 class SimulationCallback(TrainerCallback):  # type: ignore[misc]
     """Saves the state of the sites in every checkpoint, and loads it where a run is resumed from one.
 
+    A checkpoint has the SHA-256 of its files, written last; one that is damaged or was not finished is not taken up.
     Stops with `TrainingError` at the first loss or gradient that is NaN or Inf, before it has reached a weight. Raises
-    `ModelError` for a model of which nothing trains, and `QsimError` for a simulation that cannot be saved or that
-    does not keep the weights.
+    `ModelError` for such a checkpoint, and for a model of which nothing trains. Raises `QsimError` for a simulation
+    that cannot be saved or that does not keep the weights.
     """
 
     def __init__(self, simulation: Simulation) -> None:
@@ -46,7 +49,10 @@ class SimulationCallback(TrainerCallback):  # type: ignore[misc]
             raise QsimError("this simulation was made with keep=False, which overwrites the weights that are to train")
         self.simulation.state_dict()
         if state.global_step:
-            self.simulation.load_state_dict(read_state(_checkpoint(args, state) / STATE))
+            checkpoint = _checkpoint(args, state)
+            if wrong := damaged(checkpoint, STATE):
+                raise ModelError(f"{checkpoint} is damaged, or was not finished ({wrong[0]}); resume from another")
+            self.simulation.load_state_dict(read_state(checkpoint / STATE))
         self.watch = Watch(model, lambda: state.global_step + 1)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -55,9 +61,12 @@ class SimulationCallback(TrainerCallback):  # type: ignore[misc]
             self.watch.check_gradients()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Write the state of the sites beside a checkpoint's weights."""
+        """Write the state of the sites beside a checkpoint's weights, and then the digests of all its files."""
         if state.is_world_process_zero:
             write_state(_checkpoint(args, state) / STATE, self.simulation.state_dict())
+        args.distributed_state.wait_for_everyone()  # each process has a file of its own there
+        if state.is_world_process_zero:
+            seal(_checkpoint(args, state), "**/*")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Remove the checks."""
@@ -128,7 +137,7 @@ def trainer(
     )
     callbacks = [SimulationCallback(simulation), Shown(run, stack)]
     if teacher is None:
-        made = Trainer(simulation.model, arguments, train_dataset=samples, callbacks=callbacks)
+        made = SavingTrainer(simulation.model, arguments, train_dataset=samples, callbacks=callbacks)
     else:
         made = DistillationTrainer(
             simulation.model, arguments, train_dataset=samples, callbacks=callbacks, teacher=teacher

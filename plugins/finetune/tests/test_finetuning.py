@@ -213,10 +213,37 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_numbers(tmp_path: Path) 
 
     with pytest.raises(KeyboardInterrupt):
         finetune(recipe, tmp_path / "broken", training, **texts, run=qsim.Run(limit=2, count=stopping))
+    checkpoints = tmp_path / "broken" / "checkpoints"
+    shutil.copytree(checkpoints / "checkpoint-2", checkpoints / "checkpoint-4")  # a kill while it is written
+    (checkpoints / "checkpoint-4" / "sha256.json").unlink()
+    flip(checkpoints / "checkpoint-4" / "optimizer.pt")
+    flip(tmp_path / "broken" / "before.json", place=b'"perplexity": ')
     resumed = finetune(recipe, tmp_path / "broken", training, **texts, resume=True, run=limited)
 
     assert resumed.log == unbroken.log
     assert resumed.after.simulated == unbroken.after.simulated
+    assert resumed.before.simulated == unbroken.before.simulated
+
+
+def flip(path: Path, place: bytes | None = None) -> None:
+    """Flip a bit of a file: after `place`, or in the middle."""
+    content = bytearray(path.read_bytes())
+    at = len(content) // 2 if place is None else content.index(place) + len(place)
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "sites.safetensors", "config.json", "qsim.json", "sha256.json"])
+def test_a_damaged_file_of_a_trained_model_is_one_line(
+    name: str, trained: tuple[Path, Finetuned], tmp_path: Path
+) -> None:
+    shutil.copytree(trained[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "folded"))
+    flip(tmp_path / "run" / name)
+
+    outcome = qsim_("evaluate", tmp_path / "run", "--limit", 2)
+
+    named = r"\S+" if name == "sha256.json" else name
+    assert re.match(rf"Error: {tmp_path}/run is not what its training has written: {named} is damaged", outcome.output)
 
 
 def test_a_run_that_was_interrupted_after_its_last_step_is_finished(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ import two_processes
 from accelerate import Accelerator
 from families import make, tokens
 from qsim_finetune.divergence import Watch
+from qsim_finetune.output_directory import last_checkpoint
+from qsim_finetune.saving import SavingTrainer
 from qsim_finetune.trainer import SimulationCallback
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -32,7 +37,7 @@ def windows(many: int) -> list[dict[str, Tensor]]:
     return [{"input_ids": ids, "labels": ids} for ids in torch.randint(4, 96, (many, 16), generator=generator)]
 
 
-def trainer(simulation: qsim.Simulation, directory: Path, **changes: Any) -> Trainer:
+def trainer(simulation: qsim.Simulation, directory: Path, kind: Any = Trainer, **changes: Any) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(directory),
         **{
@@ -49,7 +54,8 @@ def trainer(simulation: qsim.Simulation, directory: Path, **changes: Any) -> Tra
             **changes,
         },
     )
-    return Trainer(simulation.model, arguments, train_dataset=windows(20), callbacks=[SimulationCallback(simulation)])
+    callback = SimulationCallback(simulation)
+    return kind(simulation.model, arguments, train_dataset=windows(20), callbacks=[callback])  # type: ignore[no-any-return]
 
 
 def curve(trainer: Trainer) -> list[float]:
@@ -214,6 +220,37 @@ def test_a_checkpoint_without_what_the_sites_held_is_one_line(tmp_path: Path) ->
     (tmp_path / "checkpoint-3" / "sites.safetensors").unlink()
 
     with pytest.raises(
-        qsim.ModelError, match=rf"^cannot read {tmp_path}/checkpoint-3/sites.safetensors, what the sites"
+        qsim.ModelError, match=rf"^{tmp_path}/checkpoint-3 is damaged, or was not finished \(sites.safetensors\)"
     ):
         trainer(opt(), tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_the_last_complete_checkpoint_is_found(tmp_path: Path) -> None:
+    trainer(opt(), tmp_path, save_steps=2).train()
+    for name in ("optimizer.pt", "sha256.json"):
+        assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+        kept = (tmp_path / "checkpoint-6" / name).read_bytes()
+        (tmp_path / "checkpoint-6" / name).write_bytes(kept[:100])
+        assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+        (tmp_path / "checkpoint-6" / name).write_bytes(kept)
+
+
+@contextmanager
+def full_disk(most: int) -> Iterator[None]:
+    """No file may grow beyond `most` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("most", [1_000, 20_000])
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_one_line(most: int, tmp_path: Path) -> None:
+    run = trainer(opt(), tmp_path, SavingTrainer, max_steps=1)
+
+    with full_disk(most), pytest.raises(qsim.TrainingError, match="^no checkpoint can be written: "):
+        run.train()
+
+    assert last_checkpoint(tmp_path) is None
