@@ -22,7 +22,6 @@ from qsim_core.simulation.cache_entry import CacheEntry
 from qsim_core.simulation.fingerprint import of_code, of_model
 from qsim_core.transforms.checkpoint import sha256
 
-
 TEXT = str(Path(__file__).parent.parent / "README.md")
 
 
@@ -67,7 +66,19 @@ def test_a_damaged_baseline_is_computed_again(tmp_path: Path) -> None:
 
 
 def test_two_runs_at_once_share_a_work_directory(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "qsim_core", "evaluate", "--data", TEXT, "--limit", "1", "--quiet", "--work-dir", "work"]
+    command = [
+        sys.executable,
+        "-m",
+        "qsim_core",
+        "evaluate",
+        "--data",
+        TEXT,
+        "--limit",
+        "1",
+        "--quiet",
+        "--work-dir",
+        "work",
+    ]
     runs = [
         subprocess.Popen([*command, "--weights", format, "--json", f"{format}.json"], cwd=tmp_path)
         for format in ("int4", "int8")

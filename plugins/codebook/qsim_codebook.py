@@ -16,6 +16,8 @@ from qsim_core import Format, Preset, hookimpl
 from qsim_core.errors import file_did_you_mean
 
 MOST_VALUES = 2**16
+LARGEST = 2**24
+"""Bytes of the largest file."""
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -70,6 +72,8 @@ class Codebook(Format):
 
 
 def _read(path: Path) -> list[float]:
+    if path.exists() and (not path.is_file() or path.stat().st_size > LARGEST):
+        raise ValueError(f"cannot read {path}: a codebook is a file of at most {LARGEST >> 20} MiB")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

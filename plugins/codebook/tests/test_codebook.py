@@ -92,6 +92,7 @@ def test_codes_are_places_in_ascending_order() -> None:
         ("codebook([0, 1e99])", "codebook: values: a value is beyond float32's range"),
         ('codebook([0, "x"])', "codebook: values.1 should be a valid number, unable to parse string as a number, not 'x'"),
         ("codebook(file=nowhere.txt)", ""),
+        ('codebook(file="/dev/zero")', "codebook: cannot read /dev/zero: a codebook is a file of at most 16 MiB"),
         ('codebook(file="nowhere.txt")', "codebook: cannot read nowhere.txt: No such file or directory"),
         ('codebook([0, 1], file="nowhere.txt")', "codebook: give values or a file, not both"),
         ("codebook([1, 2, 3], rounding=up)", "codebook: rounding should be 'even', 'away', 'zero' or 'stochastic', not 'up'"),

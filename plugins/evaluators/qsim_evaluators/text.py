@@ -18,6 +18,19 @@ from qsim_evaluators.fitting import device, longest
 
 ROWS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """Endings of files of rows, and the names that `datasets` has for their formats."""
+ARCHIVES = (
+    b"\x1f\x8b",
+    b"PK\x03\x04",
+    b"BZh",
+    b"\xfd7zXZ",
+    b"\x28\xb5\x2f\xfd",
+    b"\x04\x22\x4d\x18",
+    b"7z\xbc\xaf",
+    b"Rar!",
+)
+"""The first bytes of files that `datasets` would unpack: gzip, zip, bzip2, xz, zstd, lz4, 7z and rar."""
+LARGEST = 2**30
+"""Bytes of the longest text that is unpacked."""
 LONGEST = 512
 """Tokens that a model of texts takes at most, if its configuration has no maximum."""
 
@@ -46,6 +59,8 @@ def read_rows(source: str, columns: list[str], split: str) -> Any:
     directory = Path(source.partition(":")[0]).expanduser()
     if not path.is_file() and not directory.is_dir() and (source.startswith((".", "/", "~")) or path.suffix):
         raise DataError(f"there is no file {source}{file_did_you_mean(path)}")
+    if path.is_file():
+        _check_no_archive(path)
     from datasets import load_dataset
 
     name, config, named, *_ = (*source.split(":"), None, None, None)
@@ -131,6 +146,13 @@ def read_file(path: Path) -> str:
         raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
 
 
+def _check_no_archive(path: Path) -> None:
+    """Raise `DataError` for an archive: its size is not known until it is unpacked."""
+    with path.open("rb") as file:
+        if file.read(8).startswith(ARCHIVES):
+            raise DataError(f"{path} is an archive; unpack it, and name the file of rows")
+
+
 def holds_lines(path: Path) -> bool:
     """Tell if the path is a file that can hold JSON: any ending but those of other kinds of rows."""
     return path.is_file() and ROWS.get(path.suffix, "json") == "json"
@@ -139,8 +161,14 @@ def holds_lines(path: Path) -> bool:
 def read_lines(path: Path) -> list[Any]:
     """Read the JSON of each line that is not blank, also from a `.gz` file. Raises `DataError`."""
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+        if path.suffix == ".gz":
+            with gzip.open(path) as file:
+                data = file.read(LARGEST + 1)
+            if len(data) > LARGEST:
+                raise DataError(f"{path} unpacks to more than {LARGEST >> 20} MiB; unpack it yourself if it should")
+        else:
+            data = path.read_bytes()
+        text = data.decode()
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, EOFError, ValueError) as error:
         raise DataError(f"cannot read {path} as JSON lines: {getattr(error, 'strerror', None) or error}") from None

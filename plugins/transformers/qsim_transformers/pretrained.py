@@ -18,6 +18,7 @@ from torch import nn
 from qsim_core.errors import ModelError, one_line
 from qsim_core.evaluation.adapter import Adapter, LoadedModel, check_finite
 from qsim_transformers.configuration import DIFFUSERS, architecture, evaluator_of, family, stored_dtype
+from qsim_transformers.foreign_code import check_no_foreign_code
 from qsim_transformers.hub import offline_unless_reachable
 
 TOKENIZERS = ("tokenizer.json", "*vocab*", "*.model", "merges.txt", "tekken.json")
@@ -90,6 +91,7 @@ def load_model(model_class: Any, source: str, dtype: torch.dtype, subfolder: str
 
     where = f"{source}/{subfolder}" if subfolder else source
     _check_weights_exist(model_class, where)
+    check_no_foreign_code(source, subfolder, _weights(model_class))
     how: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
     if not _of_diffusers(model_class):
         how["trust_remote_code"] = False  # diffusers has no such option for single models
@@ -164,9 +166,13 @@ def _of_diffusers(model_class: Any) -> bool:
     return str(model_class.__module__).partition(".")[0] == DIFFUSERS
 
 
+def _weights(model_class: Any) -> str:
+    return "diffusion_pytorch_model.safetensors" if _of_diffusers(model_class) else "model.safetensors"
+
+
 def _check_weights_exist(model_class: Any, source: str) -> None:
     directory = Path(source)
-    weights = "diffusion_pytorch_model.safetensors" if _of_diffusers(model_class) else "model.safetensors"
+    weights = _weights(model_class)
     if not directory.is_dir() or any((directory / name).exists() for name in (weights, f"{weights}.index.json")):
         return
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
