@@ -25,6 +25,7 @@ from qsim_core.transforms.context import Context
 from qsim_core.transforms.forward import Example, as_in_evaluation, call
 from qsim_core.transforms.offload import at_hand
 from qsim_core.transforms.offload import state as state_of
+from qsim_core.transforms.padding import unpadded
 from qsim_core.transforms.report import LayerReport
 from qsim_core.transforms.run import Run
 
@@ -76,8 +77,9 @@ class Simulation:
         batch = self.example if example is None else example
         if batch is None:
             return measured_audit(self.sites, None)
+        texts, _ = unpadded(self.model, [batch])
         with as_in_evaluation(self.model):
-            return measured_audit(self.sites, lambda: call(self.model, batch))
+            return measured_audit(self.sites, lambda: [call(self.model, text) for text in texts])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Gather what the sites hold beside the recipe: static scales, learned steps, zero points, counts of calls.
@@ -180,7 +182,7 @@ class Simulation:
         Scales that are trained start from the example where there are no calibration data.
         """
         if not batches and self.recipe.learns and self.example is not None:
-            batches = [self.example]
+            batches, _ = unpadded(self.model, [self.example])
         if not batches or not self.recipe.has_static:
             return
         wanted = static_calibration.wanted(self.sites.table.values())
@@ -239,7 +241,8 @@ def simulate(
     patterns of sites, `overrides` are given by pattern. `transforms` are applied in their order. Without any of these
     the sites are put in place and nothing is quantized.
 
-    `calibration` holds batches for transforms and static scales, each like an example. `structure` declares the weights
+    `calibration` holds batches for transforms and static scales, each like an example; positions that an
+    `attention_mask` hides are left out. `structure` declares the weights
     that read a norm (norm's path -> names of weights), where tracing does not find them. `state`, the `state_dict` of a
     simulation, holds the static scales. `run` shows progress.
 
@@ -274,7 +277,10 @@ def simulate(
         simulation._attach()
         if recipe.transforms and keep:
             simulation._before_transforms = {name: parameter.clone() for name, parameter in state_of(model)}
-        batches = None if calibration is None else list(calibration)
+        batches = None
+        if calibration is not None:
+            batches, notes = unpadded(model, calibration)
+            simulation.warnings += notes
         if example is None and batches:
             example = batches[0]
         if example is not None:

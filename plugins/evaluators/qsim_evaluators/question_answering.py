@@ -60,7 +60,8 @@ class QuestionAnswering(Evaluator):
         """Draw questions at random, and return the first window of each, one in a batch."""
         many = len(data.content["question"])
         chosen = torch.randint(many, (samples,), generator=torch.Generator().manual_seed(seed)).tolist()
-        return [self._inputs(loaded, self._windows(loaded, data, place, length), slice(0, 1)) for place in chosen]
+        windows = (self._windows(loaded, data, place, length, padded=False) for place in chosen)
+        return [self._inputs(loaded, window, slice(0, 1)) for window in windows]
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
         """Return the first window of the first question."""
@@ -114,7 +115,9 @@ class QuestionAnswering(Evaluator):
         best = float(sums[fits].max()) if fits.any() else float("-inf")
         return best, [[int(first[a]), int(last[b])] for a, b in ((sums == best) & fits).nonzero().tolist()]
 
-    def _windows(self, loaded: LoadedModel, data: Data, place: int, length: int | None = None) -> Any:
+    def _windows(
+        self, loaded: LoadedModel, data: Data, place: int, length: int | None = None, padded: bool = True
+    ) -> Any:
         check(self.name, loaded)
         length = length or self.seqlen
         if length > longest(loaded, LONGEST):
@@ -126,7 +129,7 @@ class QuestionAnswering(Evaluator):
         try:
             return loaded.tokenizer(
                 question.lstrip(), context, truncation="only_second", max_length=length, stride=self.stride,
-                return_overflowing_tokens=True, return_offsets_mapping=True, padding="max_length",
+                return_overflowing_tokens=True, return_offsets_mapping=True, padding="max_length" if padded else False,
             )  # fmt: skip
         except Exception as error:  # tokenizers raise plain exceptions
             fit = f"windows of {length} tokens that share {self.stride}"
