@@ -551,12 +551,14 @@ def test_functional_calls_parameters_are_weights() -> None:
     assert torch.equal(y, F.linear(x, qsim.parse("channel(int3)")(other["0.weight"]), other["0.bias"]))
 
 
-def test_a_computed_weight_is_pointed_out() -> None:
-    model = nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))
+def test_a_weight_that_is_computed_from_a_buffer_is_pointed_out() -> None:
+    model = nn.Module()
+    model.register_buffer("kernel", torch.ones(2, 4))
+    model.forward = lambda x: F.linear(x, model.kernel)  # type: ignore[method-assign]
     simulation = qsim.simulate(model, activations="int8", example=torch.ones(1, 4))
 
     assert simulation.audit().notes == [
-        ":matmul.0: its weight is computed, not a parameter: it takes the quantizer of activations"
+        ":matmul.0: its weight is computed from no parameter alone: it takes the quantizer of activations"
     ]
 
 
@@ -787,11 +789,11 @@ def test_the_output_of_a_masked_product_reaches_the_tensor_it_was_to_go_to() -> 
 
 def test_integer_products_are_none_of_our_business() -> None:
     model = nn.Module()
-    model.forward = lambda x: torch.matmul(x, x)  # type: ignore[method-assign]
+    model.forward = lambda x: torch.matmul(x, x) + torch.mm(x / 9, x / 9)  # type: ignore[method-assign]
     simulation = qsim.simulate(model, activations="int4")
 
-    assert torch.equal(model(torch.full((2, 2), 9)), torch.full((2, 2), 162))
-    assert simulation.sites.table == {}
+    assert torch.equal(model(torch.full((2, 2), 9)), torch.full((2, 2), 164.0))
+    assert [site.op for site in simulation.sites.table.values()] == ["mm"]
 
 
 class Sinks(nn.Module):
@@ -814,7 +816,7 @@ class Disentangled(nn.Module):
         self.positions = nn.Parameter(torch.ones(9, 8))
 
     def forward(self, x: Tensor) -> Tensor:
-        relative = x @ (self.positions + 0).T
+        relative = x @ F.embedding(torch.arange(9), self.positions).T
         return (x @ x.transpose(-1, -2) + relative[..., : x.shape[-2]]).softmax(-1) @ x
 
 

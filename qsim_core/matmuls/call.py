@@ -46,6 +46,16 @@ class Call:
         return self.layouts[place].rows(self.operands[place].detach())
 
     @property
+    def is_outer(self) -> bool:
+        """True if the reduction axis has one element: an outer product, which adds nothing up."""
+        return all(layout.rows(x).shape[-1] == 1 for layout, x in zip(self.layouts, self.operands, strict=True))
+
+    @property
+    def is_layer(self) -> bool:
+        """True for a function that layers call: it multiplies by a weight and adds a bias."""
+        return self.function in LINEAR or self.operation.startswith("conv")
+
+    @property
     def bias(self) -> Tensor | None:
         """The tensor that a call of `LINEAR`, or a convolution, adds to its product."""
         if self.function is torch.addmm:

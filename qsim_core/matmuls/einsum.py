@@ -15,11 +15,11 @@ from qsim_core.matmuls.layout import LAST, Layout
 
 
 def einsum_call(args: tuple[Any, ...]) -> Call | None:
-    """Read a call such as `einsum("bqd,bkd->bqk", q, k)`; None for one operand alone, which is not a matmul.
+    """Read a call such as `einsum("bqd,bkd->bqk", q, k)`; None if it sums over no label that two operands have.
 
-    The reduction axis of an operand is the flattened axes of its summed labels, in the operand's order. Without
-    summed labels the last axis of the operand stays last. Raises `QsimError` if the equation has more or fewer terms
-    than there are operands.
+    Such an einsum multiplies elements, as `"i,j->ij"` does, and is not a matmul. The reduction axis of an operand is
+    the flattened axes of its summed labels, in the operand's order. Raises `QsimError` if the equation has more or
+    fewer terms than there are operands.
     """
     if not isinstance(args[0], str):
         args = _with_equation(args)
@@ -27,14 +27,15 @@ def einsum_call(args: tuple[Any, ...]) -> Call | None:
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = list(operands[0])
     tensors = tuple(operands)
-    if len(tensors) < 2:
-        return None
     inputs, arrow, output = str(equation).replace(" ", "").partition("->")
     terms = inputs.split(",")
     if len(terms) != len(tensors):
         raise QsimError(f"einsum {equation!r} names {len(terms)} operands and is given {len(tensors)}")
     if not arrow:
         output = _implied_output(inputs)
+    shared = {label for label in set(inputs) - {","} if sum(label in term for term in terms) > 1}
+    if shared <= set(output):
+        return None
     layouts = tuple(_summed_last(term, output, tensor.shape) for term, tensor in zip(terms, tensors, strict=True))
     function = lambda *new: torch.einsum(equation, *new)  # noqa: E731
     return Call(function, tensors, {}, tensors, layouts, tuple(range(len(tensors))))
@@ -66,7 +67,7 @@ def _summed_last(term: str, output: str, shape: torch.Size) -> Layout:
     before, dots, after = term.partition("...")
     spread = ["."] * (dimensions - len(before) - len(after)) if dots else []
     labels = [*before, *spread, *after]
-    summed = [axis for axis, label in enumerate(labels) if label != "." and label not in output]
+    summed = [axis for axis, label in enumerate(labels) if label not in output]
     if not summed:
         return LAST
     order = (*(axis for axis in range(dimensions) if axis not in summed), *summed)

@@ -252,7 +252,9 @@ def _notes(site: Site, value_axis: str) -> list[str]:
     """Give notes for a careful reader: scales that depend on other samples, or on later tokens."""
     notes = []
     if site.weight is None and (site.op == "linear" or site.op.startswith("conv")):
-        notes.append("its weight is computed, not a parameter: it takes the quantizer of activations")
+        notes.append("its weight is computed from no parameter alone: it takes the quantizer of activations")
+    if site.computed:
+        notes.append(f"its weight is computed from {site.weight}, and is quantized in each forward")
     notes += [f"in training it is not quantized: {site.in_training}"] if site.in_training else []
     notes += [f"its {role} is rotated by {rotation}" for role, rotation in site.rotations.items()]
     for role, quantizer in (*(("input", quantizer) for quantizer in site.inputs), ("output", site.plan.output)):

@@ -8,7 +8,7 @@ crosses dots and colons, and where several match, the last one written wins.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -120,6 +120,15 @@ class _Quantizers(_Strict):
 
 
 QUANTIZERS = ("weights", "activations", "outputs", *ROLES)
+
+
+REACHED = {
+    "weights": {"weight"},
+    "activations": {"input", *ROLES},
+    "outputs": {"output"},
+    **{role: {role} for role in ROLES},
+}
+"""A key of a recipe, and the roles of which at least one must get a quantizer."""
 
 
 class Override(_Quantizers):
@@ -235,13 +244,25 @@ class Recipe(_Quantizers):
     def patterns(self) -> list[str]:
         return [*(self.skip or ()), *self.overrides]
 
-    def check_patterns(self, names: Iterable[Iterable[str]]) -> None:
-        """Raise `RecipeError` for a pattern that matches none of these matmuls, given by all their names."""
-        everything = [list(group) for group in names]
+    def check(self, matmuls: Iterable[tuple[Sequence[str], Collection[str]]]) -> None:
+        """Raise `RecipeError` for a pattern that matches none of these matmuls, or a quantizer that reaches none.
+
+        Each matmul is given by all its names, and the roles that it has.
+        """
+        met = [(names, roles, self.plan(names)) for names, roles in matmuls]
         for pattern in self.patterns():
-            if not any(matches(pattern, group) for group in everything):
-                known = [name for group in everything for name in group]
+            if not any(matches(pattern, names) for names, _, _ in met):
+                known = [name for names, _, _ in met for name in names]
                 raise RecipeError(f"pattern {pattern!r} matches no site{did_you_mean(pattern, known)}")
+        for where, part in {"": self, **self.overrides}.items():
+            here = [(roles, plan) for names, roles, plan in met if not where or matches(where, names)]
+            for key, reached in REACHED.items():
+                found = any(
+                    getattr(plan, role) is not None for roles, plan in here for role in reached.intersection(roles)
+                )
+                if getattr(part, key) is not None and not found:
+                    place = f"overrides {where!r}: " if where else ""
+                    raise RecipeError(f"{place}{key}: {getattr(part, key)} reached no site of this model")
 
 
 def _check_keys(what: str, values: Any, of: type[_Strict]) -> None:

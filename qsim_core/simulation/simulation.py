@@ -29,17 +29,6 @@ from qsim_core.transforms.padding import unpadded
 from qsim_core.transforms.report import LayerReport
 from qsim_core.transforms.run import Run
 
-REACHED = {
-    "weights": ("weight",),
-    "activations": ("input", "queries", "keys", "probabilities", "values"),
-    "outputs": ("output",),
-    "queries": ("queries",),
-    "keys": ("keys",),
-    "probabilities": ("probabilities",),
-    "values": ("values",),
-}
-"""A key of a recipe -> the roles of which at least one must get a quantizer."""
-
 
 class Simulation:
     """A model whose matmuls run in another precision, until `restore`."""
@@ -143,19 +132,9 @@ class Simulation:
                 call(self.model, example)
         finally:
             self.sites.quantizing = True
-        self.sites.checked = True
-        self.recipe.check_patterns(site.names for site in self.sites.table.values())
-        for key, roles in REACHED.items():
-            quantizer = getattr(self.recipe, key)
-            if quantizer is not None and not self._reached(roles):
-                raise RecipeError(f"{key}: {quantizer} reached no site of this model")
+        self.sites.check()
         for site in self.sites.table.values():
             site.calls = 0
-
-    def _reached(self, roles: Sequence[str]) -> bool:
-        """Tell if a site has a quantizer in one of these roles, by the names that a recipe has for them."""
-        met = ((site, role) for site in self.sites.table.values() for role in (*site.input_roles, "weight", "output"))
-        return any(site.named(role) in roles and site.planned(role) is not None for site, role in met)
 
     def _transform(self, batches: list[Example] | None, run: Run, declared: Mapping[str, Sequence[str]] | None) -> None:
         """Apply the recipe's transforms, and keep their reports and warnings."""

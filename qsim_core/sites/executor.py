@@ -107,7 +107,7 @@ def known_scales(weights: Weights, operands: Sequence[Operand]) -> Scales | None
             continue
         found = weights.scales_of(operand.weight, operand.tensor, operand.layout)
         scaled = operand.quantizer.granularity not in (None, "element")
-        if found is None and scaled and operand.weight.name in weights.pinned:
+        if found is None and scaled and weights.is_final(operand.weight):
             raise RecipeError(f"{operand.weight.name}: a transform has quantized it and has not given its scales")
         return found
     return None
@@ -124,7 +124,7 @@ def tried(
     """
     wanted = set(roles)
     met = [
-        Weight(site.weight or "", operand, owned=True) if place == call.weight else None
+        Weight(site.weight or "", operand, owned=True, computed=site.computed) if place == call.weight else None
         for place, operand in enumerate(call.operands)
     ]
 
@@ -151,8 +151,8 @@ class TriedExecution(Execution):
         self.weights = weights
 
     def quantized(self, operand: Operand) -> Tensor:
-        pinned = operand.weight is not None and operand.weight.name in self.weights.pinned
-        return operand.tensor if pinned else super().quantized(operand)
+        final = operand.weight is not None and self.weights.is_final(operand.weight)
+        return operand.tensor if final else super().quantized(operand)
 
     def weight_scales(self) -> Scales | None:
         return known_scales(self.weights, self.operands)
@@ -226,7 +226,7 @@ class LiveExecution(Execution):
         quantizer, weight = operand.quantizer, operand.weight
         assert weight is not None
         before = value = operand.tensor
-        self.weights.met(weight, operand.layout, self.module)
+        self.weights.met(weight, operand.layout)
         if quantizer is not None:
             if self.observer is not None and not self.weights.overwritten(weight):
                 before = operand.tensor.detach().clone()  # quantizing may overwrite the parameter
@@ -277,7 +277,7 @@ class LiveExecution(Execution):
         taken: list[Any] = []
         for place, operand in enumerate(self.operands):
             if operand.weight is not None:
-                self.weights.met(operand.weight, operand.layout, self.module)
+                self.weights.met(operand.weight, operand.layout)
                 quantizer = operand.quantizer
                 taken.append(self.weights.lowered(operand.weight, operand.tensor, operand.layout, quantizer, lowering))
                 continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -42,5 +42,8 @@ class Planner(Protocol):
     def to_yaml(self) -> str:
         """The recipe as text."""
 
-    def check_patterns(self, names: Iterable[Iterable[str]]) -> None:
-        """Raise `RecipeError` for a pattern that matches none of these matmuls; each is given by all its names."""
+    def check(self, matmuls: Iterable[tuple[Sequence[str], Collection[str]]]) -> None:
+        """Raise `RecipeError` for a pattern that matches none of these matmuls, or a quantizer that reaches none.
+
+        Each matmul is given by all its names, and the roles that it has.
+        """

@@ -1,8 +1,9 @@
 """Quantized weights: each is quantized once, and not in every forward.
 
 With `keep`, a quantized copy is held here, and the model's parameters stay as they are. Without `keep`, the parameter
-itself is overwritten. There are three exceptions, for which a copy is held, because another user would see the change:
-a tied parameter, one that belongs to another module than the one that multiplies by it, and one that is used in parts.
+itself is overwritten. There are four exceptions, for which a copy is held, because another user would see the change:
+a tied parameter, one that belongs to another module than the one that multiplies by it, one that is used in parts, and
+one that other code reads. A weight that is computed from a parameter is quantized in every forward.
 
 A weight in training is quantized in every forward, with its straight-through gradient. A changed parameter is noticed
 by its identity, version and address. A change written through `parameter.data`, which autograd does not count, is not
@@ -28,6 +29,8 @@ from qsim_core.matmuls.layout import Layout
 from qsim_core.quantizers.scales import Scales
 from qsim_core.sites.arithmetic import Lowered, Lowering
 
+READ = "read"
+"""Stands among the uses of a parameter that other code than a matmul reads: to look up rows, or to compute a weight."""
 MOVES = 2
 """A parameter whose object was replaced more often than this is being offloaded: no copy of it is held."""
 
@@ -41,6 +44,8 @@ class Weight:
     parameter: Tensor
     owned: bool
     """True if the operand is the whole parameter, multiplied by the module that owns it."""
+    computed: bool = False
+    """True if the operand is computed from the parameter. It is quantized in each forward, and never overwritten."""
 
 
 @dataclass
@@ -128,18 +133,27 @@ class Weights:
         self.__dict__.update(state)
         self.lock = threading.Lock()
 
-    def met(self, weight: Weight, layout: Layout, module: nn.Module) -> None:
-        """Note a use of a weight. The weight of an embedding is looked up, too, which is a use of its own."""
-        uses = self.uses.setdefault(weight.name, set())
-        uses.add(layout.name)
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            uses.add("looked up")
+    def met(self, weight: Weight, layout: Layout) -> None:
+        """Note that a matmul multiplies by a weight."""
+        self.uses.setdefault(weight.name, set()).add(layout.name)
+
+    def read(self, name: str) -> None:
+        """Note that other code than a matmul reads a parameter, which is a use of its own."""
+        uses = self.uses.setdefault(name, set())
+        if READ not in uses:
+            uses.add(READ)
+            if any(key[0] == name and folded.in_place for key, folded in self.folded.items()):
+                raise _second_use(name, "also read by other code than a matmul")
 
     def pin(self, name: str, parameter: Tensor, scales: Scales | None) -> None:
         """Take a weight as final: its values are quantized. `scales` are those of its rows, [N, B]; None: unknown."""
         self.pinned.add(name)
         if scales is not None:
             self._pins[name] = _Pinned(_State.now(parameter, written=True), scales)
+
+    def is_final(self, weight: Weight) -> bool:
+        """Tell if a transform has quantized this weight; what is computed from such a weight is not final."""
+        return weight.name in self.pinned and not weight.computed
 
     def pinned_scales(self) -> dict[str, Scales]:
         """The scales of the pinned weights by name, as far as they are known."""
@@ -167,11 +181,11 @@ class Weights:
         keep_scales: bool = False,
     ) -> Tensor:
         """Quantize the operand: anew if it trains, else once for all calls."""
-        if weight.name in self.pinned:
+        if self.is_final(weight):
             return operand
         learns = quantizer.learns
         differentiable = torch.is_grad_enabled() and (operand.requires_grad or learns)
-        if differentiable and (training or learns):
+        if weight.computed or (differentiable and (training or learns)):
             return layout.back(quantizer(layout.rows(operand)))
         with self.lock:
             folded = self._fold(weight, operand, layout, quantizer, lowering, keep_scales)
@@ -187,7 +201,10 @@ class Weights:
 
         The lowered form of an overwritten parameter is made again in each call, from the parameter's values.
         """
-        if weight.name in self.pinned:
+        if weight.computed:
+            new: Lowered | None = lowering.new(layout.rows(operand.detach()))
+            return new
+        if self.is_final(weight):
             rows = layout.rows(operand.detach())
             found: Lowered | None = lowering.pinned(rows, self._pinned_under(weight, rows))
             return found
@@ -206,7 +223,9 @@ class Weights:
 
     def scales_of(self, weight: Weight, operand: Tensor, layout: Layout) -> Scales | None:
         """The scales of a weight whose original values were overwritten; None for any other, or if unknown."""
-        if weight.name in self.pinned:
+        if weight.computed:
+            return None
+        if self.is_final(weight):
             return self._pinned_under(weight, layout.rows(operand.detach()))
         folded = self.folded.get(_key(weight, operand, layout))
         return None if folded is None or not folded.in_place else folded.scales
@@ -234,10 +253,7 @@ class Weights:
         parameter, key = weight.parameter, _key(weight, operand, layout)
         folded = self.folded.get(key)
         if folded is None and self.overwritten(weight):
-            raise QsimError(
-                f"{weight.name} is multiplied along two axes and was overwritten for the first; keep its original "
-                f"with keep=True, or give simulate an example, so that both uses are known beforehand"
-            )
+            raise _second_use(weight.name, "multiplied along two axes")
         if folded is not None and folded.version == quantizer.version and folded.state.holds(parameter):
             return folded
         if folded is not None and not folded.state.is_of(parameter):
@@ -277,6 +293,13 @@ class Weights:
                     found[name] = state[name].clone()
                 found[name].as_strided(shape, stride, offset - state[name].storage_offset()).copy_(copy)
         return found, sorted(left)
+
+
+def _second_use(name: str, how: str) -> QsimError:
+    return QsimError(
+        f"{name} is {how} and was overwritten for the first use; keep its original with keep=True, or give simulate "
+        f"an example, so that both uses are known beforehand"
+    )
 
 
 def _key(weight: Weight, operand: Tensor, layout: Layout) -> tuple[Any, ...]:

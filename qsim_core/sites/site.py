@@ -27,13 +27,15 @@ class Site:
     op: str
     """The operation: `linear`, `matmul`, `einsum`, …"""
     weight: str | None
-    """The full name of the parameter that is the weight; None for a product of activations."""
+    """The full name of the parameter that is the weight, or that it is computed from; None: two activations."""
     plan: Plan
     aliases: list[str] = field(default_factory=list)
     arithmetic: str = "float32"
     """The arithmetic that computed the last call; `float32` stands for the dtype of the model."""
     calls: int = 0
     """The number of calls, without those that recompute a forward in a backward pass."""
+    computed: bool = False
+    """True if the weight is computed from that parameter in each forward."""
     fixed: dict[str, Any] = field(default_factory=dict)
     """By role, the quantizer that replaces the plan's: static scales, a transform's choice, or None.
 
@@ -81,6 +83,11 @@ class Site:
     def input_roles(self) -> tuple[str, ...]:
         """The roles of the operands that are not weights."""
         return OPERANDS[:1] if self.weight else OPERANDS
+
+    @property
+    def recipe_roles(self) -> set[str]:
+        """The recipe's names for the roles that this matmul has."""
+        return {*map(self.named, self.input_roles), "output"} | ({"weight"} if self.weight else set())
 
     @property
     def inputs(self) -> list[Any]:

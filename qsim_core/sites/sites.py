@@ -4,7 +4,8 @@ Hooks on the model's modules keep a stack of the running modules, one stack for 
 enters a `TorchFunctionMode`, which sees every call of a torch function. The operands and the result of a matmul go
 through the quantizers that the recipe gives them. No module is replaced, and the model's `state_dict` stays the same.
 
-A matmul with a weight is named by that parameter: `model.decoder.layers.0.fc1`. A product of two activations
+A matmul with a weight is named by that parameter: `model.decoder.layers.0.fc1`. A weight may be computed from its
+parameter in each forward: it is pruned, normalized, cast, sliced or merged. A product of two activations
 is named by the running module and a count: `model.decoder.layers.0.self_attn:matmul.0`. Two products with a softmax
 between them are attention, and get the aliases `…self_attn:qk` and `…self_attn:pv`.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,6 +29,7 @@ from qsim_core.errors import RecipeError
 from qsim_core.formats.accelerator import accelerators
 from qsim_core.matmuls.attention import EXPLICIT, SOFTMAX, explicit_attention
 from qsim_core.matmuls.call import Call
+from qsim_core.matmuls.constants import Constant, Constants
 from qsim_core.matmuls.layout import Layout
 from qsim_core.matmuls.operators import OPS, read_call
 from qsim_core.sites.arithmetic import FLOAT32, ExactArithmetic
@@ -41,6 +44,10 @@ MET = frozenset({*OPS, *EXPLICIT, *SOFTMAX, torch.einsum})
 """The torch functions that a site looks at; all others run untouched."""
 
 
+_NOTED = frozenset({Tensor, nn.Parameter, tuple, list, type(None)})
+"""The types of results that may be, or hold, a computed weight."""
+
+
 class _Mode(TorchFunctionMode):
     def __init__(self, sites: Sites) -> None:
         super().__init__()
@@ -50,7 +57,7 @@ class _Mode(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if function not in MET or not self.sites.stack.running():
-            return function(*args, **(kwargs or {}))
+            return self.sites.watch(function, args, kwargs or {})
         if function in EXPLICIT:
             with self:
                 if function is F.scaled_dot_product_attention:
@@ -68,6 +75,8 @@ class Sites:
         """The exact arithmetics that `auto` asks, in this order."""
         self.table: dict[str, Site] = {}
         self.weights = Weights(model, keep)
+        self.constants = Constants(self._is_parameter)
+        self._names: dict[tuple[str, int], tuple[weakref.ref[Tensor], str | None]] = {}
         self.quantizing = True
         self.observer: SiteObserver | None = None
         self.watcher: Callable[[Site, Call], None] | None = None
@@ -75,16 +84,16 @@ class Sites:
         self.stack = CallStack()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "stack": None, "observer": None, "watcher": None}
+        return {**self.__dict__, "stack": None, "constants": None, "_names": {}, "observer": None, "watcher": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.stack = CallStack()
+        self.stack, self.constants = CallStack(), Constants(self._is_parameter)
 
     def attach(self, model: nn.Module, handles: list[RemovableHandle]) -> None:
         """Hook every module. The handles that remove the hooks are appended to `handles` one by one."""
         for path, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(functools.partial(self._enter, path)))
+            handles.append(module.register_forward_pre_hook(functools.partial(self._enter, path), prepend=True))
             handles.append(module.register_forward_hook(functools.partial(self._leave, path), always_call=True))
 
     def _enter(self, path: str, module: nn.Module, args: Any) -> None:
@@ -106,8 +115,12 @@ class Sites:
         if not stack.frames:
             stack.clear()
             if path == "" and not self.checked and output is not None:
-                self.checked = True
-                self.recipe.check_patterns(site.names for site in self.table.values())
+                self.check()
+
+    def check(self) -> None:
+        """Raise `RecipeError` if a pattern of the recipe matches no site, or one of its quantizers reaches none."""
+        self.checked = True
+        self.recipe.check((site.names, site.recipe_roles) for site in self.table.values())
 
     @property
     def watched(self) -> bool:
@@ -123,15 +136,24 @@ class Sites:
                 return result
         return explicit_attention(*args, **kwargs)
 
+    def watch(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function that is not a matmul; note the weights that it computes, and the parameters that it reads."""
+        result = function(*args, **kwargs)
+        frames = self.stack.frames
+        if type(result) in _NOTED and frames and not torch.compiler.is_compiling():
+            for parameter in self.constants.note(function, args, kwargs, result, frames[-1].module):
+                self.weights.read(self._name_of(parameter) or "")
+        return result
+
     def meet(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute a matmul with quantized operands and result, or note the products that a softmax connects."""
         if function in SOFTMAX:
             self._connect(args[0] if args else kwargs["input"])
-            return function(*args, **kwargs)
+            return self.watch(function, args, kwargs)
         call = read_call(function, args, kwargs)
         stack = self.stack
         if call is None or stack.inside or not all(operand.is_floating_point() for operand in call.operands):
-            return function(*args, **kwargs)
+            return self.watch(function, args, kwargs)
         stack.inside = True
         try:
             return self._compute(call)
@@ -140,10 +162,16 @@ class Sites:
 
     def _compute(self, call: Call) -> Any:
         frame = self.stack.frames[-1]
-        weights = [self._weight_of(operand) for operand in call.operands]
+        constants = [self.constants.find(operand, frame.module) for operand in call.operands]
+        if all(constants) and not call.is_layer:  # it prepares a weight, like a low-rank update that is merged
+            return self.watch(call.function, call.args, call.kwargs)
+        weights = [self._weight_of(*operand) for operand in zip(call.operands, constants, strict=True)]
         if all(weights):  # a parameter times a parameter, such as a learned query: the last one counts as the weight
             weights = [*(None for _ in weights[:-1]), weights[-1]]
-        if call.addend is not None and self._weight_of(call.addend) is None:
+        if not any(weights) and call.is_outer and call.operands[0].shape[-2:] not in frame.softmax:
+            frame.products += 1  # of a longer axis it may be a matmul in another call
+            return self.watch(call.function, call.args, call.kwargs)
+        if call.addend is not None and self._weight_of(call.addend, None) is None:
             call = replace(call, masked=True)
         site = self._site(frame, call, next((weight for weight in weights if weight), None))
         site.calls += not recomputing()
@@ -181,28 +209,47 @@ class Sites:
         self.stack.rotated = reusable(rotation, operand, value, layout)
         return value
 
-    def _weight_of(self, operand: Tensor) -> Weight | None:
-        """Find the parameter that an operand is, or is a view of; None for any other tensor.
+    def _weight_of(self, operand: Tensor, constant: Constant | None) -> Weight | None:
+        """Find the parameter that an operand is, is a view of, or is computed from; None for any other tensor."""
+        running = self.stack.frames[-1]
+        base = operand if operand._base is None else operand._base
+        origin = base if constant is None else constant.origin
+        name = self._name_of(origin)
+        if name is None:
+            return None
+        owned = origin is operand and isinstance(origin, nn.Parameter) and running.own(origin) is not None
+        return Weight(name, origin, owned, computed=constant is not None and not constant.shares)
+
+    def _name_of(self, parameter: Tensor) -> str | None:
+        """The full name of a parameter; None for any other tensor.
 
         The running module's parameters come first, then those of the modules inside it, then those of the model.
         """
-        base = operand if operand._base is None else operand._base
         running, outermost = self.stack.frames[-1], self.stack.frames[0]
-        name = running.own(base)
-        owned = name is not None and base is operand and isinstance(base, nn.Parameter)
-        if name is None and isinstance(base, nn.Parameter):
-            name = running.inside(base) or outermost.inside(base)
-        return None if name is None else Weight(name, base, owned)
+        name = running.own(parameter)
+        if name is not None or not isinstance(parameter, nn.Parameter):
+            return name
+        key = running.path, id(parameter)
+        known = self._names.get(key)
+        if known is None or known[0]() is not parameter:
+            name = running.inside(parameter) or outermost.inside(parameter)
+            known = self._names[key] = weakref.ref(parameter), name
+        return known[1]
+
+    def _is_parameter(self, x: Tensor) -> bool:
+        """Tell if a tensor is a parameter of this model, and not one that came in from outside."""
+        return self._name_of(x) is not None
 
     def _site(self, frame: Frame, call: Call, weight: Weight | None) -> Site:
         if weight is not None:
-            name = weight.name.removesuffix(".weight")
+            name = _site_name(frame, call, weight)
         else:
             name = f"{frame.path}:matmul.{frame.products}"
             frame.products += 1
         if name not in self.table:
             self.table[name] = Site(name, call.operation, weight.name if weight else None, self.recipe.plan([name]))
         site = self.table[name]
+        site.computed = weight is not None and weight.computed
         if weight is None and call.operands[0].shape[-2:] in frame.softmax:
             self._alias(site, f"{frame.path}:pv", met=False)
             frame.softmax = ()
@@ -240,6 +287,17 @@ class Sites:
             raise RecipeError(
                 f"the recipe names {alias!r}, which is only known after a forward pass; give simulate an example"
             )
+
+
+def _site_name(frame: Frame, call: Call, weight: Weight) -> str:
+    """The name of a weight's site: a pruned or parametrized weight has its module's name for it, and not its parts'."""
+    name, (owner, parametrized, part) = weight.name, weight.name.partition("parametrizations.")
+    if weight.computed and parametrized:
+        name = owner + part.partition(".")[0]
+    elif weight.computed:  # torch's hooks leave the computed tensor at the module
+        left = (key for key, value in vars(frame.module).items() if any(value is x for x in call.operands))
+        name = next(map(frame.full, left), name)
+    return name.removesuffix(".weight")
 
 
 def functional(sites: Sites, path: str) -> Iterator[Site]:

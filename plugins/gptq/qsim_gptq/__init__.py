@@ -14,6 +14,7 @@ from qsim_core.formats.quantizer import Quantizer
 from qsim_core.formats.random_bits import at
 from qsim_core.formats.rounding import working
 from qsim_core.quantizers.scales import Scales
+from qsim_core.sites.quantized_weights import READ
 from qsim_core.transforms.blocks import MatmulWatcher, block_paths
 from qsim_core.transforms.context import Context, MatmulWeight
 from qsim_core.transforms.offload import at_hand
@@ -203,8 +204,8 @@ def _why_left_alone(weight: MatmulWeight, context: Context) -> str | None:
     assert weight.quantizer is not None
     if weight.name in state.tied:
         return "it is tied to another parameter, which would change with it"
-    if "looked up" in state.uses.get(weight.name, ()):
-        return "it is also used as an embedding table"
+    if READ in state.uses.get(weight.name, ()):
+        return "the model also reads it outside a matmul, as a table or to compute a weight"
     if len(state.uses.get(weight.name, ())) > 1:
         return "it is multiplied along two axes"
     return why_not_by_column(weight.quantizer)
