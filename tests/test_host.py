@@ -144,7 +144,6 @@ def test_a_broken_plugin_is_an_error_for_whoever_needs_it(install: Install, sour
         host.parse("acme.halves")
 
     assert str(error.value) == message
-    assert host.parse("int4").name == "int"
 
 
 def test_two_plugins_of_one_name_are_an_error_when_that_name_is_needed(install: Install) -> None:
@@ -214,27 +213,120 @@ def test_other_commands_go_on_beside_a_broken_plugin(install: Install) -> None:
 
 def test_check_warns_and_exits_with_1(install: Install) -> None:
     install("acme", "raise RuntimeError('broken')")
+    install("core", dist="taker", module="plugin_core")
+    install("presets", GOOD.replace("[Halves]", '[Halves, qsim.Preset("int99", "int(99)")]'))
 
     result = CliRunner().invoke(main, ["plugins", "--check"])
 
     assert result.exit_code == 1
-    assert ["acme", "qsim-acme", "1.2", "components", "fails"] in [line.split() for line in result.stdout.splitlines()]
-    assert "Warning: plugin 'acme' (qsim-acme 1.2) does not import: RuntimeError: broken" in result.stderr
-
-
-def test_check_builds_every_preset(install: Install) -> None:
-    install("acme", GOOD.replace("[Halves]", '[Halves, qsim.Preset("int99", "int(99)")]'))
-
-    result = CliRunner().invoke(main, ["plugins", "--check"])
-
-    assert result.exit_code == 1
-    assert "preset 'int99' cannot be built: int: bits should be less than or equal to 16, not 99" in result.stderr
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert [row[:2] for row in rows if row[-1] == "fails"] == [
+        ["acme", "qsim-acme"],
+        ["core", "taker"],
+        ["presets", "qsim-presets"],
+    ]
+    assert [line.partition(";")[0] for line in result.stderr.splitlines()] == [
+        "Warning: plugin 'acme' (qsim-acme 1.2) does not import: RuntimeError: broken",
+        "Warning: plugin 'core' (taker 1.2): the name 'core' is qsim's own",
+        "Warning: plugin 'presets' (qsim-presets 1.2): preset 'int99' cannot be built: int: bits should be less than or "
+        "equal to 16, not 99 (character 5 of 'int(99)')",
+    ]
 
 
 def test_check_of_what_is_installed_here_is_clean() -> None:
     result = CliRunner().invoke(main, ["plugins", "--check"])
 
     assert (result.exit_code, result.stderr) == (0, "")
+
+
+ENDINGS = {
+    "leaves": "import os; os._exit(0)",
+    "crashes": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+    "interrupts": "raise KeyboardInterrupt",
+    "raises": GOOD.replace("return [Halves]", "raise type('Odd', (BaseException,), {})('no reason')"),
+    "loops": "while True: pass",
+    "unreadable": GOOD.replace("[Halves]", "[qsim.Preset('half', None)]"),
+}
+
+
+def test_an_installed_plugin_that_ends_its_process_ends_no_other_run(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qsim_core.components.apart.LIMIT", 2.0)
+    for name, source in ENDINGS.items():
+        install(name, source)
+    host = qsim.Host()
+
+    assert host.parse("int4").name == "int"
+    reasons = {name: str(error).partition(": ")[2].partition(";")[0] for name, error in host.check().items()}
+    assert reasons == {
+        "leaves": "it ends its process, with exit code 0",
+        "crashes": "it ends its process, by signal 11",
+        "interrupts": "KeyboardInterrupt: ",
+        "raises": "Odd: no reason",
+        "loops": "it takes more than 2 seconds",
+        "unreadable": "qsim_quantizers returned Preset(name='half', text=None, doc='', stands_for_bits=None): the text and "
+        "the description of a preset are texts",
+    }
+
+
+def test_a_plugin_that_nobody_names_is_not_imported_into_the_run(install: Install) -> None:
+    install("acme", GOOD + "\nimport torch\ntorch.nn.functional.linear = None")
+
+    assert qsim.Host().parse("abfp(int4)").name == "abfp"
+
+    assert "plugin_acme" not in sys.modules
+    assert torch.nn.functional.linear is not None
+
+
+def test_a_plugin_whose_source_changes_is_looked_at_again(install: Install, tmp_path: Path) -> None:
+    install("acme")
+    assert "halves" in qsim.Host().offers()
+    (tmp_path / "plugin_acme.py").write_text(GOOD.replace('"halves"', '"quarters"'))
+
+    offers = qsim.Host().offers()
+
+    assert "quarters" in offers
+    assert "halves" not in offers
+
+
+def test_a_record_means_the_components_of_the_plugins_that_it_names(install: Install) -> None:
+    install("acme")
+    install("other")
+    host = qsim.Host()
+
+    assert host.plugin_of(host.naming(["other"]).parse("halves")).name == "other"  # type: ignore[union-attr]
+    with pytest.raises(qsim.PluginError, match="^no plugin 'gone' is installed"):
+        host.naming(["gone"])
+
+
+MODELS = """
+import qsim_core as qsim
+
+class Models(qsim.Adapter):
+    "Knows a model by name."
+    name = "models_of_acme"
+    def models(self):
+        return {"opt-tiny": qsim.NamedModel(lambda: None, lambda: None)}
+    def load(self, model, dtype):
+        raise NotImplementedError
+
+@qsim.hookimpl
+def qsim_adapters():
+    return [Models]
+"""
+
+
+def test_a_model_that_two_plugins_name_is_an_error_until_one_is_said(install: Install) -> None:
+    from qsim_core.evaluation.locate import default_model, locate
+
+    install("acme", MODELS)
+    host = qsim.Host()
+
+    with pytest.raises(qsim.ModelError, match=r"^'opt-tiny' is named by .*; write acme.opt-tiny or zoo.opt-tiny$"):
+        locate("opt-tiny", host)
+    assert default_model(host) == locate("zoo.opt-tiny", host).name == "zoo.opt-tiny"
+    assert dict(host.rivals()).keys() == {"acme", "zoo"}
 
 
 class Thirds(qsim.Quantizer):

@@ -66,6 +66,8 @@ def evaluate(ctx: click.Context, /, json_file: str | None, quiet: bool, **option
     host = Host()
     given = {name for name in options if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
     before = _record(options, given)
+    if before is not None:
+        host = host.naming(before.plugins)
     recipe, options = _job(options, given, before, host)
     if options["dry_run"]:
         _print_recipe(recipe, host)
@@ -169,6 +171,9 @@ def _differences(before: Result, after: Result) -> Iterator[str]:
         if now != plugin:
             found = now.version if now else "not used"
             yield f"plugin {name!r} was {plugin.distribution} {plugin.version}, now {found}"
+    for name, plugin in after.plugins.items():
+        if name not in before.plugins:
+            yield f"plugin {name!r} ({plugin.distribution} {plugin.version}) had no part in the record"
     for library, version in before.environment.versions.items():
         if after.environment.versions.get(library) != version:
             yield f"{library} was {version}, now {after.environment.versions.get(library)}"

@@ -72,12 +72,13 @@ def _check(name: str) -> None:
     host = Host()
     if name in host.plugins:
         raise QsimError(f"{host.plugins[name]} is installed already; choose another name")
-    for plugin, offered in host.components().get(name, []):
-        raise QsimError(f"{host.plugins[plugin]} offers {with_article(host.class_of(offered).kind)} {name!r} already")
-    for found in host.components(Adapter).values():
-        for plugin, adapter in found:
-            if name in getattr(adapter, "families", ()):
-                raise QsimError(f"{host.plugins[plugin]} loads {name!r} models already")
+    for offer in host.offers().get(name, []):
+        kind = with_article(host.class_of(host.get(offer)).kind)
+        raise QsimError(f"{host.plugins[offer.plugin]} offers {kind} {name!r} already")
+    for found in host.offers(Adapter).values():
+        for offer in found:
+            if name in offer.families:
+                raise QsimError(f"{host.plugins[offer.plugin]} loads {name!r} models already")
 
 
 @click.command("new-plugin")

@@ -15,6 +15,9 @@ from qsim_core.errors import PluginError
 if TYPE_CHECKING:
     from qsim_core.components.discovery import Plugin
 
+LIMIT = 600.0
+"""Seconds for the comparison of one accelerator with the reference, which may have to compile."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -28,14 +31,14 @@ class Row:
 
 def rows() -> list[Row]:
     """Every name that a distribution has in one of the entry-point groups, sorted. Nothing is imported."""
-    from qsim_core.components.discovery import ACCELERATORS, COMMANDS, installed
+    from qsim_core.components.discovery import ACCELERATORS, COMMANDS, GROUP, installed
     from qsim_core.components.host import Host
 
-    others = installed((COMMANDS, ACCELERATORS))
-    provided = {"components": Host().plugins, "command": others[COMMANDS], "accelerator": others[ACCELERATORS]}
-    found: dict[tuple[str, str, str], list[str]] = {}
-    for what, plugins_of_group in provided.items():
-        for plugin in plugins_of_group.values():
+    groups = installed((GROUP, COMMANDS, ACCELERATORS))
+    core = Host(discover=False).plugins["core"]
+    found: dict[tuple[str, str, str], list[str]] = {(core.name, core.distribution, core.version): ["components"]}
+    for group, what in {GROUP: "components", COMMANDS: "command", ACCELERATORS: "accelerator"}.items():
+        for plugin in groups[group].values():
             for claimant in plugin.claims:
                 found.setdefault((plugin.name, *claimant), []).append(what)
     return [Row(*key, tuple(provides)) for key, provides in sorted(found.items())]
@@ -43,46 +46,76 @@ def rows() -> list[Row]:
 
 def lines(found: Collection[Row]) -> list[str]:
     """Name, distribution, version and what is provided, in columns."""
-    columns = [(row.name, row.distribution, row.version, ", ".join(row.provides)) for row in found]
+    columns = [(_shown(row.name), row.distribution, row.version, ", ".join(row.provides)) for row in found]
     widths = [max(len(column[i]) for column in columns) for i in range(3)]
     return ["  ".join(f"{text:{width}}" for text, width in zip(c, (*widths, 0), strict=True)) for c in columns]
 
 
-def failures(built_in: Collection[str]) -> dict[str, list[str]]:
-    """The messages of all that does not load or gives wrong bits, by name; `built_in` are the core's own commands."""
+def _shown(name: str) -> str:
+    """A name as it is printed: what a terminal would obey is written as an escape."""
+    return name if name.isprintable() else ascii(name)[1:-1]
+
+
+def failures(built_in: Collection[str]) -> dict[tuple[str, str], list[str]]:
+    """The messages of all that cannot be used or gives wrong bits, by name and distribution.
+
+    Each plugin is imported in a process of its own. `built_in` are the names of the core's own commands.
+    """
+    from qsim_core.components.apart import ask
+    from qsim_core.components.catalogue import catalogue, subject
+    from qsim_core.components.discovery import ACCELERATORS, COMMANDS, GROUP, installed
+    from qsim_core.components.host import Host
+
+    everything = [plugin for group in installed((GROUP, COMMANDS, ACCELERATORS)).values() for plugin in group.values()]
+    found: dict[tuple[str, str], list[str]] = {}
+
+    def fault(plugin: Plugin, message: object) -> None:
+        for distribution, _ in plugin.claims:
+            found.setdefault((plugin.name, distribution), []).append(str(message))
+
+    usable = []
+    for plugin, described in zip(everything, catalogue(everything, again=True), strict=True):
+        if isinstance(described, PluginError):
+            fault(plugin, described)
+        elif plugin.group == COMMANDS and plugin.name in built_in:
+            fault(plugin, f"{plugin} cannot be run: `qsim {plugin.name}` is a command of qsim-core")
+        elif plugin.group != GROUP or any(offer.text is not None for offer in described):
+            usable.append(plugin)
+    answers = ask(faults_of, [subject(plugin) for plugin in usable], limit=LIMIT)
+    for plugin, answer in zip(usable, answers, strict=True):
+        for message in [f"{plugin}: {answer}"] if isinstance(answer, PluginError) else answer:
+            fault(plugin, message)
+    host = Host()
+    for name, message in host.rivals():
+        fault(host.plugins[name], message)
+    return found
+
+
+def faults_of(subject: dict[str, str]) -> list[str]:
+    """The faults of a plugin that can be imported, such as a preset that cannot be built."""
     from qsim_core.cli.plugin_commands import load_command
-    from qsim_core.components.discovery import ACCELERATORS, COMMANDS, import_plugin, installed
+    from qsim_core.components.discovery import ACCELERATORS, COMMANDS, installed
     from qsim_core.components.host import Host
     from qsim_core.quantizers.accelerator_check import disagreements
 
-    found = {name: [str(error)] for name, error in Host().verify().items()}
-
-    def attempt(plugin: Plugin) -> None:
-        try:
-            if plugin.group == ACCELERATORS:
-                import_plugin(plugin)
-            else:
-                load_command(plugin)
-        except PluginError as error:
-            found.setdefault(plugin.name, []).append(str(error))
-
-    others = installed((COMMANDS, ACCELERATORS))
-    for group in others.values():
-        for plugin in group.values():
-            attempt(plugin)
-    for name, messages in disagreements(Host()).items():
-        found.setdefault(name, []).extend(f"accelerator {name}: {message}" for message in messages)
-    for name in built_in & others[COMMANDS].keys():
-        plugin = others[COMMANDS][name]
-        found.setdefault(name, []).append(f"{plugin} cannot be run: `qsim {name}` is a command of qsim-core")
-    return found
+    name, group = subject["name"], subject["group"]
+    try:
+        if group == ACCELERATORS:
+            return [f"accelerator {name}: {message}" for message in disagreements(Host(), name)]
+        if group == COMMANDS:
+            load_command(installed([COMMANDS])[COMMANDS][name])
+        else:
+            Host().build_presets(name)
+    except PluginError as error:
+        return [str(error)]
+    return []
 
 
 @click.command()
 @click.option(
     "--check",
     is_flag=True,
-    help="Load each plugin, and compare accelerators with the reference; exit code 1 on a fault.",
+    help="Import each plugin by itself, and compare accelerators with the reference; exit code 1 on a fault.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
@@ -105,15 +138,16 @@ def plugins(ctx: click.Context, check: bool, as_json: bool) -> None:
                 "provides": list(row.provides),
             }
             if check:
-                record["error"] = "; ".join(failed[row.name]) if row.name in failed else None
+                record["error"] = "; ".join(failed.get((row.name, row.distribution), [])) or None
             records.append(record)
         click.echo(json.dumps(records, indent=2))
     else:
         width = max(len(line) for line in lines(found))
         for row, line in zip(found, lines(found), strict=True):
-            click.echo(f"{line:{width}}  {'fails' if row.name in failed else 'ok'}" if check else line)
-    for name in sorted(failed):
-        for message in failed[name]:
-            click.echo(f"Warning: {message}", err=True)
+            click.echo(
+                f"{line:{width}}  {'fails' if (row.name, row.distribution) in failed else 'ok'}" if check else line
+            )
+    for message in dict.fromkeys(message for plugin in sorted(failed) for message in failed[plugin]):
+        click.echo(f"Warning: {message}", err=True)
     if failed:
         sys.exit(1)

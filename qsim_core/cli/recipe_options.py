@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from qsim_core.components.component import Component, Preset, components_in, explain, no_option, read_value
+from qsim_core.components.component import Component, components_in, explain, no_option, read_value
 from qsim_core.components.host import Host
 from qsim_core.errors import PluginError, RecipeError, did_you_mean, file_did_you_mean, with_article
 from qsim_core.evaluation.adapter import Adapter
@@ -172,7 +172,7 @@ def bearing_name(host: Host, plugin: str) -> Component:
 def _other_option(host: Host, name: str) -> str:
     """The option that chooses a component which `--plugin` cannot choose. Empty if there is no such component."""
     for kind, how in HOW_TO_NAME.items():
-        if name in host.components(kind):
+        if name in host.offers(kind):
             return f"{name!r} is {with_article(kind.__name__.lower())}: {how.format(name=name)}"
     return ""
 
@@ -210,10 +210,10 @@ def format_of_width(host: Host, bits: int) -> Format | None:
 def _by_width(host: Host) -> dict[int, list[str]]:
     """The presets that stand for a width, with their plugins."""
     declared: dict[int, list[str]] = {}
-    for name, found in host.components(Format).items():
-        for plugin, offered in found:
-            if isinstance(offered, Preset) and offered.stands_for_bits is not None:
-                declared.setdefault(offered.stands_for_bits, []).append(f"{plugin}.{name}")
+    for name, found in host.offers(Format).items():
+        for offer in found:
+            if offer.stands_for_bits is not None:
+                declared.setdefault(offer.stands_for_bits, []).append(f"{offer.plugin}.{name}")
     return declared
 
 

@@ -61,7 +61,7 @@ class Component(BaseModel):
         return str(self)
 
     def __str__(self) -> str:
-        name, options_of_preset = self.__dict__.get("_written", (self.name, None))
+        name, options_of_preset, _ = self.__dict__.get("_written", (self.name, None, None))
         if options_of_preset is not None:
             if options_of_preset == self._options():
                 return str(name)
@@ -82,13 +82,19 @@ class Component(BaseModel):
     def _options(self) -> dict[str, Any]:
         return {option: getattr(self, option) for option in options_of(type(self))}
 
-    def _named(self, name: str, preset: bool = False) -> Self:
-        """Make a copy whose text has this name: a name with its plugin's, or that of a preset.
+    @property
+    def preset_of(self) -> str | None:
+        """The plugin of the preset that this component is written by; None: by its own name."""
+        plugin: str | None = self.__dict__.get("_written", (self.name, None, None))[2]
+        return plugin
+
+    def _named(self, name: str, preset_of: str | None = None) -> Self:
+        """Make a copy whose text has this name: a name with its plugin's, or that of a plugin's preset.
 
         A preset's name is used as long as the options are unchanged. Equality and hash do not depend on the name.
         """
         copy = self.model_copy()
-        copy.__dict__["_written"] = (name, self._options() if preset else None)
+        copy.__dict__["_written"] = (name, None if preset_of is None else self._options(), preset_of)
         return copy
 
 
@@ -225,3 +231,11 @@ def check_name(name: Any) -> None:
     """Raise `QsimError` unless `name` can stand in a component's text."""
     if not isinstance(name, str) or not BARE_WORD.match(name) or name in CONSTANTS:
         raise QsimError(f"{name!r} is not a name for a component: use letters, digits and _, but not a constant")
+
+
+def check_preset(preset: Preset) -> None:
+    """Raise `QsimError` unless the text and the description of a preset are texts, and its width is a whole number."""
+    if not isinstance(preset.text, str) or not isinstance(preset.doc, str):
+        raise QsimError("the text and the description of a preset are texts")
+    if not isinstance(preset.stands_for_bits, int | None):
+        raise QsimError(f"stands_for_bits is a whole number, not {preset.stands_for_bits!r}")

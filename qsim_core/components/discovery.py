@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, distributions
@@ -18,6 +19,9 @@ ACCELERATORS = "qsim.accelerators"
 """The entry-point group of accelerators."""
 GROUPS = {GROUP: "plugin", COMMANDS: "command", ACCELERATORS: "accelerator"}
 """Each entry-point group, and the noun for its entry points in messages."""
+RESERVED = frozenset({"core", "inline"})
+"""Names of plugins that no distribution may take: the core's own, and the default of `Host.register`."""
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*\Z")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,17 @@ class Plugin:
         return " and ".join(f"{distribution} {version}" for distribution, version in self.claims)
 
     @property
+    def fault(self) -> str:
+        """The reason why a plugin of this name is not imported, for messages; empty: there is none."""
+        if self.rivals:
+            return f"{self.noun} {self.name!r} is claimed by {self.claimants}; uninstall all but one of them"
+        if self.group == GROUP and self.entry is not None and self.name in RESERVED:
+            return f"{self}: the name {self.name!r} is qsim's own; {self.remedy}"
+        if not NAME.match(self.name):
+            return f"{self}: a name has letters, digits, _ and -; {self.remedy}"
+        return ""
+
+    @property
     def remedy(self) -> str:
         """The advice for a distribution that does not load, for messages."""
         return f"reinstall or upgrade {self.distribution}, or uninstall it"
@@ -68,7 +83,7 @@ def installed(groups: Collection[str]) -> dict[str, dict[str, Plugin]]:
         text = distribution.read_text("entry_points.txt")
         if text is None or not any(group in text for group in groups):
             continue
-        name = distribution.name
+        name = distribution.name or "an unnamed distribution"
         for entry in distribution.entry_points:
             if entry.group in claims:
                 claims[entry.group].setdefault(entry.name, {}).setdefault(name, entry)
@@ -85,15 +100,13 @@ def _plugin(group: str, name: str, claim: dict[str, EntryPoint]) -> Plugin:
 
 
 def _version(entry: EntryPoint) -> str:
-    return entry.dist.version if entry.dist is not None else ""
+    return (entry.dist.version or "") if entry.dist is not None else ""
 
 
 def import_plugin(plugin: Plugin) -> Any:
     """Import the plugin's module, command or accelerator. Raises `PluginError` with cause and remedy."""
-    if plugin.rivals:
-        raise PluginError(
-            f"{plugin.noun} {plugin.name!r} is claimed by {plugin.claimants}; uninstall all but one of them"
-        )
+    if plugin.fault:
+        raise PluginError(plugin.fault)
     try:
         if plugin.entry is not None:
             return plugin.entry.load()

@@ -105,7 +105,7 @@ def _hook(name: str, offered: list[Any]) -> Any:
 
 def _checked(plugin: Plugin, implementation: pluggy.HookImpl) -> list[type[Component] | Preset]:
     """Call one hook and check its result. Raises `PluginError` if it breaks the contract."""
-    from qsim_core.components.component import Component, Preset, check_name
+    from qsim_core.components.component import Component, Preset, check_name, check_preset
 
     hook = implementation.function.__name__
     kind = kind_of(hook)
@@ -123,6 +123,8 @@ def _checked(plugin: Plugin, implementation: pluggy.HookImpl) -> list[type[Compo
                 f"{plugin}: {hook} returned {item.__name__}, which is not a subclass of {kind.title()}; {wanted}"
             )
         try:
+            if isinstance(item, Preset):
+                check_preset(item)
             check_name(getattr(item, "name", None))
         except QsimError as error:
             raise PluginError(f"{plugin}: {hook} returned {item!r}: {error}") from None

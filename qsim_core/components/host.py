@@ -1,19 +1,22 @@
 """The host: finds plugins in the installed metadata, loads them one by one, and looks components up by name.
 
-Finding imports nothing. A plugin may fail to load, or break the contract of the hooks. That raises a `PluginError` if
-one of its components is needed, and is ignored otherwise. `Host.check` lists every failure. There is no global plugin
-manager: a program may make its own `Host`, and register objects on it.
+Names are looked up in the catalogue, and the plugins of the components that are used are imported, no others. A plugin
+may fail to load, or break the contract of the hooks. That raises a `PluginError` if one of its components is needed,
+and is ignored otherwise. `Host.check` lists every failure. There is no global plugin manager: a program may make its
+own `Host`, and register objects on it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from qsim_core.components.catalogue import Offer, catalogue, full_name, offers_of
 from qsim_core.components.default_host import set_default_host
 from qsim_core.components.discovery import ACCELERATORS, GROUP, import_plugin, in_one_line
 from qsim_core.components.discovery import Plugin as Plugin
@@ -47,10 +50,12 @@ class Host:
     def __init__(self, *, discover: bool = True) -> None:
         core = Plugin("core", "qsim-core", _core_version(), module="qsim_core.sites.core_components")
         found = installed_entries([GROUP, ACCELERATORS]) if discover else {GROUP: {}, ACCELERATORS: {}}
-        self._plugins = {"core": core, **found[GROUP]}
+        self._plugins = {**found[GROUP], "core": core}
         self._accelerators = found[ACCELERATORS].keys()
         self._loaded: dict[str, Offers | PluginError] = {}
-        self._everything: dict[str, list[tuple[str, type[Component] | Preset]]] | None = None
+        self._catalogue: dict[str, list[Offer] | PluginError] = {}
+        self._by_name: dict[str, list[Offer]] = {}
+        self._named: frozenset[str] = frozenset()
 
     @property
     def plugins(self) -> dict[str, Plugin]:
@@ -69,7 +74,6 @@ class Host:
         if name in self._plugins:
             raise PluginError(f"a plugin named {name!r} is there already; give register() another name=")
         self._plugins[name] = Plugin(name, "inline", "0", module=module)
-        self._everything = None
         try:
             self.load(name)
         except PluginError:
@@ -90,49 +94,122 @@ class Host:
             raise result
         return result
 
+    def naming(self, plugins: Iterable[str]) -> Host:
+        """This host, where a name that several plugins offer means the component of one of `plugins`.
+
+        Raises `PluginError` for a plugin that is not installed.
+        """
+        host = copy.copy(self)
+        host._named = frozenset(plugins)
+        for name in sorted(host._named - self._plugins.keys()):
+            raise PluginError(f"no plugin {name!r} is installed{did_you_mean(name, self._plugins)}")
+        return host
+
     def check(self) -> dict[str, PluginError]:
-        """Load every plugin, and give the failures by plugin name."""
-        failures = {}
-        for name in self.plugins:
+        """Give the plugins that cannot be used, with the reasons."""
+        return {name: found for name, found in self._described().items() if isinstance(found, PluginError)}
+
+    def verify(self) -> dict[str, PluginError]:
+        """Give the plugins that cannot be used, or have a preset that cannot be built, with the reasons."""
+        failures = self.check()
+        for name in self._plugins.keys() - failures.keys():
             try:
-                self.load(name)
+                self.build_presets(name)
             except PluginError as error:
                 failures[name] = error
         return failures
 
-    def verify(self) -> dict[str, PluginError]:
-        """Load every plugin and build every preset, and give the failures by plugin name."""
-        failures = self.check()
-        for name, found in self.components().items():
-            for plugin, offered in found:
-                if isinstance(offered, type):
-                    continue
-                try:
-                    self.parse(f"{plugin}.{name}")
-                except QsimError as error:
-                    failures.setdefault(plugin, PluginError(f"{self._plugins[plugin]}: {error}"))
-        return failures
+    def build_presets(self, plugin: str) -> None:
+        """Build every preset of a plugin. Raises `PluginError` for one that cannot be built."""
+        for offer in self._offers_of(plugin):
+            try:
+                if offer.text is not None:
+                    self.parse(f"{plugin}.{offer.name}")
+            except QsimError as error:
+                raise PluginError(f"{self._plugins[plugin]}: {error}") from error
+
+    def rivals(self) -> Iterator[tuple[str, str]]:
+        """Give each plugin that offers what another one offers too, with a message that names both."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for offer in (offer for offers in self.offers().values() for offer in offers):
+            found.setdefault((self._hook(offer), f"component {offer.name!r}"), []).append(offer.plugin)
+            for family in {*offer.families, offer.name} if offer.hook == "qsim_adapters" else ():
+                found.setdefault(("family", f"family {family!r}"), []).append(offer.plugin)
+            for model in offer.models:
+                found.setdefault(("model", f"model {model!r}"), []).append(offer.plugin)
+        for (_, what), plugins in found.items():
+            others = sorted(set(plugins))
+            for plugin in others if len(others) > 1 else ():
+                yield plugin, f"{what} is offered by {' and '.join(str(self._plugins[other]) for other in others)}"
+
+    def offers(self, kind: type[Component] | None = None) -> dict[str, list[Offer]]:
+        """Every component class and preset of a kind by name, described: those of one name are sorted by plugin.
+
+        No plugin is imported. Those of plugins that cannot be used are left out.
+        """
+        self._described()
+        if kind is None:
+            return self._by_name
+        fitting = {name: [one for one in found if self._is(one, kind)] for name, found in self._by_name.items()}
+        return {name: found for name, found in sorted(fitting.items()) if found}
 
     def components(self, kind: type[Component] | None = None) -> dict[str, list[tuple[str, type[Component] | Preset]]]:
-        """Every component class and preset by name: a list of (plugin, class or preset), sorted by plugin.
+        """Every component class and preset of a kind by name: a list of (plugin, class or preset), sorted by plugin.
 
-        Those of plugins that do not load are left out. With `kind`, only components of this kind are listed.
+        Their plugins are imported; those of plugins that do not load are left out.
         """
-        if self._everything is None:
-            found: dict[str, list[tuple[str, type[Component] | Preset]]] = {}
-            failures = self.check()
-            for plugin in self.plugins.keys() - failures.keys():
-                for offered in self.load(plugin).items():
-                    found.setdefault(offered.name, []).append((plugin, offered))
-            self._everything = {name: sorted(found[name], key=lambda pair: pair[0]) for name in sorted(found)}
-        if kind is None:
-            return dict(self._everything)
-        fitting = {}
-        for name, found_here in self._everything.items():
-            of_kind = [(plugin, offered) for plugin, offered in found_here if issubclass(self.class_of(offered), kind)]
-            if of_kind:
-                fitting[name] = of_kind
-        return fitting
+        found: dict[str, list[tuple[str, type[Component] | Preset]]] = {}
+        for name, offers in self.offers(kind).items():
+            for offer in offers:
+                with contextlib.suppress(PluginError):
+                    found.setdefault(name, []).append((offer.plugin, self.get(offer)))
+        return found
+
+    def get(self, offer: Offer) -> type[Component] | Preset:
+        """The class or the preset that an offer describes; its plugin is imported. Raises `PluginError`."""
+        for item in self.load(offer.plugin).items():
+            if item.name == offer.name:
+                return item
+        raise PluginError(f"{self._plugins[offer.plugin]} offers no {offer.name!r} here, but does so elsewhere")
+
+    def _described(self) -> dict[str, list[Offer] | PluginError]:
+        """The catalogue: installed plugins are described without being imported, others as they are."""
+        missing = self._plugins.keys() - self._catalogue.keys()
+        found = [self._plugins[name] for name in sorted(missing) if self._plugins[name].entry is not None]
+        self._catalogue |= zip((plugin.name for plugin in found), catalogue(found), strict=True)
+        for name in missing - self._catalogue.keys():
+            try:
+                self._catalogue[name] = offers_of(name, self.load(name).items())
+            except PluginError as error:
+                self._catalogue[name] = error
+        for name in sorted(missing):
+            described = self._catalogue[name]
+            for offer in [] if isinstance(described, PluginError) else described:
+                self._by_name.setdefault(offer.name, []).append(offer)
+                self._by_name[offer.name].sort(key=lambda one: one.plugin)
+        return self._catalogue
+
+    def _is(self, offer: Offer, kind: type[Component]) -> bool:
+        """Tell if an offer is of a kind: a class by its base classes, a preset by the class in its text."""
+        target = self._target(offer)
+        return kind.hook == "" if target is None else full_name(kind) in target.bases
+
+    def _target(self, offer: Offer) -> Offer | None:
+        """The class of an offer: itself, or the class in a preset's text; None for a text without one."""
+        from qsim_core.components.syntax import read
+
+        if offer.text is None:
+            return offer
+        try:
+            plugin, _, bare = (read(offer.text).name or "").rpartition(".")
+        except SpecError:  # building the preset reports this
+            return None
+        classes = [one for one in self._by_name.get(bare, []) if one.text is None and plugin in ("", one.plugin)]
+        return next(iter(self.preferred(classes, self.scope(offer.plugin))), None)
+
+    def preferred(self, offers: list[Offer], scope: frozenset[str] = frozenset()) -> list[Offer]:
+        """The offers of plugins in a scope, by default those that `naming` was given; all of them if none is there."""
+        return [offer for offer in offers if offer.plugin in (scope or self._named)] or offers
 
     def classes_without_search(self, kind: type[Component]) -> list[type[Component]]:
         """The component classes of this kind in registered plugins, and in plugins that are accelerators too.
@@ -140,8 +217,9 @@ class Host:
         Only these plugins are imported. One that does not load is left out.
         """
         found: list[type[Component]] = []
-        for name, plugin in self.plugins.items():
-            if plugin.entry is None or name in self._accelerators:
+        usable = self._plugins.keys() - self.check().keys()
+        for name in sorted(usable):
+            if self._plugins[name].entry is None or name in self._accelerators:
                 with contextlib.suppress(PluginError):
                     offers = self.load(name).items()
                     found += [one for one in offers if isinstance(one, type) and issubclass(one, kind)]
@@ -152,55 +230,61 @@ class Host:
 
         Raises `QsimError` if there is none of this kind, or if several plugins offer one.
         """
-        return self._find(name, kind, frozenset())[1]
+        return self.get(self._find(name, kind, frozenset()))
 
-    def _find(
-        self, name: str, kind: type[Component] | None, scope: frozenset[str]
-    ) -> tuple[str, type[Component] | Preset]:
-        """Find a plugin and its class or preset with this name; of several plugins, the one in `scope`."""
-        from qsim_core.components.component import Component, Preset
+    def _find(self, name: str, kind: type[Component] | None, scope: frozenset[str]) -> Offer:
+        """Find a class or preset with this name; of several plugins that offer one, the plugin in `scope`."""
+        from qsim_core.components.component import Component
 
         kind = kind or Component
         plugin, _, bare = name.rpartition(".")
         if plugin:
-            candidates = [(plugin, item) for item in self.load(plugin).items() if item.name == bare]
+            candidates = [offer for offer in self._offers_of(plugin) if offer.name == bare]
         else:
-            candidates = self.components().get(bare, [])
-        fitting = self._of_first_kind([pair for pair in candidates if issubclass(self.class_of(pair[1]), kind)])
+            candidates = self.offers().get(bare, [])
+        fitting = self._of_first_kind([offer for offer in candidates if self._is(offer, kind)])
+        fitting = self.preferred(fitting, scope)
         if len(fitting) > 1:
-            in_scope = [pair for pair in fitting if pair[0] in scope]
-            if len(in_scope) == 1:
-                fitting = in_scope
-        if len(fitting) > 1:
-            offering = " and ".join(str(self._plugins[other]) for other, _ in fitting)
-            choices = " or ".join(f"{other}.{bare}" for other, _ in fitting)
+            offering = " and ".join(str(self._plugins[offer.plugin]) for offer in fitting)
+            choices = " or ".join(f"{offer.plugin}.{bare}" for offer in fitting)
             raise PluginError(f"{bare!r} is offered by {offering}; write {choices}")
         if fitting:
             return fitting[0]
-        known = [found[0][1] for found in self.components(kind).values()]
+        known = [found[0] for found in self.offers(kind).values()]
         if plugin:
-            known = list(self.load(plugin).items())
-        descriptions = {offered.name: offered.doc for offered in known if isinstance(offered, Preset)}
+            known = self._offers_of(plugin)
+        descriptions = {offer.name: offer.doc for offer in known if offer.text is not None}
         if candidates and not described_as(bare, descriptions):
-            raise QsimError(
-                f"{name!r} is {with_article(self.class_of(candidates[0][1]).kind)}, not {with_article(kind.kind)}"
-            )
+            found = self.class_of(self.get(candidates[0]))
+            raise QsimError(f"{name!r} is {with_article(found.kind)}, not {with_article(kind.kind)}")
         failures = self.check()
         if bare in failures:  # the plugin with this name probably offers the component
             raise failures[bare]
-        hint = did_you_mean(bare, [offered.name for offered in known], descriptions)
+        hint = did_you_mean(bare, [offer.name for offer in known], descriptions)
         raise QsimError(f"no {kind.kind} {name!r}{hint}{self.not_looked_at()}")
 
-    def _of_first_kind(
-        self, offers: list[tuple[str, type[Component] | Preset]]
-    ) -> list[tuple[str, type[Component] | Preset]]:
-        """Keep the classes and presets of the first hook, in the order of `HOOKS`: `int8` is the format."""
+    def _offers_of(self, plugin: str) -> list[Offer]:
+        """The offers of a plugin that is named. Raises `PluginError` with the reason if it cannot be used."""
+        self.load(plugin)
+        described = self._described()[plugin]
+        if isinstance(described, PluginError):
+            raise described
+        return described
+
+    def _of_first_kind(self, offers: list[Offer]) -> list[Offer]:
+        """Keep the offers of the first hook, in the order of `HOOKS`: `int8` is the format."""
         import qsim_core.components.hook_validation as hook_validation
 
-        hooks = {self.class_of(offered).hook for _, offered in offers}
+        hooks = {self._hook(offer) for offer in offers}
         first = next((hook for hook in hook_validation.HOOKS if hook in hooks), "")
-        return [(plugin, offered) for plugin, offered in offers if self.class_of(offered).hook == first]
+        return [offer for offer in offers if self._hook(offer) == first]
 
+    def _hook(self, offer: Offer) -> str:
+        """The hook of an offer's class, which for a preset is that of the class in its text."""
+        target = self._target(offer)
+        return "" if target is None else target.hook
+
+    @functools.cache  # noqa: B019 - a program makes few hosts
     def scope(self, plugin: str) -> frozenset[str]:
         """The plugins whose components a plugin may name: itself, the core, and its distribution's dependencies."""
         entry = self._plugins[plugin].entry
@@ -225,22 +309,21 @@ class Host:
             what = "a list" if isinstance(node.value, list) else repr(node.value)
             raise node.error(f"expected {with_article((kind or Component).kind)}, found {what}")
         try:
-            plugin, found = self._find(node.name, kind, node.scope)
+            offer = self._find(node.name, kind, node.scope)
+            found = self.get(offer)
         except PluginError:
             raise
         except QsimError as error:
             raise node.error(str(error)) from None
-        hook = self.class_of(found).hook
-        same_name = [offered for _, offered in self.components().get(found.name, ())]
-        unique = sum(self.class_of(offered).hook == hook for offered in same_name) == 1
-        name = found.name if unique else f"{plugin}.{found.name}"
-        scope = self.scope(plugin)
+        unique = sum(self._hook(other) == self._hook(offer) for other in self.offers()[offer.name]) == 1
+        name = offer.name if unique else f"{offer.plugin}.{offer.name}"
+        scope = self.scope(offer.plugin)
         if not isinstance(found, Preset):
             component = construct(found, node, self, scope)
             return component if unique else component._named(name)
         definition = read(found.text, scope)
         try:
-            preset = self.build(definition, kind)._named(name, preset=True)
+            preset = self.build(definition, kind)._named(name, preset_of=offer.plugin)
         except SpecError as error:
             raise PluginError(f"preset {found.name!r} cannot be built: {error}") from error
         if node.arguments:
@@ -262,20 +345,21 @@ class Host:
                 return result.plugin
         return None
 
+    def plugins_of(self, component: Component) -> list[Plugin]:
+        """The loaded plugins that offer this component's class, and the preset that it is written by."""
+        found = (self.plugin_of(component), self._plugins.get(component.preset_of or ""))
+        return [plugin for plugin in found if plugin is not None]
+
     def class_of(self, offered: type[Component] | Preset) -> type[Component]:
         """The class of a preset's component; a component class is returned as it is."""
         from qsim_core.components.component import Component, Preset
-        from qsim_core.components.syntax import read
 
         if not isinstance(offered, Preset):
             return offered
-        try:
-            plugin, _, bare = (read(offered.text).name or "").rpartition(".")
-        except SpecError:  # building the preset reports this
-            return Component
-        for other, target in self.components().get(bare, []):
-            if other == (plugin or other) and not isinstance(target, Preset):
-                return target
+        for offer in self.offers().get(offered.name, []):
+            if offer.text == offered.text and (target := self._target(offer)) is not None:
+                cls = self.get(target)
+                return cls if isinstance(cls, type) else Component
         return Component
 
     @staticmethod
@@ -286,9 +370,9 @@ class Host:
         module = import_plugin(plugin)
         try:
             return Offers(plugin, hook_validation.offers(plugin, module))
-        except PluginError:
+        except (PluginError, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except BaseException as error:
             raise PluginError(f"{plugin}: {in_one_line(error)}; {plugin.remedy}") from error
 
 

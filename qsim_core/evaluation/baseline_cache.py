@@ -33,7 +33,7 @@ def baseline_entry(
     if run.work_dir is None:
         return None
     parts = [job.evaluator, *job.located.components]
-    plugins = {plugin for part in parts for c in components_in(part) if (plugin := host.plugin_of(c)) is not None}
+    plugins = {plugin for part in parts for c in components_in(part) for plugin in host.plugins_of(c)}
     options = (run.batch_size, run.limit, run.seed, run.allow_code_execution)
     made_from = itertools.chain(
         of_model(loaded.model),

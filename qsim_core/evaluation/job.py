@@ -110,7 +110,7 @@ def _evaluator(located: Located, host: Host) -> Evaluator:
     try:
         return host.parse(text, Evaluator)  # type: ignore[no-any-return]
     except SpecError as error:
-        known = ", ".join(host.components(Evaluator)) or "none"
+        known = ", ".join(host.offers(Evaluator)) or "none"
         raise RecipeError(
             f"{located.name} is evaluated by {text!r}, and no evaluator of that name is installed (there are: "
             f"{known}); install one, or say another with `evaluate:`"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from qsim_core.components.catalogue import Offer
 from qsim_core.components.component import Component
 from qsim_core.components.host import Host
 from qsim_core.errors import ModelError, did_you_mean, file_did_you_mean
@@ -48,28 +49,60 @@ class Located:
         return notes
 
 
-def named_models(host: Host) -> dict[str, tuple[Adapter, NamedModel]]:
-    """Every model that an installed adapter knows by name."""
-    return {name: (adapter, model) for adapter in _adapters(host) for name, model in adapter.models().items()}
+def named_models(host: Host) -> dict[str, list[Offer]]:
+    """The adapters that know a model by name, for each such name; no adapter is imported."""
+    found: dict[str, list[Offer]] = {}
+    for offer in _adapters(host):
+        for name in offer.models:
+            found.setdefault(name, []).append(offer)
+    return found
 
 
 def default_model(host: Host) -> str:
     """The model of a recipe that names none: the one that an installed adapter declares. Raises `ModelError`."""
-    declared = [name for name, (_, model) in named_models(host).items() if model.is_default]
+    named = named_models(host)
+    declared = [
+        name if len(named[name]) == 1 else f"{offer.plugin}.{name}"
+        for offer in host.preferred(_adapters(host))
+        for name, is_default in offer.models.items()
+        if is_default
+    ]
     if len(declared) != 1:
         several = f" ({' and '.join(declared)} are each declared as the default)" if declared else ""
         raise ModelError(f"no model is named, and there is no default model{several}; name one{host.not_looked_at()}")
     return declared[0]
 
 
+def named_model(name: str, host: Host) -> tuple[str, Adapter, NamedModel] | None:
+    """The model that an adapter knows as `name` or `plugin.name`, and its name; None if no adapter does.
+
+    Raises `ModelError` for a name that several plugins have.
+    """
+    named = named_models(host)
+    plugin, _, bare = name.rpartition(".")
+    if plugin in host.plugins and bare in named:
+        offers = [offer for offer in named[bare] if offer.plugin == plugin]
+    else:
+        bare, offers = name, host.preferred(named.get(name, []))
+    if len(offers) > 1:
+        plugins = " and ".join(str(host.plugins[offer.plugin]) for offer in offers)
+        raise ModelError(
+            f"{name!r} is named by {plugins}; write {' or '.join(f'{offer.plugin}.{name}' for offer in offers)}"
+        )
+    if not offers:
+        return None
+    adapter = _made(offers[0], host)
+    return (bare if len(named[bare]) == 1 else f"{offers[0].plugin}.{bare}"), adapter, adapter.models()[bare]
+
+
 def locate(name: str, host: Host) -> Located:
     """Find a model and the adapter of its family. Raises `ModelError`."""
     named = named_models(host)
-    if name in named:
-        library, model = named[name]
+    if (found := named_model(name, host)) is not None:
+        known_as, library, model = found
         directory = str(model.directory())
         adapter = _adapter(directory, name, host)
-        return Located(name, directory, adapter, (adapter, library), model.data, model.calibration, model.evaluator)
+        return Located(known_as, directory, adapter, (adapter, library), model.data, model.calibration, model.evaluator)
     if not name.strip():
         raise ModelError(f"an empty name is not a model{did_you_mean(name, named)}")
     path = Path(name).expanduser()
@@ -104,38 +137,46 @@ def _check_name(name: str, path: Path, named: Iterable[str], host: Host) -> None
         raise ModelError(f"no model {name!r}{did_you_mean(name, named)}{host.not_looked_at()}")
 
 
-def _adapters(host: Host) -> list[Adapter]:
-    """Every installed adapter, with its default options."""
-    offers = [offered for found in host.components(Adapter).values() for _, offered in found]
-    return [offered() for offered in offers if isinstance(offered, type) and issubclass(offered, Adapter)]
+def _adapters(host: Host) -> list[Offer]:
+    """Every adapter of an installed plugin."""
+    return [offer for found in host.offers(Adapter).values() for offer in found]
+
+
+def _made(offer: Offer, host: Host) -> Adapter:
+    """Import an adapter and make it, with its default options. Raises `PluginError`."""
+    return host.parse(f"{offer.plugin}.{offer.name}", Adapter)  # type: ignore[no-any-return]
 
 
 def _adapter(source: str, name: str, host: Host) -> Adapter:
     """The one adapter that bears the family's name, or has it among its `families`; else a fallback adapter."""
     family = _family(source, name, host)
-    offers = [(plugin, offered) for found in host.components(Adapter).values() for plugin, offered in found]
-    fitting = [(p, o) for p, o in offers if family.replace("-", "_") == o.name or family in getattr(o, "families", ())]
+    of_family = family.replace("-", "_")
+    fitting = [offer for offer in _adapters(host) if of_family == offer.name or family in offer.families]
+    fitting = host.preferred(fitting)
     if len(fitting) > 1:
-        plugins = " and ".join(str(host.plugins[plugin]) for plugin, _ in fitting)
+        plugins = " and ".join(str(host.plugins[offer.plugin]) for offer in fitting)
         raise ModelError(f"{name} is a {family!r} model, which {plugins} load; uninstall all but one of them")
     if fitting:
-        ((plugin, offered),) = fitting
-        return host.parse(f"{plugin}.{offered.name}", Adapter)  # type: ignore[no-any-return]
-    if (failure := host.check().get(family.replace("-", "_"))) is not None:
+        return _made(fitting[0], host)
+    if (failure := host.check().get(of_family)) is not None:
         raise failure
     return _fallback(source, name, family, host)
+
+
+def _fallbacks(host: Host) -> list[Adapter]:
+    """The fallback adapters; no other adapter is imported."""
+    return [_made(offer, host) for offer in _adapters(host) if offer.fallback]
 
 
 def _family(source: str, name: str, host: Host) -> str:
     """The family that a directory's configuration names, or that a fallback adapter finds. Raises `ModelError`."""
     directory, refused = Path(source), None
     found = configuration.family(configuration.read_directory(directory)) if directory.is_dir() else None
-    for adapter in _adapters(host):
-        if found is None and adapter.fallback:
-            try:
-                found = adapter.family(source)
-            except ModelError as error:
-                refused = refused or error
+    for adapter in _fallbacks(host) if found is None else []:
+        try:
+            found = found or adapter.family(source)
+        except ModelError as error:
+            refused = refused or error
     if found is not None:
         return found
     if refused is not None:
@@ -150,11 +191,10 @@ def _family(source: str, name: str, host: Host) -> str:
 
 def _fallback(source: str, name: str, family: str, host: Host) -> Adapter:
     """The one fallback adapter that recognizes a model. Raises `ModelError` if there is none, or more than one."""
-    adapters, reasons = _adapters(host), []
-    recognizing = []
-    for adapter in adapters:
+    recognizing, reasons = [], []
+    for adapter in _fallbacks(host):
         try:
-            if adapter.fallback and adapter.recognizes(source):
+            if adapter.recognizes(source):
                 recognizing.append(adapter)
         except ModelError as error:
             reasons.append(str(error))
@@ -164,7 +204,7 @@ def _fallback(source: str, name: str, family: str, host: Host) -> Adapter:
     if recognizing:
         return recognizing[0]
     why = f": {'; '.join(reasons)}" if reasons else ""
-    known = ", ".join(adapter.name for adapter in adapters if not adapter.fallback) or "none"
+    known = ", ".join(offer.name for offer in _adapters(host) if not offer.fallback) or "none"
     raise ModelError(
         f"{name} is a {family!r} model, no adapter of that name is installed (there are: {known}), and it cannot be "
         f"loaded without one{why}; from Python, qsim_core.simulate takes any model"

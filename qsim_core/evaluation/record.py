@@ -64,6 +64,6 @@ def same_data(result: Result, rerun: Result) -> None:
 def _plugins(job: Job, host: Host) -> dict[str, PluginRecord]:
     """Every plugin that offers a component of the recipe, or had a part in finding the model."""
     parts: list[Any] = [job.recipe, *job.located.components]
-    found = {host.plugin_of(component) for part in parts for component in components_in(part)}
-    plugins = sorted((plugin for plugin in found if plugin is not None), key=lambda plugin: plugin.name)
+    found = {plugin for part in parts for component in components_in(part) for plugin in host.plugins_of(component)}
+    plugins = sorted(found, key=lambda plugin: plugin.name)
     return {p.name: PluginRecord(distribution=p.distribution, version=p.version) for p in plugins}

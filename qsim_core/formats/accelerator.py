@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from qsim_core.components.catalogue import catalogue
+from qsim_core.components.discovery import ACCELERATORS, Plugin, import_plugin, installed
+from qsim_core.errors import PluginError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-GROUP = "qsim.accelerators"
 log = logging.getLogger(__name__)
 
 
@@ -49,7 +51,9 @@ def accelerators() -> tuple[Accelerator, ...]:
 def accelerators_by_name() -> dict[str, Accelerator]:
     """Give the accelerators in use by the name of their entry point, or of their class."""
     if not _loaded:
-        found = {entry.name: _load(entry) for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)}
+        plugins = installed([ACCELERATORS])[ACCELERATORS]
+        described = zip(plugins, catalogue([*plugins.values()]), strict=True)
+        found = {name: _load(plugins[name], offers) for name, offers in sorted(described)}
         _loaded.append({name: accelerator for name, accelerator in found.items() if accelerator is not None})
     return _loaded[-1]
 
@@ -92,10 +96,12 @@ def compiled(source: Path, elements: int) -> Any:
     return None
 
 
-def _load(entry: EntryPoint) -> Accelerator | None:
+def _load(plugin: Plugin, described: Any) -> Accelerator | None:
     try:
-        accelerator: Accelerator = entry.load()
-    except Exception as error:
-        log.warning("accelerator %r is not used: %s: %s", entry.name, type(error).__name__, error)
+        if isinstance(described, PluginError):
+            raise described
+        accelerator: Accelerator = import_plugin(plugin)
+    except PluginError as error:
+        log.warning("accelerator %r is not used: %s", plugin.name, error)
         return None
     return accelerator

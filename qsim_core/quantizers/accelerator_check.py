@@ -1,4 +1,4 @@
-"""Compare each accelerator with the reference, bit for bit, on tensors with special values."""
+"""Compare an accelerator with the reference, bit for bit, on tensors with special values."""
 
 from __future__ import annotations
 
@@ -22,18 +22,14 @@ BITS = {2: torch.int16, 4: torch.int32}
 Quantize = Callable[[], Tensor]
 
 
-def disagreements(host: Host) -> dict[str, list[str]]:
-    """Compare each accelerator in use with the reference; give a message for each quantizer that differs, by name.
+def disagreements(host: Host, name: str) -> list[str]:
+    """Compare an accelerator in use with the reference; give a message for each quantizer that differs.
 
     The quantizers are the formats, schemes and presets of a host that need no option. A scheme that needs only an
     element is tried with each format.
     """
-    quantizers = list(_quantizers(host))
-    found = {
-        name: [message for quantizer in quantizers for message in _compared(accelerator, quantizer)]
-        for name, accelerator in accelerators_by_name().items()
-    }
-    return {name: messages for name, messages in found.items() if messages}
+    accelerator = accelerators_by_name()[name]
+    return [message for quantizer in _quantizers(host) for message in _compared(accelerator, quantizer)]
 
 
 def special_values() -> Tensor:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from importlib.metadata import entry_points
 
 import pytest
 
-from qsim_core.formats.accelerator import GROUP, accelerated_by, accelerators, at_once
+from qsim_core.components.discovery import ACCELERATORS, installed
+from qsim_core.formats.accelerator import accelerated_by, accelerators, at_once
 
-WAYS = ("accelerated", "reference") if entry_points(group=GROUP) else ("reference",)
+WAYS = ("accelerated", "reference") if installed([ACCELERATORS])[ACCELERATORS] else ("reference",)
 
 
 @contextlib.contextmanager

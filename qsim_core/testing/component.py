@@ -54,7 +54,7 @@ class ComponentSuite:
     def test_it_is_found_through_an_entry_point(self, component: Any) -> None:
         host, name = installed(), read(str(component)).name or ""
         plugin, _, bare = name.rpartition(".")
-        offering = {where for where, _ in host.components(self.base).get(bare, ()) if where == (plugin or where)}
+        offering = {offer.plugin for offer in host.offers(self.base).get(bare, ()) if plugin in ("", offer.plugin)}
         entries = {where for where in offering if where == "core" or host.plugins[where].entry is not None}
 
         assert entries, f'{component} was registered by hand; its plugin needs an entry point in group "qsim"'

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qsim_core import Data, DataError, LoadedModel, Metrics, Run
 from qsim_core.components.host import installed
-from qsim_core.evaluation.locate import named_models
+from qsim_core.evaluation.locate import named_model
 from qsim_evaluators import ddim
 from qsim_evaluators.features import Features, describe, features
 from qsim_evaluators.fitting import device
@@ -82,8 +82,8 @@ class Frechet(ddim.FromNoise):
 
     def default_data(self) -> Data | None:
         """Return the evaluation data of the model that computes features, if the model has any."""
-        named = named_models(installed())
-        return named[self.features][1].data() if self.features in named else None
+        named = named_model(self.features, installed())
+        return None if named is None else named[2].data()
 
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
         """Compute `frechet_distance`, NaN if an image is not finite, and count `images` and `reference_images`."""
