@@ -138,12 +138,12 @@ def confine(request: dict[str, Any]) -> None:
     instructions = ctypes.create_string_buffer(code, len(code))
     filter_program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(instructions))
     _control(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, filter_program)
-    for what, attempt in ATTEMPTS.items():
+    for name, attempt in ATTEMPTS.items():
         try:
             attempt()
         except (PermissionError, ValueError):
             continue
-        raise Unconfined(f"a confined program could {what}")
+        raise Unconfined(f"a confined program could {name}")
 
 
 def become_nobody() -> None:
