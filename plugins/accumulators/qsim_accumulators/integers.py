@@ -59,7 +59,9 @@ class IntegerAccumulator(Accumulator):
         """Multiply rows `[..., M, K]` and `[..., N, K]` to `[..., M, N]`, block by block of common scales."""
         first, second = (2.0 ** digits_of(rows.element) for rows in (left, right))
         parts = (
-            self.add_up(x.units * first, w.units * second) * (x.scale / (first * second)) * w.scale.transpose(-1, -2)
+            self.add_up(_times(x.units, first), _times(w.units, second))
+            * (x.scale / (first * second))
+            * w.scale.transpose(-1, -2)
             for x, w in left.blocks_with(right)
         )
         return functools.reduce(torch.add, parts).to(left.values.dtype)
@@ -139,6 +141,10 @@ class IntegerAccumulator(Accumulator):
     @staticmethod
     def _highest(bits: int) -> float:
         return 2.0 ** (bits - 1) - 1
+
+
+def _times(units: Tensor, factor: float) -> Tensor:
+    return units if factor == 1 else units * factor
 
 
 def _largest(rows: Tensor) -> float:
