@@ -47,13 +47,13 @@ class BiasCorrection(Transform):
 
     def apply(self, model: nn.Module, context: Context) -> None:
         """Correct every bias beside a quantized weight, in one pass. Raises `DataError` without calibration data."""
-        known = {name for name, _ in model.named_parameters()}
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         biases = {}
         for weight in context.weights():
             bias = weight.name.removesuffix("weight") + "bias"
             if weight.name in context.sites.weights.pinned:
                 context.report(weight.name, note="left alone: its weight lies on its grid already")
-            elif not weight.name.endswith("weight") or bias not in known:
+            elif not weight.name.endswith("weight") or bias not in shapes:
                 context.report(weight.name, note="left alone: it has no bias of its own")
             else:
                 biases[weight.site.name] = bias
@@ -62,16 +62,23 @@ class BiasCorrection(Transform):
                         f"{self} comes before the static scale of {weight.site.name} is known; leave activations out"
                     )
         sums: dict[str, Sums] = defaultdict(Sums)
+        in_parts: set[str] = set()
         roles = ("weight", "input") if self.activations else ("weight",)
 
         def watch(site: Site, call: Call) -> None:
             if site.name in biases:
                 exact = call.result.rows(call.run(call.operands))
                 quantized = call.result.rows(context.simulated(site, call, roles))
-                sums[site.name].add(exact.flatten(0, -2), quantized.flatten(0, -2))
+                if exact.shape[-1:] == shapes[biases[site.name]]:
+                    sums[site.name].add(*(found.reshape(-1, found.shape[-1]) for found in (exact, quantized)))
+                else:
+                    in_parts.add(site.name)
 
         context.observe(watch, "bias correction")
         for site, bias in biases.items():
+            if site in in_parts:
+                context.report(bias, note="left alone: its weight is used in parts")
+                continue
             if site not in sums or not sums[site].count:
                 context.report(bias, note="left alone: no calibration sample reached it")
                 continue

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from pydantic import Field
+from qsim_structure import NormGroup, Structure
 from qsim_structure.for_transforms import scale_group, structure_of
 from torch import Tensor, nn
 
@@ -121,11 +123,12 @@ class Hadamard(Transform):
 
     x W = (x D H)(Hᵀ D W): the weights are rotated once, the inputs in each forward. So it works on any model, with any
     norms, residuals and ties. `attention` rotates q and k, after any rotary embedding: q kᵀ = (q D H)(k D H)ᵀ.
-    `fold_norms` first moves the norms' weights into the linears that read them, where the structure allows it. Source:
-    QuaRot (arXiv 2404.00456), sections 3 and 4, with randomized Hadamard matrices as there.
+    `fold_norms` first moves the norms' weights into the linears that read them, where the structure allows it and one
+    of these is rotated. Source: QuaRot (arXiv 2404.00456), sections 3 and 4, with randomized Hadamard matrices as
+    there.
 
     Left alone, and reported, are sizes without a Hadamard matrix and convolutions. So are weights that are tied, used
-    in two ways, or already on a grid.
+    in two ways, read by another operator, or already on a grid.
     """
 
     name = "hadamard"
@@ -135,8 +138,7 @@ class Hadamard(Transform):
 
     def apply(self, model: nn.Module, context: Context) -> None:
         """Rotate every weight that is quantized or whose input is, and say which were left alone, and why."""
-        if self.fold_norms:
-            _fold_norms(model, context)
+        structure = structure_of(context)
         seen: dict[str, list[Layout | None]] = defaultdict(list)
         heads: dict[str, int] = {}
 
@@ -147,39 +149,42 @@ class Hadamard(Transform):
             heads[site.name] = call.layouts[0].rows(call.operands[0]).shape[-1]
 
         context.look(watch)
+        rotated: dict[str, Site] = {}
         for site in context.sites.table.values():
             if site.weight is not None and (site.plan.weight or site.plan.input):
-                self._rotate(site, seen[site.name], model, context)
+                reason = _reason(site, seen[site.name], model.get_parameter(site.weight), context, structure)
+                if reason is None:
+                    rotated[site.weight] = site
+                else:
+                    context.report(site.weight, note=f"left alone: {reason}")
             elif self.attention and site.plan.input and any(alias.endswith(":qk") for alias in site.aliases):
                 if reason := _unknown(heads[site.name]):
                     context.report(site.name, note=f"left alone: {reason}")
                 elif not site.rotations:
                     site.rotations = dict.fromkeys(("input", "input2"), rotation(heads[site.name], self.seed))
+        if self.fold_norms:
+            _fold_norms(model, [g for g in structure.groups if not rotated.keys().isdisjoint(g.weights)], context)
+        for name, site in rotated.items():
+            self._rotate(name, site, seen[site.name][0], model, context)
 
-    def _rotate(self, site: Site, seen: list[Layout | None], model: nn.Module, context: Context) -> None:
-        assert site.weight is not None
-        parameter = model.get_parameter(site.weight)
-        reason = _reason(site, seen, parameter, context)
-        if reason is not None:
-            context.report(site.weight, note=f"left alone: {reason}")
-            return
-        with context.timed() as seconds, editing(model, site.weight) as parameters:
-            parameter, layout = parameters[site.weight], seen[0]
-            assert layout is not None
+    def _rotate(self, name: str, site: Site, layout: Layout | None, model: nn.Module, context: Context) -> None:
+        assert layout is not None
+        with context.timed() as seconds, editing(model, name) as parameters:
+            parameter = parameters[name]
             rows = layout.rows(parameter)
             site.rotations["input"] = turn = rotation(rows.shape[-1], self.seed)
             before = _peak(rows)
             parameter.copy_(layout.back(turn(rows.double())))
             measure = "largest weight over the root mean square"
-            context.report(site.weight, before=before, after=_peak(rows), measure=measure, seconds=seconds())
+            context.report(name, before=before, after=_peak(rows), measure=measure, seconds=seconds())
 
 
 rotation = functools.lru_cache(maxsize=256)(Rotation)
 """One object for each size, so that q, k and v share the rotated input."""
 
 
-def _fold_norms(model: nn.Module, context: Context) -> None:
-    for group in structure_of(context).groups:
+def _fold_norms(model: nn.Module, groups: Iterable[NormGroup], context: Context) -> None:
+    for group in groups:
         with editing(model, f"{group.norm}.weight") as parameters:
             factors = parameters[f"{group.norm}.weight"].double() + group.offset
         if bool((factors.abs() > 1e-6 * factors.abs().max()).all()):
@@ -188,7 +193,9 @@ def _fold_norms(model: nn.Module, context: Context) -> None:
             context.report(group.norm, note="its weight stays: it switches channels off")
 
 
-def _reason(site: Site, seen: list[Layout | None], parameter: Tensor, context: Context) -> str | None:
+def _reason(
+    site: Site, seen: list[Layout | None], parameter: Tensor, context: Context, structure: Structure
+) -> str | None:
     """The reason why a weight cannot be rotated along its reduction axis; None: it can."""
     weights = context.sites.weights
     if site.op.startswith("conv"):
@@ -197,6 +204,8 @@ def _reason(site: Site, seen: list[Layout | None], parameter: Tensor, context: C
         return "it lies on its grid already"
     if site.weight in weights.tied or len(weights.uses[site.weight or ""]) > 1:
         return "it is tied, or used in two ways"
+    if readers := structure.readers.get(site.weight or ""):
+        return f"it is also read by {', '.join(readers)}"
     if site.rotations:
         return "its input is rotated already"
     if not seen or seen[0] is None or any(layout is None or layout.name != seen[0].name for layout in seen):

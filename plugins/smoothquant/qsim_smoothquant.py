@@ -102,7 +102,8 @@ def _column_maxima(model: nn.Module, group: NormGroup) -> Tensor:
     largest = torch.zeros(group.size, dtype=torch.float64)
     for use in group.uses:
         with editing(model, use.weight) as parameters:
-            columns = parameters[use.weight].abs().double().movedim(use.axis, -1).flatten(0, -2).amax(0).cpu()
+            columns = parameters[use.weight].abs().double().movedim(use.axis, -1)
+            columns = columns.reshape(-1, columns.shape[-1]).amax(0).cpu()
         read = use.channels >= 0
         largest.scatter_reduce_(0, use.channels[read], columns[read], "amax")
     return largest

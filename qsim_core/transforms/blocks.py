@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qsim_core.matmuls.call import Call
 from qsim_core.sites.site import Site
-from qsim_core.transforms.forward import as_in_evaluation, call
+from qsim_core.transforms.forward import Copies, as_in_evaluation, call, unshared
 from qsim_core.transforms.offload import at_hand
 from qsim_core.transforms.run import Run
 
@@ -51,7 +51,7 @@ class Walked(Protocol):
 
 @dataclass
 class Block:
-    """One block and the inputs that it has, batch by batch."""
+    """One block and the inputs that it has, batch by batch. Each run gets a copy of them, which it may change."""
 
     path: str
     module: nn.Module
@@ -61,15 +61,19 @@ class Block:
     def observe(self, watch: MatmulWatcher) -> None:
         """Run the block on all its inputs and show `watch` every matmul in it."""
         with as_in_evaluation(self.module):
-            for sample, (args, kwargs) in enumerate(self.inputs):
+            for sample, inputs in enumerate(self.inputs):
                 with self.context.watching(watch, sample):
-                    self.module(*args, **kwargs)
+                    self._run(inputs)
 
     def outputs(self) -> Iterator[Any]:
         """Give the outputs of the block as it is now, one batch after another."""
         with as_in_evaluation(self.module):
-            for args, kwargs in self.inputs:
-                yield self.module(*args, **kwargs)
+            for inputs in self.inputs:
+                yield self._run(inputs)
+
+    def _run(self, inputs: Inputs) -> Any:
+        args, kwargs = unshared(inputs)
+        return self.module(*args, **kwargs)
 
 
 def block_paths(model: nn.Module, sites: Iterable[Site]) -> list[str]:
@@ -140,14 +144,15 @@ def _capture(context: Walked, paths: list[str]) -> tuple[list[Inputs], dict[str,
     others: dict[str, list[Inputs]] = {path: [] for path in paths[1:]}
     chained = dict.fromkeys(paths[1:], True)
     last: list[Any] = [None]
+    copies: Copies = {}
 
     def enter(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if path == paths[0]:
-                first.append((args, kwargs))
+                first.append(unshared((args, kwargs), copies))
                 return
             chained[path] = chained[path] and _first_tensor(args, kwargs) is last[0]
-            others[path].append(_with_hidden(None, (args, kwargs)))
+            others[path].append(unshared(_with_hidden(None, (args, kwargs)), copies))
 
         return hook
 
@@ -164,6 +169,7 @@ def _capture(context: Walked, paths: list[str]) -> tuple[list[Inputs], dict[str,
             for batch in context.run.track(context.batches, len(context.batches), "calibration"):
                 call(context.model, batch)
                 last[0] = None
+                copies.clear()
     finally:
         for handle in handles:
             handle.remove()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Generator, nn
-from torch.utils._pytree import tree_leaves
+from torch import Generator, Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 Example = Any
 """One batch: a mapping of keyword arguments, a tuple of positional ones, or a single argument."""
@@ -34,11 +35,56 @@ def as_in_evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def call(model: nn.Module, example: Example) -> Any:
-    """Run the model on one batch, given as `Example` says. What it draws at random is the same each time."""
+    """Run the model on one batch, given as `Example` says, and on the same each time.
+
+    The model gets a copy, which it may change. What it draws at random is the same each time.
+    """
     with _drawing_the_same(example):
         if isinstance(example, Mapping):
-            return model(**example)
-        return model(*example) if isinstance(example, tuple) else model(example)
+            return model(**unshared(dict(example)))
+        given = unshared(example)
+        return model(*given) if isinstance(example, tuple) else model(given)
+
+
+Copies = dict[tuple[int, int], tuple[Tensor, Tensor]]
+"""Tensors with their copies, by identity and version."""
+
+
+def unshared(tree: Any, copies: Copies | None = None) -> Any:
+    """Copy containers and plain objects, and the tensors in them, for a module that may change them in place.
+
+    Parameters, modules and generators stay the same. A tensor that is in `copies`, and has not changed since, is not
+    copied again.
+    """
+    tensors: Copies = {} if copies is None else copies
+    objects: dict[int, Any] = {}
+
+    def copied(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            if isinstance(leaf, nn.Parameter):
+                return leaf
+            key = id(leaf), 0 if leaf.is_inference() else leaf._version
+            if key not in tensors:
+                tensors[key] = leaf, _copied(leaf)
+            return tensors[key][1]
+        if hasattr(leaf, "__dict__") and not isinstance(leaf, nn.Module) and not callable(leaf):
+            if id(leaf) not in objects:
+                objects[id(leaf)] = copy.copy(leaf)
+                vars(objects[id(leaf)]).update(tree_map(copied, vars(leaf)))
+            return objects[id(leaf)]
+        return leaf
+
+    return tree_map(copied, tree)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """Copy a tensor; axes along which it is expanded stay so."""
+    narrow = tensor
+    if tensor.layout == torch.strided:
+        for axis in range(tensor.dim()):
+            if tensor.stride(axis) == 0 and tensor.shape[axis]:
+                narrow = narrow.narrow(axis, 0, 1)
+    return narrow.clone().expand(tensor.shape) if narrow is not tensor else tensor.clone()
 
 
 @contextlib.contextmanager

@@ -94,6 +94,31 @@ def test_what_cannot_be_rotated_is_reported() -> None:
     }
 
 
+def test_where_nothing_can_be_rotated_nothing_is_changed() -> None:
+    model = nn.Sequential(nn.GroupNorm(2, 8), nn.Conv1d(8, 4, 1))
+    nn.init.uniform_(model[0].weight, 0.1, 10)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    with pytest.raises(
+        qsim.RecipeError, match=r"^hadamard\(0\) changed nothing in this model: left alone: a convolution;"
+    ):
+        qsim.simulate(model, weights="int4", transforms=["hadamard"], example=torch.ones(1, 8, 5), keep=False)
+
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_weight_that_a_sum_reads_too_is_left_alone() -> None:
+    class Summed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.weight.sum(1)
+
+    model = nn.Sequential(Summed(8, 8), nn.Linear(8, 4))
+
+    simulation = qsim.simulate(model, weights="int4", transforms=["hadamard"], example=torch.ones(1, 8))
+
+    assert [report.note for report in simulation.reports] == ["left alone: it is also read by sum", ""]
+
+
 def test_a_tied_weight_is_left_alone() -> None:
     simulation = qsim.simulate(make("opt"), weights="int4", transforms=["hadamard"], example={"input_ids": IDS})
 

@@ -87,7 +87,7 @@ def steps(context: Context, clusters: int, head_clusters: int, only_kv: bool) ->
     """Give the steps for all channels that the recipe quantizes; those that cannot be reordered are reported."""
     if not only_kv:
         for refused in structure_of(context).refused:
-            context.report(refused.name.removesuffix(".weight"), note=f"left alone: {'; '.join(refused.reasons)}")
+            context.report(refused.name.removesuffix(".weight"), note=f"left in order: {'; '.join(refused.reasons)}")
         yield from _norms(context, clusters)
         yield from _pairs(context, clusters)
     for attention in structure_of(context).attention:
@@ -137,7 +137,7 @@ def _scores(context: Context, attention: Attention, clusters: int, only_kv: bool
     yield Step(
         f"{attention.path}:qk",
         len(key.distinct),
-        len(key.distinct) * attention.head_size,
+        len(key.distinct) * key.heads.shape[-1],
         clusters,
         [Place(site, role, slots) for site, role in sites],
         partial(permute_scores, context.model, attention),
@@ -183,7 +183,7 @@ def _readers(context: Context, uses: Iterable[Use], slot_of: Tensor) -> list[Pla
         if site is None or site.planned("input") is None:
             continue
         if bool((use.channels < 0).any()):
-            context.report(site.name, note="left alone: it reads constants too")
+            context.report(site.name, note="left in order: it reads constants too")
         else:
             found.append(Place(site, "input", slot_of[use.channels.cpu()]))
     return found

@@ -293,7 +293,7 @@ def test_post_norm_models_go_as_far_as_they_can_and_say_why() -> None:
     simulation = rptq(build("opt-350m"))
 
     told = notes(simulation)
-    assert told[f"{LAYER}.final_layer_norm"].startswith("left alone: is added to another tensor in ")
+    assert told[f"{LAYER}.final_layer_norm"].startswith("left in order: is added to another tensor in ")
     assert {report.layer.rpartition(".")[2] for report in simulation.reports if report.after is not None} == {
         "fc1",
         "self_attn:qk",
@@ -372,7 +372,7 @@ def test_there_are_no_more_clusters_than_channels(head_clusters: int) -> None:
         ),
         (
             {"activations": None},
-            "rptq(4) changed nothing in this model: left alone: model.decoder.embed_tokens.weight is also read by "
+            "rptq(4) changed nothing in this model: left in order: model.decoder.embed_tokens.weight is also read by "
             "embedding: it is tied",
         ),
     ],

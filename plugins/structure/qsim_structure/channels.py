@@ -5,8 +5,8 @@ A *source* makes channels: a norm along its last axis, a weight as its rows. `qs
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ CONSTANT = -1
 """The channel number of an element that does not depend on the source."""
 FREE = -2
 """The channel number of a padded zero, which fits every channel."""
+UNKNOWN = -3
+"""The channel number of memory outside of the tensor that is followed."""
 VIEWS = frozenset(
     "view _unsafe_view reshape permute transpose t expand slice select squeeze unsqueeze split split_with_sizes unbind "  # noqa: SIM905
     "chunk clone detach alias _to_copy contiguous index gather index_select roll flip repeat unfold _reshape_alias "
@@ -32,10 +34,10 @@ SUMS = frozenset({"add", "sub", "rsub"})
 WITH_WEIGHT = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2), "mv": (0, 1), "_grouped_mm": (0, 1)}
 """Matrix products, with the positions of the operands [..., K] and [..., K, N] among their arguments."""
 FRESH = frozenset(
-    "zeros_like ones_like empty_like new_zeros new_ones new_empty full_like rand_like randn_like eq ne lt gt le ge "  # noqa: SIM905
-    "argmax isnan isinf any all topk sort argsort sym_size is_nonzero _local_scalar_dense bernoulli".split()
+    "zeros_like ones_like empty_like new_zeros new_ones new_empty full_like rand_like randn_like "  # noqa: SIM905
+    "isnan isinf sym_size".split()
 )
-"""Operators whose result depends on the values but carries no channels."""
+"""Operators whose result is the same when channels are scaled, and carries no channels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +88,19 @@ class Rows:
     biases: tuple[str, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Partner(Rows):
+    """A weight whose channels are multiplied with those of another one, for a third to read them: gate and up."""
+
+    size: int
+    own: Use
+    """The third weight, and the channel of the partner that each element of it reads."""
+    other: Use
+    """The same use, with the channels of the other weight."""
+    reasons: tuple[str, ...]
+    """The reasons why the partner's channels may not be changed."""
+
+
 @dataclass(frozen=True)
 class Product:
     """A product of two activations, with the sources of its operands and their channels."""
@@ -116,15 +131,18 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors in dictionaries, lists and tuples."""
+    """Yield the tensors in mappings, lists, tuples, sets and dataclasses."""
     if isinstance(tree, Tensor):
         yield tree
-    elif isinstance(tree, dict):
+    elif isinstance(tree, Mapping):
         for item in tree.values():
             yield from tensors_in(item)
-    elif isinstance(tree, list | tuple):
+    elif isinstance(tree, list | tuple | Set):
         for item in tree:
             yield from tensors_in(item)
+    elif is_dataclass(tree) and not isinstance(tree, type):
+        for part in fields(tree):
+            yield from tensors_in(getattr(tree, part.name, None))
 
 
 def numbered(tensor: Tensor, axis: int) -> Tensor:
@@ -150,10 +168,27 @@ def axis_in(parameter: Tensor, view: Tensor, axis: int) -> int | None:
     return None
 
 
-def same_view(func: Any, name: str, channels: Tensor, args: Any, kwargs: Any, out: Any) -> Any:
-    """Apply the view or copy that made `out` to channel numbers."""
+def same_view(
+    func: Any, name: str, tensor: Tensor, channels: Tensor, args: Any, kwargs: Any, out: Any, in_place: bool
+) -> Any:
+    """Apply to channel numbers the view or copy of `tensor` that made `out`."""
     if name in ("_to_copy", "clone", "contiguous", "alias", "detach", "lift_fresh"):
         return channels
-    if name in ("view", "_unsafe_view", "_reshape_alias", "as_strided"):
+    if name in ("view", "_unsafe_view", "_reshape_alias"):
         return channels.reshape(out.shape)
-    return func(channels, *args[1:], **kwargs)
+    if name == "as_strided":
+        return strided_alike(channels, tensor, *args[1:], **kwargs)
+    return func(channels.view_as(channels) if in_place else channels, *args[1:], **kwargs)
+
+
+def strided_alike(
+    channels: Tensor, tensor: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
+) -> Tensor:
+    """Apply `tensor.as_strided(size, stride, storage_offset)` to channel numbers, which lie elsewhere in memory."""
+    elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+    memory = channels.new_full((elements,), UNKNOWN)
+    memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(channels)
+    found = memory.as_strided(size, stride, tensor.storage_offset() if storage_offset is None else storage_offset)
+    if bool((found == UNKNOWN).any()):
+        raise ValueError("it reads memory outside of its tensor")
+    return found

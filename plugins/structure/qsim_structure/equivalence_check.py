@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qsim_structure.channels import WITH_WEIGHT
-from qsim_structure.errors import StructureError
 from qsim_structure.operator_watcher import OperatorWatcher, operator_name, run_watched
 from qsim_structure.parameter_addresses import ParameterAddresses
 
@@ -66,10 +65,10 @@ def refuse_changed_products(
     exact = _Recorder(model)
     run_watched(model, run, exact)
     for portion in _portions(model, edits, copied_bytes):
-        if not _keeps_products(model, run, portion, exact.results):
+        if _change(model, run, portion, exact.results, reason):
             for edit in portion:
-                if not _keeps_products(model, run, [edit], exact.results):
-                    edit.refuse(reason)
+                if change := _change(model, run, [edit], exact.results, reason):
+                    edit.refuse(change)
 
 
 def _portions(model: nn.Module, edits: Sequence[Edit], limit: int) -> Iterator[list[Edit]]:
@@ -93,8 +92,11 @@ def _touched(model: nn.Module, edits: Iterable[Edit]) -> dict[str, nn.Parameter]
     return {name: p for name, p in parameters if name in names or name.rpartition(".")[0] in names}
 
 
-def _keeps_products(model: nn.Module, run: Run, edits: Sequence[Edit], exact: dict[str, list[Tensor]]) -> bool:
-    """Tell if every product, except the producers' own, stays the same under edits. The model is restored."""
+def _change(model: nn.Module, run: Run, edits: Sequence[Edit], exact: dict[str, list[Tensor]], reason: str) -> str:
+    """Return `reason` if a product, except the producers' own, changes under edits, or the error that they lead to.
+
+    The text is empty if all products stay the same. The model is restored.
+    """
     ignored = {name for edit in edits for name in edit.producers}
     if not all(edit.attention for edit in edits):
         ignored.add(ACTIVATIONS)
@@ -105,8 +107,8 @@ def _keeps_products(model: nn.Module, run: Run, edits: Sequence[Edit], exact: di
     try:
         handles.extend(edit.apply() for edit in edits)
         run_watched(model, run, edited)
-    except StructureError:
-        return False
+    except Exception as error:  # of the edit, or of the edited model
+        return str(error).partition("\n")[0] or type(error).__name__
     finally:
         for handle in handles:
             if handle is not None:
@@ -114,13 +116,13 @@ def _keeps_products(model: nn.Module, run: Run, edits: Sequence[Edit], exact: di
         with torch.no_grad():
             for name, values in kept.items():
                 parameters[name].copy_(values)
-    return edited.same()
+    return "" if edited.same() else reason
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or not a.numel():
         return a.shape == b.shape
-    tolerance = max(TOLERANCE, 8 * torch.finfo(a.dtype).eps)
+    tolerance = max(TOLERANCE, 8 * torch.finfo(a.dtype).eps) if a.is_floating_point() else 0.0
     return bool((a.double() - b.double()).abs().max() <= tolerance * a.double().abs().max().clamp(min=1e-30))
 
 
@@ -182,7 +184,10 @@ class _Comparer(_ProductWatcher):
 
 def _rows(product: Tensor, channels: int) -> Tensor:
     """Take at most `KEPT_ROWS` rows of a product, evenly spread, each with all its channels."""
-    rows = product.detach().movedim(channels, -1).flatten(0, -2)
+    dense = product.detach() if product.layout == torch.strided else product.detach().to_dense()
+    rows: Tensor = torch.atleast_2d(dense.movedim(channels, -1)).flatten(0, -2)
+    if rows.is_complex():
+        rows = torch.view_as_real(rows).flatten(-2)
     if len(rows) <= KEPT_ROWS:
         return rows.clone()
     return rows[torch.linspace(0, len(rows) - 1, KEPT_ROWS, device=rows.device).long()]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qsim_structure.channels import Use
+from qsim_structure.channels import Partner, Use
 from qsim_structure.errors import StructureError
 
 if TYPE_CHECKING:
@@ -83,11 +83,12 @@ def permute_group(model: nn.Module, group: NormGroup, order: Tensor, editing: Ed
 def permute_rows(model: nn.Module, rows: WeightPair | Projection, order: Tensor, editing: Editing = in_memory) -> None:
     """Put the channels that a weight and its partners make, with their biases, and the columns that read them, in
     another order. Where other products come in between, as in attention, not every order leaves the function."""
-    for maker in (rows, *rows.partners):
+    makers = [(rows, order), *((partner, order_beside(partner, order)) for partner in rows.partners)]
+    for maker, own in makers:
         with editing(model, maker.producer, *maker.biases) as parameters:
             for name, axis in ((maker.producer, maker.axis), *((bias, -1) for bias in maker.biases)):
                 parameter = parameters[name]
-                parameter.copy_(parameter.index_select(axis, order.to(parameter.device)))
+                parameter.copy_(parameter.index_select(axis, own.to(parameter.device)))
     _permute_uses(model, rows.uses, order, editing)
 
 
@@ -121,6 +122,8 @@ class Gather:
         return args, {**kwargs, name: self._gathered(kwargs[name])}
 
     def _gathered(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != len(self.order):
+            raise StructureError(f"the norm's input has {x.shape[-1]} channels on its last axis, not {len(self.order)}")
         return x.index_select(-1, self.order.to(x.device))
 
 
@@ -141,6 +144,19 @@ def columns(use: Use, order: Tensor) -> Tensor:
     place[readers] = torch.arange(len(readers), device=order.device) - starts.repeat_interleave(counts)
     result = torch.arange(len(channels), device=order.device)
     result[read] = readers[starts[order[channels[read]]] + place[read]]
+    return result
+
+
+def order_beside(partner: Partner, order: Tensor) -> Tensor:
+    """Find the order of a partner's channels, for channels in the order `order` that are multiplied with them.
+
+    One channel of the others may meet several of the partner's, as a value that several heads share meets their gates.
+    """
+    read, moved = partner.own.channels, columns(partner.other, order)
+    result, reads = torch.arange(partner.size), read >= 0
+    result[read[reads]] = read[moved][reads]
+    if not torch.equal(result[read.clamp(min=0)].where(reads, read), read[moved]):
+        raise StructureError(f"{partner.producer} makes other channels for each of those that they are multiplied with")
     return result
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qsim_structure.channels import Product, Rows, Source, Use
+from qsim_structure.channels import Partner, Product, Rows, Source, Use
 
 if TYPE_CHECKING:
     from qsim_structure.tracing import Tracer
@@ -33,7 +33,7 @@ class Projection(Rows):
     """The weights that read its channels: for v, those after the product."""
     reasons: tuple[str, ...]
     """The reasons why its channels must keep their order within the heads (rotary embedding, …)."""
-    partners: tuple[Rows, ...] = ()
+    partners: tuple[Partner, ...] = ()
 
     @property
     def distinct(self) -> list[Tensor]:
@@ -91,16 +91,16 @@ def attention_in(tracer: Tracer) -> list[Attention]:
         if [product.after_softmax for product in products] != [False, True]:
             continue
         scores, values = products
-        query = _projection(scores.left, None)
+        query = _projection(tracer, scores.left, None)
         count = len(query.heads) if query else next((c.shape[-3] for c in scores.left.values() if c.dim() > 3), None)
-        key = _projection({s: c.transpose(-1, -2) for s, c in scores.right.items()}, count)
-        value = _projection(values.right, count)
+        key = _projection(tracer, {s: c.transpose(-1, -2) for s, c in scores.right.items()}, count)
+        value = _projection(tracer, values.right, count)
         if value:
             found.append(Attention(owner, query, key, value))
     return found
 
 
-def _projection(operand: dict[Source, Tensor], count: int | None) -> Projection | None:
+def _projection(tracer: Tracer, operand: dict[Source, Tensor], count: int | None) -> Projection | None:
     """Find the weight that makes an operand with channels [..., heads, tokens, size of a head], or [batch·heads, …]."""
     if len(operand) != 1:
         return None
@@ -118,7 +118,11 @@ def _projection(operand: dict[Source, Tensor], count: int | None) -> Projection 
         return None
     rows = rows[:heads]
     if count is not None and heads != count:  # fused attention gets each shared key and value once
+        if count % heads:
+            return None
         rows = rows.repeat_interleave(count // heads, 0)
-    reasons = tuple(reason for reason in source.refusals if not reason.startswith(MEETS))
+    partners = tracer.partners(source)
+    beside = [reason for partner in partners for reason in partner.reasons]
+    reasons = tuple(reason for reason in (*source.refusals, *beside) if not reason.startswith(MEETS))
     uses = tuple({(use.weight, use.axis): use for use in source.uses}.values())
-    return Projection(source.name, source.axis, tuple(source.biases), source.size, rows, uses, reasons)
+    return Projection(source.name, source.axis, tuple(source.biases), source.size, rows, uses, reasons, partners)

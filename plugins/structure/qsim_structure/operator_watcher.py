@@ -33,9 +33,10 @@ def operator_name(func: Any) -> str:
 def run_watched(model: nn.Module, run: Callable[[], Any], watcher: OperatorWatcher) -> Any:
     """Call `run` under a watcher, with the model in eval mode and without gradients.
 
-    torch's generators start from 0, so that two runs draw the same random numbers. Modes and generators are restored.
+    torch's generators start from 0, so that two runs draw the same random numbers. Modes, generators and buffers are
+    restored.
     """
-    with torch.no_grad(), in_eval_mode(model), _seeded(), watcher:
+    with torch.no_grad(), in_eval_mode(model), _seeded(), _buffers_kept(model), watcher:
         return run()
 
 
@@ -62,3 +63,19 @@ def _seeded() -> Iterator[None]:
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Give all buffers back their values on exit, for a model that counts its calls or keeps what it saw."""
+    kept = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, values in kept:
+            setattr(module, name, buffer)
+            buffer.copy_(values)

@@ -14,7 +14,7 @@ class ParameterAddresses:
     """The parameters of a model by their addresses. A tied parameter has the first of its names."""
 
     def __init__(self, model: nn.Module) -> None:
-        named = {p.data_ptr(): (n, p) for n, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
+        named = {_address(p): (n, p) for n, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
         self._addresses = sorted(address for address in named if address)
         self._parameters = [named[address] for address in self._addresses]
         self._copies: dict[int, Named] = {}
@@ -26,14 +26,23 @@ class ParameterAddresses:
         if id(tensor) in self._copies:
             name, original = self._copies[id(tensor)]
             return (name, original) if tensor.shape == original.shape else None
-        place = bisect.bisect_right(self._addresses, tensor.data_ptr()) - 1
+        address = _address(tensor)
+        place = bisect.bisect_right(self._addresses, address) - 1
         if place < 0:
             return None
         name, parameter = self._parameters[place]
-        inside = tensor.data_ptr() < self._addresses[place] + parameter.numel() * parameter.element_size()
+        inside = address < self._addresses[place] + parameter.numel() * parameter.element_size()
         return (name, parameter) if inside and tensor.dtype == parameter.dtype else None
 
     def copied(self, tensor: Tensor, copy: Tensor) -> None:
         """Record that a tensor was copied or cast. The caller keeps both alive."""
         if (found := self.of(tensor)) is not None:
             self._copies[id(copy)] = found[0], self._copies[id(tensor)][1] if id(tensor) in self._copies else tensor
+
+
+def _address(tensor: Tensor) -> int:
+    """Return the address of a tensor's memory; 0 for one without, such as a sparse tensor."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0

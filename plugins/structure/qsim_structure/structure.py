@@ -13,8 +13,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from qsim_structure.channels import Rows, Source, Use
+from qsim_structure.channels import Partner, Rows, Source, Use
 from qsim_structure.equivalence_check import Edit, Run, refuse_changed_products
 from qsim_structure.errors import StructureError
 from qsim_structure.folding import permute_group, permute_rows, permute_scores, scale_group, scale_pair
@@ -47,7 +48,7 @@ class WeightPair(Rows):
     size: int
     uses: tuple[Use, ...]
     scales: bool
-    partners: tuple[Rows, ...] = ()
+    partners: tuple[Partner, ...] = ()
     """Weights whose channels are multiplied with these (gate and up): they are permuted together."""
 
     @property
@@ -78,6 +79,9 @@ class Structure:
     For orders within heads the name is `path:qk` (q with k) or `path:pv` (v).
     """
 
+    readers: dict[str, list[str]] = field(default_factory=dict)
+    """For weights that operators other than products read too, such as a look-up or a sum, the names of these."""
+
     def why_ordered(self, name: str) -> str:
         """Return the reasons why channels must keep their order; an empty text if they need not."""
         return "; ".join(reason for refused in self.ordered if refused.name == name for reason in refused.reasons)
@@ -100,11 +104,13 @@ def trace(
     without gradients, with torch's generators at 0. All weights must be in memory. The model is restored.
 
     `declared` gives, for norms by module path, the weights that read them, in place of those that tracing finds. It is
-    checked too. Raises `StructureError` if it names a norm or a weight that the model does not have.
+    checked too. Raises `StructureError` if it names a norm or a weight that the model does not have, and for a model
+    that is lazy or exported.
 
     `copied_bytes` limits the weights that the check copies at a time; by default 64 MiB, or an eighth of the model if
     that is more. Less memory takes more runs.
     """
+    _check_open(model)
     tracer = Tracer(model).watch(run)
     structure = Structure()
     if declared is not None:
@@ -119,8 +125,21 @@ def trace(
         elif found is not None:
             structure.refused.append(found)
     structure.attention = attention_in(tracer)
+    structure.readers = {name: sorted(operators) for name, operators in tracer.readers.items() if operators}
     _check(model, run, structure, copied_bytes)
     return structure
+
+
+def _check_open(model: nn.Module) -> None:
+    """Raise `StructureError` for a model that is exported or lazy: it cannot be run as it is."""
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise StructureError(f"{name} is lazy and has no shape yet; run the model once before")
+    try:
+        with in_eval_mode(model):
+            pass
+    except NotImplementedError as error:
+        raise StructureError(f"the model has no eval mode ({error}); give the module that it was made of") from None
 
 
 def _declare(model: nn.Module, tracer: Tracer, declared: Mapping[str, Sequence[str]]) -> None:
@@ -188,12 +207,8 @@ def _pair(source: Source, reasons: Sequence[str], tracer: Tracer) -> WeightPair 
     if reasons:
         return Refused(source.name, tuple(dict.fromkeys(reasons)))
     scales = all(use.scales for use in source.uses)
-    events = {use.event for use in source.uses}
-    others = [s for s in tracer.sources.values() if s is not source and events & {use.event for use in s.uses}]
-    partners = tuple(Rows(s.name, s.axis, tuple(s.biases)) for s in others if s.kind == "linear")
-    return WeightPair(
-        source.name, source.axis, tuple(source.biases), source.size, _unique(source.uses), scales, partners
-    )
+    uses, partners = _unique(source.uses), tracer.partners(source)
+    return WeightPair(source.name, source.axis, tuple(source.biases), source.size, uses, scales, partners)
 
 
 def _unique(uses: Sequence[Use]) -> tuple[Use, ...]:
@@ -270,7 +285,10 @@ def _reorderings(model: nn.Module, structure: Structure, generator: torch.Genera
         yield Edit(partial(permute_group, model, group, order), _of_group(group), frozenset(), keep(group.norm))
     values = {attention.value.producer for attention in structure.attention}
     for pair in structure.pairs:
-        if pair.producer not in values:
+        reasons = tuple(dict.fromkeys(reason for partner in pair.partners for reason in partner.reasons))
+        if reasons:
+            structure.ordered.append(Refused(pair.producer, reasons))
+        elif pair.producer not in values:
             order = within(pair.size, torch.arange(pair.size))
             yield Edit(partial(permute_rows, model, pair, order), _of_rows(pair), _makers(pair), keep(pair.producer))
     for attention in structure.attention:
@@ -287,7 +305,7 @@ def _reorderings(model: nn.Module, structure: Structure, generator: torch.Genera
         elif reasons := tuple(dict.fromkeys(query.reasons + key.reasons)):
             structure.ordered.append(Refused(f"{attention.path}:qk", reasons))
         else:
-            places = [torch.randperm(attention.head_size, generator=generator) for _ in key.distinct]
+            places = [torch.randperm(key.heads.shape[-1], generator=generator) for _ in key.distinct]
             apply = partial(permute_scores, model, attention, places)
             touched = _of_rows(query) | _of_rows(key)
             yield Edit(apply, touched, _makers(query) | _makers(key), keep(f"{attention.path}:qk"), attention=True)

@@ -5,13 +5,14 @@ each element comes from. Views and copies of the tensor are applied to these num
 column of each weight reads which channel, for any architecture: fused projections, repeated heads and experts too.
 
 A source is refused, with the reason, if its channels enter an operator that is not listed, or if other tensors are
-added to them.
+added to them. No operator ends a trace: one whose rule fails is like one that is not listed.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from qsim_structure.channels import (
     SUMS,
     VIEWS,
     WITH_WEIGHT,
+    Partner,
     Product,
     Source,
     Tag,
@@ -66,8 +68,10 @@ class Tracer(OperatorWatcher):
         """Trace one run of the model. Sources whose channels are outputs of the model, or of `run`, are refused."""
         handles = []
         for path, module in self.model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks, and its operators are seen all the same
+                continue
             handles.append(module.register_forward_pre_hook(self._entering(path)))
-            handles.append(module.register_forward_hook(self._leaving(path), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leaving(path), with_kwargs=True, always_call=True))
         try:
             output = run_watched(self.model, run, self)
         finally:
@@ -92,27 +96,44 @@ class Tracer(OperatorWatcher):
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self._stack.pop()
             if is_norm(module):
+                if self._quiet == 1:  # the outermost of norms in norms
+                    inputs = list(tensors_in((args, kwargs)))
+                    self._follow(partial(self._norm, path, module, args, kwargs, output), path, inputs, output)
                 self._quiet -= 1
-                if not self._quiet and isinstance(output, Tensor):
-                    self._quiet += 1
-                    self._norm(path, module, args, kwargs, output)
-                    self._quiet -= 1
             if module is self.model:  # `run` may return nothing
                 self._refuse_outputs(output)
 
         return hook
 
-    def _norm(
-        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> None:
-        axis = 1 if isinstance(module, nn.GroupNorm | nn.modules.batchnorm._NormBase) else output.dim() - 1
+    def _norm(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         for tensor in tensors_in((args, kwargs)):
             self._refuse(tensor, f"feeds the norm {path}")
+        if not isinstance(output, Tensor):
+            return
+        axis = 1 if isinstance(module, nn.GroupNorm | nn.modules.batchnorm._NormBase) else output.dim() - 1
         source = self.sources.setdefault(("norm", path), Source("norm", path, output.shape[axis], axis))
         source.arguments, source.keywords = args, kwargs
         for name, _ in module.named_parameters():
             self.readers[f"{path}.{name}"].add("norm")
-        self._tag(output, {source: Tag(numbered(output, axis))})
+        if source.size != output.shape[axis]:
+            source.refuse("has outputs of two sizes")
+        else:
+            self._tag(output, {source: Tag(numbered(output, axis))})
+
+    def partners(self, source: Source) -> tuple[Partner, ...]:
+        """Find the weights whose channels are multiplied with those of a source before a weight reads both."""
+        events = {use.event for use in source.uses}
+        found = []
+        for other in self.sources.values():
+            if other is source or other.kind != "linear" or events.isdisjoint(use.event for use in other.uses):
+                continue
+            pairs = ((own, use) for own in other.uses for use in source.uses if own.event == use.event)
+            for own, use in pairs:
+                if bool(((own.channels >= 0) & (use.channels >= 0)).any()):
+                    reasons = tuple(other.refusals)
+                    found.append(Partner(other.name, other.axis, tuple(other.biases), other.size, own, use, reasons))
+                    break
+        return tuple(found)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -122,8 +143,26 @@ class Tracer(OperatorWatcher):
             in_place = name.endswith("_") and not name.endswith("__")
             inputs = list(tensors_in((args, kwargs)))
             self._alive.append((out, inputs))
-            self._meet(name.rstrip("_") if in_place else name, func, args, kwargs, out, inputs, in_place)
+            plain = name.rstrip("_") if in_place else name
+            self._follow(partial(self._meet, plain, func, args, kwargs, out, inputs, in_place), name, inputs, out)
         return out
+
+    def _follow(self, rule: Callable[[], None], name: str, inputs: list[Tensor], out: Any) -> None:
+        """Apply the rule of an operator or norm. If the rule fails, no channels are followed through it."""
+        try:
+            rule()
+        except Exception as error:
+            results = list(tensors_in(out))
+            seen = str(error).partition("\n")[0] or type(error).__name__
+            for tensor in [*inputs, *results]:
+                self._read_by(name, tensor)
+                self._refuse(tensor, f"cannot be followed through {name} in {self._where}: {seen}")
+            for tensor in results:
+                self._tags.pop(id(tensor), None)
+
+    @property
+    def _where(self) -> str:
+        return self._stack[-1] if self._stack and self._stack[-1] else "the model"
 
     def _meet(
         self, name: str, func: Any, args: Any, kwargs: Any, out: Any, inputs: list[Tensor], in_place: bool
@@ -131,8 +170,7 @@ class Tracer(OperatorWatcher):
         tagged = [tensor for tensor in inputs if self._tags.get(id(tensor))]
         if name not in VIEWS and name not in WITH_WEIGHT and "convolution" not in name:
             for tensor in inputs:
-                if (found := self._parameters.of(tensor)) is not None:
-                    self.readers[found[0]].add(name)
+                self._read_by(name, tensor)
         if name in WITH_WEIGHT:
             left, right = (args[place] for place in WITH_WEIGHT[name])
             self._multiply(left, right, out, args[0] if name == "addmm" else None)
@@ -145,7 +183,7 @@ class Tracer(OperatorWatcher):
             self._lose(tagged, name)
         elif name in VIEWS:
             self._view(func, name, args, kwargs, out, inputs, in_place)
-        elif not tagged or name in FRESH or (isinstance(out, Tensor) and not out.is_floating_point()):
+        elif not tagged or name in FRESH:
             return
         elif in_place and args[0]._is_view():
             self._lose([*tagged, args[0]], f"{name}_ on a view")
@@ -160,6 +198,10 @@ class Tracer(OperatorWatcher):
             self._reduce(args, kwargs, out)
         else:
             self._lose(tagged, name)
+
+    def _read_by(self, name: str, tensor: Tensor) -> None:
+        if (found := self._parameters.of(tensor)) is not None:
+            self.readers[found[0]].add(name)
 
     def _multiply(self, left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None) -> None:
         """Trace [..., K] x [..., K, N]: a weight on one side reads channels and makes channels."""
@@ -225,7 +267,9 @@ class Tracer(OperatorWatcher):
         for source, tag in self._tags.get(id(x), {}).items():
             channels = channels_along(tag.channels, axis)
             place = axis_in(parameter, view, view_axis)
-            if channels is None or place is None:
+            if not x.numel():
+                source.refuse(f"reaches {name} with no element of the example")
+            elif channels is None or place is None:
                 source.refuse(f"reaches {name} in another order at every position")
             else:
                 source.uses.append(Use(name, place, channels.cpu(), tag.scales, self._event))
@@ -253,18 +297,18 @@ class Tracer(OperatorWatcher):
         first = inputs[0]
         if name in ("_to_copy", "clone"):
             self._parameters.copied(first, out)
+        if any(self._parameters.of(tensor) is None for tensor in tensors_in(out)):
+            self._read_by(name, first)
         if id(first) in self._softmaxed:
             self._softmaxed.update(id(tensor) for tensor in tensors_in(out))
         tags = self._tags.get(id(first), {})
         if any(self._tags.get(id(other)) for other in inputs[1:]):
             self._lose(inputs, name)
-        elif in_place:
-            self._lose([first], f"{name}_")
         elif tags:
             views = list(tensors_in(out))
             made: list[Tags] = [{} for _ in views]
             for source, tag in tags.items():
-                channels = same_view(func, name, tag.channels, args, kwargs, out)
+                channels = same_view(func, name, first, tag.channels, args, kwargs, out, in_place)
                 for into, part in zip(made, tensors_in(channels), strict=True):
                     into[source] = Tag(part, tag.scales)
             for view, of_view in zip(views, made, strict=True):
@@ -283,7 +327,7 @@ class Tracer(OperatorWatcher):
         self._tag(out, made)
 
     def _elementwise(self, name: str, args: Any, out: Tensor, tagged: list[Tensor]) -> None:
-        where = self._stack[-1] if self._stack else "the model"
+        where = self._where
         made: Tags = {}
         for tensor in tagged:
             other = next((other for other in args[:2] if other is not tensor), None)
@@ -318,16 +362,19 @@ class Tracer(OperatorWatcher):
             if bool((low == high).all()):
                 made[source] = Tag(high.reshape(out.shape), tag.scales)
             else:
-                source.refuse(f"is summed over its channels in {self._stack[-1] if self._stack else 'the model'}")
+                source.refuse(f"is summed over its channels in {self._where}")
         self._tag(out, made)
 
     def _tag(self, tensor: Tensor, tags: Tags) -> None:
+        for tag in tags.values():
+            if tag.channels.shape != tensor.shape:
+                raise ValueError(f"{list(tag.channels.shape)} channels for {list(tensor.shape)} elements")
         self._alive.append(tensor)
         self._tags[id(tensor)] = tags
 
     def _lose(self, tensors: list[Tensor], name: str) -> None:
         for tensor in tensors:
-            self._refuse(tensor, f"enters {name} in {self._stack[-1] if self._stack else 'the model'}")
+            self._refuse(tensor, f"enters {name} in {self._where}")
 
     def _refuse(self, tensor: Tensor, reason: str) -> None:
         for source in self._tags.get(id(tensor), {}):
