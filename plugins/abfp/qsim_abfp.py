@@ -11,7 +11,6 @@ from torch import Tensor
 
 from qsim_core import Arithmetic, Format, Quantizer, RecipeError, Scheme, hookimpl
 from qsim_core.formats.random_bits import part, uniform
-from qsim_core.formats.rounding import divided, working
 from qsim_core.sites.arithmetic import QuantizedRows
 
 
@@ -76,20 +75,18 @@ class Analog(Arithmetic):
 
     def multiply(self, left: QuantizedRows, right: QuantizedRows) -> Tensor:
         """Multiply rows `[..., M, K]` and `[..., N, K]` to `[..., M, N]`, tile by tile."""
-        n, highest = cast(ABFP, left.quantizer).n, [left.element.max, right.element.max]
         levels = 2 ** (self.adc - 1) - 1
-        largest = n * highest[0] * highest[1]
+        largest = cast(ABFP, left.quantizer).n * left.element.max * right.element.max
+        adding = torch.float64 if largest > 2**24 else torch.float32  # sums of codes are whole, and exact
         total: Tensor | float = 0.0
-        tiles = zip(working(left.values).split(n, -1), working(right.values).split(n, -1), strict=True)
-        for place, pair in enumerate(tiles):
-            (x, of_x), (w, of_w) = (_in_units(tile, top) for tile, top in zip(pair, highest, strict=True))
-            sums = (x @ w.transpose(-1, -2)).double()
-            read = sums * (levels * self.gain) / largest  # sums of codes are whole: ties are found exactly
+        for place, (x, w) in enumerate(left.blocks_with(right)):
+            sums = (x.units.to(adding) @ w.units.to(adding).transpose(-1, -2)).double()
+            read = sums * (levels * self.gain) / largest
             if self.noise:
                 with part(place):
                     read = read + self.noise * (2 * uniform(read, self.seed) - 1)
             found = read.round().clamp(-levels, levels) * (largest / levels / self.gain)
-            total = total + found.to(x.dtype) * of_x * of_w.transpose(-1, -2)
+            total = total + found.to(x.scale.dtype) * x.scale * w.scale.transpose(-1, -2)
         return torch.as_tensor(total).to(left.values.dtype)
 
 
@@ -97,15 +94,6 @@ def _is_bfloat16(scale: Quantizer) -> bool:
     """Tell if scales are rounded to bfloat16 and no more."""
     bare = scale.unscaled
     return isinstance(bare, Format) and bare.native is torch.bfloat16 and bare.rounding == "even"
-
-
-def _in_units(tile: Tensor, highest: float) -> tuple[Tensor, Tensor]:
-    """A tile `[..., n]` in units of its scales, and the scales `[..., 1]`.
-
-    A scale in bfloat16 is within 2^-9 of max|x| / max(element), and so the largest code of a tile is max(element).
-    """
-    scale = divided(tile.abs().amax(-1, keepdim=True), highest)
-    return tile / torch.where(scale == 0, 1.0, scale), scale
 
 
 @hookimpl

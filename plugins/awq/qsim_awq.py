@@ -32,12 +32,12 @@ class Layer:
 
     @property
     def rows(self) -> Tensor:
-        """The weight as it is now, [..., N, K], in float32."""
-        return self.layout.rows(self.weight.parameter.detach()).float()
+        """A copy of the weight as it is now, [..., N, K], in float32."""
+        return self.layout.rows(self.weight.parameter.detach()).to(torch.float32, copy=True)
 
     def add(self, x: Tensor) -> None:
         """Count inputs [..., K] in."""
-        x = x.flatten(0, -2).float()
+        x = x.reshape(-1, x.shape[-1]).float()
         self.gram += x.T @ x
         self.magnitude += x.abs().sum(0)
         self.tokens += len(x)
@@ -63,7 +63,8 @@ class AWQ(Transform):
     and 5, and the search of its reference.
 
     Scales are folded where the model's structure allows it, into norms and into weights before a linear or a ReLU.
-    Weights that are left alone are reported with the reason. The README lists the differences from the reference.
+    Norms and weights that are not scaled are reported with the reason. The README lists the differences from the
+    reference.
     """
 
     name = "awq"
@@ -79,7 +80,7 @@ class AWQ(Transform):
         found: list[NormGroup | WeightPair] = [*structure.groups, *(pair for pair in structure.pairs if pair.scales)]
         foldable = [item for item in found if not weights.keys().isdisjoint(item.weights)]
         for refused in structure.refused:
-            context.report(refused.name, note=f"left alone: {'; '.join(refused.reasons)}")
+            context.report(refused.name, note=f"not scaled: {'; '.join(refused.reasons)}")
         left = {_maker(item) for item in foldable}
         for block in context.blocks():
             layers = _observe(block, weights)
@@ -92,7 +93,7 @@ class AWQ(Transform):
                 if layer.weight.name not in _makers_of_scores(structure):
                     self._clip(context, layer)
         for name in sorted(left - {report.layer for report in context.reports if report.after is not None}):
-            context.report(name, note="left alone: what reads it is no linear, or lies outside of every block")
+            context.report(name, note="not scaled: what reads it is not a linear, or lies outside of every block")
 
     def _scale(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from qsim_core.sites.site import Site
 from qsim_core.transforms.context import Context
 
 KEPT = 2**12
-"""Differences that are kept for each site and calibration batch, evenly spread over the output."""
+"""Differences that are kept for each site and calibration batch, spread over the output."""
 
 
 class DNF(Transform):
@@ -43,12 +44,15 @@ class DNF(Transform):
             if site.inputs or site.plan.output or (site.weight and site.plan.weight):
                 exact, found = call.run(call.operands), context.simulated(site, call)
                 apart = (found - exact).float().flatten()
-                differences[site.name].append(apart[:: -(-apart.numel() // KEPT)].cpu())
+                differences[site.name].append(apart[spread(apart.numel(), KEPT).to(apart.device)].cpu())
                 sums = [float(values.double().square().sum()) for values in (exact, apart)]
                 energies[site.name] += torch.tensor([*sums, apart.numel()])
 
         context.observe(watch, "differential noise")
         for name, apart in differences.items():
+            if not energies[name][2]:
+                context.report(name, note="left alone: no calibration sample reached it")
+                continue
             levels = torch.linspace(0, 1, self.bins + 1, dtype=torch.float64)
             edges = torch.quantile(torch.cat(apart).double(), levels).float()
             noise = Noise(name, edges, self.seed)
@@ -60,6 +64,17 @@ class DNF(Transform):
                 after=(noise.power * count / signal) ** 0.5 if signal else 0.0,
                 measure="relative size of the errors, and of the noise in their place,",
             )
+
+
+def spread(count: int, kept: int) -> Tensor:
+    """Give at most `kept` places below `count`, each once, evenly spread over every axis of a tensor of that size.
+
+    The step from one to the next has no factor in common with the size of any axis, and is near the golden section.
+    """
+    step = round(count * (math.sqrt(5) - 1) / 2)
+    while math.gcd(step, count) > 1:
+        step += 1
+    return torch.arange(min(count, kept)) * step % max(count, 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,7 +38,7 @@ class Float(Format):
     exponent: int = Field(ge=1, le=8, description="exponent bits")
     mantissa: int = Field(ge=0, le=17, description="stored fraction bits")
     specials: Literal["ieee", "fn", "fnuz", "p3109", "none"] = Field("none", description="which codes are Inf and NaN")
-    bias: int | None = Field(None, description="bias of the exponent; none: the usual bias")
+    bias: int | None = Field(None, ge=-512, description="bias of the exponent; none: the usual bias")
     subnormals: bool = Field(True, description="false: no values between zero and the smallest normal value")
     signed: bool = Field(True, description="false: values start at 0, and the code has one bit less")
     saturate: bool | None = Field(None, description="clamp values that are too large; none: only if there is no Inf")

@@ -56,6 +56,15 @@ class Component(BaseModel):
             raise ValueError(no_option(cls, gone))
         return typing.cast("Self", handler(value))
 
+    @model_validator(mode="after")
+    def _integers_fit(self) -> Self:
+        """Refuse integers of more than 64 bits: torch and kernels cannot take them."""
+        for option, value in self:
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int) and not -(2**63) <= number < 2**64:
+                    raise ValueError(f"{option} has more than 64 bits")
+        return self
+
     @model_serializer(mode="plain")
     def _to_text(self) -> str:
         return str(self)

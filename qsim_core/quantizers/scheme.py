@@ -33,6 +33,9 @@ from qsim_core.quantizers.calibrators import Calibrator, MinMax
 from qsim_core.quantizers.gradients import Gradient, passing
 from qsim_core.quantizers.scales import Scales
 
+LONGEST = 2**31 - 1
+"""The most elements along an axis of a block; kernels count them in 64 bits."""
+
 
 class Scheme(Quantizer):
     """Divides by a scale shared over a block, rounds to `element`, multiplies by the scale.
@@ -47,7 +50,8 @@ class Scheme(Quantizer):
 
     A symmetric scheme has scale = highest / reach(element), where `range` chooses the highest magnitude. Otherwise, for
     integers, scale = (highest - lowest) / (max - min), with zero inside the range. The zero point
-    min - round(lowest / scale) makes zero exact. Quotients are computed in float32 (float64 for float64 input).
+    min - round(lowest / scale) makes zero exact. Quotients are computed in float32 (float64 for float64 input), and
+    rounded before the zero point is added: a tie goes to the even multiple of the scale.
     `rule` may turn the scale into a power of two. `scale` rounds it, saturating at that format's largest value. The
     element saturates too, even if the format by itself overflows: rounding never turns a number into Inf or NaN.
 
@@ -88,7 +92,13 @@ class Scheme(Quantizer):
 
     @model_validator(mode="after")
     def _works_together(self) -> Self:
-        element = self.element
+        element, shared = self.element, self.granularity
+        if any(
+            length > LONGEST
+            for length in (shared if isinstance(shared, tuple) else (shared,))
+            if isinstance(length, int)
+        ):
+            raise ValueError(f"a block has at most {LONGEST} elements along an axis, not {shared}")
         if element.min > 0:
             raise ValueError(f"{element} has no values at or below zero: it can be a scale, not an element")
         if self.symmetric and element.max < -element.min / 2:

@@ -67,7 +67,14 @@ def by_the_book(x: Tensor, w: Tensor, n: int, adc: int, gain: int, of_x: str, of
 
 @pytest.mark.parametrize(
     ("n", "adc", "gain", "of_x", "of_w"),
-    [(8, 8, 1, "int4", "int4"), (16, 6, 4, "int8", "int4"), (32, 8, 16, "int6", "int6"), (16, 8, 2, "e4m3", "e4m3")],
+    [
+        (8, 8, 1, "int4", "int4"),
+        (16, 6, 4, "int8", "int4"),
+        (32, 8, 16, "int6", "int6"),
+        (16, 8, 2, "e4m3", "e4m3"),
+        (16, 10, 1, "int12", "int12"),
+        (8, 9, 2, "int16", "int10"),
+    ],
 )
 def test_it_is_what_fractions_give(n: int, adc: int, gain: int, of_x: str, of_w: str) -> None:
     x, w = noise(6, 75) * 3, noise(9, 75, seed=1)

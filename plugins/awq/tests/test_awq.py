@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from families import make, tokens
@@ -75,6 +77,19 @@ def test_clipping_makes_the_error_of_the_outputs_smaller() -> None:
     (clipped,) = simulation.reports
     assert clipped.after < clipped.before  # type: ignore[operator]
     assert model.weight[3, 7] < 0.7
+
+
+def test_the_error_after_clipping_counts_what_was_clipped() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 48, bias=False)).eval()
+    exact, x = copy.deepcopy(model), torch.randn(400, 64)
+
+    simulation = qsim.simulate(model, weights="channel(int3)", transforms=["awq"], calibration=[x])
+
+    with torch.no_grad():
+        error = float((model(x) - exact(x)).norm() / exact(x).norm())
+    assert simulation.reports[-1].measure == "relative error of the outputs"
+    assert simulation.reports[-1].after == pytest.approx(error, rel=1e-3)
 
 
 def test_weights_that_make_q_and_k_are_not_clipped() -> None:

@@ -196,6 +196,16 @@ def test_a_zero_point_keeps_zero_exact() -> None:
     assert torch.equal(y[:, 5], torch.zeros(16))
 
 
+def test_a_tie_goes_to_the_even_multiple_of_the_scale_whatever_the_zero_point_is() -> None:
+    """The scale is 1 and the zero point is the code -5; its neighbours' codes are odd where the multiple is even."""
+    x = torch.tensor([-3.0, 12.0, 0.5, 1.5, 2.5, -0.5])
+
+    encoded = qsim.parse("tensor(int4, symmetric=false)").encode(x)
+
+    codes = qsim.parse("int(4, narrow=false)").from_codes(encoded.codes, torch.float32)
+    assert codes.tolist() == [-8, 7, -5, -3, -3, -5]
+
+
 def test_an_unsigned_format_covers_the_positive_values() -> None:
     x = torch.tensor([[-100.0, 3.0, 15.0, 7.4]])
 

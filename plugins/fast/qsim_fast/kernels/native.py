@@ -68,6 +68,7 @@ class CpuKernels:
     def extremes(self, x: Tensor, block: int, magnitude: bool) -> tuple[Tensor | None, Tensor]:
         """`Kernels.extremes`."""
         rows, columns = x.shape
+        block = max(1, min(block, columns))
         high = buffer(rows, -(-columns // block))
         low = None if magnitude else torch.empty_like(high)
         bfloat16, threads = x.dtype == torch.bfloat16, _threads(x)
