@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,6 +103,78 @@ def test_a_walk_gives_each_block_the_inputs_that_the_model_gives_it(family: str,
     qsim.simulate(model, weights="int8", transforms=[probe(apply)], calibration=batches)
 
     assert len(seen) >= 8
+
+
+class Changing(nn.Module):
+    """A block that changes what it is handed: its input, a list, a dictionary and an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, seen: list[Any], *, state: dict[str, Any], count: Any) -> Tensor:
+        seen[count.calls] = x.clone()
+        count.calls += 1
+        x *= state.pop("factor") + 0.0
+        state["factor"] = torch.full((), 3.0)
+        y: Tensor = self.linear(x)
+        return y
+
+
+class WithChanging(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Changing(), Changing()])
+
+    def forward(self, x: Tensor, state: dict[str, Any]) -> Tensor:
+        seen, count = [None, None], SimpleNamespace(calls=0)
+        for block in self.blocks:
+            x = block(x, seen, state=state, count=count)
+        return x
+
+
+def test_a_block_that_changes_what_it_is_handed_is_run_on_the_same_each_time() -> None:
+    model = WithChanging()
+    batches = [{"x": torch.ones(2, 8), "state": {"factor": torch.tensor(2.0)}} for _ in range(2)]
+    seen: dict[str, list[Tensor]] = {}
+
+    def apply(model: nn.Module, context: Context) -> None:
+        def watch(site: Any, call: Any) -> None:
+            seen.setdefault(site.name, []).append(call.input.clone())
+
+        context.observe(watch, "everything")
+        for block in context.blocks():
+            block.observe(watch)
+            block.observe(watch)
+
+    qsim.simulate(model, weights="int8", transforms=[probe(apply)], calibration=batches)
+
+    for inputs in seen.values():
+        assert len(inputs) == 6
+        assert all(torch.equal(found, inputs[0]) for found in inputs)
+    assert torch.equal(seen["blocks.0.linear"][0], torch.full((2, 8), 2.0))
+    assert batches[0] == {"x": batches[0]["x"], "state": {"factor": torch.tensor(2.0)}}
+    assert torch.equal(batches[0]["x"], torch.ones(2, 8))
+
+
+def test_a_report_says_if_its_layer_changed() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+
+    def apply(model: nn.Module, context: Context) -> None:
+        model.get_parameter("0.weight").mul_(0.5)
+        next(site for site in context.all_sites if site.name == "1").rotations["input"] = torch.clone
+        for layer in ("0", "0.weight", "0.bias", "1", "2"):
+            context.report(layer)
+
+    class Change(qsim.Transform):
+        name = "change"
+
+        def apply(self, model: nn.Module, context: Context) -> None:
+            apply(model, context)
+
+    simulation = qsim.simulate(model, weights="int8", transforms=[Change()], example=torch.ones(1, 8))
+
+    assert [r.layer for r in simulation.reports if r.changed] == ["0", "0.weight", "1"]
 
 
 def test_a_pinned_weight_is_not_rounded_again() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import qsim_core as qsim
 from qsim_core.formats import rounding
@@ -261,6 +261,22 @@ def test_a_callable_that_changes_shape_or_dtype_is_refused(function: object, mes
 
     with pytest.raises(qsim.QsimError, match=message):
         quantizer(torch.ones(2, 3))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("found", [torch.ones(1), torch.ones(2, 1), torch.ones(3, 2).T.double(), None])
+def test_a_quantizer_that_changes_shape_or_dtype_is_refused_and_not_broadcast(found: Tensor | None) -> None:
+    class Careless(qsim.Quantizer):
+        name = "careless"
+
+        def quantize(self, x: Tensor) -> Tensor:
+            return found  # type: ignore[return-value]
+
+    simulated = nn.Linear(3, 2)
+    qsim.simulate(simulated, activations=Careless())
+
+    for call in (Careless().quantize, Careless(), simulated):
+        with pytest.raises(qsim.QsimError, match=r"^careless turned a tensor \(2, 3\) torch.float32 into "):
+            call(torch.ones(2, 3))
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def _done(transform: str, reports: list[LayerReport]) -> str:
     if changed:
         before, after = (statistics.median(getattr(r, key) for r in changed) for key in ("before", "after"))
         line += f", {changed[0].measure} {before:.3g} before and {after:.3g} after (median)"
-    left = len(reports) - len(changed)
+    left = len({report.layer for report in reports if not report.changed} - {report.layer for report in changed})
     return line + (f"; {left} left alone (--json says why)" if left else "")
 
 

@@ -7,6 +7,7 @@ reduction axis of its matmul last.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Self
@@ -109,11 +110,32 @@ class SiteQuantizer(ABC):
         return self.quantize(x)
 
 
+def _checked(quantize: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    @functools.wraps(quantize)
+    def checked(self: Any, x: Tensor) -> Tensor:
+        y: Any = quantize(self, x)
+        if isinstance(y, Tensor) and y.shape == x.shape and y.dtype == x.dtype:
+            return y
+        found = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else repr(type(y).__name__)
+        raise QsimError(f"{self} turned a tensor {tuple(x.shape)} {x.dtype} into {found}; shape and dtype must stay")
+
+    return checked
+
+
 class Quantizer(SiteQuantizer, Component):
-    """Rounds a tensor. An author writes one method: `quantize`."""
+    """Rounds a tensor. An author writes one method: `quantize`.
+
+    A `quantize` whose result has another shape or dtype than its argument raises `QsimError`.
+    """
 
     kind: ClassVar[str] = "quantizer"
     hook: ClassVar[str] = "qsim_quantizers"
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if "quantize" in vars(cls):
+            cls.quantize = _checked(cls.quantize)  # type: ignore[assignment, method-assign]
 
     def encode(self, x: Tensor) -> Encoded:
         """Turn `x` into codes and scales. Raises `QsimError` for a value without a code, or if there are no codes."""
@@ -154,13 +176,8 @@ class Function(Quantizer):
     call: Callable[[Any], Any]
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Apply the callable to a copy of `x`. Raises `QsimError` if the result has another shape or dtype."""
-        y = self.call(x.clone())
-        if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
-            found = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else repr(type(y).__name__)
-            raise QsimError(
-                f"{self} turned a tensor {tuple(x.shape)} {x.dtype} into {found}; shape and dtype must stay"
-            )
+        """Apply the callable to a copy of `x`."""
+        y: Tensor = self.call(x.clone())
         return y
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from qsim_core.errors import CalibrationWarning, QsimError, RecipeError
 from qsim_core.quantizers.learned_steps import LearnedSteps
 from qsim_core.simulation import site_state, static_calibration
 from qsim_core.simulation.audit import Audit, measured_audit
+from qsim_core.simulation.closed_modules import check_open
 from qsim_core.simulation.module_text import ModuleText
 from qsim_core.simulation.recipe import Recipe
 from qsim_core.simulation.statistics_cache import statistics_entry
@@ -249,6 +250,7 @@ def simulate(
         raise RecipeError(f"give a recipe or its parts, not both (here: recipe and {', '.join(given)})")
     if not isinstance(recipe, Recipe):
         recipe = Recipe.of(dict(recipe or given), host)
+    check_open(model)
     if any(isinstance(vars(module).get("extra_repr"), ModuleText) for module in model.modules()):
         raise QsimError("this model is simulated already; restore() it first")
     simulation = Simulation(model, recipe, keep, exact_arithmetics(recipe, host))

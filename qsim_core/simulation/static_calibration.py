@@ -43,7 +43,7 @@ class Fitter:
     def __call__(self, site: Site, role: str, before: Tensor, after: Tensor, quantizer: Quantizer | None) -> None:
         """Take in a tensor that passes a site, while nothing is quantized. Raises `DataError` on NaN and Inf."""
         scheme, key = _wants(site, role), (site.name, role)
-        if scheme is None:
+        if scheme is None or not before.numel():  # an expert without tokens
             return
         if role == "weight":
             self.weights.setdefault(site.name, (site, scheme, *of_weight(scheme, before)))
@@ -86,6 +86,10 @@ def fix(model: nn.Module, sites: Mapping[str, Site], statistics: Statistics, wei
         assert wants is not None
         fixed = hold(model, site, role, wants, *wants.fit(values, counts))
         suspicions += [f"{name} ({role}) {what}" for what in _suspicions(fixed, values, counts)]
+    missing = [
+        (site.name, role) for site in sites.values() for role in (*site.input_roles, "output") if _wants(site, role)
+    ]
+    suspicions += [f"{name} ({role}) saw no calibration data and has no scale" for name, role in missing]
     return suspicions
 
 

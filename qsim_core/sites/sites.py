@@ -191,7 +191,7 @@ class Sites:
 
     def _execution(self, site: Site, call: Call, weights: Sequence[Weight | None], module: nn.Module) -> LiveExecution:
         shared = module, self.stack, self.weights, self.exact, self.observer
-        if self.quantizing:
+        if self.quantizing and all(operand.numel() for operand in call.operands):  # of nothing, nothing is quantized
             operands = operands_of(site, call, weights, site.quantizer)
             return LiveExecution(site, call, operands, site.quantizer("output"), *shared)
         check_planned(site, call, weights)

@@ -5,7 +5,7 @@ Pinned weights, and weights whose inputs have static scales, are final: a later 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from qsim_core.sites.sites import Sites
 from qsim_core.transforms.checkpoint import sha256
 from qsim_core.transforms.context import Context
 from qsim_core.transforms.offload import state
+from qsim_core.transforms.report import LayerReport
 from qsim_core.transforms.transform import Transform
 
 
@@ -28,7 +29,9 @@ def apply_transforms(transforms: Iterable[tuple[Transform, Context]], model: nn.
             transform.apply(model, context)
         after = _digests(model)
         changed = {name for name, digest in after.items() if digest != before[name]}
-        if not changed and _standing(sites) == stood:
+        stands = _standing(sites)
+        context.reports = _with_changes(context.reports, changed | {one[0] for one in stands if one not in stood})
+        if not changed and stands == stood:
             raise RecipeError(f"{transform} changed nothing in this model: {_why(context)}")
         late = sorted(changed & settled - (sites.weights.pinned - pinned))
         if late:
@@ -37,6 +40,12 @@ def apply_transforms(transforms: Iterable[tuple[Transform, Context]], model: nn.
                 f"it has found scales for; put {transform} before that one"
             )
         before = after
+
+
+def _with_changes(reports: Iterable[LayerReport], changed: Collection[str]) -> list[LayerReport]:
+    """Say in each report if its layer changed; `changed` names parameters and sites."""
+    paths = {path for name in changed for path in (name, name.rpartition(".")[0])}
+    return [report.model_copy(update={"changed": report.layer in paths}) for report in reports]
 
 
 def _digests(model: nn.Module) -> dict[str, str]:
