@@ -1,4 +1,4 @@
-"""Confidence intervals against a written-out bootstrap, and their coverage on samples whose truth is known."""
+"""Confidence intervals against formulas, and their coverage on samples whose truth is known."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import qsim_core as qsim
-from qsim_core.evaluation.metrics import RESAMPLES, finite_outputs, interval, intervals, rank
+from qsim_core.evaluation.metrics import FEWEST, FEWEST_IN_ORDER, finite_outputs, interval, intervals, rank, student
 
 WIDTH = 8
 
@@ -74,31 +74,71 @@ def test_an_output_is_finite_or_it_is_not(output: list[float], finite: bool, wra
     assert not model._forward_hooks
 
 
-def test_resampling_is_what_a_plain_loop_gives() -> None:
+def test_leaving_out_is_what_a_plain_loop_gives() -> None:
     nll, tokens = torch.rand(7, dtype=torch.float64) * 9, torch.arange(7.0, dtype=torch.float64) + 1
-    generator = torch.Generator().manual_seed(5)
-    drawn = torch.randint(7, (RESAMPLES, 7), generator=generator)
-    by_hand = [math.exp(sum(nll[i] for i in row) / sum(tokens[i] for i in row)) for row in drawn.tolist()]
+    kept = [[place for place in range(7) if place != left] for left in range(7)]
+    by_hand = [math.exp(sum(nll[i] for i in row) / sum(tokens[i] for i in row)) for row in kept]
 
-    found = qsim.Metrics({"nll": nll, "tokens": tokens}, perplexity).resampled(seed=5)["perplexity"]
+    found = qsim.Metrics({"nll": nll, "tokens": tokens}, perplexity).left_out()["perplexity"]
 
     assert found.tolist() == pytest.approx(by_hand, rel=1e-12)
 
 
-def test_an_interval_is_the_middle_95_percent() -> None:
-    assert interval(torch.arange(1001.0, dtype=torch.float64)) == (25, 975)
-    assert interval(torch.full((1000,), math.inf, dtype=torch.float64)) == (math.inf, math.inf)
+@pytest.mark.parametrize(("degrees", "quantile"), [(3, 3.18245), (7, 2.36462), (15, 2.13145), (119, 1.98010)])
+def test_students_t(degrees: int, quantile: float) -> None:
+    assert student(degrees) == pytest.approx(quantile, rel=0.01 if degrees < 7 else 5e-4)
 
 
-def test_it_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_the_interval_of_a_symmetric_mean_is_students() -> None:
+    samples = torch.tensor([-3.0, -2.0, -1.0, 0.0, 0.0, 1.0, 2.0, 3.0], dtype=torch.float64)
+    metrics = qsim.Metrics({"mean": samples})
+
+    low, high = interval(torch.tensor(0.0), metrics.left_out()["mean"])
+
+    assert (low, high) == pytest.approx((-2.36462 * 2 / math.sqrt(8), 2.36462 * 2 / math.sqrt(8)), rel=1e-3)
+
+
+def test_the_interval_of_what_is_not_finite_is_nan() -> None:
+    assert all(map(math.isnan, interval(torch.tensor(math.inf), torch.full((9,), math.inf))))
+
+
+def normal(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def skewed(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Exponential samples with mean 0."""
+    return -torch.rand(shape, generator=generator, dtype=torch.float64).clamp(min=1e-300).log() - 1
+
+
+def neighbours(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Samples that have half of the sample before them, as windows of a text have."""
+    found = normal(shape, generator)
+    for place in range(1, shape[1]):
+        found[:, place] = found[:, place - 1] / 2 + math.sqrt(3 / 4) * found[:, place]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("draw", "many"),
+    [
+        *((draw, many) for draw in (normal, skewed) for many in (FEWEST, 16, 120)),
+        *((neighbours, many) for many in (FEWEST_IN_ORDER, 32, 120)),
+    ],
+)
+def test_95_of_100_intervals_hold_the_true_ratio(draw: Any, many: int) -> None:
+    trials, held = 1000, 0
     generator = torch.Generator().manual_seed(0)
-    covered = 0
-    for _ in range(200):
-        metrics = qsim.Metrics({"mean": torch.randn(100, generator=generator)})
-        low, high = interval(metrics.resampled(seed=0)["mean"])
-        covered += low <= 0 <= high
+    before = 3.8 + 0.5 * draw((trials, many), generator)
+    after = before + 0.09 + 0.05 * draw((trials, many), generator)
+    for pair in zip(before, after, strict=True):
+        b, a = (qsim.Metrics({"nll": nll}, lambda m: {"perplexity": m["nll"].exp()}) for nll in pair)
+        ratio = torch.tensor(a["perplexity"] / b["perplexity"])
+        left_out = a.left_out()["perplexity"] / b.left_out()["perplexity"]
+        low, high = interval(ratio, left_out, in_order=draw is neighbours)
+        held += low <= math.exp(0.09) <= high
 
-    assert 180 <= covered <= 198  # 95% of 200 are 190, give or take
+    assert 0.93 <= held / trials <= 0.97
 
 
 def test_pairs_are_surer_than_their_parts() -> None:
@@ -106,24 +146,25 @@ def test_pairs_are_surer_than_their_parts() -> None:
     hard = torch.rand(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     before, after = qsim.Metrics({"loss": hard}), qsim.Metrics({"loss": 1.5 * hard})
 
-    found = intervals(before, after, seed=0)["loss"]
+    found = intervals(before, after)["loss"]
 
     assert found["ratio"] == pytest.approx((1.5, 1.5))
     assert found["baseline"][1] - found["baseline"][0] > 0.1
     assert found["difference"][0] == pytest.approx(0.5 * found["baseline"][0])
-    assert found == intervals(before, after, seed=0)["loss"]
+    assert found == intervals(before, after)["loss"]
 
 
 @pytest.mark.parametrize(
     ("before", "after"),
     [
         ({"loss": 1.0}, {"loss": 2.0}),
-        (qsim.Metrics({"loss": torch.ones(1)}), qsim.Metrics({"loss": torch.ones(1)})),
-        (qsim.Metrics({"loss": torch.ones(3)}), qsim.Metrics({"loss": torch.ones(4)})),
+        (qsim.Metrics({"loss": torch.rand(7)}), qsim.Metrics({"loss": torch.rand(7)})),
+        (qsim.Metrics({"loss": torch.rand(13)}), qsim.Metrics({"loss": torch.rand(14)})),
+        (qsim.Metrics({"loss": torch.rand(15)}, in_order=True), qsim.Metrics({"loss": torch.rand(15)})),
     ],
 )
-def test_plain_numbers_one_sample_and_other_samples_have_none(before: Any, after: Any) -> None:
-    assert intervals(before, after, seed=0) == {}
+def test_plain_numbers_few_samples_and_other_samples_have_none(before: Any, after: Any) -> None:
+    assert intervals(before, after) == {}
 
 
 class Squares(qsim.Evaluator):

@@ -15,9 +15,6 @@ from qsim_core.evaluation.result import Result
 from qsim_core.simulation.recipe import ROLES
 from qsim_core.transforms.report import LayerReport
 
-FEW = 10
-"""Of fewer samples a bootstrap's intervals are too narrow: they are drawn from too few values."""
-
 
 def show(result: Result) -> None:
     """Print the table of one result, and the lines under it."""
@@ -78,9 +75,10 @@ def _lines(result: Result) -> Iterator[str]:
         said = ", ".join(f"{role} {text or 'as they are'}" for role, text in exception.items())
         yield f"otherwise at {pattern}: {said}"
     if result.metric in result.intervals:
-        narrow = "" if limit is None or limit >= FEW else "; too narrow, of so few samples"
         over = "over the samples, the ratio's over the same ones before and after"
-        yield f"in brackets: 95% confidence intervals {over}{narrow}"
+        yield f"in brackets: 95% confidence intervals {over}"
+    elif result.samples is not None:
+        yield f"no confidence intervals: {result.samples} samples are too few"
     others = [key for key in result.simulated if key != result.metric]
     if others:
         yield "; ".join(_change(key, result.baseline.get(key), result.simulated[key]) for key in others)

@@ -19,7 +19,7 @@ from qsim_core.components.host import Host
 from qsim_core.evaluation.adapter import LoadedModel
 from qsim_core.evaluation.data import Data
 from qsim_core.evaluation.job import Job
-from qsim_core.evaluation.metrics import Metrics, Resampled
+from qsim_core.evaluation.metrics import LeftOut, Metrics
 from qsim_core.simulation.cache_entry import CacheEntry
 from qsim_core.simulation.environment import version_of
 from qsim_core.simulation.fingerprint import Unknowable, of_code, of_machine, of_model
@@ -50,7 +50,7 @@ def baseline_entry(
 
 
 def cached_baseline(
-    entry: CacheEntry | None, seed: int, evaluate: Callable[[], dict[str, float]]
+    entry: CacheEntry | None, evaluate: Callable[[], dict[str, float]]
 ) -> tuple[dict[str, float], bool]:
     """The baseline's metrics, and True if an earlier run had measured them.
 
@@ -60,19 +60,16 @@ def cached_baseline(
         return evaluate(), False
     kept = entry.get()
     if kept is not None:
-        return Resampled(**kept), True
+        return LeftOut(**kept), True
     metrics = evaluate()
     if isinstance(metrics, Metrics) and metrics.outputs is not None:
         return metrics, False
-    size = metrics.size if isinstance(metrics, Metrics) else 0
-    draws = metrics.resampled(seed) if isinstance(metrics, Metrics) and size > 1 else {}
-    found: dict[str, Any] = {
-        "values": {name: float(value) for name, value in metrics.items()},
-        "size": size,
-        "draws": draws,
-    }
+    in_order = isinstance(metrics, Metrics) and metrics.in_order
+    left_out = metrics.left_out() if isinstance(metrics, Metrics) and metrics.size > 1 else {}
+    values = {name: float(value) for name, value in metrics.items()}
+    found: dict[str, Any] = {"values": values, "left_out": left_out, "in_order": in_order}
     entry.put(found)
-    return Resampled(**found), False
+    return LeftOut(**found), False
 
 
 def of_preparation(thing: Any) -> Iterator[Any]:

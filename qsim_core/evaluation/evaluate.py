@@ -16,7 +16,7 @@ from qsim_core.evaluation.baseline_cache import baseline_entry, cached_baseline
 from qsim_core.evaluation.data import Calibration, Data
 from qsim_core.evaluation.evaluator import Evaluator
 from qsim_core.evaluation.job import Job
-from qsim_core.evaluation.metrics import intervals, without_score
+from qsim_core.evaluation.metrics import Metrics, intervals, without_score
 from qsim_core.evaluation.record import calibration_record, data_record, description
 from qsim_core.evaluation.result import Result
 from qsim_core.files import make_work_dir
@@ -65,7 +65,7 @@ def evaluate(
     entry = None if samples is not None else baseline_entry(job, host, loaded, dataset, run, device, dtype)
     before = time.perf_counter()
     baseline, cached = cached_baseline(
-        entry, run.seed, lambda: _metrics(job.evaluator, loaded, dataset, run, f"{dtype} baseline")
+        entry, lambda: _metrics(job.evaluator, loaded, dataset, run, f"{dtype} baseline")
     )
     baseline_seconds = time.perf_counter() - before
     with run.stage("quantizing weights") if batches is None else nullcontext():  # transforms show their own progress
@@ -91,7 +91,8 @@ def evaluate(
         metric=job.evaluator.metric or next(iter(baseline)),
         baseline=baseline,
         simulated=simulated,
-        intervals=intervals(baseline, simulated, run.seed),
+        intervals=intervals(baseline, simulated),
+        samples=simulated.size if isinstance(simulated, Metrics) else None,
         audit=audit,
         environment=Environment.here(device, dtype, loaded.model),
         data=data_record(data, dataset),

@@ -62,6 +62,7 @@ class Result(_Record):
     baseline: dict[str, float] = Field(description="the model as it is, metric by metric")
     simulated: dict[str, float] = Field(description="the model under the recipe")
     intervals: dict[str, Intervals] = Field(default={}, description="95% confidence intervals, metric by metric")
+    samples: int | None = Field(None, description="samples that the intervals come from; too few have no intervals")
     audit: Audit
     plugins: dict[str, PluginRecord] = Field(description="every plugin that had a part in it")
     environment: Environment

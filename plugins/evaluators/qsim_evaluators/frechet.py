@@ -169,9 +169,8 @@ def contributions(reference: Tensor, made: Tensor) -> Tensor:
     D. That of group g is D + (G - 1) (mean of D₋ - D₋ᵍ), where D₋ᵍ is the distance without group g. There are `GROUPS`
     groups, or one for each row if there are fewer rows.
 
-    A bootstrap of the images would repeat images, and that alone makes the distance larger. The contributions can be
-    resampled like the samples of any mean. Source: Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993,
-    §11.5.
+    The contributions have the interval of any mean of samples. Source: Efron and Tibshirani, *An Introduction to the
+    Bootstrap*, 1993, §11.5.
     """
     many = min(GROUPS, len(made))
     groups = torch.arange(len(made)) % many

@@ -73,7 +73,8 @@ class MaskedLM(Evaluator):
         def metrics(means: Means) -> Means:
             return {"masked_perplexity": means["nll"].exp(), **means}
 
-        return Metrics({"nll": nll, "accuracy": right}, metrics, counts={"tokens": float((labels >= 0).sum())})
+        counts = {"tokens": float((labels >= 0).sum())}
+        return Metrics({"nll": nll, "accuracy": right}, metrics, counts=counts, in_order=True)
 
     def protocol(self, loaded: LoadedModel) -> str:
         """Describe the windows and the mask in words."""

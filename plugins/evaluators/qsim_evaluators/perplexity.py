@@ -99,7 +99,7 @@ class Perplexity(Evaluator):
             }
 
         samples = {"nll": torch.cat(sums), "tokens": torch.cat(tokens)}
-        return Metrics(samples, metrics, counts={"tokens": float(samples["tokens"].sum())})
+        return Metrics(samples, metrics, counts={"tokens": float(samples["tokens"].sum())}, in_order=True)
 
     def protocol(self, loaded: LoadedModel) -> str:
         """Describe the windows and the stride in words."""

@@ -197,7 +197,7 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     loaded = writer(ADDS)
     for part in (loaded.model, loaded.tokenizer):
         part.save_pretrained(tmp_path / "writer")
-    Path("sums.jsonl").write_text("\n".join(json.dumps(row) for row in (RIGHT, IMPOSSIBLE, RIGHT, RIGHT)))
+    Path("sums.jsonl").write_text("\n".join(json.dumps(row) for row in (RIGHT, IMPOSSIBLE, RIGHT, RIGHT) * 2))
     run = ["evaluate", "writer", "--precision", "w8a8", "--evaluator", GREEDY, "--data", "sums.jsonl", "--quiet"]
 
     refused = CliRunner().invoke(main, run)
@@ -211,11 +211,11 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert refused.stderr.startswith("Error: pass_at_k runs programs that the model writes; allow it with --allow-code")
     assert allowed.exit_code == 0, allowed.output
     result = json.loads(Path("result.json").read_text())
-    assert result["baseline"] == result["simulated"] == {"pass@1": 0.75, "problems": 4}
+    assert result["baseline"] == result["simulated"] == {"pass@1": 0.75, "problems": 8}
     assert result["intervals"]["pass@1"]["difference"] == [0, 0]
     assert [json.loads(line)["verdict"] for line in Path("samples/simulated.jsonl").read_text().splitlines()] == [
         "passed", "failed: AssertionError", "passed", "passed",
-    ]  # fmt: skip
+    ] * 2  # fmt: skip
     assert [outcome.exit_code for outcome in again] == [1, 0]
 
 

@@ -84,7 +84,8 @@ def test_the_windows_are_the_samples(loaded: qsim.LoadedModel) -> None:
     metrics = qsim.parse("perplexity(16, stride=4)").evaluate(loaded, qsim.Data.of_text("fox", TEXT), qsim.Run())
 
     assert metrics.samples["tokens"].tolist() == [15, *[4] * 40]
-    assert metrics.resampled(0)["perplexity"].std() > 0
+    assert metrics.left_out()["perplexity"].std() > 0
+    assert metrics.in_order
 
 
 def test_the_window_is_what_the_model_takes(loaded: qsim.LoadedModel) -> None:

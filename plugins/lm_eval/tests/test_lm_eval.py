@@ -104,7 +104,7 @@ def test_what_is_generated_is_compared_and_a_corpus_score_has_no_interval(
     said = loaded.tokenizer.decode(loaded.model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :])
     directory = write(
         "say",
-        [{"start": "The function returns", "end": end} for end in (said, "something else")],
+        [{"start": "The function returns", "end": end} for end in (said, "something else") * 4],
         output_type="generate_until",
         doc_to_text="{{start}}",
         doc_to_target="{{end}}",
@@ -117,7 +117,7 @@ def test_what_is_generated_is_compared_and_a_corpus_score_has_no_interval(
 
     assert found["say/exact_match"] == 0.5
     assert 50 < found["say/chrf"] < 100
-    assert intervals(found, found, 0).keys() == {"say/exact_match"}
+    assert intervals(found, found).keys() == {"say/exact_match"}
 
 
 def test_choices_that_are_equally_likely_are_wrong(loaded: Any, ends: Callable[..., Path]) -> None:
@@ -147,8 +147,8 @@ def test_a_group_is_the_mean_over_the_documents_of_its_tasks(loaded: Any, ends: 
     assert next(iter(found)) == "both/acc"
     assert found["few/acc"] != found["many/acc"]
     assert found["both/acc"] == pytest.approx((12 * found["few/acc"] + 20 * found["many/acc"]) / 32)
-    drawn = found.resampled(0)
-    assert torch.allclose(drawn["both/acc"], (12 * drawn["few/acc"] + 20 * drawn["many/acc"]) / 32)
+    without = found.left_out()
+    assert torch.allclose(without["both/acc"], (12 * without["few/acc"] + 20 * without["many/acc"]) / 32)
 
 
 def test_samples_are_documents_and_the_first_ones_under_a_limit(loaded: Any, ends: Callable[..., Path]) -> None:
@@ -166,7 +166,8 @@ def test_tasks_of_different_lengths_are_samples_together(loaded: Any, ends: Call
 
     alone = measure(loaded, "long", ends("long", 40))
     assert found.samples["short/acc,none weight"].tolist() == [1.0] * 3 + [0.0] * 37
-    assert torch.equal(found.resampled(3)["long/acc"], alone.resampled(3)["long/acc"])
+    assert torch.equal(found.left_out()["long/acc"], alone.left_out()["long/acc"])
+    assert intervals(found, found).keys() == {"long/acc", "long/acc_norm"}
 
 
 def test_both_runs_see_the_same_examples_and_another_seed_others(loaded: Any, ends: Callable[..., Path]) -> None:
@@ -244,7 +245,7 @@ def test_transforms_look_at_text_as_perplexitys_do(loaded: Any, ends: Callable[.
 
 
 def test_a_command_says_what_ran_and_its_record_runs_again(ends: Callable[..., Path], tmp_path: Path) -> None:
-    evaluate = ["evaluate", "opt-tiny", "--precision", "w4a4", "--limit", "5", "--json"]
+    evaluate = ["evaluate", "opt-tiny", "--precision", "w4a4", "--limit", "8", "--json"]
     text = f"lm_eval(ends, include_path={json.dumps(str(ends(count=8)))})"
 
     first = CliRunner().invoke(main, [*evaluate, str(tmp_path / "a.json"), "--evaluator", text])
@@ -254,7 +255,7 @@ def test_a_command_says_what_ran_and_its_record_runs_again(ends: Callable[..., P
 
     assert (first.exit_code, again.exit_code) == (0, 0), first.output + again.output
     before, after = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
-    assert (before["metric"], before["limit"]) == ("ends/acc", 5)
+    assert (before["metric"], before["limit"]) == ("ends/acc", 8)
     assert before["protocol"].startswith("lm-evaluation-harness 0.4.")
     assert before["data"]["name"] == "ends (version 1.5, 0-shot)"
     assert before["simulated"] == after["simulated"] != before["baseline"]
