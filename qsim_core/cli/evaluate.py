@@ -135,12 +135,13 @@ def _print_recipe(recipe: Recipe, options: dict[str, Any], host: Host) -> None:
 def _measured(recipe: Recipe, options: dict[str, Any], before: Result | None, host: Host, quiet: bool) -> Result:
     """Run the evaluation and print its warnings."""
     from qsim_core.cli import progress
-    from qsim_core.cli.recipe_options import calibration_of
+    from qsim_core.cli.recipe_options import calibration_of, notes_of
     from qsim_core.evaluation.evaluate import evaluate as run_evaluation
     from qsim_core.evaluation.record import same_data
     from qsim_core.transforms.run import Run
 
     progress.hush_libraries()
+    notes = [] if before is not None else notes_of(options, recipe, host)
     warnings.simplefilter("ignore", CalibrationWarning)  # the result has them, and they are printed below
     result = run_evaluation(
         recipe,
@@ -159,6 +160,7 @@ def _measured(recipe: Recipe, options: dict[str, Any], before: Result | None, ho
             **({} if quiet else progress.SHOWN),
         ),
     )
+    result.warnings[:0] = notes
     if before is not None:
         same_data(before, result)
         for line in _differences(before, result):

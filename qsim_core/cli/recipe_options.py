@@ -77,6 +77,18 @@ def recipe_of(options: Mapping[str, Any], host: Host) -> Recipe:
     return recipe
 
 
+def notes_of(options: Mapping[str, Any], recipe: Recipe, host: Host) -> list[str]:
+    """A line for each option whose format is in the scheme of a `--plugin`, and not in the usual one."""
+    notes = []
+    for role in ROLES:
+        if options[role] is None or not options["plugins"]:
+            continue
+        alone, here = getattr(Recipe.of({role: options[role]}, host), role), getattr(recipe, role)
+        if type(alone) is not type(here):
+            notes.append(f"--{role} {options[role]} beside --plugin means {here}; say --{role} '{alone}' for that one")
+    return notes
+
+
 def calibration_of(options: Mapping[str, Any]) -> Calibration:
     """The calibration data that the options `CALIBRATION` name."""
     return Calibration(options["calibration_data"], options["calibration_samples"], options["calibration_seqlen"])
@@ -113,7 +125,8 @@ def compose(
         chosen |= _precision(host, precision, scheme)
     for role, text in (texts or {}).items():
         if text is not None:
-            chosen[role] = None if text == "none" else _in_scheme(role, host.parse(text, Quantizer), scheme)
+            number = None if text in ("none", "float32") else host.parse(text, Quantizer)
+            chosen[role] = None if number is None else _in_scheme(role, number, scheme)
     if named is not None and "outputs" not in chosen:
         chosen["outputs"] = format_of_width(host, OUTPUT_WIDTH)
         if chosen["outputs"] is None:

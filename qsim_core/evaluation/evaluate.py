@@ -103,6 +103,7 @@ def evaluate(
             *without_score(simulated, "simulated"),
             *job.notes(dtype),
             *simulation.warnings,
+            *audit.warnings,
         ],
         batch_size=run.batch_size,
         limit=run.limit,

@@ -56,8 +56,8 @@ def _of_hook(hook: str) -> tuple[Any, ...]:
 
 
 def _unless_none(value: Any) -> Any:
-    """Read the text `none` as no quantizer."""
-    return None if value == "none" else value
+    """Read the texts `none` and `float32`, in which simulation computes, as no quantizer."""
+    return None if value in ("none", "float32") else value
 
 
 def _several(value: Any) -> Any:
