@@ -15,11 +15,12 @@ import math
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qsim_core.errors import QsimError
+from qsim_core.errors import QsimError, file_did_you_mean
 
 PARTIAL = "tmp"
 """The beginning of the name of a file that is being written."""
@@ -27,6 +28,10 @@ SEAL = "sha256.json"
 """The name of the file that holds the digests of the other files of a folder."""
 LOCK = ".lock"
 """The end of the name of a file that keeps a second process waiting. It is empty, and stays."""
+LARGEST = 1 << 30
+"""Bytes of the largest file that is read as one text."""
+LONGEST_NAME = 80
+"""Characters of a path that a message shows."""
 LONGEST_DESCRIPTION = 2**16
 """Bytes of the longest last line of a kept file."""
 
@@ -211,6 +216,40 @@ def _sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         os.fsync(file.fileno())  # a library may have written it
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def place(text: str | Path) -> Path:
+    """The path that a user's text names, with `~` written out. Raises `QsimError` for a text that can name no file."""
+    try:
+        path = Path(text).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, RuntimeError, ValueError) as error:
+        short = str(text) if len(str(text)) < LONGEST_NAME else f"{str(text)[:LONGEST_NAME]}…"
+        raise QsimError(
+            f"{short!r} cannot be a file or a directory: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    return path
+
+
+def read_text(path: Path, error: type[QsimError] = QsimError, most: int = LARGEST) -> str:
+    """Read a file of UTF-8 text of at most so many bytes. Raises `error` for anything else.
+
+    Of what is not a regular file only the pipes of a shell are read: others may never end.
+    """
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode) and not (stat.S_ISFIFO(mode) and path.parts[:2] == ("/", "dev")):
+            raise error(f"cannot read {path}: it is {'a directory' if stat.S_ISDIR(mode) else 'not a regular file'}")
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+        if len(content) > most:
+            raise error(f"cannot read {path}: it has more than {most >> 20} MiB")
+        return content.decode()
+    except (OSError, ValueError) as found:
+        why = getattr(found, "strerror", None) or "it is not UTF-8 text"
+        raise error(f"cannot read {path}: {why}{file_did_you_mean(path)}") from None
 
 
 def check_writable(path: Path) -> None:

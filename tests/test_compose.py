@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import qsim_core as qsim
-from qsim_core.cli.recipe_options import compose
+from qsim_core.cli.recipe_options import compose, notes_of
 
 
 class Smooth(qsim.Transform):
@@ -157,3 +157,16 @@ def test_outputs_have_to_be_named_where_no_format_of_16_bits_is_installed() -> N
         compose(alone, {}, plugins=["signs"])
 
     assert texts(alone, plugins=["signs"], texts={"outputs": "none"}) == {"weights": "signs", "activations": "signs"}
+
+
+def test_a_format_beside_a_scheme_plugin_says_what_it_means(host: qsim.Host) -> None:
+    options = {"plugins": ("abfp",), "weights": "int4", "activations": "token(int8)", "outputs": None}
+    recipe = compose(host, {}, ["abfp"], texts={"weights": "int4", "activations": "token(int8)"})
+
+    assert notes_of(options, recipe, host) == [
+        "--weights int4 beside --plugin means abfp(int4); say --weights 'channel(int4)' for that one"
+    ]
+
+
+def test_float32_is_no_quantizer(host: qsim.Host) -> None:
+    assert compose(host, {"activations": "float32"}, texts={"weights": "int4", "outputs": "float32"}).outputs is None

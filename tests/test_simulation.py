@@ -428,3 +428,28 @@ class TestAudit:
         audit = qsim.simulate(perceptron(), weights="int4", skip="2", example=X).audit()
 
         assert (audit.covered, audit.found, audit.skipped) == (1, 2, ["2"])
+
+
+@pytest.mark.parametrize(("outputs", "warned"), [("int16", True), ("token(int16)", False), ("bf16", False)])
+def test_a_format_without_a_scale_that_loses_most_values_is_warned_of(outputs: str, warned: bool) -> None:
+    model, x = torch.nn.Sequential(torch.nn.Linear(8, 8)), torch.randn(4, 8) / 8
+
+    with qsim.simulate(model, {"outputs": outputs}, example=x) as simulation:
+        warnings = simulation.audit().warnings
+
+    assert [line.partition(" at ")[0] for line in warnings] == [
+        "cast(int16) has no scale, and clips or flushes most of the output"
+    ] * warned
+
+
+def test_a_static_scale_is_named_by_its_role_in_attention() -> None:
+    q, k, v = (torch.randn(1, 1, 4, 8) for _ in range(3))
+
+    class Attention(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(x, k, v)
+
+    with qsim.simulate(Attention(), {"keys": "tensor(int8, static=true)"}, example=q, calibration=[q]) as simulation:
+        held = [site.fixed["input2"] for site in simulation.sites.table.values() if site.fixed]
+
+    assert [one.where for one in held] == [":matmul.0 (keys)"]

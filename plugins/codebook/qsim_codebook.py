@@ -13,7 +13,8 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from qsim_core import Format, Preset, hookimpl
-from qsim_core.errors import file_did_you_mean
+from qsim_core.errors import QsimError
+from qsim_core.files import place, read_text
 
 MOST_VALUES = 2**16
 LARGEST = 2**24
@@ -46,7 +47,7 @@ class Codebook(Format):
             return options
         if options.get("values"):
             raise ValueError("give values or a file, not both")
-        return {**options, "values": _read(Path(options["file"]).expanduser()), "file": None}
+        return {**options, "values": _read(place(options["file"])), "file": None}
 
     @field_validator("values")
     @classmethod
@@ -75,10 +76,9 @@ def _read(path: Path) -> list[float]:
     if path.exists() and (not path.is_file() or path.stat().st_size > LARGEST):
         raise ValueError(f"cannot read {path}: a codebook is a file of at most {LARGEST >> 20} MiB")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is not text"
-        raise ValueError(f"cannot read {path}: {why}{file_did_you_mean(path)}") from None
+        text = read_text(path)
+    except QsimError as error:
+        raise ValueError(str(error)) from None
     if text.lstrip().startswith("["):
         try:
             return [float(value) for value in json.loads(text)]

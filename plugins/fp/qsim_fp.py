@@ -183,6 +183,20 @@ NAMED = [
     Preset("e1m2", "float(1, mantissa=2)", "4 bits: 0, 0.5, 1, … 3.5"),
     Preset("e3m0", "float(3, mantissa=0)", "4 bits: 0 and powers of two from 0.25 to 16"),
 ]
+OF_TORCH = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "half": "fp16",
+    "float8_e4m3fn": "e4m3",
+    "float8_e4m3fnuz": "e4m3fnuz",
+    "float8_e5m2": "e5m2",
+    "float8_e5m2fnuz": "e5m2fnuz",
+    "float4_e2m1fn": "e2m1",
+    "float4_e2m1fn_x2": "e2m1",
+    "e4m3fn": "e4m3",
+    "e2m1fn": "e2m1",
+}
+"""The names that torch and ml_dtypes have for these formats."""
 P3109 = [
     Preset(f"binary8p{p}{suffix}", f"float({8 - p}, mantissa={p - 1}, specials={specials})", doc.format(p=p))
     for p in range(1, 8)
@@ -195,4 +209,7 @@ P3109 = [
 
 @hookimpl
 def qsim_quantizers() -> list[type[Format] | Preset]:
-    return [Float, E8M0, *NAMED, *P3109]
+    texts = {preset.name: preset.text for preset in NAMED}
+    of_torch = [Preset(name, texts[ours], f"torch's name for {ours}") for name, ours in OF_TORCH.items()]
+    of_torch += [Preset(name, "e8m0()", "torch's name for e8m0") for name in ("float8_e8m0fnu", "e8m0fnu")]
+    return [Float, E8M0, *NAMED, *of_torch, *P3109]

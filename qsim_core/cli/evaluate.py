@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qsim_core.cli.options import CALIBRATION, FILE, RECIPE, RESULT, output_file, with_options
+from qsim_core.cli.options import CALIBRATION, COUNT, FILE, RECIPE, RESULT, SEED, output_file, with_options
 from qsim_core.errors import CalibrationWarning, RecipeError
 
 if TYPE_CHECKING:
@@ -38,10 +38,10 @@ FREE_BESIDE_A_RECORD = frozenset({"record", "device", "dry_run", "work_dir", "sa
     help="Where to compute: cpu, cuda, cuda:1, …; auto: weights on GPUs, in memory, on disk as they fit; disk.",
 )
 @click.option("--dtype", default="float32", help="Arithmetic of the model and the simulation.")
-@click.option("--batch-size", metavar="N", type=click.IntRange(1), default=8, help="Samples computed at a time.")
-@click.option("--limit", metavar="N", type=click.IntRange(1), help="Evaluate so many samples only.")
+@click.option("--batch-size", metavar="N", type=COUNT, default=8, help="Samples computed at a time.")
+@click.option("--limit", metavar="N", type=COUNT, help="Evaluate so many samples only.")
 @click.option(
-    "--seed", metavar="N", type=int, default=0, help="Seed of drawn samples; stochastic rounding has `seed=`."
+    "--seed", metavar="N", type=SEED, default=0, help="Seed of drawn samples; stochastic rounding has `seed=`."
 )
 @click.option(
     "--save-samples", "samples", type=click.Path(path_type=Path), metavar="DIR", help="Write what there is to look at."
@@ -70,7 +70,7 @@ def evaluate(ctx: click.Context, /, json_file: str | None, quiet: bool, **option
         host = host.naming(before.plugins)
     recipe, options = _job(options, given, before, host)
     if options["dry_run"]:
-        _print_recipe(recipe, host)
+        _print_recipe(recipe, options, host)
         return
     result = _measured(recipe, options, before, host, quiet)
     if target is not None:
@@ -119,22 +119,29 @@ def _recorded(before: Result) -> dict[str, Any]:
     return options
 
 
-def _print_recipe(recipe: Recipe, host: Host) -> None:
-    """Print the recipe with everything that the model's adapter fills in."""
-    from qsim_core.evaluation.job import Job
+def _print_recipe(recipe: Recipe, options: dict[str, Any], host: Host) -> None:
+    """Print the recipe with everything that the model's adapter fills in, if machine and data are there."""
+    from qsim_core.evaluation.data import check_source
+    from qsim_core.evaluation.job import Job, check_machine
 
-    click.echo(Job.of(recipe, host).recipe.to_yaml(), nl=False)
+    job = Job.of(recipe, host)
+    check_machine(options["device"], options["dtype"])
+    for source in (options["data"], options["calibration_data"]):
+        if source is not None:
+            check_source(source)
+    click.echo(job.recipe.to_yaml(), nl=False)
 
 
 def _measured(recipe: Recipe, options: dict[str, Any], before: Result | None, host: Host, quiet: bool) -> Result:
     """Run the evaluation and print its warnings."""
     from qsim_core.cli import progress
-    from qsim_core.cli.recipe_options import calibration_of
+    from qsim_core.cli.recipe_options import calibration_of, notes_of
     from qsim_core.evaluation.evaluate import evaluate as run_evaluation
     from qsim_core.evaluation.record import same_data
     from qsim_core.transforms.run import Run
 
     progress.hush_libraries()
+    notes = [] if before is not None else notes_of(options, recipe, host)
     warnings.simplefilter("ignore", CalibrationWarning)  # the result has them, and they are printed below
     result = run_evaluation(
         recipe,
@@ -153,6 +160,7 @@ def _measured(recipe: Recipe, options: dict[str, Any], before: Result | None, ho
             **({} if quiet else progress.SHOWN),
         ),
     )
+    result.warnings[:0] = notes
     if before is not None:
         same_data(before, result)
         for line in _differences(before, result):

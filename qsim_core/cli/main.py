@@ -13,12 +13,14 @@ from qsim_core.cli.components import components
 from qsim_core.cli.evaluate import evaluate
 from qsim_core.cli.new_plugin import new_plugin
 from qsim_core.cli.plugins import lines, plugins, rows
-from qsim_core.errors import QsimError
+from qsim_core.errors import QsimError, one_line
 from qsim_core.version import __version__
 
 if TYPE_CHECKING:
     from qsim_core.cli.plugin_commands import PluginCommand
 
+DEBUG = "QSIM_DEBUG"
+"""The environment variable that shows the traceback of an unexpected error."""
 INTERRUPTED = 130
 """The exit code of a run that Ctrl-C ended, as shells have it."""
 OF_PLUGINS = "qsim.commands"
@@ -63,6 +65,13 @@ class Commands(click.Group):
         except OSError as error:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is left in the buffer has nowhere to go
             raise click.ClickException(f"cannot write the output: {error.strerror or error}") from error
+        except (click.exceptions.Exit, click.Abort, click.ClickException):
+            raise
+        except Exception as error:  # a fault of qsim, or of a plugin
+            if os.environ.get(DEBUG):
+                raise
+            said = f"{type(error).__name__}: {one_line(error)}"
+            raise click.ClickException(f"qsim failed, by a fault of its own: {said}; {DEBUG}=1 shows where") from error
         except KeyboardInterrupt:
             click.echo("Error: interrupted; nothing was written", err=True)
             ctx.exit(INTERRUPTED)

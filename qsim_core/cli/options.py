@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,24 @@ def complete_directory(ctx: click.Context, param: click.Parameter, incomplete: s
 FILE = click.Path(readable=False)
 """A file's name that may be something else: text, and the shell completes it."""
 
-POSITIVE = click.FloatRange(0, min_open=True)
+
+class _Finite(click.FloatRange):
+    """A number in a range that is neither NaN nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+POSITIVE = _Finite(0, min_open=True)
+COUNT = click.IntRange(1, 2**31 - 1)
+"""A number of things that are computed one after the other, or held in memory."""
+LENGTH = click.IntRange(2, 2**31 - 1)
+"""A number of tokens."""
+SEED = click.IntRange(0, 2**63 - 1)
+"""Every generator of random numbers takes it."""
 RESULT = (
     click.option(
         "--json", "json_file", type=FILE, metavar="FILE", help="Write the result as JSON; - for standard output."
@@ -82,10 +100,8 @@ CALIBRATION = (
         metavar="FILE|NAME",
         help="Data that transforms look at; default: the model's own.",
     ),
-    click.option("--calibration-samples", metavar="N", type=click.IntRange(1), default=32, help="So many samples."),
-    click.option(
-        "--calibration-seqlen", metavar="N", type=click.IntRange(2), help="Tokens of a sample; default: a window's."
-    ),
+    click.option("--calibration-samples", metavar="N", type=COUNT, default=32, help="So many samples."),
+    click.option("--calibration-seqlen", metavar="N", type=LENGTH, help="Tokens of a sample; default: a window's."),
 )
 
 

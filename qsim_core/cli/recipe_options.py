@@ -17,12 +17,13 @@ from pydantic import BaseModel, ValidationError
 
 from qsim_core.components.component import Component, components_in, explain, no_option, read_value
 from qsim_core.components.host import Host
-from qsim_core.errors import PluginError, RecipeError, did_you_mean, file_did_you_mean, with_article
+from qsim_core.errors import PluginError, RecipeError, did_you_mean, with_article
 from qsim_core.evaluation.adapter import Adapter
 from qsim_core.evaluation.data import Calibration
 from qsim_core.evaluation.evaluator import Evaluator
 from qsim_core.evaluation.job import Job
 from qsim_core.evaluation.trained import RECORD
+from qsim_core.files import place, read_text
 from qsim_core.formats.format import Format
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.quantizers.calibrators import Calibrator
@@ -43,6 +44,8 @@ SIMULATED_WIDTH = 32
 """The width that `--precision` does not round to: simulation computes in float32."""
 OUTPUT_WIDTH = 16
 """The width of outputs under `--plugin`, where nothing else is said of them."""
+LARGEST_RECIPE = 1 << 20
+"""Bytes of the largest recipe."""
 HOW_TO_NAME: dict[type[Component], str] = {
     Format: "say --weights {name}, --activations {name} or --outputs {name}",
     Quantizer: "say --weights {name}, --activations {name} or --outputs {name}",
@@ -68,10 +71,22 @@ def recipe_of(options: Mapping[str, Any], host: Host) -> Recipe:
         recipe = recipe.model_copy(update={"evaluate": Job.of(recipe, host).evaluator})
     for setting in options["settings"]:
         recipe = with_setting(host, recipe, setting)
-    trained = recipe.model is not None and (Path(recipe.model).expanduser() / RECORD).is_file()
+    trained = recipe.model is not None and (place(recipe.model) / RECORD).is_file()
     if not recipe.quantizes and not recipe.transforms and not trained:
         raise RecipeError("nothing to do: say --plugin, --precision, --weights, --activations or --recipe")
     return recipe
+
+
+def notes_of(options: Mapping[str, Any], recipe: Recipe, host: Host) -> list[str]:
+    """A line for each option whose format is in the scheme of a `--plugin`, and not in the usual one."""
+    notes = []
+    for role in ROLES:
+        if options[role] is None or not options["plugins"]:
+            continue
+        alone, here = getattr(Recipe.of({role: options[role]}, host), role), getattr(recipe, role)
+        if type(alone) is not type(here):
+            notes.append(f"--{role} {options[role]} beside --plugin means {here}; say --{role} '{alone}' for that one")
+    return notes
 
 
 def calibration_of(options: Mapping[str, Any]) -> Calibration:
@@ -81,11 +96,7 @@ def calibration_of(options: Mapping[str, Any]) -> Calibration:
 
 def read_recipe_file(path: Path) -> dict[str, Any]:
     """The keys and values of a recipe file. Raises `RecipeError`."""
-    try:
-        values = read_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is not text"
-        raise RecipeError(f"cannot read {path}: {why}{file_did_you_mean(path)}") from None
+    values = read_yaml(read_text(path, RecipeError, LARGEST_RECIPE))
     if not isinstance(values, dict):
         raise RecipeError(f"{path} is not a recipe: expected keys and values like `weights: block(int4, 64)`")
     if "schema_version" in values:
@@ -114,7 +125,8 @@ def compose(
         chosen |= _precision(host, precision, scheme)
     for role, text in (texts or {}).items():
         if text is not None:
-            chosen[role] = None if text == "none" else _in_scheme(role, host.parse(text, Quantizer), scheme)
+            number = None if text in ("none", "float32") else host.parse(text, Quantizer)
+            chosen[role] = None if number is None else _in_scheme(role, number, scheme)
     if named is not None and "outputs" not in chosen:
         chosen["outputs"] = format_of_width(host, OUTPUT_WIDTH)
         if chosen["outputs"] is None:

@@ -22,7 +22,7 @@ from typing import Any
 from qsim_core.components.apart import ask
 from qsim_core.components.discovery import GROUP, Plugin, import_plugin
 from qsim_core.errors import PluginError, QsimError
-from qsim_core.files import cache, make_cache_folder, writing
+from qsim_core.files import cache, make_cache_folder, read_checked, write_checked
 
 FOLDER = "plugins"
 """The folder of descriptions in the user's cache."""
@@ -128,12 +128,11 @@ def _kept(plugin: Plugin) -> list[Offer] | PluginError | None:
     """The description in the cache; None where there is none, where it is damaged, or where it has to be made again."""
     digest = _digest(plugin)
     if digest not in _known:
-        try:
-            check, _, body = (cache() / FOLDER / digest).read_text(encoding="utf-8").partition("\n")
-            environment, fault, described = json.loads(body)
-        except (OSError, ValueError, TypeError):
+        content = read_checked(cache() / FOLDER / f"{digest}.json", own=True)
+        if content is None:
             return None
-        if check != _sha256(body) or (fault is not None and environment != _environment()):
+        environment, fault, described = json.loads(content)
+        if fault is not None and environment != _environment():
             return None
         _known[digest] = _offers(described) if fault is None else PluginError(fault)
     return _known[digest]
@@ -146,17 +145,16 @@ def _keep(plugin: Plugin, answer: list[dict[str, Any]] | PluginError) -> list[Of
     digest = _digest(plugin)
     _known[digest] = answer if isinstance(answer, PluginError) else _offers(answer)
     kept = [_environment(), str(answer), []] if isinstance(answer, PluginError) else ["", None, answer]
-    body = json.dumps(kept)
     with contextlib.suppress(OSError, QsimError):
-        folder = make_cache_folder(FOLDER, "what each installed plugin offers")
-        with writing(folder / digest) as file:
-            file.write(f"{_sha256(body)}\n{body}".encode())
+        write_checked(
+            make_cache_folder(FOLDER, "what each installed plugin offers") / f"{digest}.json", json.dumps(kept).encode()
+        )
     return _known[digest]
 
 
 def _digest(plugin: Plugin) -> str:
     """A digest of everything that a description is made from: the entry point, and the files of its module."""
-    return _sha256(json.dumps([subject(plugin), sys.version, _files_of_core(), _files(subject(plugin)["value"])]))
+    return _sha256(json.dumps([subject(plugin), sys.version, _files_of_core(), _files(subject(plugin)["value"])]))[:16]
 
 
 @functools.cache

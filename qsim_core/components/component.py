@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from qsim_core.components.default_host import default_host
 from qsim_core.components.syntax import CONSTANTS, Node, read
-from qsim_core.errors import QsimError, did_you_mean
+from qsim_core.errors import QsimError, did_you_mean, with_article
 
 BARE_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
@@ -52,6 +52,8 @@ class Component(BaseModel):
         if isinstance(value, Node):
             host = (info.context or {}).get("host") or default_host()
             return typing.cast("Self", host.build(value, cls))
+        if isinstance(value, dict) and inspect.isabstract(cls):
+            raise ValueError(f"expected {with_article(cls.kind)} or its text, found a mapping")
         if isinstance(value, dict) and (gone := next((option for option in value if option in cls.removed), None)):
             raise ValueError(no_option(cls, gone))
         return typing.cast("Self", handler(value))

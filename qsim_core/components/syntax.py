@@ -8,6 +8,8 @@ Nothing is evaluated. The whole grammar is names, literals, lists and calls. The
 from __future__ import annotations
 
 import ast
+import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +17,8 @@ from qsim_core.errors import SpecError
 
 MAX_LENGTH = 16384
 MAX_DEPTH = 16
+LARGEST = 2**63
+"""The smallest integer that fits no option: nothing here counts so many things."""
 CONSTANTS = {"true": True, "false": False, "none": None, "True": True, "False": False, "None": None}
 
 
@@ -57,7 +61,9 @@ def read(text: str, scope: frozenset[str] = frozenset()) -> Node:
     if not line:
         raise SpecError("an empty text names no component", text)
     try:
-        tree = ast.parse(line, mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python's own, of a number that touches a word
+            tree = ast.parse(line, mode="eval").body
     except SyntaxError as error:
         position = min(max((error.offset or 1) - 1, 0), len(line) - 1)
         raise SpecError(f"cannot be read: {error.msg}", line, position) from None
@@ -81,10 +87,12 @@ class _Reader:
                 return Node(self.text, position, name=self.name(tree, position), scope=self.scope)
             case ast.Constant(value=bool() | None):
                 return Node(self.text, position, name=str(tree.value))
-            case ast.Constant(value=int() | float() | str()):
+            case ast.Constant(value=str()):
                 return Node(self.text, position, value=tree.value)
+            case ast.Constant(value=int() | float() as number):
+                return Node(self.text, position, value=self.number(number, position))
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
-                return Node(self.text, position, value=-number)
+                return Node(self.text, position, value=-self.number(number, position))
             case ast.List(elts=items) | ast.Tuple(elts=items):
                 return Node(self.text, position, value=[self.node(item, depth + 1) for item in items])
             case ast.Call():
@@ -98,6 +106,12 @@ class _Reader:
                 return Node(self.text, position, self.name(tree.func, position), None, arguments, options, self.scope)
         found = ast.get_source_segment(self.text, tree) or self.text
         raise SpecError(f"expected a name, a number, a string or a call, found {found!r}", self.text, position)
+
+    def number(self, number: int | float, position: int) -> int | float:
+        """Check a number: it is finite, and an integer has at most 63 bits. Raises `SpecError`."""
+        if abs(number) >= (LARGEST if isinstance(number, int) else math.inf):
+            raise SpecError("a number is too large", self.text, position)
+        return number
 
     def name(self, tree: ast.expr, position: int) -> str:
         """Read a component's name: `name` or `plugin.name`."""

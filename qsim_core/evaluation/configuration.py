@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qsim_core.errors import ModelError
+from qsim_core.files import read_text
 
 FILES = ("model_index.json", "config.json")
 """The names of the file. The first is that of a pipeline of several models."""
@@ -24,8 +25,8 @@ def read_directory(directory: Path) -> dict[str, Any]:
 def read_configuration(path: Path) -> dict[str, Any]:
     """A configuration from its file. Raises `ModelError` if that is not a mapping in JSON."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        found = json.loads(read_text(path, ModelError))
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise ModelError(f"{path} is not the JSON of a model's configuration")

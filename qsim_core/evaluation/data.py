@@ -6,6 +6,9 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+from qsim_core.errors import DataError, file_did_you_mean
+from qsim_core.files import place
+
 
 @dataclass(frozen=True)
 class Data:
@@ -19,6 +22,14 @@ class Data:
     def of_text(cls, name: str, text: str) -> Data:
         """Text, with the SHA-256 of its UTF-8 bytes."""
         return cls(name, text, hashlib.sha256(text.encode()).hexdigest())
+
+
+def check_source(source: str) -> None:
+    """Raise `DataError` for the name of a file that is not there. Any other name may be one of `datasets`."""
+    path = place(source)
+    named = place(source.partition(":")[0])
+    if not path.exists() and not named.is_dir() and (source.startswith((".", "/", "~")) or path.suffix):
+        raise DataError(f"there is no file {source}{file_did_you_mean(path)}")
 
 
 @dataclass(frozen=True)

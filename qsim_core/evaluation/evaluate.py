@@ -15,7 +15,7 @@ from qsim_core.evaluation.adapter import LoadedModel
 from qsim_core.evaluation.baseline_cache import baseline_entry, cached_baseline
 from qsim_core.evaluation.data import Calibration, Data
 from qsim_core.evaluation.evaluator import Evaluator
-from qsim_core.evaluation.job import Job
+from qsim_core.evaluation.job import Job, check_machine
 from qsim_core.evaluation.metrics import Metrics, intervals, without_score
 from qsim_core.evaluation.record import calibration_record, data_record, description
 from qsim_core.evaluation.result import Result
@@ -50,6 +50,7 @@ def evaluate(
     _check_samples(job.evaluator, samples)
     if run.work_dir is not None:
         make_work_dir(run.work_dir)
+    check_machine(device, dtype)
     with run.stage(f"loading {job.located.name}"):
         dataset = job.data(data)
         given = calibration or Calibration()
@@ -103,6 +104,7 @@ def evaluate(
             *without_score(simulated, "simulated"),
             *job.notes(dtype),
             *simulation.warnings,
+            *audit.warnings,
         ],
         batch_size=run.batch_size,
         limit=run.limit,

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 
 from qsim_core.components.host import Host
-from qsim_core.errors import DataError, QsimError, RecipeError, SpecError, did_you_mean
+from qsim_core.errors import DataError, QsimError, RecipeError, SpecError, did_you_mean, one_line
 from qsim_core.evaluation.adapter import LoadedModel
 from qsim_core.evaluation.data import Calibration, Data
 from qsim_core.evaluation.evaluator import Evaluator
@@ -48,15 +48,13 @@ class Job:
 
     def load(self, device: str, dtype: str) -> LoadedModel:
         """Load the model onto a device. Raises `QsimError`."""
-        if dtype not in DTYPES:
-            raise QsimError(f"no dtype {dtype!r}{did_you_mean(dtype, DTYPES)}")
         if device in DISPATCHED:
             return self.located.adapter.load_dispatched(self.located.source, DTYPES[dtype], device)
         loaded = self.located.adapter.load(self.located.source, DTYPES[dtype])
         try:
             loaded.model.to(device)
-        except (RuntimeError, AssertionError) as error:
-            raise QsimError(f"device {device!r} cannot be used: {' '.join(str(error).split())[:160]}") from None
+        except RuntimeError as error:  # there is no room
+            raise QsimError(f"device {device!r} cannot be used: {one_line(error)}") from None
         return loaded
 
     def data(self, source: str | None) -> Data:
@@ -100,6 +98,18 @@ class Job:
                 f"--calibration-data"
             )
         return found
+
+
+def check_machine(device: str, dtype: str) -> None:
+    """Raise `QsimError` unless numbers of this dtype can be computed on this device and read back."""
+    if dtype not in DTYPES:
+        raise QsimError(f"no dtype {dtype!r}{did_you_mean(dtype, DTYPES)}")
+    if device in DISPATCHED:
+        return
+    try:
+        torch.ones(1, dtype=DTYPES[dtype], device=device).add(1).item()
+    except Exception as error:  # of any class, as the device's library likes
+        raise QsimError(f"device {device!r} cannot be used: {one_line(error)}") from None
 
 
 def _evaluator(located: Located, host: Host) -> Evaluator:

@@ -19,6 +19,7 @@ from qsim_core.evaluation import configuration
 from qsim_core.evaluation.adapter import Adapter, NamedModel
 from qsim_core.evaluation.data import Data
 from qsim_core.evaluation.trained import Trained
+from qsim_core.files import place
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def locate(name: str, host: Host) -> Located:
         return Located(known_as, directory, adapter, (adapter, library), model.data, model.calibration, model.evaluator)
     if not name.strip():
         raise ModelError(f"an empty name is not a model{did_you_mean(name, named)}")
-    path = Path(name).expanduser()
+    path = place(name)
     if not path.is_dir():
         _check_name(name, path, named, host)
         adapter = _adapter(name, name, host)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from qsim_core.components.component import components_in
@@ -12,6 +11,7 @@ from qsim_core.evaluation.adapter import LoadedModel
 from qsim_core.evaluation.data import Calibration, Data
 from qsim_core.evaluation.job import Job
 from qsim_core.evaluation.result import CalibrationRecord, DataRecord, PluginRecord, Result
+from qsim_core.files import place
 from qsim_core.simulation.recipe import Recipe
 
 
@@ -42,9 +42,7 @@ def calibration_record(given: Calibration, data: Data) -> CalibrationRecord:
 
 def from_anywhere(source: str | None) -> str | None:
     """A path that a record can be run again with from any directory; a name stays as it is."""
-    if source is None or not Path(source).expanduser().exists():
-        return source
-    return str(Path(source).expanduser().resolve())
+    return source if source is None or not place(source).exists() else str(place(source).resolve())
 
 
 def recipe_of(result: Result, host: Host) -> Recipe:

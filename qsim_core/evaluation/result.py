@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qsim_core.components.component import explain
-from qsim_core.errors import QsimError, file_did_you_mean
-from qsim_core.files import writing
+from qsim_core.errors import QsimError
+from qsim_core.files import read_text, writing
 from qsim_core.simulation.audit import Audit
 from qsim_core.simulation.environment import Environment
 from qsim_core.transforms.report import LayerReport
@@ -36,8 +36,8 @@ class DataRecord(_Record):
 class CalibrationRecord(DataRecord):
     """The data for transforms and static scales; samples are drawn by the run's seed."""
 
-    samples: int
-    length: int | None = Field(description="tokens of a sample; none: what the evaluator takes")
+    samples: int = Field(ge=1, lt=2**31)
+    length: int | None = Field(ge=2, lt=2**31, description="tokens of a sample; none: what the evaluator takes")
 
 
 class Intervals(_Record):
@@ -70,9 +70,9 @@ class Result(_Record):
     calibration: CalibrationRecord | None = Field(None, description="what the transforms looked at")
     transforms: list[LayerReport] = Field(default=[], description="what each transform did, layer by layer")
     warnings: list[str] = Field(default=[], description="what can hardly be right in the calibration, with the site")
-    batch_size: int
-    limit: int | None
-    seed: int
+    batch_size: int = Field(ge=1, lt=2**31)
+    limit: int | None = Field(ge=1, lt=2**31)
+    seed: int = Field(ge=0, lt=2**63)
     seconds: dict[str, float] = Field(description="baseline, simulated, total")
     cached: list[str] = Field(default=[], description="what an earlier run with this work directory had computed")
 
@@ -90,11 +90,7 @@ class Result(_Record):
     @classmethod
     def read(cls, path: Path) -> Result:
         """Read a record back. Raises `QsimError` if the file is not a record."""
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", None) or "it is not text"
-            raise QsimError(f"cannot read {path}: {why}{file_did_you_mean(path)}") from None
+        text = read_text(path)
         try:
             result = cls.model_validate_json(text)
         except ValidationError as error:

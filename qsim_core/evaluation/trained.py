@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qsim_core.components.component import explain
 from qsim_core.errors import ModelError
-from qsim_core.files import SEAL, damaged, writing
+from qsim_core.files import SEAL, damaged, read_text, writing
 from qsim_core.simulation.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -50,9 +50,7 @@ class Trained(BaseModel):
                 f"on with --resume, copy it again, or remove {SEAL} if you changed it"
             )
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no text'}") from None
+            return cls.model_validate_json(read_text(path, ModelError))
         except ValidationError as error:
             raise ModelError(f"{path} is no record of a training: {explain(error)}") from None
 

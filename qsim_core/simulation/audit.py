@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.matmuls.dispatch import OperatorWatcher, operator_name
+from qsim_core.quantizers.standard_schemes import Cast
 from qsim_core.sites.site import ATTENTION, Site
 from qsim_core.sites.sites import Sites
 
@@ -111,6 +112,8 @@ class Audit(BaseModel):
     )
     bits_per_weight: float | None = Field(description="over all quantized weights, scales counted; none: unknown")
     bits_per_activation: float | None = Field(description="over all quantized inputs of the batch, scales counted")
+
+    warnings: list[str] = Field(default=[], description="formats without a scale that lose most of what they see")
 
     @property
     def notes(self) -> list[str]:
@@ -225,7 +228,25 @@ def measured_audit(sites: Sites, run: Callable[[], Any] | None) -> Audit:
         uncovered=sorted(outside.found),
         bits_per_weight=_mean_bits(watch, "weight"),
         bits_per_activation=_mean_bits(watch, "input"),
+        warnings=list(_unfit(sites.table.values(), records)),
     )
+
+
+def _unfit(sites: Iterable[Site], records: Iterable[SiteAudit]) -> Iterator[str]:
+    """Give a line for each format without a scale that clips or flushes most elements at a site."""
+    found: dict[tuple[str, str], list[tuple[float, str]]] = defaultdict(list)
+    for site, record in zip(sites, records, strict=True):
+        for role in ("weight", "input", "output"):
+            quantizer, measured = getattr(site.plan, role), record.measured.get(role)
+            lost = 0.0 if measured is None else (measured.clipped or 0.0) + (measured.flushed or 0.0)
+            if isinstance(quantizer, Cast) and lost > 0.5:
+                found[role, str(quantizer)].append((lost, site.name))
+    for (role, quantizer), places in found.items():
+        worst, name = max(places)
+        yield (
+            f"{quantizer} has no scale, and clips or flushes most of the {role} at {len(places)} sites ({worst:.0%} at "
+            f"{name}); say a scheme, like token(…) or tensor(…), if that is not meant"
+        )
 
 
 def _record(site: Site, calls: int, watch: _Watch) -> SiteAudit:

@@ -26,7 +26,7 @@ from pydantic import (
 from qsim_core.components.component import Component, explain
 from qsim_core.components.hook_validation import base_of, kind_of
 from qsim_core.components.syntax import Node
-from qsim_core.errors import RecipeError, did_you_mean, with_article
+from qsim_core.errors import RecipeError, did_you_mean, one_line, with_article
 from qsim_core.formats.format import Format
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.quantizers.standard_schemes import Cast, Channel, Token
@@ -56,8 +56,8 @@ def _of_hook(hook: str) -> tuple[Any, ...]:
 
 
 def _unless_none(value: Any) -> Any:
-    """Read the text `none` as no quantizer."""
-    return None if value == "none" else value
+    """Read the texts `none` and `float32`, in which simulation computes, as no quantizer."""
+    return None if value in ("none", "float32") else value
 
 
 def _several(value: Any) -> Any:
@@ -293,13 +293,38 @@ class _OnceEach(yaml.SafeLoader):
 def read_yaml(text: str) -> Any:
     """Read YAML as plain data. Raises `RecipeError` with line and column for text that is not YAML."""
     try:
-        return yaml.load(text, _OnceEach)
+        loader = _OnceEach(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _size(node, {})
+        return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         raise RecipeError(f"recipe is not YAML: {error.problem or error.context}{where}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise RecipeError("recipe is not YAML for qsim: it is nested too deep") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # of a tag such as !!int, or of a date
+        raise RecipeError(f"recipe is not YAML: a value cannot be read: {one_line(error)}") from None
+
+
+def _size(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
+    """Count the values below a node, those behind an alias each time. Raises `RecipeError` if there are too many."""
+    if node not in known:
+        known[node] = LARGEST  # of a node that holds itself
+        pairs = node.value if isinstance(node, yaml.CollectionNode) else ()
+        below = [part for pair in pairs for part in (pair if isinstance(pair, tuple) else (pair,))]
+        known[node] = 1 + sum(_size(part, known) for part in below)
+    if known[node] > LARGEST:
+        raise RecipeError(f"a recipe has at most {LARGEST} values, those behind aliases counted each time")
+    return known[node]
+
+
+LARGEST = 10_000
+"""The number of values in a recipe; one for each layer of a large model would be a tenth of them."""
 
 
 def matches(pattern: str, names: Iterable[str]) -> bool:

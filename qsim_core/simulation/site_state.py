@@ -27,7 +27,9 @@ def gather(sites: Sites) -> dict[str, Tensor]:
         tensors[f"{site.name}:calls"] = torch.tensor(site.calls)
         for role, fixed in site.fixed.items():
             if not isinstance(fixed, StaticScheme):
-                raise QsimError(f"{site.name} ({role}): what a transform has put there, {fixed}, cannot be saved")
+                raise QsimError(
+                    f"{site.name} ({site.named(role)}): what a transform has put there, {fixed}, cannot be saved"
+                )
             tensors[f"{site.name}:{role}.scale"] = fixed.scale.detach().clone()
             if fixed.zero is not None:
                 tensors[f"{site.name}:{role}.zero"] = fixed.zero.clone()

@@ -50,14 +50,14 @@ class Fitter:
             return
         if not (scheme.granularity == "tensor" or isinstance(scheme.granularity, int)):
             raise RecipeError(
-                f"{site.name} ({role}): {scheme} learns a scale for the tensor or for n along the row, "
+                f"{site.name} ({site.named(role)}): {scheme} learns a scale for the tensor or for n along the row, "
                 f"not for {scheme.granularity}"
             )
         if not before.isfinite().all():
             raise DataError(f"calibration batch {self.batch} brings NaN or Inf to {site.name}; leave it out")
         if key not in self.seen:
             self.seen[key] = scheme, scheme.range.observer(), scheme.blocks_of(before.shape)
-        check_blocks(f"{site.name} ({role})", scheme, self.seen[key][2], scheme.blocks_of(before.shape))
+        check_blocks(f"{site.name} ({site.named(role)})", scheme, self.seen[key][2], scheme.blocks_of(before.shape))
         self.seen[key][1].update(*scheme.static_blocks(before))
 
     def statistics(self) -> Statistics:
@@ -85,11 +85,11 @@ def fix(model: nn.Module, sites: Mapping[str, Site], statistics: Statistics, wei
         wants = _wants(site, role)
         assert wants is not None
         fixed = hold(model, site, role, wants, *wants.fit(values, counts))
-        suspicions += [f"{name} ({role}) {what}" for what in _suspicions(fixed, values, counts)]
-    missing = [
-        (site.name, role) for site in sites.values() for role in (*site.input_roles, "output") if _wants(site, role)
+        suspicions += [f"{name} ({site.named(role)}) {what}" for what in _suspicions(fixed, values, counts)]
+    missing = [(site, role) for site in sites.values() for role in (*site.input_roles, "output") if _wants(site, role)]
+    suspicions += [
+        f"{site.name} ({site.named(role)}) saw no calibration data and has no scale" for site, role in missing
     ]
-    suspicions += [f"{name} ({role}) saw no calibration data and has no scale" for name, role in missing]
     return suspicions
 
 

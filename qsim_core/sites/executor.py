@@ -133,7 +133,7 @@ def tried(
             return None
         planned = site.planned(role)
         if planned is not None and role not in site.fixed and role != "weight" and planned.needs_held_scales(role):
-            raise RecipeError(f"{site.name}: the static scale of its {role} is found after all transforms")
+            raise RecipeError(f"{site.name}: the static scale of its {site.named(role)} is found after all transforms")
         return site.quantizer(role)
 
     with torch.no_grad():

@@ -15,7 +15,7 @@ def hold(model: nn.Module, site: Site, role: str, scheme: Scheme, scale: Tensor,
 
     A scheme that learns its scales starts its training from these.
     """
-    where = f"{site.name} ({role})"
+    where = f"{site.name} ({site.named(role)})"
     fixed = StaticScheme(scheme, scale, zero, where)
     if scheme.learns:
         step = nn.Parameter(scale.detach().clone())

@@ -7,7 +7,6 @@ import json
 import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.evaluation.metrics import rank
+from qsim_core.files import place
 from qsim_evaluators.fitting import check, longest, require
 from qsim_evaluators.pixels import encoded, image_rows, pixels, shape_in_words, sides
 from qsim_evaluators.text import LONGEST, holds_lines, read_lines, read_rows, tokenized
@@ -59,7 +59,7 @@ class Accuracy(Evaluator):
         Texts may also come from a file of rows, and images from a directory that has one directory of images for each
         label. The fingerprint is the hash of the labels and of the texts or the encoded images.
         """
-        path = Path(source).expanduser()
+        path = place(source)
         if holds_lines(path):
             return self._texts(source, read_lines(path))
         rows = read_rows(source, [self.label], split)
@@ -163,12 +163,12 @@ def _labels(loaded: LoadedModel, labels: Sequence[Any], many: int, kind: str) ->
     if config.num_labels < 2:
         raise DataError("the model has one output and no classes; use the evaluator fidelity")
     found = []
-    for place in range(many):
-        label = labels[place]
+    for position in range(many):
+        label = labels[position]
         number = config.label2id.get(label, -1) if isinstance(label, str) else _whole(label)
         if not 0 <= number < config.num_labels:
             raise DataError(
-                f"label {label!r} of {kind} {place} is not one of the model's {config.num_labels} classes, "
+                f"label {label!r} of {kind} {position} is not one of the model's {config.num_labels} classes, "
                 f"0 to {config.num_labels - 1}"
             )
         found.append(number)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.errors import with_article
+from qsim_core.files import place
 from qsim_evaluators.features import load_given
 from qsim_evaluators.fitting import device
 from qsim_evaluators.pictures import as_bytes, write_side_by_side
@@ -42,7 +43,7 @@ class ClipScore(Evaluator):
 
     def read(self, source: str, split: str = "test") -> Data:
         """Read prompts: the lines of a text file, or a column of a file of rows or of `NAME[:CONFIG[:SPLIT]]`."""
-        path = Path(source).expanduser()
+        path = place(source)
         plain = path.is_file() and path.suffix not in ROWS
         found = (
             read_file(path).splitlines() if plain else map(str, read_rows(source, [self.column], split)[self.column])

@@ -14,6 +14,7 @@ from torch import Tensor
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.errors import file_did_you_mean
 from qsim_core.evaluation.metrics import Means, rank
+from qsim_core.files import place
 from qsim_core.transforms.forward import call
 from qsim_evaluators.fitting import default_evaluator
 
@@ -49,7 +50,7 @@ class Fidelity(Evaluator):
     def read(self, source: str, split: str = "test") -> Data:
         """Read tensors from a `.safetensors` file, and other sources with `inputs`."""
         if Path(source).suffix == ".safetensors":
-            return _read_tensors(Path(source).expanduser())
+            return _read_tensors(place(source))
         if self.inputs is None:
             raise DataError(
                 f"fidelity reads tensors from a .safetensors file; to read {source} name an evaluator, "

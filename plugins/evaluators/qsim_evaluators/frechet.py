@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qsim_core import Data, DataError, LoadedModel, Metrics, Run
 from qsim_core.components.host import installed
 from qsim_core.evaluation.locate import named_model
+from qsim_core.files import place
 from qsim_evaluators import ddim
 from qsim_evaluators.features import Features, describe, features
 from qsim_evaluators.fitting import device
@@ -67,7 +68,7 @@ class Frechet(ddim.FromNoise):
 
         Prompts are read from the same source, if it has any.
         """
-        path = Path(source).expanduser()
+        path = place(source)
         rows, column = image_files(path) if path.is_dir() else None, "image"
         if rows is None:
             rows, column = image_rows(source, [self.image], split), self.image

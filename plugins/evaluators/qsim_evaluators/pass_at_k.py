@@ -14,6 +14,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, QsimError, Run
 from qsim_core.evaluation.metrics import finite_outputs
+from qsim_core.files import place
 from qsim_evaluators import sandbox
 from qsim_evaluators.completing import STOPS, Sampling, complete
 from qsim_evaluators.fitting import check, device, longest
@@ -61,7 +62,7 @@ class PassAtK(Evaluator):
 
     def read(self, source: str, split: str = "test") -> Data:
         """Read problems from a file of rows, from JSON lines (also `.gz`), or from `datasets`."""
-        path = Path(source).expanduser()
+        path = place(source)
         if holds_lines(path):
             return problems(source, read_lines(path))
         rows = read_rows(source, list(NEEDED), split)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.evaluation.metrics import finite_outputs
+from qsim_core.files import place
 from qsim_evaluators.fitting import check, device, longest
 from qsim_evaluators.text import holds_lines, read_rows
 
@@ -47,7 +48,7 @@ class QuestionAnswering(Evaluator):
 
     def read(self, source: str, split: str = "test") -> Data:
         """Read SQuAD's own JSON from a file, or its columns from a file of rows or from `datasets`."""
-        path = Path(source).expanduser()
+        path = place(source)
         if holds_lines(path) and path.suffix != ".jsonl":
             return _data(source, _official(path))
         rows = read_rows(source, list(COLUMNS), split)

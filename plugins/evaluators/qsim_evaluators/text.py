@@ -12,8 +12,8 @@ import torch
 from qsim_transformers.hub import offline_unless_reachable
 from torch import Tensor
 
-from qsim_core import Data, DataError, LoadedModel
-from qsim_core.errors import file_did_you_mean
+from qsim_core import Data, DataError, LoadedModel, files
+from qsim_core.evaluation.data import check_source
 from qsim_evaluators.fitting import device, longest
 
 ROWS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -40,7 +40,7 @@ def read_text(source: str, measure: str, split: str) -> Data:
 
     Rows are joined by blank lines, as in GPTQ's evaluation.
     """
-    path = Path(source).expanduser()
+    path = files.place(source)
     whole = path.is_file() and path.suffix not in ROWS
     text = read_file(path) if whole else "\n\n".join(map(str, read_rows(source, ["text"], split)["text"]))
     if not text.strip():
@@ -53,12 +53,10 @@ def read_rows(source: str, columns: list[str], split: str) -> Any:
 
     If the source does not name a split, `split` is read.
     """
-    path = Path(source).expanduser()
+    path = files.place(source)
     if path.is_file() and path.suffix not in ROWS:
         raise DataError(f"{source} is not a file of rows; their names end in {', '.join(ROWS)}")
-    directory = Path(source.partition(":")[0]).expanduser()
-    if not path.is_file() and not directory.is_dir() and (source.startswith((".", "/", "~")) or path.suffix):
-        raise DataError(f"there is no file {source}{file_did_you_mean(path)}")
+    check_source(source)
     if path.is_file():
         _check_no_archive(path)
     from datasets import load_dataset
@@ -140,10 +138,7 @@ def cut_windows(tokens: Tensor, length: int, name: str) -> Tensor:
 
 def read_file(path: Path) -> str:
     """Read the text of a file. Raises `DataError`."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
+    return files.read_text(path, DataError)
 
 
 def _check_no_archive(path: Path) -> None:

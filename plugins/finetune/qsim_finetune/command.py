@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qsim_core.cli.options import CALIBRATION, FILE, POSITIVE, RECIPE, RESULT, output_file, with_options
+from qsim_core.cli.options import (
+    CALIBRATION,
+    COUNT,
+    FILE,
+    LENGTH,
+    POSITIVE,
+    RECIPE,
+    RESULT,
+    SEED,
+    output_file,
+    with_options,
+)
 from qsim_core.errors import CalibrationWarning
 
 if TYPE_CHECKING:
@@ -28,18 +39,14 @@ if TYPE_CHECKING:
 @click.option(
     "--output", type=click.Path(path_type=Path), metavar="DIR", required=True, help="Where the trained model goes."
 )
-@click.option(
-    "--steps", metavar="N", type=click.IntRange(1), help="Optimizer steps; default: as many as the epochs have."
-)
+@click.option("--steps", metavar="N", type=COUNT, help="Optimizer steps; default: as many as the epochs have.")
 @click.option("--epochs", metavar="X", type=POSITIVE, default=1.0, help="Passes over the data.")
-@click.option("--batch-size", metavar="N", type=click.IntRange(1), default=8, help="Samples at a time.")
-@click.option("--accumulate", metavar="N", type=click.IntRange(1), default=1, help="Batches in one step.")
+@click.option("--batch-size", metavar="N", type=COUNT, default=8, help="Samples at a time.")
+@click.option("--accumulate", metavar="N", type=COUNT, default=1, help="Batches in one step.")
 @click.option("--lr", "learning_rate", metavar="X", type=POSITIVE, default=1e-4, help="Highest learning rate.")
-@click.option(
-    "--seqlen", metavar="N", type=click.IntRange(2), help="Tokens of a sample; default: what the evaluator takes."
-)
-@click.option("--seed", metavar="N", type=int, default=0, help="Seed of the order of samples and of dropout.")
-@click.option("--checkpoint-every", metavar="N", type=click.IntRange(1), default=100, help="Steps between them.")
+@click.option("--seqlen", metavar="N", type=LENGTH, help="Tokens of a sample; default: what the evaluator takes.")
+@click.option("--seed", metavar="N", type=SEED, default=0, help="Seed of the order of samples and of dropout.")
+@click.option("--checkpoint-every", metavar="N", type=COUNT, default=100, help="Steps between them.")
 @click.option("--distill", is_flag=True, help="Learn the float32 model's outputs instead of the data's labels.")
 @click.option("--control", is_flag=True, help="Train in float32 and round afterwards: what training alone does.")
 @click.option("--resume", is_flag=True, help="Go on with the interrupted run that --output holds.")
@@ -47,7 +54,7 @@ if TYPE_CHECKING:
 @click.option("--bf16", is_flag=True, help="Autocast to bfloat16; weights and their rounding stay float32.")
 @click.option("--fold", is_flag=True, help="Save the model with quantized weights too, in DIR/folded.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where to compute.")
-@click.option("--limit", metavar="N", type=click.IntRange(1), help="Measure on so many samples only.")
+@click.option("--limit", metavar="N", type=COUNT, help="Measure on so many samples only.")
 @with_options(RESULT)
 def finetune(json_file: str | None, quiet: bool, **options: Any) -> None:
     """Train MODEL under a recipe, and measure it before and after.

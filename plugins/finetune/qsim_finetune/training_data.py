@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from qsim_core.errors import DataError
 from qsim_core.evaluation.data import Data
 from qsim_core.evaluation.job import Job
+from qsim_core.files import place
 
 
 def training_data(job: Job, source: str | None) -> Data:
@@ -24,6 +23,6 @@ def measured_on(job: Job, data: str | None, eval_data: str | None) -> str | None
     own = job.located.data is not None or (trained is not None and trained.data is not None)
     if eval_data is not None or own or job.evaluator.default_data() is not None:
         return eval_data
-    if data is None or Path(data).expanduser().is_file() or data.count(":") > 1:
+    if data is None or place(data).is_file() or data.count(":") > 1:
         raise DataError(f"{job.located.name} has nothing to be measured on but what it trains on; name --eval-data")
     return data  # the evaluator reads the test split

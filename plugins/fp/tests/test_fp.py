@@ -382,3 +382,12 @@ class TestFloat(QuantizerSuite):
 def test_the_names_of_other_projects_lead_to_ours(name: str, meant: str) -> None:
     with pytest.raises(qsim.SpecError, match=f"^no quantizer '{name}'; did you mean {meant}[?] There are "):
         qsim.Host().parse(name, qsim.Quantizer)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz]
+)  # fmt: skip
+def test_torchs_name_is_a_format_that_rounds_as_torch_does(dtype: torch.dtype) -> None:
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 4
+
+    assert torch.equal(qsim.parse(str(dtype).removeprefix("torch."))(x), x.to(dtype).float())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qsim_core.errors import QsimError, RecipeError, did_you_mean, file_did_you_mean
-from qsim_core.files import writing
+from qsim_core.files import place, writing
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.formats.random_bits import at
 from qsim_core.matmuls.layout import LAST, taps
@@ -54,7 +54,9 @@ def quantize_file(
     byte. Raises `QsimError` for a file that cannot be read or has no weights to round. NaN or Inf in a weight, before
     or after it is rounded, is a `QsimError` too. Raises `RecipeError` for a pattern that matches no tensor.
     """
-    if source.resolve() == target.resolve():
+    if not place(source).is_file() and source.exists():
+        raise QsimError(f"cannot read {source}: it is not a regular file")
+    if place(source).resolve() == place(target).resolve():
         raise QsimError(f"{target} is the input; give the output another name")
     try:
         file = source.open("rb")

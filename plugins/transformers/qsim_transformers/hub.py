@@ -9,9 +9,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
+
+from qsim_core.files import place
 
 OFFLINE = "HF_HUB_OFFLINE"
 """The environment variable and the constant by which the libraries know that no request is wanted."""
@@ -25,7 +26,7 @@ def offline_unless_reachable(name: str) -> Iterator[None]:
 
     The name of a file or directory needs no hub. Where `HF_HUB_OFFLINE` is set, its value decides.
     """
-    if OFFLINE in os.environ or Path(name).expanduser().exists() or reachable():
+    if OFFLINE in os.environ or place(name).exists() or reachable():
         yield
         return
     from huggingface_hub import constants
