@@ -157,6 +157,9 @@ def seal(folder: Path, pattern: str = "*") -> None:
     """Write the SHA-256 of each file of a folder, last of all: from then on it is complete. Raises `QsimError`."""
     try:
         files = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
+        for path in files:  # another library may have written it
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         digests = {path.relative_to(folder).as_posix(): _sha256_of(path) for path in files}
     except OSError as error:
         raise QsimError(f"cannot read {folder}: {error.strerror}") from None
@@ -214,7 +217,6 @@ def _changed(path: Path, digest: str) -> bool:
 
 def _sha256_of(path: Path) -> str:
     with path.open("rb") as file:
-        os.fsync(file.fileno())  # a library may have written it
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
