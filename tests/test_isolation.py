@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from collections.abc import Callable, Iterator
 from importlib.metadata import distribution, packages_distributions
@@ -51,7 +52,7 @@ def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources, because a build leaves files behind."""
     target = tmp_path_factory.mktemp("sources")
     ignore = shutil.ignore_patterns(".git", ".tox", ".ci-env", "build", "*.egg-info", "__pycache__", ".*_cache")
-    for name in ("qsim_core", "plugins", "pyproject.toml", "README.md"):
+    for name in ("qsim_core", "plugins", "pyproject.toml", "README.md", "LICENSE"):
         source = ROOT / name
         shutil.copytree(source, target / name, ignore=ignore) if source.is_dir() else shutil.copy(source, target)
     return target
@@ -174,6 +175,35 @@ def test_what_is_not_declared_is_not_found(install: Callable[[str], Path], run: 
     status, printed = run("import qsim_core, transformers", [install("qsim-core")])
 
     assert (status != 0, printed.splitlines()[-1]) == (True, "ModuleNotFoundError: No module named 'transformers'")
+
+
+@pytest.mark.parametrize("name", ["qsim-core", *(f"qsim-{plugin}" for plugin in PLUGINS)])
+def test_a_wheel_carries_the_licence(name: str, install: Callable[[str], Path]) -> None:
+    (carried,) = install(name).glob("*.dist-info/licenses/LICENSE")
+
+    assert carried.read_bytes() == (ROOT / "LICENSE").read_bytes()
+
+
+SDIST = """
+import os, sys
+from setuptools import build_meta
+
+os.chdir(sys.argv[2])
+build_meta.build_sdist(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("folder", [".", "plugins/abfp"])
+def test_a_source_distribution_carries_the_licence(folder: str, copied: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SDIST, str(tmp_path), str(copied / folder)]
+    subprocess.run(command, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+
+    with tarfile.open(archive) as source:
+        carried = [
+            member for member in source.getmembers() if member.name.count("/") == 1 and member.name.endswith("LICENSE")
+        ]
+        assert [source.extractfile(one).read() for one in carried] == [(ROOT / "LICENSE").read_bytes()]  # type: ignore[union-attr]
 
 
 def test_the_zoos_distribution_carries_its_models(install: Callable[[str], Path]) -> None:

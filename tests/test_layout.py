@@ -54,6 +54,26 @@ def test_a_plugin_has_its_four_parts(plugin: str) -> None:
     assert list((folder / "tests").glob("test_*.py"))
 
 
+@pytest.mark.parametrize("folder", [".", *(f"plugins/{plugin}" for plugin in PLUGINS)])
+def test_a_distribution_can_be_published(folder: str) -> None:
+    """An index shows its page alone: with the licence, the authors, and links that lead into the repository."""
+    table = tomllib.loads((ROOT / folder / "pyproject.toml").read_text())["project"]
+    repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Source"]
+
+    assert (table["license"], table["license-files"], table["authors"]) == (
+        "Apache-2.0",
+        ["LICENSE"],
+        [{"name": "The qsim developers"}],
+    )
+    assert (ROOT / folder / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    assert table["classifiers"]
+    assert all(url.startswith(repository) for url in table["urls"].values())
+    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / folder / "README.md").read_text()):
+        assert target.startswith(("https://", "#")), target
+        inside = target.removeprefix(f"{repository}/blob/main/").partition("#")[0]
+        assert inside.startswith("http") or not inside or (ROOT / inside).exists(), target
+
+
 @pytest.mark.parametrize("plugin", PLUGINS)
 def test_a_plugins_directory_distribution_and_entry_point_have_one_name(plugin: str) -> None:
     table: Any = project(plugin)["project"]
