@@ -225,8 +225,8 @@ def _build(source: Path, build: bool) -> ctypes.CDLL | None:
         path = cache() / "kernels" / f"{digest[:16]}.so"
         content = read_checked(path, own=True)
         if content is None:
-            if not build or compiler is None:
-                return None
+            if compiler is None or not (build or path.exists()):
+                return None  # a library that is there, and not as it was written, was worth compiling before
             make_cache_folder(path.parent.name, "compiled kernels")
             with locked(path):
                 content = read_checked(path, own=True)  # another process may have been faster
