@@ -252,7 +252,7 @@ ENDINGS = {
 def test_an_installed_plugin_that_ends_its_process_ends_no_other_run(
     install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qsim_core.components.apart.LIMIT", 2.0)
+    monkeypatch.setattr("qsim_core.components.plugin_process.LIMIT", 2.0)
     for name, source in ENDINGS.items():
         install(name, source)
     host = qsim.Host()

@@ -61,10 +61,10 @@ def failures(built_in: Collection[str]) -> dict[tuple[str, str], list[str]]:
 
     Each plugin is imported in a process of its own. `built_in` are the names of the core's own commands.
     """
-    from qsim_core.components.apart import ask
     from qsim_core.components.catalogue import catalogue, subject
     from qsim_core.components.discovery import ACCELERATORS, COMMANDS, GROUP, installed
     from qsim_core.components.host import Host
+    from qsim_core.components.plugin_process import ask
 
     everything = [plugin for group in installed((GROUP, COMMANDS, ACCELERATORS)).values() for plugin in group.values()]
     found: dict[tuple[str, str], list[str]] = {}

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import EntryPoint
 from typing import Any
 
-from qsim_core.components.apart import ask
 from qsim_core.components.discovery import GROUP, Plugin, import_plugin
+from qsim_core.components.plugin_process import ask
 from qsim_core.errors import PluginError, QsimError
 from qsim_core.files import cache, make_cache_folder, read_checked, write_checked
 

@@ -26,7 +26,9 @@ LIMIT = 15.0
 START = 120.0
 """Seconds in which a worker that answers one question has to import the core too."""
 FORKS = sys.platform == "linux"
-WORKER = "import sys; sys.path[:] = sys.argv[1].split('\\n'); from qsim_core.components.apart import work; work()"
+WORKER = (
+    "import sys; sys.path[:] = sys.argv[1].split('\\n'); from qsim_core.components.plugin_process import work; work()"
+)
 
 asked: list[str] = []
 """The functions that this process answers for another one: a worker starts no worker."""
