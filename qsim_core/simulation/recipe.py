@@ -289,6 +289,15 @@ class _OnceEach(yaml.SafeLoader):
         found: dict[Any, Any] = super().construct_mapping(node, deep)
         return found
 
+    def construct_yaml_int(self, node: Any) -> int:
+        number: int = super().construct_yaml_int(node)
+        if number.bit_length() > 64:
+            raise ValueError("a whole number has more than 64 bits")
+        return number
+
+
+_OnceEach.add_constructor("tag:yaml.org,2002:int", _OnceEach.construct_yaml_int)
+
 
 def read_yaml(text: str) -> Any:
     """Read YAML as plain data. Raises `RecipeError` with line and column for text that is not YAML."""
