@@ -184,8 +184,9 @@ def test_a_record_is_run_again_or_refused(tmp_path: Path, host: qsim.Host) -> No
     path, draw = tmp_path / "result.json", random.Random(4)
     for _ in range(300):
         record = json.loads(result.model_dump_json())
+        parts = [record, record["recipe"], record["data"], record["environment"]]
         for _ in range(draw.randrange(1, 3)):
-            part = draw.choice([record, record["recipe"], record["data"], record["environment"]])
+            part = draw.choice(parts)
             part[draw.choice([*part, *KEYS])] = value(draw)
         path.write_text(json.dumps(record), errors="surrogatepass")
         is_clean(lambda: recipe_of(Result.read(path), host))
