@@ -604,6 +604,8 @@ def noise(*shape: int) -> Tensor:
         (torch.linalg.matmul, (3, 8), (8, 5)),
         (torch.inner, (3, 8), (5, 8)),
         (torch.dot, (8,), (8,)),
+        (torch.linalg.vecdot, (3, 8), (3, 8)),
+        (lambda a, b: torch.linalg.vecdot(a, b, dim=0), (8, 3), (8, 3)),
         (lambda a, b: torch.tensordot(a, b, dims=1), (3, 8), (8, 5)),
         (lambda a, b: torch.tensordot(a, b, dims=([0, 2], [1, 0])), (2, 3, 8), (8, 2, 5)),
         (lambda a, b: torch._grouped_mm(a, b, torch.tensor([2, 6], dtype=torch.int32)), (6, 8), (2, 8, 16)),
@@ -616,9 +618,7 @@ def noise(*shape: int) -> Tensor:
         (F.conv1d, (2, 8, 6), (5, 8, 3)),
         (F.conv2d, (2, 8, 6, 6), (5, 8, 3, 3)),
         (F.conv3d, (1, 8, 4, 4, 4), (5, 8, 2, 2, 2)),
-        (lambda a, b: F.conv2d(a, b, groups=2, padding=1), (2, 8, 6, 6), (6, 4, 3, 3)),
         (F.conv_transpose1d, (2, 8, 6), (8, 5, 3)),
-        (lambda a, b: F.conv_transpose2d(a, b, stride=2, groups=2), (2, 8, 6, 6), (8, 3, 3, 3)),
         (F.conv_transpose3d, (8, 4, 4, 4), (8, 5, 2, 2, 2)),
     ],
 )  # fmt: skip
@@ -846,6 +846,38 @@ def test_what_no_site_meets_is_listed() -> None:
     assert audit.found == 1 + len(audit.uncovered)
     assert any(entry.startswith("lstm:") for entry in audit.uncovered)
     assert any(entry.startswith(":") for entry in audit.uncovered)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("sparse", [Tensor.to_sparse, Tensor.to_sparse_csr])
+@pytest.mark.parametrize("product", [torch.matmul, torch.mm, torch.sparse.mm])
+@pytest.mark.parametrize("as_weight", [True, False])
+def test_a_product_with_a_sparse_matrix_is_listed(
+    product: Callable[..., Tensor], sparse: Callable[[Tensor], Tensor], as_weight: bool
+) -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+            self.adjacency = nn.Parameter(adjacency, requires_grad=False) if as_weight else adjacency
+
+        def forward(self, x: Tensor) -> Tensor:
+            return product(self.adjacency, self.layer(x))
+
+    adjacency = sparse(torch.eye(5))
+    audit = qsim.simulate(Graph(), weights="int8", activations="int8", example=noise(5, 8)).audit()
+
+    assert [site.site for site in audit.sites] == ["layer"]
+    assert len(audit.uncovered) == 1
+
+
+@pytest.mark.parametrize("rows", [5, 50])
+def test_distances_are_listed(rows: int) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.forward = lambda x: torch.cdist(model[0](x), x)  # type: ignore[method-assign]
+    audit = qsim.simulate(model, activations="int8", example=noise(rows, 8)).audit()
+
+    assert (audit.covered, len(audit.uncovered)) == (1, 1)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

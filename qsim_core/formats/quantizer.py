@@ -19,6 +19,7 @@ from torch import Tensor
 from qsim_core.components.component import Component
 from qsim_core.errors import QsimError
 from qsim_core.formats.codes import Encoded
+from qsim_core.formats.uncompiled import uncompiled
 
 Granularity = Literal["tensor", "channel", "token", "element"] | int | tuple[int, int]
 """The elements that share a scale: the tensor, a row (channel, token), n along a row, a tile of (rows, columns).
@@ -35,6 +36,11 @@ class SiteQuantizer(ABC):
 
     The properties describe the quantizer to other modules.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in ("quantize", "quantize_into", "encode", "decode"):
+            uncompiled(cls.__dict__.get(name))
 
     @abstractmethod
     def quantize(self, x: Tensor) -> Tensor:

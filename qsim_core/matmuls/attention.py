@@ -29,8 +29,8 @@ def explicit_attention(
     """Compute softmax(q kT * scale + mask) v, with the arguments and the meaning of torch's function.
 
     query [..., H, Q, D], key [..., H', K, D], value [..., H', K, E] -> [..., H, Q, E]. The scale is applied to the
-    product, as in eager attention. The softmax is computed in float32 at least. A row whose keys are all masked gives
-    zeros.
+    product, as in eager attention: the operands are float32 at least, in which the product does not overflow. A row
+    whose keys are all masked gives zeros.
     """
     if enable_gqa:
         repeats = query.shape[-3] // key.shape[-3]

@@ -35,25 +35,46 @@ SECOND_LAST = Layout("second last", _swap, _swap)
 """The reduction axis is the last but one, as in the second operand of a matrix product, `[..., K, N]`."""
 
 
+def along(axis: int) -> Layout:
+    """The layout of an operand whose reduction axis is this one."""
+    return Layout(f"along {axis}", lambda t: t.movedim(axis, -1), lambda t: t.movedim(-1, axis))
+
+
+POSITIONS = "positions"
+"""The beginning of the name of a layout whose rows hold several positions of an image, or tokens of a sequence."""
+
+
 def holds_experts(weight: Tensor, layout: Layout) -> bool:
     """Tell if a weight of three axes holds one matrix for each expert of a layer."""
     return weight.dim() == 3 and layout in (LAST, SECOND_LAST)
 
 
-def channels(space: int, groups: int) -> Layout:
-    """The layout of a convolution's image: `[B, C, *space]` as `[B, groups, *space, C / groups]`.
+def channels(space: int) -> Layout:
+    """The layout of a convolution's image: `[B, C, *space]` as `[B, *space, C]`, a row for each position.
 
     `space` is the number of spatial dimensions. B may be missing.
     """
+    return Layout(f"channels {space}", lambda t: t.movedim(-1 - space, -1), lambda t: t.movedim(-1, -1 - space))
+
+
+def positions(image: Tensor, space: int, groups: int) -> Layout:
+    """The layout of a grouped convolution's image: `[B, C, *space]` as `[B, groups, positions * C / groups]`.
+
+    The row of one position would hold fewer elements than a token: of a depthwise convolution a single one, which its
+    own scale makes exact. So a row is a group at all positions, its channels fastest. Its scale can be taken out of the
+    sum over the taps.
+    """
+    sizes = image.shape[-space:]
 
     def rows(t: Tensor) -> Tensor:
         grouped: Tensor = t.unflatten(-1 - space, (groups, -1))
-        return grouped.movedim(-1 - space, -1)
+        return grouped.movedim(-1 - space, -1).flatten(-1 - space)
 
     def back(t: Tensor) -> Tensor:
-        return t.movedim(-1, -1 - space).flatten(-2 - space, -1 - space)
+        unflattened: Tensor = t.unflatten(-1, (*sizes, -1))
+        return unflattened.movedim(-1, -1 - space).flatten(-2 - space, -1 - space)
 
-    return Layout(f"channels {space} {groups}", rows, back)
+    return Layout(f"{POSITIONS} {space} {groups}", rows, back)
 
 
 def taps(weight: Tensor, outputs: int = 0, groups: int = 1) -> Layout:

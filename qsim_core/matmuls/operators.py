@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from qsim_core.matmuls.call import Call
 from qsim_core.matmuls.convolution import ARGUMENTS, TRANSPOSED_ARGUMENTS
 from qsim_core.matmuls.einsum import einsum_call
-from qsim_core.matmuls.layout import LAST, SECOND_LAST, Layout, channels, taps
+from qsim_core.matmuls.layout import LAST, SECOND_LAST, Layout, along, channels, positions, taps
 
 LayoutsOf = Callable[[dict[str, Any]], tuple[Layout, Layout]]
 """A function of a call's arguments by name that gives the layouts of the two operands."""
@@ -44,7 +44,7 @@ class Op:
             layouts=self.layouts(named),
             places=tuple(self._place(name, len(args)) for name in self.operands),
             addend=named.get(self.addend) if self.addend else None,
-            result=channels(self.space, groups=1) if self.space else LAST,
+            result=channels(self.space) if self.space else LAST,
             operation=function.__name__.strip("_"),
         )
 
@@ -61,7 +61,8 @@ def _always(left: Layout, right: Layout) -> LayoutsOf:
 def _convolution(space: int, transposed: bool = False) -> Op:
     def layouts(named: dict[str, Any]) -> tuple[Layout, Layout]:
         groups = named.get("groups", 1)
-        return channels(space, groups), taps(named["weight"], outputs=int(transposed), groups=groups)
+        image = channels(space) if groups == 1 else positions(named["input"], space, groups)
+        return image, taps(named["weight"], outputs=int(transposed), groups=groups)
 
     parameters = TRANSPOSED_ARGUMENTS if transposed else ARGUMENTS
     return Op(parameters, ("input", "weight"), layouts, space=space)
@@ -72,6 +73,7 @@ _MATMUL = Op(("input", "other"), ("input", "other"), _always(LAST, SECOND_LAST))
 _RMATMUL = Op(("other", "input"), ("input", "other"), _always(LAST, SECOND_LAST))
 _MM = Op(("input", "mat2"), ("input", "mat2"), _always(LAST, SECOND_LAST))
 _INNER = Op(("input", "other"), ("input", "other"), _always(LAST, LAST))
+_VECDOT = Op(("x", "y"), ("x", "y"), lambda named: (along(named.get("dim", -1)),) * 2)
 _GROUPED = Op(("mat_a", "mat_b", "offs"), ("mat_a", "mat_b"), _always(LAST, SECOND_LAST))
 _ADDMV = Op(("input", "mat", "vec"), ("mat", "vec"), _always(LAST, LAST), addend="input")
 _MV = Op(("input", "vec"), ("input", "vec"), _always(LAST, LAST))
@@ -98,6 +100,7 @@ OPS: dict[Callable[..., Any], Op] = {
     torch.Tensor.inner: _INNER,
     torch.dot: _INNER,
     torch.Tensor.dot: _INNER,
+    torch.linalg.vecdot: _VECDOT,
     torch.addmv: _ADDMV,
     torch.Tensor.addmv: _ADDMV,
     torch.addmm: _ADDMM,

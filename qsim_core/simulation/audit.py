@@ -50,6 +50,10 @@ PRODUCTS = frozenset(
         "conv_tbc",
         "_sparse_mm",
         "_sparse_addmm",
+        "hspmm",
+        "sspaddmm",
+        "_cdist_forward",
+        "_euclidean_dist",
         "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_efficient_attention",
@@ -196,13 +200,28 @@ class _Watch:
     def __init__(self) -> None:
         self.sums: dict[tuple[str, str], _Sums] = defaultdict(_Sums)
         self.dtypes: dict[str, torch.dtype] = {}
+        self.doubts: dict[str, dict[str, None]] = defaultdict(dict)
 
     def __call__(self, site: Site, role: str, before: Tensor, after: Tensor, quantizer: Quantizer | None) -> None:
         self.dtypes[site.name] = after.dtype
         if quantizer is not None:
+            if _rounds_nothing(quantizer, before.shape):
+                self.doubts[site.name][
+                    f"each element of its {role} has a scale of its own: {quantizer} rounds nothing"
+                ] = None
             self.sums[site.name, role.rstrip("2")].add(before, after, quantizer)
             if (named := site.named(role)) in ATTENTION_ROLES:
                 self.sums[site.name, named].add(before, after, quantizer)
+
+
+def _rounds_nothing(quantizer: Quantizer, shape: torch.Size) -> bool:
+    """Tell if blocks have one element, so that a scale maps each value to the largest of the format."""
+    block = quantizer.granularity
+    if block not in quantizer.sharing or not shape or math.prod(shape) < 2:
+        return False
+    if isinstance(block, tuple):
+        return min(block[0], shape[-2]) * min(block[1], shape[-1]) == 1
+    return block != "tensor" and min(block if isinstance(block, int) else shape[-1], shape[-1]) == 1
 
 
 def measured_audit(sites: Sites, run: Callable[[], Any] | None) -> Audit:
@@ -265,7 +284,7 @@ def _record(site: Site, calls: int, watch: _Watch) -> SiteAudit:
         calls=calls,
         skipped=plan.skipped,
         measured=roles,
-        notes=list(_notes(site, site.plan.value_axis)),
+        notes=[*watch.doubts[site.name], *_notes(site, site.plan.value_axis)],
     )
 
 
@@ -286,6 +305,8 @@ def _notes(site: Site, value_axis: str) -> list[str]:
             notes.append(f"one {role} scale for the whole tensor: it depends on the batch and sees later tokens")
         for rows in sorted(block[0] for block in sharing if isinstance(block, tuple) and block[0] > 1):
             notes.append(f"{role} scales are shared over {rows} rows and see later tokens")
+        if role == "input" and site.over_positions and sharing - {"tensor"}:
+            notes.append("input scales are shared over the positions of a group of channels, later ones too")
         of_values = role == "input" and quantizer is (
             site.fixed["input2"] if "input2" in site.fixed else site.planned("input2")
         )

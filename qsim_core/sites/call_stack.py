@@ -28,6 +28,8 @@ class Frame:
     before_softmax: list[tuple[Site, torch.Size]] = field(default_factory=list)
     softmax: tuple[torch.Size, ...] = ()
     """The shapes that the probabilities may have: that of the softmax, and without the columns of attention sinks."""
+    compiling: Any = None
+    """The state of torch.compile before this module, which `resume_compiling` brings back."""
 
     def own(self, tensor: Tensor) -> str | None:
         """The full name of the parameter that a tensor is, if it is this module's own (also under functional_call)."""

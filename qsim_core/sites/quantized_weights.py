@@ -1,9 +1,9 @@
 """Quantized weights: each is quantized once, and not in every forward.
 
 With `keep`, a quantized copy is held here, and the model's parameters stay as they are. Without `keep`, the parameter
-itself is overwritten. There are four exceptions, for which a copy is held, because another user would see the change:
-a tied parameter, one that belongs to another module than the one that multiplies by it, one that is used in parts, and
-one that other code reads. A weight that is computed from a parameter is quantized in every forward.
+itself is overwritten, unless another user would see the change. A copy is held of a weight that is tied, is another
+module's, is used in parts, or is read by other code. A weight that is computed from a parameter is quantized in every
+forward.
 
 A weight in training is quantized in every forward, with its straight-through gradient. A changed parameter is noticed
 by its identity, version and address. A change written through `parameter.data`, which autograd does not count, is not
@@ -327,7 +327,7 @@ def _sums(x: Tensor) -> tuple[float, float]:
 
 def _storage(parameter: Tensor) -> int:
     """An identifier that tied parameters share: the address of their memory, or the object's id if it has none."""
-    address = 0 if parameter.is_meta else parameter.untyped_storage().data_ptr()
+    address = 0 if parameter.is_meta or parameter.layout != torch.strided else parameter.untyped_storage().data_ptr()
     return address or id(parameter)
 
 

@@ -36,6 +36,8 @@ class Site:
     """The number of calls, without those that recompute a forward in a backward pass."""
     computed: bool = False
     """True if the weight is computed from that parameter in each forward."""
+    over_positions: bool = False
+    """True for a grouped convolution: a row of its input is a group of channels at all positions."""
     fixed: dict[str, Any] = field(default_factory=dict)
     """By role, the quantizer that replaces the plan's: static scales, a transform's choice, or None.
 
@@ -94,6 +96,12 @@ class Site:
         """The quantizers of the operands that are not weights, each once."""
         found = [self.fixed[role] if role in self.fixed else self.planned(role) for role in self.input_roles]
         return list({id(quantizer): quantizer for quantizer in found if quantizer is not None}.values())
+
+    @property
+    def changes_products(self) -> bool:
+        """True if anything here makes a product of activations another than torch's."""
+        planned = (self.fixed[role] if role in self.fixed else self.planned(role) for role in (*OPERANDS, "output"))
+        return self.plan.arithmetic.simulates or self.in_training is not None or any(one is not None for one in planned)
 
     @property
     def is_value_product(self) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -27,10 +28,12 @@ from torch.utils.hooks import RemovableHandle
 
 from qsim_core.errors import RecipeError
 from qsim_core.formats.accelerator import accelerators
+from qsim_core.formats.rounding import working
+from qsim_core.formats.uncompiled import resume_compiling, stop_compiling, uncompiled
 from qsim_core.matmuls.attention import EXPLICIT, SOFTMAX, explicit_attention
 from qsim_core.matmuls.call import Call
 from qsim_core.matmuls.constants import Constant, Constants
-from qsim_core.matmuls.layout import Layout
+from qsim_core.matmuls.layout import POSITIONS, Layout
 from qsim_core.matmuls.operators import OPS, read_call
 from qsim_core.sites.arithmetic import FLOAT32, ExactArithmetic
 from qsim_core.sites.call_stack import CallStack, Frame, Reusable, recomputing, reusable
@@ -38,7 +41,7 @@ from qsim_core.sites.executor import LiveExecution, SiteObserver, check_planned
 from qsim_core.sites.operand import operands_of, roles_of
 from qsim_core.sites.plan import Planner
 from qsim_core.sites.quantized_weights import Weight, Weights
-from qsim_core.sites.site import Site
+from qsim_core.sites.site import ATTENTION, Site
 
 MET = frozenset({*OPS, *EXPLICIT, *SOFTMAX, torch.einsum})
 """The torch functions that a site looks at; all others run untouched."""
@@ -58,6 +61,8 @@ class _Mode(TorchFunctionMode):
     ) -> Any:
         if function not in MET or not self.sites.stack.running():
             return self.sites.watch(function, args, kwargs or {})
+        if function is F.scaled_dot_product_attention and self.sites.leave_attention(*args[:3], **(kwargs or {})):
+            return function(*args, **(kwargs or {}))
         if function in EXPLICIT:
             with self:
                 if function is F.scaled_dot_product_attention:
@@ -81,6 +86,8 @@ class Sites:
         self.observer: SiteObserver | None = None
         self.watcher: Callable[[Site, Call], None] | None = None
         self.checked = False
+        self.told = False
+        """True once it was said that the model runs uncompiled."""
         self.stack = CallStack()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -96,22 +103,28 @@ class Sites:
             handles.append(module.register_forward_pre_hook(functools.partial(self._enter, path), prepend=True))
             handles.append(module.register_forward_hook(functools.partial(self._leave, path), always_call=True))
 
+    @functools.partial(uncompiled, inside=False)
     def _enter(self, path: str, module: nn.Module, args: Any) -> None:
-        stack = self.stack
+        compiling, stack = stop_compiling(), self.stack
+        if compiling and not self.told:
+            self.told = True
+            warnings.warn("torch.compile leaves a simulated model as it is: it runs uncompiled", stacklevel=2)
         if stack.frames and not stack.running():
             stack.clear()
         if not stack.frames:
             stack.caller = sys._getframe(1)
             stack.mode = _Mode(self)
             stack.mode.__enter__()  # type: ignore[no-untyped-call]
-        stack.frames.append(Frame(path, module))
+        stack.frames.append(Frame(path, module, compiling=compiling))
 
+    @functools.partial(uncompiled, inside=False)
     def _leave(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
         stack = self.stack
         if not any(frame.module is module for frame in stack.frames):
             return
-        while stack.frames.pop().module is not module:
+        while (frame := stack.frames.pop()).module is not module:
             pass
+        resume_compiling(frame.compiling)
         if not stack.frames:
             stack.clear()
             if path == "" and not self.checked and output is not None:
@@ -127,14 +140,43 @@ class Sites:
         """True if an observer or a watcher has to see every tensor."""
         return self.observer is not None or self.watcher is not None
 
-    def attend(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute attention as two products at their sites, or by an accelerator that does the same by tiles."""
+    def leave_attention(self, *operands: Tensor, **named: Any) -> bool:
+        """Tell if torch may compute attention by itself: nothing at its two products is quantized or watched.
+
+        Its products are noted as met.
+        """
+        frame = self.stack.frames[-1]
+        operands = (*operands, *(named[name] for name in ("query", "key", "value") if name in named))
+        if self.watched or any(self.constants.find(x, frame.module) for x in operands):
+            return False
+        first = frame.products
+        sites = [self._product(frame, "matmul"), self._product(frame, "matmul")]
+        for site, alias in zip(sites, ATTENTION, strict=True):
+            self._alias(site, frame.path + alias, met=False)
+        if any(site.rotations or (self.quantizing and site.changes_products) for site in sites):
+            frame.products = first
+            return False
+        for site in sites:
+            site.calls += not recomputing()
+        return True
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute attention as two products at their sites, or by an accelerator that does the same by tiles.
+
+        Products and softmax are computed in float32 at least, whatever the dtype of the model.
+        """
+        kind = query.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            operands = [x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value)]
+            with torch.autocast(kind, enabled=False):
+                return self.attend(*operands, *args, **kwargs)
+        dtype, (query, key, value) = query.dtype, (working(x) for x in (query, key, value))
         for accelerator in accelerators():
             attend = getattr(accelerator, "attend", None)
-            result: Tensor | None = None if attend is None else attend(self, *args, **kwargs)
+            result: Tensor | None = None if attend is None else attend(self, query, key, value, *args, **kwargs)
             if result is not None:
-                return result
-        return explicit_attention(*args, **kwargs)
+                return result.to(dtype)
+        return explicit_attention(query, key, value, *args, **kwargs).to(dtype)
 
     def watch(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function that is not a matmul; note the weights that it computes, and the parameters that it reads."""
@@ -152,7 +194,7 @@ class Sites:
             return self.watch(function, args, kwargs)
         call = read_call(function, args, kwargs)
         stack = self.stack
-        if call is None or stack.inside or not all(operand.is_floating_point() for operand in call.operands):
+        if call is None or stack.inside or not all(map(_is_dense, call.operands)):
             return self.watch(function, args, kwargs)
         stack.inside = True
         try:
@@ -174,6 +216,7 @@ class Sites:
         if call.addend is not None and self._weight_of(call.addend, None) is None:
             call = replace(call, masked=True)
         site = self._site(frame, call, next((weight for weight in weights if weight), None))
+        site.over_positions = call.layouts[0].name.startswith(POSITIONS)
         site.calls += not recomputing()
         if site.rotations:
             rotated = zip(roles_of(weights), call.operands, call.layouts, strict=True)
@@ -241,19 +284,25 @@ class Sites:
         return self._name_of(x) is not None
 
     def _site(self, frame: Frame, call: Call, weight: Weight | None) -> Site:
-        if weight is not None:
-            name = _site_name(frame, call, weight)
-        else:
-            name = f"{frame.path}:matmul.{frame.products}"
-            frame.products += 1
-        if name not in self.table:
-            self.table[name] = Site(name, call.operation, weight.name if weight else None, self.recipe.plan([name]))
-        site = self.table[name]
-        site.computed = weight is not None and weight.computed
-        if weight is None and call.operands[0].shape[-2:] in frame.softmax:
-            self._alias(site, f"{frame.path}:pv", met=False)
-            frame.softmax = ()
+        if weight is None:
+            site = self._product(frame, call.operation)
+            if call.operands[0].shape[-2:] in frame.softmax:
+                self._alias(site, f"{frame.path}:pv", met=False)
+                frame.softmax = ()
+            return site
+        site = self._named(_site_name(frame, call, weight), call.operation, weight.name)
+        site.computed = weight.computed
         return site
+
+    def _product(self, frame: Frame, operation: str) -> Site:
+        """The site of the next product of activations in a module."""
+        frame.products += 1
+        return self._named(f"{frame.path}:matmul.{frame.products - 1}", operation, None)
+
+    def _named(self, name: str, operation: str, weight: str | None) -> Site:
+        if name not in self.table:
+            self.table[name] = Site(name, operation, weight, self.recipe.plan([name]))
+        return self.table[name]
 
     def _connect(self, scores: Tensor) -> None:
         """Give aliases to the products that a softmax connects.
@@ -298,6 +347,11 @@ def _site_name(frame: Frame, call: Call, weight: Weight) -> str:
         left = (key for key, value in vars(frame.module).items() if any(value is x for x in call.operands))
         name = next(map(frame.full, left), name)
     return name.removesuffix(".weight")
+
+
+def _is_dense(operand: Tensor) -> bool:
+    """Tell if an operand has rows to quantize: floating-point numbers, and not a sparse matrix."""
+    return operand.is_floating_point() and operand.layout == torch.strided
 
 
 def functional(sites: Sites, path: str) -> Iterator[Site]:

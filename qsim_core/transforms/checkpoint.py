@@ -73,6 +73,7 @@ def sha256(leaves: Iterable[Any]) -> str:
     for leaf in leaves:
         if isinstance(leaf, Tensor):
             digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+            leaf = leaf if leaf.layout == torch.strided else leaf.to_dense()
             flat = leaf.detach().cpu().contiguous().as_strided((leaf.numel(),), (1,))  # one element may have any stride
             digest.update(flat.view(torch.uint8).numpy().data)
         else:

@@ -19,6 +19,7 @@ from qsim_core import ExactArithmetic
 from qsim_core.formats.format import unscaled_format
 from qsim_core.matmuls.call import LINEAR, Call
 from qsim_core.matmuls.convolution import CONVOLUTIONS
+from qsim_core.matmuls.layout import POSITIONS
 from qsim_core.quantizers.static_scale import scheme_of
 from qsim_core.sites.arithmetic import Lowering
 from qsim_fast import bf16, blockwise, int8, tensor_cores
@@ -198,6 +199,8 @@ def _bias_fits(call: Call) -> bool:
     """Tell if a call has no bias, or one number for each output that needs no gradient."""
     if call.function in PRODUCTS or (bias := call.bias) is None:
         return True
+    if call.layouts[0].name.startswith(POSITIONS):  # a bias goes with each position, and here a row holds several
+        return False
     kernel = call.operands[1] if call.function in CONVOLUTIONS else call.layouts[1].rows(call.operands[1])
     return bias.shape == (len(kernel),) and bias.device == call.operands[0].device and not needs_reference(bias)
 

@@ -1,0 +1,36 @@
+"""Code that torch.compile leaves alone.
+
+A compiler drops the rounding of a value that is cast to bfloat16 and back, and joins roundings to the arithmetic around
+them. So quantizers, and the forward of a simulated model, always run as they are written.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, TypeVar
+
+from torch._C._dynamo import eval_frame
+
+Function = TypeVar("Function", bound=Callable[..., Any] | None)
+
+
+def uncompiled(function: Function, inside: bool = True) -> Function:
+    """Mark a function, so that torch.compile leaves its code as it is, and `inside` all the code that it calls."""
+    if isinstance(function, FunctionType):
+        function._torchdynamo_disable = True  # type: ignore[attr-defined]
+        function._torchdynamo_disable_msg = "qsim computes to the bit, without a compiler"  # type: ignore[attr-defined]
+        if hasattr(eval_frame, "set_code_exec_strategy"):
+            skip, default = eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
+            strategy = eval_frame._FrameExecStrategy(skip, skip if inside else default)
+            eval_frame.set_code_exec_strategy(function.__code__, strategy)
+        else:  # torch 2.6
+            getattr(eval_frame, "skip_code")(function.__code__)  # noqa: B009
+    return function
+
+
+stop_compiling = functools.partial(eval_frame.set_eval_frame, None)
+"""Leaves all code from here on uncompiled, in this thread. Gives what `resume_compiling` takes."""
+resume_compiling = eval_frame.set_eval_frame
+"""Goes on as before `stop_compiling`."""
