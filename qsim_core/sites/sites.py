@@ -40,7 +40,20 @@ from qsim_core.sites.plan import Planner
 from qsim_core.sites.quantized_weights import Weight, Weights
 from qsim_core.sites.site import Site
 
-MET = frozenset({*OPS, *EXPLICIT, *SOFTMAX, torch.einsum})
+MEMORY = frozenset(
+    {
+        Tensor.data.__get__,  # type: ignore[attr-defined]
+        Tensor.data.__set__,  # type: ignore[attr-defined]
+        Tensor.data_ptr,
+        Tensor.untyped_storage,
+        Tensor.numpy,
+        Tensor.__array__,
+        Tensor.__dlpack__,
+    }
+)
+"""The functions that give away a tensor's memory, in which values may then change while the version stays the same."""
+
+MET = frozenset({*OPS, *EXPLICIT, *SOFTMAX, *MEMORY, torch.einsum})
 """The torch functions that a site looks at; all others run untouched."""
 
 
@@ -57,6 +70,9 @@ class _Mode(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if function not in MET or not self.sites.stack.running():
+            return self.sites.watch(function, args, kwargs or {})
+        if function in MEMORY:
+            self.sites.stack.share_nothing()
             return self.sites.watch(function, args, kwargs or {})
         if function in EXPLICIT:
             with self:
@@ -101,6 +117,7 @@ class Sites:
         if stack.frames and not stack.running():
             stack.clear()
         if not stack.frames:
+            self.weights.begin()
             stack.caller = sys._getframe(1)
             stack.mode = _Mode(self)
             stack.mode.__enter__()  # type: ignore[no-untyped-call]
