@@ -6,7 +6,9 @@ Torch's own counter of versions is not enough: fused optimizers, collective oper
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import hashlib
 import math
 import weakref
 from collections import defaultdict
@@ -81,6 +83,28 @@ class Seen:
             alike = _alike(then, now)
             for one, _ in found:
                 one._compared = alike
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The SHA-256 of tensors' names, dtypes, shapes, and sums of all bits: where one element changes, it changes."""
+    found = hashlib.sha256()
+    for name, tensor in tensors:
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(octets(_sums(tensor).cpu()))
+    return found.hexdigest()
+
+
+def stored_as(tensor: Tensor) -> str | None:
+    """Name the form of a tensor's values: a class of sharded or coded tensors, or float8; None: plain numbers."""
+    if is_traceable_wrapper_subclass(tensor):
+        return type(tensor.data).__name__
+    tiny = tensor.is_floating_point() and tensor.element_size() == 1
+    return str(tensor.dtype).removeprefix("torch.") if tiny else None
+
+
+def octets(tensor: Tensor) -> Any:
+    """The memory of a contiguous tensor on the CPU as a buffer of bytes, for as long as the tensor lives."""
+    return (ctypes.c_uint8 * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
 
 
 def sample(tensor: Tensor) -> Tensor:

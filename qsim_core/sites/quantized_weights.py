@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qsim_core.errors import QsimError
 from qsim_core.formats.quantizer import SiteQuantizer, straight_through
@@ -318,7 +319,8 @@ def _return_freed_memory() -> None:
 
 def _storage(parameter: Tensor) -> int:
     """An identifier that tied parameters share: the address of their memory, or the object's id if it has none."""
-    address = 0 if parameter.is_meta else parameter.untyped_storage().data_ptr()
+    elsewhere = parameter.is_meta or is_traceable_wrapper_subclass(parameter)
+    address = 0 if elsewhere else parameter.untyped_storage().data_ptr()
     return address or id(parameter)
 
 
