@@ -107,7 +107,7 @@ def known_scales(weights: Weights, operands: Sequence[Operand]) -> Scales | None
             continue
         found = weights.scales_of(operand.weight, operand.tensor, operand.layout)
         scaled = operand.quantizer.granularity not in (None, "element")
-        if found is None and scaled and weights.is_final(operand.weight):
+        if found is None and scaled and weights.final(operand.weight) is not None:
             raise RecipeError(f"{operand.weight.name}: a transform has quantized it and has not given its scales")
         return found
     return None
@@ -151,7 +151,7 @@ class TriedExecution(Execution):
         self.weights = weights
 
     def quantized(self, operand: Operand) -> Tensor:
-        final = operand.weight is not None and self.weights.is_final(operand.weight)
+        final = operand.weight is not None and self.weights.final(operand.weight) is not None
         return operand.tensor if final else super().quantized(operand)
 
     def weight_scales(self) -> Scales | None:

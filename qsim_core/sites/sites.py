@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
-from qsim_core.errors import RecipeError
+from qsim_core.errors import QsimError, RecipeError
 from qsim_core.formats.accelerator import accelerators
 from qsim_core.formats.rounding import working
 from qsim_core.formats.uncompiled import resume_compiling, stop_compiling, uncompiled
@@ -43,7 +44,20 @@ from qsim_core.sites.plan import Planner
 from qsim_core.sites.quantized_weights import Weight, Weights
 from qsim_core.sites.site import ATTENTION, Site
 
-MET = frozenset({*OPS, *EXPLICIT, *SOFTMAX, torch.einsum})
+MEMORY = frozenset(
+    {
+        Tensor.data.__get__,  # type: ignore[attr-defined]
+        Tensor.data.__set__,  # type: ignore[attr-defined]
+        Tensor.data_ptr,
+        Tensor.untyped_storage,
+        Tensor.numpy,
+        Tensor.__array__,
+        Tensor.__dlpack__,
+    }
+)
+"""The functions that give away a tensor's memory, in which values may then change while the version stays the same."""
+
+MET = frozenset({*OPS, *EXPLICIT, *SOFTMAX, *MEMORY, torch.einsum})
 """The torch functions that a site looks at; all others run untouched."""
 
 
@@ -60,6 +74,9 @@ class _Mode(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if function not in MET or not self.sites.stack.running():
+            return self.sites.watch(function, args, kwargs or {})
+        if function in MEMORY:
+            self.sites.stack.share_nothing()
             return self.sites.watch(function, args, kwargs or {})
         if function is F.scaled_dot_product_attention and self.sites.leave_attention(*args[:3], **(kwargs or {})):
             return function(*args, **(kwargs or {}))
@@ -112,6 +129,7 @@ class Sites:
         if stack.frames and not stack.running():
             stack.clear()
         if not stack.frames:
+            self.weights.begin()
             stack.caller = sys._getframe(1)
             stack.mode = _Mode(self)
             stack.mode.__enter__()  # type: ignore[no-untyped-call]
@@ -196,11 +214,21 @@ class Sites:
         stack = self.stack
         if call is None or stack.inside or not all(map(_is_dense, call.operands)):
             return self.watch(function, args, kwargs)
+        self._check_plain(call)
         stack.inside = True
         try:
             return self._compute(call)
         finally:
             stack.inside = False
+
+    def _check_plain(self, call: Call) -> None:
+        """Raise `QsimError` for an operand that holds other tensors in the place of values."""
+        kinds = [type(operand.data).__name__ for operand in call.operands if is_traceable_wrapper_subclass(operand)]
+        if kinds:
+            raise QsimError(
+                f"a {call.operation} in {self.stack.frames[-1].path or 'the model'} has an operand of class "
+                f"{kinds[0]}, whose values are sharded or stored in a format; simulate the model with plain tensors"
+            )
 
     def _compute(self, call: Call) -> Any:
         frame = self.stack.frames[-1]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from qsim_core.errors import RecipeError
+from qsim_core.seen import stored_as
 from qsim_core.sites.sites import Sites
 from qsim_core.transforms.checkpoint import sha256
 from qsim_core.transforms.context import Context
@@ -22,6 +23,11 @@ from qsim_core.transforms.transform import Transform
 
 def apply_transforms(transforms: Iterable[tuple[Transform, Context]], model: nn.Module, sites: Sites) -> None:
     """Apply each with its context. Raises `RecipeError` for one that changes nothing, or what is settled already."""
+    for name, tensor in state(model):
+        if (form := stored_as(tensor)) is not None:
+            raise RecipeError(
+                f"{name} is stored as {form}; transforms change values: apply them to a model of plain tensors"
+            )
     before = _digests(model)
     for transform, context in transforms:
         stood, settled, pinned = _standing(sites), _settled(sites, before), set(sites.weights.pinned)
@@ -58,11 +64,19 @@ def left_behind(sites: Sites, hooks: int) -> str:
     for name, plan, fixed, rotations, _ in _standing(sites):  # noise in training is no part of what was trained
         if plan or fixed or rotations:
             return f"a transform has left {'rotations' if rotations else 'quantizers of its own'} at {name}"
-    if hooks:
-        return f"a transform has left {hooks} hooks on the model"
+    if needed := needed_beside(sites, hooks):
+        return needed
     if sites.weights.pinned:
         return f"a transform has put {min(sites.weights.pinned)} on its grid for good"
     return ""
+
+
+def needed_beside(sites: Sites, hooks: int) -> str:
+    """Describe what transforms have left without which the changed weights compute something else; empty if nothing."""
+    rotated = [site.name for site in sites.table.values() if site.weight and site.rotations]
+    if rotated:
+        return f"a transform has left rotations at {rotated[0]}"
+    return f"a transform has left {hooks} hooks on the model" if hooks else ""
 
 
 def _standing(sites: Sites) -> list[Any]:
