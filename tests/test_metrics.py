@@ -334,3 +334,12 @@ def test_samples_that_cannot_be_saved_are_told_at_once(evaluate: Any, tmp_path: 
         evaluate(samples=tmp_path)
     with pytest.raises(qsim.DataError, match="file: it is not a directory$"):
         evaluate(evaluate="seen", samples=tmp_path / "file")
+
+
+def test_a_text_in_place_of_a_name_of_data_is_one_line() -> None:
+    with pytest.raises(qsim.DataError, match=r"^data are named by a file or a data set, not by a text of 9000 char"):
+        qsim.evaluate({"model": "opt-tiny", "weights": "int4"}, data="a text of " * 900)
+
+
+def test_a_work_directory_may_be_text() -> None:
+    assert qsim.Run(work_dir="work").work_dir == Path("work")  # type: ignore[arg-type]

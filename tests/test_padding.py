@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import qsim_core as qsim
@@ -165,3 +166,22 @@ def test_batches_without_padding_stay_as_they_are(model: Any) -> None:
     simulation = qsim.simulate(copy.deepcopy(model), activations="tensor(int8, static=true)", calibration=[batch])
 
     assert simulation.example is batch
+
+
+def test_a_list_is_arguments_in_their_order_as_a_loader_gives_them() -> None:
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(TensorDataset(x), 4)
+
+    given = (outcome(nn.Linear(4, 4), batches) for batches in (loader, [(x[:4],), (x[4:],)]))
+
+    assert len({str(scales) for scales in given}) == 1
+
+
+def test_a_loader_with_labels_is_one_line() -> None:
+    loader = DataLoader(TensorDataset(torch.randn(8, 4), torch.ones(8)), 4)
+
+    with pytest.raises(
+        qsim.DataError,
+        match=r"^a batch has 2 arguments, and Linear takes 1 \(input\); leave the others, such as labels, out$",
+    ):
+        outcome(nn.Linear(4, 4), loader)  # type: ignore[arg-type]

@@ -18,6 +18,8 @@ from qsim_core.evaluation.trained import STATE, read_state
 from qsim_core.simulation.recipe import Recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+LONGEST_NAME = 255
+"""Bytes of a file's name at most."""
 DISPATCHED = ("auto", "disk")
 """Devices for which the adapter places the weights."""
 
@@ -60,7 +62,7 @@ class Job:
     def data(self, source: str | None) -> Data:
         """The data named by `source`, else the evaluator's own, else the model's. Raises `DataError`."""
         if source is not None:
-            return self.evaluator.read(source)
+            return self.evaluator.read(_name(source))
         trained = self.located.trained
         if trained is not None and trained.data is not None:
             return self.evaluator.read(trained.data)
@@ -87,7 +89,7 @@ class Job:
         if self.trained_so or (not self.recipe.transforms and not self.recipe.has_static):
             return None
         if given.source is not None:
-            return self.evaluator.read(given.source, split="train")
+            return self.evaluator.read(_name(given.source), split="train")
         if self.located.calibration is not None:
             return self.located.calibration()
         found = self.evaluator.default_data()
@@ -125,3 +127,12 @@ def _evaluator(located: Located, host: Host) -> Evaluator:
             f"{located.name} is evaluated by {text!r}, and no evaluator of that name is installed (there are: "
             f"{known}); install one, or say another with `evaluate:`"
         ) from error
+
+
+def _name(source: str) -> str:
+    """The name of data. Raises `DataError` for a text in its place."""
+    if "\n" in source or any(len(part.encode()) > LONGEST_NAME for part in source.split("/")):
+        raise DataError(
+            f"data are named by a file or a data set, not by a text of {len(source)} characters; save the text"
+        )
+    return source

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from qsim_core.errors import DataError
+
 Example = Any
-"""One batch: a mapping of keyword arguments, a tuple of positional ones, or a single argument."""
+"""One batch: a mapping of keyword arguments, a tuple or list of positional ones, or a single argument."""
 
 
 @contextlib.contextmanager
@@ -42,8 +45,23 @@ def call(model: nn.Module, example: Example) -> Any:
     with _drawing_the_same(example):
         if isinstance(example, Mapping):
             return model(**unshared(dict(example)))
-        given = unshared(example)
-        return model(*given) if isinstance(example, tuple) else model(given)
+        given = unshared(tuple(example) if isinstance(example, tuple | list) else (example,))
+        if len(given) > 1:
+            _check_number(model, given)
+        return model(*given)
+
+
+def _check_number(model: nn.Module, given: tuple[Any, ...]) -> None:
+    """Raise `DataError` for a batch of more arguments than the model takes, as a loader with labels gives."""
+    taken = inspect.signature(model.forward).parameters.values()
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in taken):
+        return
+    places = [parameter.name for parameter in taken if parameter.kind is not parameter.KEYWORD_ONLY]
+    if len(given) > len(places):
+        raise DataError(
+            f"a batch has {len(given)} arguments, and {type(model).__name__} takes {len(places)} "
+            f"({', '.join(places)}); leave the others, such as labels, out"
+        )
 
 
 Copies = dict[tuple[int, int], tuple[Tensor, Tensor]]

@@ -66,7 +66,8 @@ def _named(model: nn.Module, batch: Example) -> dict[str, Any]:
     if isinstance(batch, Mapping):
         return dict(batch)
     names = list(inspect.signature(model.forward).parameters)
-    return dict(zip(names, batch, strict=False)) if isinstance(batch, tuple) and len(batch) <= len(names) else {}
+    placed = isinstance(batch, tuple | list) and len(batch) <= len(names)
+    return dict(zip(names, batch, strict=False)) if placed else {}
 
 
 def _masks(named: Mapping[str, Any]) -> dict[str, Tensor]:

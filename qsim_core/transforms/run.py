@@ -40,3 +40,7 @@ class Run:
     """The `outputs` of the baseline's `Metrics`, for the simulated run; none in the baseline's own."""
     allow_code_execution: bool = False
     """True if an evaluator may run programs that the model wrote."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.work_dir, str):
+            object.__setattr__(self, "work_dir", Path(self.work_dir))

@@ -34,6 +34,9 @@ NEEDS = {
 }
 """The part of a loaded model that an evaluator needs: the name of its field, and its name in messages."""
 
+MAXIMUM = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx", "seq_length")
+"""Names that configurations have for the number of positions."""
+
 
 def check(evaluator: str, loaded: LoadedModel) -> None:
     """Raise `DataError` if an evaluator does not fit a model; the message lists evaluators that fit."""
@@ -70,6 +73,20 @@ def dtype(loaded: LoadedModel) -> torch.dtype:
 
 
 def longest(loaded: LoadedModel, otherwise: int) -> int:
-    """Return the number of tokens that the model takes at most, or `otherwise` if its configuration has none."""
-    config: Any = loaded.model.config
-    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or otherwise)
+    """Return the number of tokens that the model takes at most, or `otherwise` if its configuration has none.
+
+    A table of positions may have rows that no token takes: those of RoBERTa begin after the padding token's.
+    """
+    whole: Any = getattr(loaded.model, "config", None)
+    config = whole.get_text_config() if hasattr(whole, "get_text_config") else getattr(whole, "text_config", whole)
+    known = (getattr(config, name, None) for name in MAXIMUM)
+    most = next((n for n in known if isinstance(n, int) and n > 0), None)
+    if most is None:
+        return otherwise
+    unused = (
+        int(table.padding_idx) + 1
+        for name, table in loaded.model.named_modules()
+        if "position" in name.rpartition(".")[2] and getattr(table, "padding_idx", None) is not None
+        if table.num_embeddings == most
+    )
+    return most - max(unused, default=0)

@@ -18,7 +18,7 @@ from qsim_core.files import place
 from qsim_evaluators import sandbox
 from qsim_evaluators.completing import STOPS, Sampling, complete
 from qsim_evaluators.fitting import check, device, longest
-from qsim_evaluators.text import draw_windows, holds_lines, read_lines, read_rows, tokens_of
+from qsim_evaluators.text import draw_windows, holds_lines, opened, read_lines, read_rows, split_opening, tokens_of
 
 LONGEST = 2048
 NEEDED = ("prompt", "test", "entry_point")
@@ -76,8 +76,9 @@ class PassAtK(Evaluator):
             raise DataError(f"calibration windows of {length} tokens: the model takes {most} at most")
         content = self._content(loaded, data)
         texts = [p + s for p, s in zip(content["prompt"], content["canonical_solution"], strict=True)]
-        windows = draw_windows(tokens_of(loaded, "\n\n".join(texts)), samples, length, seed, data.name)
-        return [{"input_ids": window.to(device(loaded)), "use_cache": False} for window in windows]
+        opening, tokens = split_opening(loaded, tokens_of(loaded, "\n\n".join(texts)))
+        windows = draw_windows(tokens, samples, length - len(opening), seed, data.name)
+        return [{"input_ids": opened(opening, w).to(device(loaded)), "use_cache": False} for w in windows]
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
         """Return the first prompt."""

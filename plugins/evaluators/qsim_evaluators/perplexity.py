@@ -14,7 +14,15 @@ from torch import Tensor
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.evaluation.metrics import Means
 from qsim_evaluators.fitting import check, device, longest
-from qsim_evaluators.text import cut_windows, draw_windows, read_text, tokens_of_corpus
+from qsim_evaluators.text import (
+    cut_windows,
+    draw_windows,
+    opened,
+    read_text,
+    split_opening,
+    tokens_of,
+    tokens_of_corpus,
+)
 
 LONGEST = 2048
 
@@ -23,9 +31,11 @@ class Perplexity(Evaluator):
     """exp of the mean negative log-likelihood per predicted token, over windows of the whole text.
 
     The text is tokenized in one piece and cut into windows of `seqlen` tokens, one every `stride` tokens. A remainder
-    that fills no window is dropped. The first token of a window is only context. By default `stride` equals `seqlen`:
-    this is the protocol of GPTQ's evaluation (arXiv 2210.17323). With a smaller stride, only the last `stride` tokens
-    of each later window count. Log-probabilities are computed in float32 and summed in float64.
+    that fills no window is dropped. The first token of a window is only context. Where the tokenizer puts a token
+    before a text, each window begins with it, as some models predict nothing without it. By default `stride` equals
+    `seqlen`: with `first_token=false` this is the protocol of GPTQ's evaluation (arXiv 2210.17323). With a smaller
+    stride, only the last `stride` tokens of each later window count. Log-probabilities are computed in float32 and
+    summed in float64.
 
     Perplexity per word and per byte follow lm-eval: words are separated by white space, bytes are those of UTF-8. They
     do not depend on the tokenizer. Tokens that are not predicted count with the mean of the others.
@@ -35,6 +45,7 @@ class Perplexity(Evaluator):
     metric = "perplexity"
     seqlen: PositiveInt | None = Field(None, description="tokens of a window; none: the model's maximum, 2048 at most")
     stride: PositiveInt | None = Field(None, description="tokens from one window to the next; none: seqlen")
+    first_token: bool = Field(True, description="begin each window with what the tokenizer puts before a text")
 
     @model_validator(mode="after")
     def _fits(self) -> Perplexity:
@@ -53,32 +64,34 @@ class Perplexity(Evaluator):
         length, most = length or self._sizes(loaded)[0], longest(loaded, LONGEST)
         if not 2 <= length <= most:
             raise DataError(f"calibration windows of {length} tokens: the model takes 2 to {most}")
-        windows = draw_windows(self._tokens(loaded, data), samples, length, seed, data.name)
-        return [{"input_ids": window.to(device(loaded)), "use_cache": False} for window in windows]
+        opening, tokens = self._tokens(loaded, data)
+        windows = draw_windows(tokens, samples, length - len(opening), seed, data.name)
+        return [{"input_ids": opened(opening, w).to(device(loaded)), "use_cache": False} for w in windows]
 
     def training(self, loaded: LoadedModel, data: Data, length: int | None) -> list[dict[str, Tensor]]:
         """Cut the text into non-overlapping windows. The model has to predict each token except the first."""
         length, most = length or self._sizes(loaded)[0], longest(loaded, LONGEST)
         if not 2 <= length <= most:
             raise DataError(f"training windows of {length} tokens: the model takes 2 to {most}")
-        windows = cut_windows(self._tokens(loaded, data), length, data.name)
+        opening, tokens = self._tokens(loaded, data)
+        windows = opened(opening, cut_windows(tokens, length - len(opening), data.name))
         return [{"input_ids": window, "labels": window} for window in windows]
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
         """Return the first window, without a cache."""
-        windows, _ = self._windows(loaded, self._tokens(loaded, data), data.name)
+        windows, _ = self._windows(loaded, *self._tokens(loaded, data), data.name)
         return {"input_ids": windows[:1].to(device(loaded)), "use_cache": False}
 
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
         """Compute perplexities per token, word and byte, `nll` (nats per token), `bits_per_byte`, and `tokens`."""
-        text_tokens = self._tokens(loaded, data)
-        windows, stride = self._windows(loaded, text_tokens, data.name)
+        opening, text_tokens = self._tokens(loaded, data)
+        windows, stride = self._windows(loaded, opening, text_tokens, data.name)
         batches = list(windows[: run.limit].split(run.batch_size))
         sums: list[Tensor] = []
         tokens: list[Tensor] = []
         with torch.no_grad():
             for batch in run.track(batches, len(batches), "perplexity"):
-                losses = _losses(loaded, batch)
+                losses = _losses(loaded, batch)[:, max(len(opening) - 1, 0) :]
                 fresh = losses[:, -min(stride, losses.shape[1]) :]
                 total, count = fresh.sum(1), torch.full((len(batch),), fresh.shape[1])
                 if not sums:  # only the first window contains the first tokens
@@ -105,7 +118,11 @@ class Perplexity(Evaluator):
         """Describe the windows and the stride in words."""
         seqlen, stride = self._sizes(loaded)
         cut = "non-overlapping" if stride == seqlen else f"stride {stride}"
-        return f"perplexity per token over {cut} windows of {seqlen} tokens of the concatenated text"
+        begun = ""
+        if loaded.tokenizer is not None and len(split_opening(loaded, tokens_of(loaded, "a"))[0]):
+            each = "each after" if self.first_token else "only the first one after"
+            begun = f", {each} the token that the tokenizer puts before a text"
+        return f"perplexity per token over {cut} windows of {seqlen} tokens of the concatenated text{begun}"
 
     def _sizes(self, loaded: LoadedModel) -> tuple[int, int]:
         most = longest(loaded, LONGEST)
@@ -117,19 +134,23 @@ class Perplexity(Evaluator):
             raise DataError(f"a stride of {stride} would leave tokens out between windows of {seqlen}")
         return seqlen, stride
 
-    def _tokens(self, loaded: LoadedModel, data: Data) -> Tensor:
+    def _tokens(self, loaded: LoadedModel, data: Data) -> tuple[Tensor, Tensor]:
+        """Return the tokens that each window begins with, and those of the text."""
         check(self.name, loaded)
-        return tokens_of_corpus(loaded, data.content)
+        tokens = tokens_of_corpus(loaded, data.content)
+        return split_opening(loaded, tokens) if self.first_token else (tokens[:0], tokens)
 
-    def _windows(self, loaded: LoadedModel, tokens: Tensor, name: str) -> tuple[Tensor, int]:
+    def _windows(self, loaded: LoadedModel, opening: Tensor, tokens: Tensor, name: str) -> tuple[Tensor, int]:
         """Return token ids `[windows, seqlen]`, and the stride."""
         seqlen, stride = self._sizes(loaded)
-        if len(tokens) < seqlen:
+        inner = max(seqlen - len(opening), 1)
+        if len(tokens) < inner:
             raise DataError(
-                f"{name} has {len(tokens)} tokens, fewer than one window of {seqlen}; "
+                f"{name} has {len(tokens)} tokens, fewer than one window of {inner}; "
                 f"lower it: --set {self.name}.seqlen=N"
             )
-        return tokens.unfold(0, seqlen, stride), stride
+        stride = min(stride, inner)
+        return opened(opening, tokens.unfold(0, inner, stride)), stride
 
 
 def _losses(loaded: LoadedModel, batch: Tensor) -> Tensor:

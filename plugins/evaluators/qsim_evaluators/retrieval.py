@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveInt
+from qsim_transformers.hub import offline_unless_reachable
 from torch import Tensor
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
@@ -17,15 +19,23 @@ from qsim_evaluators.fitting import check
 from qsim_evaluators.text import read_rows, tokenized
 
 COLUMNS = ("query", "passage")
+POOLING_FILE = "1_Pooling/config.json"
+POOLINGS = {
+    "mean_tokens": "mean-pooled",
+    "max_tokens": "the largest state of each channel",
+    "cls_token": "the state of the first token",
+    "lasttoken": "the state of the last token",
+}
+"""Names in a checkpoint's pooling configuration, and their descriptions."""
 
 
 class Retrieval(Evaluator):
     """The share of queries whose nearest passage by cosine is their own, and the change of embeddings.
 
     An embedding is the mean of the last hidden states over a text's tokens, scaled to length 1, as in Sentence-BERT
-    (arXiv 1908.10084). Each query is compared with all passages; one that is as near as its own ranks before it.
-    `cosine` compares each embedding with that of the unquantized model. Data are a mapping with `query` and `passage`,
-    two lists of the same length.
+    (arXiv 1908.10084). A checkpoint that says how it pools, in `1_Pooling/config.json`, is pooled so. Each query is
+    compared with all passages; one that is as near as its own ranks before it. `cosine` compares each embedding with
+    that of the unquantized model. Data are a mapping with `query` and `passage`, two lists of the same length.
     """
 
     name = "retrieval"
@@ -65,20 +75,56 @@ class Retrieval(Evaluator):
 
     def protocol(self, loaded: LoadedModel) -> str:
         """Describe the embeddings and the comparison in words."""
-        pooled = f"mean-pooled embeddings of {self.seqlen} tokens at most"
+        pooled = f"embeddings of {self.seqlen} tokens at most, {POOLINGS[pooling(loaded)]}"
         return f"accuracy at 1 of retrieval by cosine among all passages, {pooled}"
 
     def _embed(self, loaded: LoadedModel, texts: list[str], run: Run) -> Tensor:
         """Compute embeddings `[texts, width]` in float64, each scaled to length 1."""
+        how = pooling(loaded)
         batches = [texts[start : start + run.batch_size] for start in range(0, len(texts), run.batch_size)]
         found = []
         with torch.no_grad():
             for batch in run.track(batches, len(batches), "texts"):
                 inputs = tokenized(loaded, batch, self.seqlen)
                 states = loaded.model(**inputs).last_hidden_state.double()
-                mask = inputs["attention_mask"].unsqueeze(2).to(states)
-                found.append(F.normalize((states * mask).sum(1) / mask.sum(1), dim=1).cpu())
+                found.append(F.normalize(pooled(states, inputs["attention_mask"] > 0, how), dim=1).cpu())
         return torch.cat(found)
+
+
+def pooling(loaded: LoadedModel) -> str:
+    """Return how the checkpoint pools, a key of `POOLINGS`: the mean if it does not say.
+
+    Raises `DataError` for another pooling.
+    """
+    source = getattr(getattr(loaded.model, "config", None), "_name_or_path", "")
+    path = Path(source) / POOLING_FILE
+    if source and not Path(source).is_dir():
+        from transformers.utils import cached_file
+
+        with offline_unless_reachable(source):
+            path = Path(cached_file(source, POOLING_FILE, _raise_exceptions_for_missing_entries=False) or path)
+    if not path.is_file():
+        return "mean_tokens"
+    options = json.loads(path.read_text(encoding="utf-8"))
+    found = [key.removeprefix("pooling_mode_") for key, chosen in options.items() if chosen is True and "_mode_" in key]
+    if isinstance(options.get("pooling_mode"), str):
+        found = [f"{options['pooling_mode']}_token"]
+    known = [name for name in POOLINGS if found in ([name], [f"{name}s"], [name.removesuffix("s")])]
+    if not known:
+        raise DataError(f"retrieval does not know the pooling {' + '.join(found)} of {path}")
+    return known[0]
+
+
+def pooled(states: Tensor, kept: Tensor, how: str) -> Tensor:
+    """Pool states `[texts, tokens, width]` over the tokens that are kept."""
+    if how == "mean_tokens":
+        mask = kept.unsqueeze(2).to(states)
+        return (states * mask).sum(1) / mask.sum(1)
+    if how == "max_tokens":
+        return states.masked_fill(~kept.unsqueeze(2), -torch.inf).amax(1)
+    places = torch.arange(kept.shape[1], device=kept.device)
+    last = places.where(kept, -1).argmax(1) if how == "lasttoken" else kept.int().argmax(1)
+    return states[torch.arange(len(states)), last]
 
 
 def pairs(name: str, queries: list[str], passages: list[str]) -> Data:

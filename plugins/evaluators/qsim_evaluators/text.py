@@ -91,12 +91,39 @@ def tokenized(loaded: LoadedModel, texts: list[str], length: int, padded: bool =
         hint = "which training needs" if padded else "so that a batch holds one text; give --batch-size 1"
         raise DataError(f"the tokenizer has no padding token, {hint}")
     inputs = loaded.tokenizer(texts, padding=padding, truncation=True, max_length=length, return_tensors="pt")
+    check_ids(loaded, inputs["input_ids"])
     return {key: value.to(device(loaded)) for key, value in inputs.items()}
 
 
-def tokens_of(loaded: LoadedModel, text: str) -> Tensor:
-    """Tokenize the whole text in one piece."""
-    return torch.tensor(loaded.tokenizer(text, verbose=False).input_ids, dtype=torch.long)
+def tokens_of(loaded: LoadedModel, text: str, **options: Any) -> Tensor:
+    """Tokenize the whole text in one piece. Raises `DataError` for a token that the model does not have."""
+    return check_ids(loaded, torch.tensor(loaded.tokenizer(text, verbose=False, **options).input_ids, dtype=torch.long))
+
+
+def check_ids(loaded: LoadedModel, ids: Tensor) -> Tensor:
+    """Return the token ids. Raises `DataError` if one of them is beyond the model's table of embeddings."""
+    model: Any = loaded.model
+    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    known, largest = getattr(table, "num_embeddings", None), int(ids.max()) if ids.numel() else 0
+    if known is not None and largest >= known:
+        raise DataError(
+            f"the tokenizer gives token {largest}, and the model has tokens 0 to {known - 1}: one is not of the other"
+        )
+    return ids
+
+
+def split_opening(loaded: LoadedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Split tokens into the special ones that the tokenizer puts before a text, and the text."""
+    tokenizer = loaded.tokenizer
+    special = {getattr(tokenizer, "bos_token_id", None), *getattr(tokenizer, "all_special_ids", [])}
+    special -= {getattr(tokenizer, "unk_token_id", None)}
+    many = next((place for place, token in enumerate(tokens.tolist()) if token not in special), len(tokens))
+    return tokens[:many], tokens[many:]
+
+
+def opened(opening: Tensor, windows: Tensor) -> Tensor:
+    """Put the opening tokens before each window `[windows, tokens]`."""
+    return torch.cat([opening.expand(len(windows), -1), windows], 1)
 
 
 KEPT: WeakKeyDictionary[Any, dict[tuple[str, str, bool], Tensor]] = WeakKeyDictionary()

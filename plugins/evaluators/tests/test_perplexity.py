@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from qsim_evaluators.fitting import longest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
@@ -86,6 +88,72 @@ def test_the_windows_are_the_samples(loaded: qsim.LoadedModel) -> None:
     assert metrics.samples["tokens"].tolist() == [15, *[4] * 40]
     assert metrics.left_out()["perplexity"].std() > 0
     assert metrics.in_order
+
+
+class Opened:
+    """A tokenizer of letters that puts token 1 before a text."""
+
+    bos_token_id = 1
+
+    def __call__(self, text: str, verbose: bool = True) -> Any:
+        return SimpleNamespace(input_ids=[1, *map(ord, text)])
+
+
+@pytest.mark.parametrize("batch_size", [1, 100])
+def test_each_window_begins_with_the_token_that_the_tokenizer_puts_first(batch_size: int) -> None:
+    opened = qsim.LoadedModel(Bigram(), Opened())
+    logs = opened.model.table.double().log_softmax(-1)  # type: ignore[union-attr, operator]
+    windows = [[1, *map(ord, TEXT[start : start + 15])] for start in range(0, len(TEXT) - 14, 15)]
+    losses = [-logs[a, b].item() for window in windows for a, b in itertools.pairwise(window)]
+
+    found = qsim.parse("perplexity(16)").evaluate(
+        opened, qsim.Data.of_text("fox", TEXT), qsim.Run(batch_size=batch_size)
+    )
+
+    assert found["nll"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    assert found["tokens"] == len(losses)
+
+
+def test_the_protocol_says_which_windows_have_the_first_token() -> None:
+    opened, data = qsim.LoadedModel(Bigram(), Opened()), qsim.Data.of_text("fox", TEXT)
+
+    each, first = (qsim.parse(f"perplexity(16, first_token={of})").protocol(opened) for of in ("true", "false"))
+
+    assert each.endswith(", each after the token that the tokenizer puts before a text")
+    assert first.endswith(", only the first one after the token that the tokenizer puts before a text")
+    batches = qsim.parse("perplexity(16)").calibration(opened, data, 3, 8, 0)
+    assert [(batch["input_ids"][0, 0].item(), batch["input_ids"].shape) for batch in batches] == [(1, (1, 8))] * 3
+
+
+def test_a_token_that_the_model_does_not_have_is_one_line(loaded: qsim.LoadedModel) -> None:
+    loaded.model.get_input_embeddings = lambda: nn.Embedding(100, 1)  # type: ignore[assignment]
+
+    with pytest.raises(
+        qsim.DataError,
+        match=r"^the tokenizer gives token 122, and the model has tokens 0 to 99: one is not of the other$",
+    ):
+        qsim.parse("perplexity(16)").evaluate(loaded, qsim.Data.of_text("fox", TEXT), qsim.Run())
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        ({"max_seq_len": 48}, 48),
+        ({"max_position_embeddings": -1, "n_positions": 32}, 32),
+        ({"text_config": SimpleNamespace(max_position_embeddings=24)}, 24),
+        ({"max_position_embeddings": 10}, 8),
+        (None, 2048),
+    ],
+)
+def test_a_model_takes_as_many_tokens_as_it_has_positions(config: Any, most: int) -> None:
+    model = Bigram()
+    model.position_embeddings = nn.Embedding(10, 1, padding_idx=1)  # two rows of it are not for tokens
+    if config is None:
+        del model.config
+    else:
+        model.config = SimpleNamespace(**config)
+
+    assert longest(qsim.LoadedModel(model, letters), 2048) == most
 
 
 def test_the_window_is_what_the_model_takes(loaded: qsim.LoadedModel) -> None:

@@ -100,6 +100,31 @@ def test_equal_embeddings_find_nothing(value: float) -> None:
     assert (found["accuracy_at_1"], found["mrr"]) == (0, 1 / 4)
 
 
+@pytest.mark.parametrize(("mode", "places"), [("cls_token", [0]), ("lasttoken", [-1]), ("mean_tokens", slice(None))])
+def test_a_checkpoint_is_pooled_as_it_says(mode: str, places: Any, tmp_path: Path) -> None:
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{mode}": True}))
+    loaded = qsim.LoadedModel(Encoder(), letters)
+    loaded.model.config._name_or_path = str(tmp_path)  # type: ignore[union-attr]
+
+    found = qsim.parse("retrieval(64)").evaluate(loaded, pairs(), qsim.Run()).outputs
+
+    for text, embedding in zip((*QUERIES, *PASSAGES), found, strict=True):
+        states = loaded.model.table[[ord(letter) for letter in text]][places]  # type: ignore[index]
+        assert torch.allclose(embedding, nn.functional.normalize(states.double().mean(0), dim=0))
+    assert "mean-pooled" not in qsim.parse("retrieval(64)").protocol(loaded) or mode == "mean_tokens"
+
+
+def test_a_pooling_that_is_not_known_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_weightedmean_tokens": True}))
+    loaded = qsim.LoadedModel(Encoder(), letters)
+    loaded.model.config._name_or_path = str(tmp_path)  # type: ignore[union-attr]
+
+    with pytest.raises(qsim.DataError, match=r"^retrieval does not know the pooling weightedmean_tokens of .*json$"):
+        qsim.parse("retrieval(64)").evaluate(loaded, pairs(), qsim.Run())
+
+
 def test_limit_takes_the_first_pairs() -> None:
     loaded = qsim.LoadedModel(Encoder(), letters)
 
