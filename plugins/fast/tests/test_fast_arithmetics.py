@@ -180,7 +180,7 @@ def test_a_bias_is_added_before_the_rounding() -> None:
 CONVOLUTIONS = [
     Convolution(2, padding=1),
     Convolution(2, bias=False, padding="same"),
-    Convolution(2, stride=2, padding=1, groups=2),
+    Convolution(2, stride=2, padding=1, groups=2, bias=False),
     Convolution(2, padding="valid", dilation=2),
     Convolution(2, taps=4, stride=4),
     Convolution(1, padding=2, dilation=2),
