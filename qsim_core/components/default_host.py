@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,4 +17,6 @@ def set_default_host(make: Callable[[], Any]) -> None:
 
 def default_host() -> Any:
     """The host of the installed plugins."""
+    if not _makers:
+        importlib.import_module("qsim_core.components.host")
     return _makers[0]()
