@@ -92,9 +92,9 @@ class SiteQuantizer(ABC):
         return False
 
     @property
-    def version(self) -> int:
-        """A number that changes whenever a tensor that the quantizer holds changes."""
-        return 0
+    def held(self) -> tuple[Tensor, ...]:
+        """The tensors that it holds, such as static scales: what it quantized is quantized again when they change."""
+        return ()
 
     def needs_held_scales(self, role: str) -> bool:
         """True if a site has to hold its scales in this role: static scales, or scales that are trained."""

@@ -70,11 +70,6 @@ class LearnedScheme(StaticScheme):
         """True if the steps are trained, and not frozen."""
         return self.scale.requires_grad
 
-    @property
-    def version(self) -> int:
-        """A number that changes whenever the steps change."""
-        return self.scale._version
-
     def bits_per_element(self, shape: torch.Size) -> float | None:
         """Count the bits of an element as the scheme does for a weight; an activation's scales add no bits."""
         return self.scheme.bits_per_element(shape) if self.of_weight else float(self.scheme.element.width)

@@ -67,6 +67,10 @@ class StaticScheme(SiteQuantizer):
         return self.scheme.draws
 
     @property
+    def held(self) -> tuple[Tensor, ...]:
+        return (self.scale,) if self.zero is None else (self.scale, self.zero)
+
+    @property
     def plain(self) -> Scheme:
         return self.scheme
 

@@ -21,7 +21,7 @@ from qsim_core.simulation.recipe import Recipe
 from qsim_core.simulation.statistics_cache import statistics_entry
 from qsim_core.sites.arithmetic import Auto, ExactArithmetic
 from qsim_core.sites.sites import Sites
-from qsim_core.transforms.applying import apply_transforms, left_behind
+from qsim_core.transforms.applying import apply_transforms, left_behind, needed_beside
 from qsim_core.transforms.context import Context
 from qsim_core.transforms.forward import Example, as_in_evaluation, call
 from qsim_core.transforms.offload import at_hand
@@ -42,7 +42,7 @@ class Simulation:
         self.sites = Sites(model, recipe, keep, exact)
         self._handles: list[RemovableHandle] = []
         self._before_transforms: dict[str, Tensor] = {}
-        self._left = ""
+        self._left = self._needed = ""
         self.reports: list[LayerReport] = []
         """The reports of the transforms, layer by layer."""
         self.warnings: list[str] = []
@@ -85,14 +85,44 @@ class Simulation:
         """Give the sites what `state_dict` gathered under the same recipe. Raises `QsimError` if it does not fit."""
         site_state.spread(self.model, self.sites, state)
 
-    def folded_state_dict(self) -> tuple[dict[str, Tensor], list[str]]:
-        """Give the model's `state_dict` with weights quantized, and the names of the weights that were left.
+    def refresh(self) -> None:
+        """Quantize every weight anew at its next use.
 
-        Left are tied weights, which other modules use too, and weights that are multiplied along two axes.
+        A change of a weight is noticed by itself in each forward, by a sample that has elements of all rows and
+        columns. Single elements that were written through `parameter.data` may not be among them.
         """
+        self.sites.weights.refresh()
+
+    def folded_state_dict(self) -> tuple[dict[str, Tensor], list[str]]:
+        """Give a copy of the model's `state_dict` with weights quantized, and the names of the weights that were left.
+
+        Left are tied weights, which other modules use too, and weights that are multiplied along two axes. So are weights
+        that are kept in another memory, and layers that the example does not reach. Raises `QsimError` without an
+        example, and if a transform has left rotations or hooks that the weights need.
+        """
+        if self._needed:
+            raise QsimError(f"{self._needed}, and the weights need them; they cannot be saved alone")
+        if self.example is None:
+            raise QsimError("give simulate an example: it tells which weights are multiplied")
+        self.refresh()
         with as_in_evaluation(self.model):
             call(self.model, self.example)  # every quantized weight is at hand then
-        return self.sites.weights.folded_into(self.model.state_dict())
+        return self.sites.weights.folded_into(self.model.state_dict(), self._weights_to_quantize())
+
+    def _weights_to_quantize(self) -> set[str]:
+        """Name the weights that the recipe quantizes, those of layers of the same classes that were not met too."""
+        met = {site.weight: site.quantizer("weight") for site in self.sites.table.values() if site.weight}
+        places = {name: name.rpartition(".") for name in met}
+        kinds = {(type(self.model.get_submodule(path)), last) for path, _, last in places.values()}
+        kinds -= {(nn.Embedding, "weight")}
+        alike = {
+            f"{path}.{last}" if path else last
+            for path, module in self.model.named_modules()
+            for last in module._parameters
+            if (type(module), last) in kinds
+        }
+        unmet = (name for name in alike - met.keys() if self.recipe.plan([name.removesuffix(".weight")]).weight)
+        return {*unmet, *(name for name, quantizer in met.items() if quantizer is not None)}
 
     def restore(self) -> nn.Module:
         """Take everything away: the model is what it was, bit for bit.
@@ -153,6 +183,7 @@ class Simulation:
             if name in self._before_transforms and torch.equal(self._before_transforms[name], tensor):
                 del self._before_transforms[name]
         self._left = left_behind(self.sites, len(self._handles) - hooks)
+        self._needed = needed_beside(self.sites, len(self._handles) - hooks)
         self.reports += [report for context in contexts for report in context.reports]
         self.warnings += [warning for context in contexts for warning in context.warnings]
 

@@ -96,11 +96,15 @@ class CallStack(threading.local):
     def clear(self) -> None:
         """Leave all modules, and forget the kept tensors."""
         self.frames, self.caller, self.inside = [], None, False
-        self.quantized = self.lowered = self.rotated = None
+        self.share_nothing()
         self.workspace.clear()
         mode, self.mode = self.mode, None
         if mode is not None:
             leave(mode)
+
+    def share_nothing(self) -> None:
+        """Forget the tensors that calls share."""
+        self.quantized = self.lowered = self.rotated = None
 
     def memory(self, site: Site, use: str) -> Memory | None:
         """The memory in which the input of a weight is quantized, used again by the next site; None for fresh memory.

@@ -151,7 +151,7 @@ class TriedExecution(Execution):
         self.weights = weights
 
     def quantized(self, operand: Operand) -> Tensor:
-        final = operand.weight is not None and self.weights.is_final(operand.weight)
+        final = operand.weight is not None and self.weights.final(operand.weight) is not None
         return operand.tensor if final else super().quantized(operand)
 
     def weight_scales(self) -> Scales | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from qsim_core.quantizers.learned_steps import LearnedScheme, LearnedSteps
@@ -16,9 +17,11 @@ def hold(model: nn.Module, site: Site, role: str, scheme: Scheme, scale: Tensor,
     A scheme that learns its scales starts its training from these.
     """
     where = f"{site.name} ({site.named(role)})"
+    with torch.inference_mode(False):  # a training may follow
+        scale, zero = scale.detach().clone(), None if zero is None else zero.detach().clone()
     fixed = StaticScheme(scheme, scale, zero, where)
     if scheme.learns:
-        step = nn.Parameter(scale.detach().clone())
+        step = nn.Parameter(scale)
         owner, _, name = site.weight.rpartition(".") if site.weight else site.name.rpartition(":")
         LearnedSteps.register(model.get_submodule(owner), f"{name}:{role}", step)
         fixed = LearnedScheme(scheme, step, zero, where, of_weight=role == "weight")

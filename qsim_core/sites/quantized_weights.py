@@ -5,19 +5,19 @@ itself is overwritten, unless another user would see the change. A copy is held 
 module's, is used in parts, or is read by other code. A weight that is computed from a parameter is quantized in every
 forward.
 
-A weight in training is quantized in every forward, with its straight-through gradient. A changed parameter is noticed
-by its identity, version and address. A change written through `parameter.data`, which autograd does not count, is not
-noticed.
+A weight in training is quantized in every forward, with its straight-through gradient. Elsewhere `Seen` tells in each
+forward if a parameter has changed; it is then quantized again. A weight that a transform has quantized may not change.
 """
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import sys
 import threading
-import weakref
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import KeysView
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from qsim_core.errors import QsimError
 from qsim_core.formats.quantizer import SiteQuantizer, straight_through
 from qsim_core.matmuls.layout import Layout
 from qsim_core.quantizers.scales import Scales
+from qsim_core.seen import Seen
 from qsim_core.sites.arithmetic import Lowered, Lowering
 
 READ = "read"
@@ -49,61 +50,46 @@ class Weight:
 
 
 @dataclass
-class _State:
-    """The state of a parameter at one time, from which a later change is noticed."""
-
-    of: weakref.ref[Tensor] | None
-    """The parameter. A weak reference: after the parameter is deleted, a new one may get its address and its id."""
-    version: int
-    address: int
-    sums: tuple[float, float] | None = None
-    """The sum and the sum of squares of values that qsim wrote: they identify a copied or reloaded parameter."""
-
-    @classmethod
-    def now(cls, parameter: Tensor, written: bool) -> _State:
-        """Record the parameter's state; with its sums if qsim has `written` its values."""
-        sums = _sums(parameter.detach()) if written else None
-        return cls(weakref.ref(parameter), _version(parameter), parameter.data_ptr(), sums)
-
-    def is_of(self, parameter: Tensor) -> bool:
-        """Tell if this is the state of the same parameter object."""
-        return self.of is not None and self.of() is parameter
-
-    def holds(self, parameter: Tensor) -> bool:
-        """Tell if the parameter is unchanged, or is another object that holds the values that were written."""
-        now = _version(parameter), parameter.data_ptr()
-        if self.is_of(parameter) and now == (self.version, self.address):
-            return True
-        held = self.sums is not None and self.sums == _sums(parameter.detach())
-        if held:
-            self.of = weakref.ref(parameter)
-            self.version, self.address = now
-        return held
-
-
-@dataclass
 class _Quantized:
     """One quantized weight: a copy, a lowered form, or values that overwrote the parameter."""
 
-    state: _State
+    seen: Seen
+    held: tuple[Seen, ...]
+    """The tensors that the quantizer holds, such as learned steps."""
+    layout: Layout | None
+    """The layout of its rows; None for an overwritten parameter."""
     in_place: bool
     copy: Tensor | None
     lowered: Any
     """The lowered form. For an overwritten parameter it is what `Lowering.keep` gave, to make the form again."""
     key: tuple[Any, ...] | None
     """The key of the lowering."""
-    version: int = 0
-    """The version of the learned steps that quantized the weight."""
     scales: Scales | None = None
     """The scales of an overwritten parameter, if a simulated arithmetic needs them."""
+
+    def holds(self, parameter: Tensor, quantizer: SiteQuantizer) -> bool:
+        """Tell if the parameter, and what the quantizer holds, are unchanged."""
+        held = quantizer.held
+        if len(held) != len(self.held) or not all(map(Seen.holds, self.held, held)):
+            return False
+        return self.seen.holds(parameter)
+
+    def values(self) -> Tensor:
+        """The quantized values of a weight that was not overwritten."""
+        if self.copy is not None:
+            return self.copy
+        assert self.layout is not None
+        values: Tensor = self.layout.back(self.lowered.values())
+        return values
 
 
 @dataclass
 class _Pinned:
-    """The scales of a weight that a transform has quantized."""
+    """A weight that a transform has quantized."""
 
-    state: _State
-    scales: Scales
+    seen: Seen
+    dtype: torch.dtype
+    scales: Scales | None
 
 
 class Weights:
@@ -118,20 +104,37 @@ class Weights:
         self.moves: Counter[str] = Counter()
         self.uses: dict[str, set[str]] = {}
         """The layouts in which each weight is multiplied: with two different ones it cannot be overwritten."""
-        self.pinned: set[str] = set()
-        """The names of weights that a transform has quantized: they are final, and are not rounded again."""
         self._pins: dict[str, _Pinned] = {}
         self.lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out quantized copies, which a copied model makes again; the record of overwritten parameters stays."""
-        in_place = {key: _without_reference(folded) for key, folded in self.folded.items() if folded.in_place}
-        pins = {name: _without_reference(pin) for name, pin in self._pins.items()}
-        return {**self.__dict__, "folded": in_place, "moves": Counter(), "_pins": pins, "lock": None}
+        in_place = {key: folded for key, folded in self.folded.items() if folded.in_place}
+        return {**self.__dict__, "folded": in_place, "moves": Counter(), "lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.lock = threading.Lock()
+
+    @property
+    def pinned(self) -> KeysView[str]:
+        """The names of weights that a transform has quantized: they are final, and are not rounded again."""
+        return self._pins.keys()
+
+    def begin(self) -> None:
+        """Compare the weights on a device with what they were, at the start of a forward."""
+        with self.lock:
+            Seen.compare(self._seen())
+
+    def refresh(self) -> None:
+        """Forget all copies, and compare the values of overwritten and of final weights at their next use."""
+        with self.lock:
+            self.folded = {key: folded for key, folded in self.folded.items() if folded.in_place}
+            for seen in self._seen():
+                seen.doubt()
+
+    def _seen(self) -> list[Seen]:
+        return [*(folded.seen for folded in self.folded.values()), *(pin.seen for pin in self._pins.values())]
 
     def met(self, weight: Weight, layout: Layout) -> None:
         """Note that a matmul multiplies by a weight."""
@@ -147,24 +150,33 @@ class Weights:
 
     def pin(self, name: str, parameter: Tensor, scales: Scales | None) -> None:
         """Take a weight as final: its values are quantized. `scales` are those of its rows, [N, B]; None: unknown."""
-        self.pinned.add(name)
-        if scales is not None:
-            self._pins[name] = _Pinned(_State.now(parameter, written=True), scales)
-
-    def is_final(self, weight: Weight) -> bool:
-        """Tell if a transform has quantized this weight; what is computed from such a weight is not final."""
-        return weight.name in self.pinned and not weight.computed
+        self._pins[name] = _Pinned(Seen(parameter, whole=True), parameter.dtype, scales)
 
     def pinned_scales(self) -> dict[str, Scales]:
         """The scales of the pinned weights by name, as far as they are known."""
-        return {name: pin.scales for name, pin in self._pins.items()}
+        return {name: pin.scales for name, pin in self._pins.items() if pin.scales is not None}
 
-    def _pinned_under(self, weight: Weight, rows: Tensor) -> Scales | None:
-        """The scales of a pinned weight, if `rows` are the whole weight and it has not changed; else None."""
-        pin = self._pins.get(weight.name)
-        if pin is None or not weight.owned or not pin.state.holds(weight.parameter):
-            return None
-        return pin.scales if len(pin.scales.scale) == len(rows) else None
+    def final(self, weight: Weight) -> _Pinned | None:
+        """Find the record of a weight that a transform has quantized; what is computed from such a weight has none.
+
+        Raises `QsimError` if the weight has changed since.
+        """
+        pin = None if weight.computed else self._pins.get(weight.name)
+        if pin is None or pin.seen.holds(weight.parameter):
+            return pin
+        if pin.dtype == weight.parameter.dtype:
+            raise QsimError(
+                f"{weight.name} has changed since a transform put it on its grid; "
+                f"load the model again, change it, and simulate it then"
+            )
+        self._pins[weight.name] = _Pinned(Seen(weight.parameter, whole=True), weight.parameter.dtype, None)
+        return self._pins[weight.name]
+
+    @staticmethod
+    def _scales_for(pin: _Pinned, weight: Weight, rows: Tensor) -> Scales | None:
+        """The scales of a final weight, if `rows` are the whole weight; else None."""
+        whole = weight.owned and pin.scales is not None and len(pin.scales.scale) == len(rows)
+        return pin.scales if whole else None
 
     def overwritten(self, weight: Weight) -> bool:
         """Tell if the parameter itself was overwritten with quantized values."""
@@ -181,7 +193,7 @@ class Weights:
         keep_scales: bool = False,
     ) -> Tensor:
         """Quantize the operand: anew if it trains, else once for all calls."""
-        if self.is_final(weight):
+        if self.final(weight) is not None:
             return operand
         learns = quantizer.learns
         differentiable = torch.is_grad_enabled() and (operand.requires_grad or learns)
@@ -189,7 +201,7 @@ class Weights:
             return layout.back(quantizer(layout.rows(operand)))
         with self.lock:
             folded = self._fold(weight, operand, layout, quantizer, lowering, keep_scales)
-            value = self._value(folded, operand, layout)
+            value = operand if folded.in_place else folded.values()
         if differentiable:
             return layout.back(straight_through(layout.rows(operand), quantizer, layout.rows(value)))
         return value
@@ -204,15 +216,16 @@ class Weights:
         if weight.computed:
             new: Lowered | None = lowering.new(layout.rows(operand.detach()))
             return new
-        if self.is_final(weight):
+        if (pin := self.final(weight)) is not None:
             rows = layout.rows(operand.detach())
-            found: Lowered | None = lowering.pinned(rows, self._pinned_under(weight, rows))
+            found: Lowered | None = lowering.pinned(rows, self._scales_for(pin, weight, rows))
             return found
         with self.lock:
             folded = self._fold(weight, operand, layout, quantizer, lowering)
             if not folded.in_place:
                 if folded.key != lowering.key:
-                    made = lowering.new(layout.rows(operand.detach()))
+                    with torch.inference_mode(False):
+                        made = lowering.new(layout.rows(operand.detach()))
                     if made is not None:
                         folded.lowered, folded.key, folded.copy = made, lowering.key, None
                 return folded.lowered if folded.key == lowering.key else None
@@ -225,20 +238,10 @@ class Weights:
         """The scales of a weight whose original values were overwritten; None for any other, or if unknown."""
         if weight.computed:
             return None
-        if self.is_final(weight):
-            return self._pinned_under(weight, layout.rows(operand.detach()))
+        if (pin := self.final(weight)) is not None:
+            return self._scales_for(pin, weight, layout.rows(operand.detach()))
         folded = self.folded.get(_key(weight, operand, layout))
         return None if folded is None or not folded.in_place else folded.scales
-
-    @staticmethod
-    def _value(folded: _Quantized, operand: Tensor, layout: Layout) -> Tensor:
-        """The operand's quantized values."""
-        if folded.in_place:
-            return operand
-        if folded.copy is not None:
-            return folded.copy
-        values: Tensor = layout.back(folded.lowered.values())
-        return values
 
     def _fold(
         self,
@@ -254,11 +257,11 @@ class Weights:
         folded = self.folded.get(key)
         if folded is None and self.overwritten(weight):
             raise _second_use(weight.name, "multiplied along two axes")
-        if folded is not None and folded.version == quantizer.version and folded.state.holds(parameter):
+        if folded is not None and folded.holds(parameter, quantizer):
             return folded
-        if folded is not None and not folded.state.is_of(parameter):
+        if folded is not None and not folded.seen.is_of(parameter):
             self.moves[weight.name] += 1
-        with torch.no_grad():
+        with torch.inference_mode(parameter.is_inference()), torch.no_grad():
             rows = layout.rows(operand.detach())
             lowered = lowering.new(rows) if lowering is not None else None
             quantized: Any = quantizer.quantize(rows) if lowered is None else None
@@ -270,28 +273,27 @@ class Weights:
                 quantized = None
                 _return_freed_memory()
                 lowered = None if lowering is None or lowered is None else lowering.keep(lowered)
-            copy = None if quantized is None else torch.empty_like(operand).copy_(layout.back(quantized))
+            kept = None if quantized is None else torch.empty_like(operand).copy_(layout.back(quantized))
         key_of_lowering = None if lowering is None or lowered is None else lowering.key
-        state = _State.now(parameter, written=in_place)
-        folded = _Quantized(state, in_place, copy, lowered, key_of_lowering, quantizer.version, scales)
+        seen, held = Seen(parameter, whole=in_place), tuple(map(Seen, quantizer.held))
+        folded = _Quantized(seen, held, None if in_place else layout, in_place, kept, lowered, key_of_lowering, scales)
         self.folded[key] = folded
         if weight.name in self.elsewhere or self.moves[weight.name] > MOVES:
             del self.folded[key]
         return folded
 
-    def folded_into(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """Put the quantized copies into a model's state, and name the weights that keep their original values.
+    def folded_into(self, state: dict[str, Tensor], wanted: set[str]) -> tuple[dict[str, Tensor], list[str]]:
+        """Put the quantized copies into a copy of a model's state; name the `wanted` ones that keep original values.
 
         A weight with another use keeps them: a tied one, or one that is multiplied in two layouts or looked up.
         """
-        copies = [(key, folded.copy) for key, folded in self.folded.items() if folded.copy is not None]
-        left = {key[0] for key, _ in copies if key[0] in self.tied or len(self.uses[key[0]]) > 1}
-        found = dict(state)
-        for (name, _, offset, shape, stride), copy in copies:
+        copies = [(key, folded) for key, folded in self.folded.items() if not folded.in_place]
+        left = wanted - {key[0] for key in self.folded} - self.pinned
+        left |= {key[0] for key, _ in copies if key[0] in self.tied or len(self.uses[key[0]]) > 1}
+        found = copy.deepcopy(dict(state))
+        for (name, _, offset, shape, stride), folded in copies:
             if name not in left:
-                if found[name] is state[name]:
-                    found[name] = state[name].clone()
-                found[name].as_strided(shape, stride, offset - state[name].storage_offset()).copy_(copy)
+                found[name].as_strided(shape, stride, offset).copy_(folded.values())
         return found, sorted(left)
 
 
@@ -307,22 +309,11 @@ def _key(weight: Weight, operand: Tensor, layout: Layout) -> tuple[Any, ...]:
     return weight.name, layout.name, operand.storage_offset(), tuple(operand.shape), operand.stride()
 
 
-def _without_reference(kept: Any) -> Any:
-    """Copy a record without its reference to the parameter object, which a copied model does not share."""
-    return replace(kept, state=replace(kept.state, of=None))
-
-
 def _return_freed_memory() -> None:
     """Return freed memory to the system, which glibc would keep."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-def _sums(x: Tensor) -> tuple[float, float]:
-    """The sum and the sum of squares, in float64."""
-    wide = x.double()
-    return float(wide.sum()), float(wide.square().sum())
 
 
 def _storage(parameter: Tensor) -> int:
@@ -333,7 +324,3 @@ def _storage(parameter: Tensor) -> int:
 
 def _all_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list(model.named_parameters(remove_duplicate=False))
-
-
-def _version(parameter: Tensor) -> int:
-    return 0 if parameter.is_inference() else parameter._version

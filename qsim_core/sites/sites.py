@@ -43,7 +43,20 @@ from qsim_core.sites.plan import Planner
 from qsim_core.sites.quantized_weights import Weight, Weights
 from qsim_core.sites.site import ATTENTION, Site
 
-MET = frozenset({*OPS, *EXPLICIT, *SOFTMAX, torch.einsum})
+MEMORY = frozenset(
+    {
+        Tensor.data.__get__,  # type: ignore[attr-defined]
+        Tensor.data.__set__,  # type: ignore[attr-defined]
+        Tensor.data_ptr,
+        Tensor.untyped_storage,
+        Tensor.numpy,
+        Tensor.__array__,
+        Tensor.__dlpack__,
+    }
+)
+"""The functions that give away a tensor's memory, in which values may then change while the version stays the same."""
+
+MET = frozenset({*OPS, *EXPLICIT, *SOFTMAX, *MEMORY, torch.einsum})
 """The torch functions that a site looks at; all others run untouched."""
 
 
@@ -63,6 +76,9 @@ class _Mode(TorchFunctionMode):
             return self.sites.watch(function, args, kwargs or {})
         if function is F.scaled_dot_product_attention and self.sites.leave_attention(*args[:3], **(kwargs or {})):
             return function(*args, **(kwargs or {}))
+        if function in MEMORY:
+            self.sites.stack.share_nothing()
+            return self.sites.watch(function, args, kwargs or {})
         if function in EXPLICIT:
             with self:
                 if function is F.scaled_dot_product_attention:
@@ -112,6 +128,7 @@ class Sites:
         if stack.frames and not stack.running():
             stack.clear()
         if not stack.frames:
+            self.weights.begin()
             stack.caller = sys._getframe(1)
             stack.mode = _Mode(self)
             stack.mode.__enter__()  # type: ignore[no-untyped-call]

@@ -58,11 +58,19 @@ def left_behind(sites: Sites, hooks: int) -> str:
     for name, plan, fixed, rotations, _ in _standing(sites):  # noise in training is no part of what was trained
         if plan or fixed or rotations:
             return f"a transform has left {'rotations' if rotations else 'quantizers of its own'} at {name}"
-    if hooks:
-        return f"a transform has left {hooks} hooks on the model"
+    if needed := needed_beside(sites, hooks):
+        return needed
     if sites.weights.pinned:
         return f"a transform has put {min(sites.weights.pinned)} on its grid for good"
     return ""
+
+
+def needed_beside(sites: Sites, hooks: int) -> str:
+    """Describe what transforms have left without which the changed weights compute something else; empty if nothing."""
+    rotated = [site.name for site in sites.table.values() if site.weight and site.rotations]
+    if rotated:
+        return f"a transform has left rotations at {rotated[0]}"
+    return f"a transform has left {hooks} hooks on the model" if hooks else ""
 
 
 def _standing(sites: Sites) -> list[Any]:

@@ -144,9 +144,9 @@ class Context:
         """Tell if an earlier run has finished this block; if so, restore what that run left, reports and pins too."""
         said = None if self._checkpoint is None else self._checkpoint.restore(index, block)
         if said is not None:
-            self.sites.weights.pinned.update(said["pinned"])
-            for name, scales in said["scales"].items():
-                self.sites.weights.pin(name, self.model.get_parameter(name), Scales(*scales))
+            for name in said["pinned"]:
+                scales = Scales(*said["scales"][name]) if name in said["scales"] else None
+                self.sites.weights.pin(name, self.model.get_parameter(name), scales)
             self.reports = [LayerReport.model_validate(report) for report in said["reports"]]
             self.warnings = said["warnings"]
         return said is not None

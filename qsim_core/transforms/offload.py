@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qsim_core.seen import Seen
+
 
 @contextlib.contextmanager
 def at_hand(*modules: nn.Module, inside: bool = True) -> Iterator[None]:
@@ -20,17 +22,17 @@ def at_hand(*modules: nn.Module, inside: bool = True) -> Iterator[None]:
 
     Modules whose tensors are where they belong are left alone.
     """
-    loaded: list[tuple[nn.Module, Any, dict[str, tuple[int, int]]]] = []
+    loaded: list[tuple[nn.Module, Any, dict[str, Seen]]] = []
     try:
         for module, hook in _offloading(modules, inside):
             hook.pre_forward(module)
             hook.offload = False  # a forward inside finds the tensors and leaves them there
-            loaded.append((module, hook, {name: _mark(tensor) for name, tensor in _own(module)}))
+            loaded.append((module, hook, {name: Seen(tensor, whole=True) for name, tensor in _own(module)}))
         yield
     finally:
         for module, hook, marks in loaded:
             for name, tensor in _own(module):
-                if _mark(tensor) != marks.get(name):
+                if name not in marks or _changed(marks[name], tensor):
                     _put_back(hook.weights_map, name, tensor.detach().cpu())
             hook.offload = True
             hook.post_forward(module, None)
@@ -81,8 +83,9 @@ def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
 
 
-def _mark(tensor: Tensor) -> tuple[int, int]:
-    return id(tensor), tensor._version
+def _changed(seen: Seen, tensor: Tensor) -> bool:
+    seen.doubt()
+    return not seen.holds(tensor)
 
 
 def _put_back(weights: Any, name: str, tensor: Tensor) -> None:

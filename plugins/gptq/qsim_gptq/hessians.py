@@ -11,6 +11,7 @@ from torch import Tensor
 from qsim_core.formats.rounding import working
 from qsim_core.matmuls.call import Call
 from qsim_core.matmuls.layout import Layout, holds_experts
+from qsim_core.seen import sample
 from qsim_core.sites.site import Site
 from qsim_core.transforms.context import MatmulWeight
 from qsim_gptq.inputs import Unseen, matrices, samples
@@ -83,7 +84,7 @@ class Gatherer:
         self.found = {name: Gathered() for name in self.weights}
         self.leader = leader
         self._led: Tensor | None = None
-        self._last: tuple[tuple[object, ...], Tensor, tuple[Tensor, int]] | None = None
+        self._last: tuple[tuple[object, ...], Tensor, Tensor, tuple[Tensor, int]] | None = None
 
     def __call__(self, site: Site, call: Call) -> None:
         weight = self.weights.get(site.weight or "")
@@ -121,8 +122,9 @@ class Gatherer:
     def _product(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
         """Return X^T X and the number of rows that are not all 0. The last result is reused for k and v after q."""
         seen = (x.data_ptr(), x.shape, x.stride(), dtype, -1 if x.is_inference() else x._version)
-        if self._last is None or self._last[0] != seen or x.numel() == 0:
+        values, last = sample(x), self._last
+        if last is None or last[0] != seen or not torch.equal(last[2], values) or x.numel() == 0:
             wide = x.to(dtype)
             found = wide.T @ wide, int(wide.any(-1).sum())
-            self._last = seen, x, found  # x is kept, so that no other tensor gets its address
-        return self._last[2]
+            last = self._last = seen, x, values.clone(), found  # x is kept, so that no other tensor gets its address
+        return last[3]
