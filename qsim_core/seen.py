@@ -6,7 +6,9 @@ Torch's own counter of versions is not enough: fused optimizers, collective oper
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import hashlib
 import math
 import weakref
 from collections import defaultdict
@@ -83,12 +85,39 @@ class Seen:
                 one._compared = alike
 
 
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The SHA-256 of tensors' names, dtypes, shapes, and sums of all bits: where one element changes, it changes."""
+    found = hashlib.sha256()
+    for name, tensor in tensors:
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(octets(_sums(tensor).cpu()))
+    return found.hexdigest()
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """True if a tensor holds numbers itself: it is not sparse, sharded or coded, nor kept elsewhere."""
+    return not (tensor.is_meta or tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor))
+
+
+def stored_as(tensor: Tensor) -> str | None:
+    """Name the form of a tensor's values: a class of sharded or coded tensors, or float8; None: plain numbers."""
+    if is_traceable_wrapper_subclass(tensor):
+        return type(tensor.data).__name__
+    tiny = tensor.is_floating_point() and tensor.element_size() == 1
+    return str(tensor.dtype).removeprefix("torch.") if tiny else None
+
+
+def octets(tensor: Tensor) -> Any:
+    """The memory of a contiguous tensor on the CPU as a buffer of bytes, for as long as the tensor lives."""
+    return (ctypes.c_uint8 * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
+
+
 def sample(tensor: Tensor) -> Tensor:
     """Give the bits of some elements of a tensor: one or more of each row and column, about max(N, K) of N x K.
 
     Of a tensor without memory of its own, such as a sharded one, there is no sample, and it never holds.
     """
-    if tensor.is_meta or tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
+    if not has_memory(tensor):
         return torch.full((1,), math.nan)
     return _in_memory(tensor)[:: _step(tensor.numel(), tensor.shape)]
 
@@ -122,7 +151,7 @@ def _alike(then: Tensor, now: Tensor) -> bool:
 
 
 def _mark(tensor: Tensor) -> tuple[int, int]:
-    if is_traceable_wrapper_subclass(tensor):
+    if not has_memory(tensor):
         return 0, 0
     return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
 

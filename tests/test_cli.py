@@ -145,6 +145,17 @@ def test_a_record_of_other_data_is_not_compared(qsim_: Qsim, record: Path) -> No
     assert not Path("again.json").exists()
 
 
+def test_a_record_of_other_weights_warns(qsim_: Qsim, record: Path) -> None:
+    changed = json.loads(record.read_text())
+    changed["weights"] = "0" * 64
+    Path("changed.json").write_text(json.dumps(changed))
+
+    outcome = qsim_("evaluate", "--from", "changed.json", "--quiet")
+
+    assert outcome.exit_code == 0
+    assert "Warning: the weights of opt-tiny have changed since the record was made (000000000000 then, " in outcome.stderr
+
+
 def test_a_record_of_another_version_warns(qsim_: Qsim, record: Path) -> None:
     changed = json.loads(record.read_text())
     changed["plugins"]["abfp"]["version"] = "0.0.7"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from qsim_transformers.configuration import architecture, configuration, stored_dtype
+from qsim_transformers.configuration import architecture, configuration
 from qsim_transformers.hub import offline_unless_reachable
 from qsim_transformers.pretrained import load_model
 from torch import nn
@@ -58,9 +59,9 @@ class Diffusion(Adapter):
             f"{model} is of class {name}, which is neither a model nor a pipeline of diffusers {diffusers.__version__}"
         )
 
-    def stored_dtype(self, model: str) -> str | None:
-        """The dtype of the weights, if the configuration names one. Raises `ModelError`."""
-        return stored_dtype(model)
+    def configuration(self, source: str) -> Mapping[str, Any]:
+        """The configuration of a model, or of a pipeline. Raises `ModelError`."""
+        return configuration(source)
 
     def evaluator_of(self, model: str) -> str:
         """`denoising` for a U-Net with its scheduler, which makes images of noise; `fidelity` for all others."""

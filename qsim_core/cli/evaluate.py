@@ -174,6 +174,10 @@ def _measured(recipe: Recipe, options: dict[str, Any], before: Result | None, ho
 
 def _differences(before: Result, after: Result) -> Iterator[str]:
     """The differences between this run's plugins, libraries and machine and those of the record."""
+    same_dtype = before.environment.dtype == after.environment.dtype
+    if before.weights and same_dtype and before.weights != after.weights:
+        digests = f"{before.weights[:12]} then, {after.weights[:12]} now"
+        yield f"the weights of {before.model} have changed since the record was made ({digests})"
     for name, plugin in before.plugins.items():
         now = after.plugins.get(name)
         if now != plugin:

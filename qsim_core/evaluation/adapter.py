@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from qsim_core.components.component import Component
 from qsim_core.errors import ModelError
 from qsim_core.evaluation import configuration
 from qsim_core.evaluation.data import Data
+from qsim_core.seen import stored_as
 from qsim_core.transforms.offload import state
 
 
@@ -87,10 +89,14 @@ class Adapter(Component):
         """A line for the reader of a result about the way a model was loaded; none: there is nothing to say."""
         return None
 
+    def configuration(self, source: str) -> Mapping[str, Any]:
+        """The content of a checkpoint's config.json; empty: not known. Raises `ModelError`."""
+        directory = Path(source)
+        return configuration.read_directory(directory) if directory.is_dir() else {}
+
     def stored_dtype(self, source: str) -> str | None:
         """The dtype of a checkpoint's weights, like "bfloat16"; none: not known. By default config.json tells it."""
-        directory = Path(source)
-        return configuration.stored_dtype(configuration.read_directory(directory)) if directory.is_dir() else None
+        return configuration.stored_dtype(self.configuration(source))
 
     def structure(self, model: nn.Module) -> Mapping[str, Sequence[str]] | None:
         """Norm's module path -> names of the weights that read it; none: it is found by tracing."""
@@ -99,6 +105,19 @@ class Adapter(Component):
     def models(self) -> Mapping[str, NamedModel]:
         """Models that this adapter knows by a name of their own."""
         return {}
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise `ModelError`, naming the weight, if a matrix is stored in a format that has to be decoded before use."""
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        kind = stored_as(tensor)
+        if isinstance(tensor, nn.Parameter) and not tensor.is_floating_point() and tensor.dim() > 1:
+            kind = kind or f"codes of {str(tensor.dtype).removeprefix('torch.')}"
+        if kind is not None:
+            raise ModelError(
+                f"weight {name} is stored quantized, as {kind}; load the model with dequantized weights, "
+                f"or take the checkpoint that it was quantized from"
+            )
 
 
 def check_finite(model: nn.Module) -> None:

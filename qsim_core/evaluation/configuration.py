@@ -18,7 +18,7 @@ def read_directory(directory: Path) -> dict[str, Any]:
     """The configuration in a directory. Raises `ModelError` if there is none."""
     for name in FILES:
         if (directory / name).is_file():
-            return read_configuration(directory / name)
+            return read_configuration(directory / name) | _of_modelopt(directory)
     raise ModelError(f"{directory} has no config.json; a model is a directory that save_pretrained wrote")
 
 
@@ -31,6 +31,27 @@ def read_configuration(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ModelError(f"{path} is not the JSON of a model's configuration")
     return found
+
+
+def _of_modelopt(directory: Path) -> dict[str, Any]:
+    """The file in which ModelOpt describes quantized weights, in the place of transformers' own description."""
+    path = directory / "hf_quant_config.json"
+    if not path.is_file():
+        return {}
+    found = read_configuration(path).get("quantization", {})
+    return {"quantization_config": {"quant_method": "modelopt", "format": found.get("quant_algo")}}
+
+
+def quantization(configuration: Mapping[str, Any]) -> str | None:
+    """The format in which weights are stored quantized, like "compressed-tensors (pack-quantized)"; None: in none."""
+    for part in (configuration, *(part for part in configuration.values() if isinstance(part, dict))):
+        found = part.get("quantization_config") or part.get("compression_config")
+        if isinstance(found, dict):
+            method = found.get("quant_method") or found.get("quant_type_name") or "a format without a name"
+            details = (found.get(key) for key in ("format", "fmt", "quant_algo", "bits"))
+            detail = next((str(value) for value in details if isinstance(value, str | int)), "")
+            return f"{method} ({detail})" if detail else str(method)
+    return None
 
 
 def family(configuration: Mapping[str, Any]) -> str | None:

@@ -20,9 +20,11 @@ from qsim_core.evaluation.metrics import Metrics, intervals, without_score
 from qsim_core.evaluation.record import calibration_record, data_record, description
 from qsim_core.evaluation.result import Result
 from qsim_core.files import make_work_dir
+from qsim_core.seen import digest
 from qsim_core.simulation.environment import Environment
 from qsim_core.simulation.recipe import Recipe
 from qsim_core.simulation.simulation import simulate
+from qsim_core.transforms.offload import state
 from qsim_core.transforms.run import Run
 
 
@@ -56,6 +58,7 @@ def evaluate(
         given = calibration or Calibration()
         seen = job.calibration(given)
         loaded = job.load(device, dtype)
+        weights = digest(state(loaded.model))
     example = job.evaluator.example(loaded, dataset)
     batches = None
     if seen is not None:
@@ -89,6 +92,7 @@ def evaluate(
         _save_samples(job.evaluator, baseline, simulated, samples)
     return Result(
         **description(job, loaded, host),
+        weights=weights,
         metric=job.evaluator.metric or next(iter(baseline)),
         baseline=baseline,
         simulated=simulated,

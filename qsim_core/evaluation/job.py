@@ -10,7 +10,7 @@ import torch
 
 from qsim_core.components.host import Host
 from qsim_core.errors import DataError, QsimError, RecipeError, SpecError, did_you_mean, one_line
-from qsim_core.evaluation.adapter import LoadedModel
+from qsim_core.evaluation.adapter import LoadedModel, check_plain
 from qsim_core.evaluation.data import Calibration, Data
 from qsim_core.evaluation.evaluator import Evaluator
 from qsim_core.evaluation.locate import Located, default_model, locate
@@ -51,8 +51,11 @@ class Job:
     def load(self, device: str, dtype: str) -> LoadedModel:
         """Load the model onto a device. Raises `QsimError`."""
         if device in DISPATCHED:
-            return self.located.adapter.load_dispatched(self.located.source, DTYPES[dtype], device)
+            loaded = self.located.adapter.load_dispatched(self.located.source, DTYPES[dtype], device)
+            check_plain(loaded.model)
+            return loaded
         loaded = self.located.adapter.load(self.located.source, DTYPES[dtype])
+        check_plain(loaded.model)
         try:
             loaded.model.to(device)
         except RuntimeError as error:  # there is no room

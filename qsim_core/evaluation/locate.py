@@ -42,6 +42,12 @@ class Located:
         """Lines for the reader of a result: how the model was loaded, and in which dtype it is computed."""
         note, stored = self.adapter.note(self.source), self.adapter.stored_dtype(self.source)
         notes = [] if note is None else [note]
+        quantized = configuration.quantization(self.adapter.configuration(self.source))
+        if quantized is not None:
+            notes.append(
+                f"its checkpoint is quantized, as {quantized}: the baseline has these values, and the recipe rounds "
+                f"them again; the checkpoint that it was made from has the unrounded ones"
+            )
         if dtype == "float32" and stored in ("bfloat16", "float16"):
             notes.append(
                 f"its weights are stored in {stored} and computed in float32, which takes twice their memory; "

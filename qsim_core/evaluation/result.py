@@ -55,6 +55,7 @@ class Result(_Record):
     schema_version: int = SCHEMA_VERSION
     model: str
     adapter: str
+    weights: str = Field("", description="digest of the parameters and buffers as they were loaded, in this dtype")
     recipe: dict[str, Any] = Field(description="weights, activations, outputs, transforms, skip, overrides as text")
     evaluator: str
     protocol: str = Field(description="what exactly was measured, in words")

@@ -96,9 +96,9 @@ class Simulation:
     def folded_state_dict(self) -> tuple[dict[str, Tensor], list[str]]:
         """Give a copy of the model's `state_dict` with weights quantized, and the names of the weights that were left.
 
-        Left are tied weights, which other modules use too, and weights that are multiplied along two axes. So are weights
-        that are kept in another memory, and layers that the example does not reach. Raises `QsimError` without an
-        example, and if a transform has left rotations or hooks that the weights need.
+        Left are tied weights, which other modules use too, and weights that are multiplied along two axes. Left are
+        also weights that are kept in another memory, and layers that the example does not reach. Raises `QsimError`
+        without an example, and if a transform has left rotations or hooks that the weights need.
         """
         if self._needed:
             raise QsimError(f"{self._needed}, and the weights need them; they cannot be saved alone")
@@ -169,6 +169,8 @@ class Simulation:
 
     def _transform(self, batches: list[Example] | None, run: Run, declared: Mapping[str, Sequence[str]] | None) -> None:
         """Apply the recipe's transforms, and keep their reports and warnings."""
+        if not self.recipe.transforms:
+            return
         contexts = [
             Context(self.model, self.sites, batches, run, str(transform), self.example, declared, self._handles)
             for transform in self.recipe.transforms

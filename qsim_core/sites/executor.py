@@ -107,7 +107,7 @@ def known_scales(weights: Weights, operands: Sequence[Operand]) -> Scales | None
             continue
         found = weights.scales_of(operand.weight, operand.tensor, operand.layout)
         scaled = operand.quantizer.granularity not in (None, "element")
-        if found is None and scaled and weights.is_final(operand.weight):
+        if found is None and scaled and weights.final(operand.weight) is not None:
             raise RecipeError(f"{operand.weight.name}: a transform has quantized it and has not given its scales")
         return found
     return None

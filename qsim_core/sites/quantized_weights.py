@@ -27,7 +27,7 @@ from qsim_core.errors import QsimError
 from qsim_core.formats.quantizer import SiteQuantizer, straight_through
 from qsim_core.matmuls.layout import Layout
 from qsim_core.quantizers.scales import Scales
-from qsim_core.seen import Seen
+from qsim_core.seen import Seen, has_memory
 from qsim_core.sites.arithmetic import Lowered, Lowering
 
 READ = "read"
@@ -318,7 +318,7 @@ def _return_freed_memory() -> None:
 
 def _storage(parameter: Tensor) -> int:
     """An identifier that tied parameters share: the address of their memory, or the object's id if it has none."""
-    address = 0 if parameter.is_meta or parameter.layout != torch.strided else parameter.untyped_storage().data_ptr()
+    address = parameter.untyped_storage().data_ptr() if has_memory(parameter) else 0
     return address or id(parameter)
 
 

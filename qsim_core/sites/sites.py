@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
-from qsim_core.errors import RecipeError
+from qsim_core.errors import QsimError, RecipeError
 from qsim_core.formats.accelerator import accelerators
 from qsim_core.formats.rounding import working
 from qsim_core.formats.uncompiled import resume_compiling, stop_compiling, uncompiled
@@ -213,11 +214,21 @@ class Sites:
         stack = self.stack
         if call is None or stack.inside or not all(map(_is_dense, call.operands)):
             return self.watch(function, args, kwargs)
+        self._check_plain(call)
         stack.inside = True
         try:
             return self._compute(call)
         finally:
             stack.inside = False
+
+    def _check_plain(self, call: Call) -> None:
+        """Raise `QsimError` for an operand that holds other tensors in the place of values."""
+        kinds = [type(operand.data).__name__ for operand in call.operands if is_traceable_wrapper_subclass(operand)]
+        if kinds:
+            raise QsimError(
+                f"a {call.operation} in {self.stack.frames[-1].path or 'the model'} has an operand of class "
+                f"{kinds[0]}, whose values are sharded or stored in a format; simulate the model with plain tensors"
+            )
 
     def _compute(self, call: Call) -> Any:
         frame = self.stack.frames[-1]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from qsim_core.errors import RecipeError
+from qsim_core.seen import stored_as
 from qsim_core.sites.sites import Sites
 from qsim_core.transforms.checkpoint import sha256
 from qsim_core.transforms.context import Context
@@ -22,6 +23,11 @@ from qsim_core.transforms.transform import Transform
 
 def apply_transforms(transforms: Iterable[tuple[Transform, Context]], model: nn.Module, sites: Sites) -> None:
     """Apply each with its context. Raises `RecipeError` for one that changes nothing, or what is settled already."""
+    for name, tensor in state(model):
+        if (form := stored_as(tensor)) is not None:
+            raise RecipeError(
+                f"{name} is stored as {form}; transforms change values: apply them to a model of plain tensors"
+            )
     before = _digests(model)
     for transform, context in transforms:
         stood, settled, pinned = _standing(sites), _settled(sites, before), set(sites.weights.pinned)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qsim_core.files import keep, kept, make_work_dir
+from qsim_core.seen import octets
 from qsim_core.transforms.offload import state
 from qsim_core.version import __version__
 
@@ -75,7 +76,7 @@ def sha256(leaves: Iterable[Any]) -> str:
             digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
             leaf = leaf if leaf.layout == torch.strided else leaf.to_dense()
             flat = leaf.detach().cpu().contiguous().as_strided((leaf.numel(),), (1,))  # one element may have any stride
-            digest.update(flat.view(torch.uint8).numpy().data)
+            digest.update(octets(flat))
         else:
             digest.update(repr(leaf).encode())
     return digest.hexdigest()

@@ -35,6 +35,9 @@ def as_in_evaluation(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
         for module in training:
             module.training = True
+        for module in model.modules():
+            if callable(reshard := getattr(module, "reshard", None)):  # FSDP2: an optimizer is to find the shards
+                reshard()
 
 
 def call(model: nn.Module, example: Example) -> Any:

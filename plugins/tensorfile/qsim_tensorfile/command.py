@@ -41,6 +41,9 @@ def quantize(source: Path, target: Path, weights: str, as_json: bool, quiet: boo
 
     run = Run(**({} if quiet else progress.SHOWN))
     tensors = quantize_file(source, target, _quantizer(weights), track=run.track, **patterns)
+    if codes := {tensor.decodes for tensor in tensors if tensor.decodes is not None}:
+        line = f"weights of {source} that are stored quantized ({', '.join(sorted(codes))}) stay so, with their scales"
+        click.echo(f"Warning: {line}", err=True)
     if as_json:
         click.echo(json.dumps([asdict(tensor) for tensor in tensors], indent=2))
     elif not quiet:

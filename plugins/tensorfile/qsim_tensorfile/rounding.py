@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,9 +21,10 @@ from qsim_core.files import place, writing
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.formats.random_bits import at
 from qsim_core.matmuls.layout import LAST, taps
+from qsim_core.seen import octets
 from qsim_core.simulation.recipe import matches
 from qsim_core.transforms.run import no_progress
-from qsim_tensorfile.header import DTYPES, Entry, read_header
+from qsim_tensorfile.header import DTYPES, Entry, quantized, read_header
 
 PART = 2**20
 """Elements that are rounded at a time."""
@@ -38,6 +39,8 @@ class Rounded:
     quantizer: str | None
     sqnr_db: float | None = None
     bits: float | None = None
+    decodes: str | None = None
+    """The dtype of the codes that it is the scale or the zero point of; None: of none."""
 
 
 def quantize_file(
@@ -51,9 +54,12 @@ def quantize_file(
     """Round the weights of `source` into `target`, which appears whole or not at all.
 
     Float tensors of two axes and more are weights, unless a pattern of `skip` matches. Other tensors are copied byte by
-    byte. Raises `QsimError` for a file that cannot be read or has no weights to round. NaN or Inf in a weight, before
-    or after it is rounded, is a `QsimError` too. Raises `RecipeError` for a pattern that matches no tensor.
+    byte, and so are the scales of weights that are stored quantized. Raises `QsimError` for a file that cannot be read
+    or has no weights to round. NaN or Inf in a weight, before or after it is rounded, is a `QsimError` too. Raises
+    `RecipeError` for a pattern that matches no tensor.
     """
+    if target.suffix != ".safetensors" and not target.is_dir():
+        raise QsimError(f"the output is a safetensors file; give {target} a name that ends in .safetensors")
     if not place(source).is_file() and source.exists():
         raise QsimError(f"cannot read {source}: it is not a regular file")
     if place(source).resolve() == place(target).resolve():
@@ -68,14 +74,20 @@ def quantize_file(
         for pattern in (*skip, *conv1d):
             if not any(matches(pattern, [name]) for name in names):
                 raise RecipeError(f"pattern {pattern!r} matches no tensor{did_you_mean(pattern, names)}")
-        chosen = {e.name for e in entries if e.is_weight and not any(matches(p, [e.name]) for p in skip)}
+        decoding = quantized(entries)
+        weights = (entry.name for entry in entries if entry.is_weight and entry.name not in decoding)
+        chosen = {name for name in weights if not any(matches(p, [name]) for p in skip)}
+        if not chosen and decoding:
+            raise QsimError(
+                f"the weights in {source} are quantized already, as {next(iter(decoding.values()))} with scales; "
+                f"round the checkpoint that they were made from"
+            )
         if not chosen:
             raise QsimError(f"{source} holds no weight to round: no float tensor of two axes that is not skipped")
         with writing(target) as out:
             out.write(header)
-            return list(
-                _rounded(file, out, len(header), track(entries, len(entries), "rounding"), quantizer, chosen, conv1d)
-            )
+            done = _rounded(file, out, len(header), track(entries, len(entries), "rounding"), quantizer, chosen, conv1d)
+            return [replace(tensor, decodes=decoding.get(tensor.name)) for tensor in done]
 
 
 def _rounded(
@@ -104,7 +116,7 @@ def _rounded(
         rounded = layout.back(_in_parts(quantizer, rows)).contiguous()
         if not _finite(rounded):
             raise QsimError(f"{entry.name} overflows in {quantizer}; a scale keeps it in range, as in channel(F)")
-        out.write(rounded.view(-1).view(torch.uint8).numpy().data)
+        out.write(octets(rounded))
         bits = quantizer.bits_per_element(rows.shape)
         yield Rounded(entry.name, entry.shape, str(quantizer), _sqnr(tensor, rounded), bits)
 

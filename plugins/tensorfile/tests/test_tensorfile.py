@@ -77,7 +77,8 @@ def test_a_bare_format_is_rounded_by_channel_and_every_tensor_is_reported(source
     assert report["fc.weight"]["quantizer"] == "channel(int8)"
     assert report["fc.weight"]["bits"] == 8 + 32 / 100
     assert 35 < report["fc.weight"]["sqnr_db"] < 55
-    assert report["ids"] == {"name": "ids", "shape": [3, 4], "quantizer": None, "sqnr_db": None, "bits": None}
+    nothing = dict.fromkeys(("quantizer", "sqnr_db", "bits", "decodes"))
+    assert report["ids"] == {"name": "ids", "shape": [3, 4], **nothing}
 
 
 def test_the_table_says_what_was_done(source: Path, tmp_path: Path) -> None:
@@ -199,3 +200,44 @@ def test_a_full_disk_leaves_no_half_of_a_file(source: Path, tmp_path: Path) -> N
 
     assert run.stderr == "Error: cannot write out.safetensors: File too large\n"
     assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+CODES = {
+    "layer.weight": noise(16, 32).to(torch.float8_e4m3fn),
+    "layer.weight_scale": noise(16, 1),
+    "packed.qweight": torch.ones(4, 16, dtype=torch.int32),
+    "packed.scales": noise(2, 16).half(),
+    "packed.bias": noise(2, 16),
+    "head.weight": noise(8, 32),
+    "head.scale": noise(8, 32),
+}
+
+
+def test_scales_of_weights_that_are_stored_quantized_are_copied(tmp_path: Path) -> None:
+    save_file(CODES, tmp_path / "in.safetensors")
+
+    outcome = run(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--weights", "int4")
+
+    out = load_file(tmp_path / "out.safetensors")
+    changed = {name for name, tensor in CODES.items() if not torch.equal(out[name].float(), tensor.float())}
+    assert changed == {"packed.bias", "head.weight", "head.scale"}
+    assert outcome.stderr == (
+        f"Warning: weights of {tmp_path}/in.safetensors that are stored quantized (F8_E4M3, I32) stay so, with their scales\n"
+    )
+
+
+def test_a_file_of_quantized_weights_alone_is_refused(tmp_path: Path) -> None:
+    save_file({name: CODES[name] for name in ("layer.weight", "layer.weight_scale")}, tmp_path / "in.safetensors")
+
+    outcome = run(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--weights", "int4")
+
+    assert "are quantized already, as F8_E4M3 with scales; round the checkpoint" in outcome.stderr
+
+
+@pytest.mark.parametrize("name", ["out.gguf", "out", "out.bin"])
+def test_an_output_of_another_kind_is_refused(name: str, source: Path, tmp_path: Path) -> None:
+    outcome = run(source, tmp_path / name, "--weights", "int4")
+
+    assert outcome.exit_code == 1
+    assert outcome.stderr.endswith(f"give {tmp_path}/{name} a name that ends in .safetensors\n")
+    assert not (tmp_path / name).exists()

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import re
 import tempfile
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,11 +19,13 @@ from torch import nn
 
 from qsim_core.errors import ModelError, one_line
 from qsim_core.evaluation.adapter import Adapter, LoadedModel, check_finite
-from qsim_transformers.configuration import DIFFUSERS, architecture, evaluator_of, family, stored_dtype
+from qsim_transformers.configuration import DIFFUSERS, architecture, configuration, evaluator_of, family
 from qsim_transformers.foreign_code import check_no_foreign_code
 from qsim_transformers.hub import offline_unless_reachable
 
 TOKENIZERS = ("tokenizer.json", "*vocab*", "*.model", "merges.txt", "tekken.json")
+SCALES = r"(_scale|_scales|_scale_inv|_scale_2|qweight|qzeros|weight_packed|absmax|quant_state\.\w+)$"
+"""Endings of the names of tensors that quantized checkpoints hold beside weights."""
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -43,9 +47,9 @@ class Pretrained(Adapter):
         """The evaluator of the field of the checkpoint's head."""
         return evaluator_of(architecture(model))
 
-    def stored_dtype(self, model: str) -> str | None:
-        """The dtype of the checkpoint's weights, if its configuration names one. Raises `ModelError`."""
-        return stored_dtype(model)
+    def configuration(self, source: str) -> Mapping[str, Any]:
+        """The checkpoint's configuration, from a directory or the hub. Raises `ModelError`."""
+        return configuration(source)
 
     def model_class(self, model: str) -> Any:
         """The class of transformers that a checkpoint names. Raises `ModelError` if it is of another family."""
@@ -116,6 +120,7 @@ def load_model(model_class: Any, source: str, dtype: torch.dtype, subfolder: str
     except Exception as error:  # a wrong configuration fails anywhere in the library
         raise ModelError(f"{where} cannot be loaded: {one_line(error)}") from None
     _check_all_weights_there(report, where)
+    _check_scales_were_read(report, where)
     check_finite(model)
     if folder is not None:
         weakref.finalize(model, folder.cleanup)
@@ -132,6 +137,16 @@ def _check_all_weights_there(report: Any, where: str) -> None:
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelError(f"the weights of {where} lack {missing[0]}{_more(missing)}")
+
+
+def _check_scales_were_read(report: Any, where: str) -> None:
+    """Raise `ModelError` for a checkpoint with scales that the class does not know: they were not applied."""
+    scales = [name for name in sorted(report["unexpected_keys"]) if re.search(SCALES, name)]
+    if scales:
+        raise ModelError(
+            f"the weights of {where} are quantized: it holds {scales[0]}{_more(scales)}, and the class does not read "
+            f"scales; take the checkpoint that it was quantized from"
+        )
 
 
 def _device_map(model_class: Any, source: str, subfolder: str, dtype: torch.dtype) -> Any:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from architectures import FAMILIES, build, write
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 import qsim_core as qsim
 from qsim_core.cli.main import main
@@ -104,3 +105,50 @@ def test_importing_the_plugin_imports_no_library_of_models() -> None:
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 
     assert run.stdout == "set()\n"
+
+
+def quantized(folder: Path, config: dict[str, object], scale: str) -> Path:
+    """Write a model with weights of float8, a scale for each, and this description of its quantization."""
+    write(build("GPT-2"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name, tensor in tensors.items() if ".mlp." in name and tensor.dim() == 2]:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[name + scale] = torch.ones(1)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    said = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(said))
+    return folder
+
+
+@pytest.mark.parametrize("scale", ["_scale", "_scale_inv"])
+def test_scales_that_the_class_does_not_read_are_an_error(scale: str, tmp_path: Path) -> None:
+    located = locate(str(quantized(tmp_path, {}, scale)), qsim.Host())
+
+    with pytest.raises(qsim.ModelError, match=rf"are quantized: it holds transformer.*{scale} and \d+ more"):
+        located.adapter.load(located.source, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors (pack-quantized)"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq (4)"),
+        ({"quant_type": {"default": {}}, "quant_method": "torchao"}, "torchao"),
+    ],
+)
+def test_a_quantized_checkpoint_is_named_beside_the_number(
+    config: dict[str, object], named: str, tmp_path: Path
+) -> None:
+    folder = quantized(tmp_path, {"quantization_config": config}, "_scale")
+
+    (note,) = [note for note in locate(str(folder), qsim.Host()).notes("float32") if "quantized" in note]
+
+    assert note.startswith(f"its checkpoint is quantized, as {named}: the baseline has these values")
+
+
+def test_modelopts_own_file_names_the_format_too(tmp_path: Path) -> None:
+    folder = quantized(tmp_path, {}, "_scale")
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+
+    assert "quantized, as modelopt (FP8): " in "".join(locate(str(folder), qsim.Host()).notes("float32"))
