@@ -94,6 +94,11 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return found.hexdigest()
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """True if a tensor holds numbers itself: it is not sparse, sharded or coded, nor kept elsewhere."""
+    return not (tensor.is_meta or tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor))
+
+
 def stored_as(tensor: Tensor) -> str | None:
     """Name the form of a tensor's values: a class of sharded or coded tensors, or float8; None: plain numbers."""
     if is_traceable_wrapper_subclass(tensor):
@@ -112,7 +117,7 @@ def sample(tensor: Tensor) -> Tensor:
 
     Of a tensor without memory of its own, such as a sharded one, there is no sample, and it never holds.
     """
-    if tensor.is_meta or tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
+    if not has_memory(tensor):
         return torch.full((1,), math.nan)
     return _in_memory(tensor)[:: _step(tensor.numel(), tensor.shape)]
 
@@ -146,7 +151,7 @@ def _alike(then: Tensor, now: Tensor) -> bool:
 
 
 def _mark(tensor: Tensor) -> tuple[int, int]:
-    if is_traceable_wrapper_subclass(tensor):
+    if not has_memory(tensor):
         return 0, 0
     return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
 

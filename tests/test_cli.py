@@ -153,7 +153,9 @@ def test_a_record_of_other_weights_warns(qsim_: Qsim, record: Path) -> None:
     outcome = qsim_("evaluate", "--from", "changed.json", "--quiet")
 
     assert outcome.exit_code == 0
-    assert "Warning: the weights of opt-tiny have changed since the record was made (000000000000 then, " in outcome.stderr
+    assert (
+        "Warning: the weights of opt-tiny have changed since the record was made (000000000000 then, " in outcome.stderr
+    )
 
 
 def test_a_record_of_another_version_warns(qsim_: Qsim, record: Path) -> None:

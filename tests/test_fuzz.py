@@ -99,7 +99,10 @@ def bomb(merge: str) -> str:
         (bomb("<<"), "a recipe has at most 10000 values, those behind aliases counted each time"),
         ("weights: &a [*a]", "a recipe has at most 10000 values, those behind aliases counted each time"),
         ("weights: " + "[" * 5000 + "]" * 5000, "recipe is not YAML for qsim: it is nested too deep"),
-        ("weights: 0x" + "f" * 5000, "recipe is not YAML: a value cannot be read: a whole number has more than 64 bits"),
+        (
+            "weights: 0x" + "f" * 5000,
+            "recipe is not YAML: a value cannot be read: a whole number has more than 64 bits",
+        ),
         ("model: 2020-99-99", "recipe is not YAML: a value cannot be read: month must be in 1..12"),
         ("weights: !!int x", "recipe is not YAML: a value cannot be read: invalid literal for int() with base 10: 'x'"),
         ("weights: !!bool x", "recipe is not YAML: a value cannot be read: 'x'"),

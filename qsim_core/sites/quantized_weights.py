@@ -22,13 +22,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qsim_core.errors import QsimError
 from qsim_core.formats.quantizer import SiteQuantizer, straight_through
 from qsim_core.matmuls.layout import Layout
 from qsim_core.quantizers.scales import Scales
-from qsim_core.seen import Seen
+from qsim_core.seen import Seen, has_memory
 from qsim_core.sites.arithmetic import Lowered, Lowering
 
 READ = "read"
@@ -319,8 +318,7 @@ def _return_freed_memory() -> None:
 
 def _storage(parameter: Tensor) -> int:
     """An identifier that tied parameters share: the address of their memory, or the object's id if it has none."""
-    plain = parameter.layout == torch.strided and not is_traceable_wrapper_subclass(parameter)
-    address = parameter.untyped_storage().data_ptr() if plain and not parameter.is_meta else 0
+    address = parameter.untyped_storage().data_ptr() if has_memory(parameter) else 0
     return address or id(parameter)
 
 
