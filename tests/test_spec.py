@@ -135,9 +135,9 @@ def test_json_and_yaml_carry_the_same_text() -> None:
         ("a.b.c", "expected a component's name, `name` or `plugin.name` (character 1 of 'a.b.c')"),
         ("scaled(bf16, 2147483648)", "scaled: a block has at most 2147483647 elements along an axis, not 2147483648 "
          "(character 1 of 'scaled(bf16, 2147483648)')"),
-        ("abfp(n=18446744073709551616)", "abfp: n has more than 64 bits (character 1 of 'abfp(n=18446744073709551616)')"),
-        ("hadamard(18446744073709551616)", "hadamard: seed has more than 64 bits "
-         "(character 1 of 'hadamard(18446744073709551616)')"),
+        ("abfp(n=18446744073709551616)", "a whole number has more than 64 bits (character 8 of 'abfp(n=18446744073709551616)')"),
+        ("hadamard(18446744073709551616)", "a whole number has more than 64 bits "
+         "(character 10 of 'hadamard(18446744073709551616)')"),
         ("float(3, 2, bias=-1000)", "float: bias should be greater than or equal to -512, not -1000 "
          "(character 18 of 'float(3, 2, bias=-1000)')"),
         ("float(1, mantissa=0, specials=ieee)", "float: with ieee specials and one exponent bit every value would be "

@@ -17,8 +17,6 @@ from qsim_core.errors import SpecError
 
 MAX_LENGTH = 16384
 MAX_DEPTH = 16
-LARGEST = 2**63
-"""The smallest integer that fits no option: nothing here counts so many things."""
 CONSTANTS = {"true": True, "false": False, "none": None, "True": True, "False": False, "None": None}
 
 
@@ -108,9 +106,11 @@ class _Reader:
         raise SpecError(f"expected a name, a number, a string or a call, found {found!r}", self.text, position)
 
     def number(self, number: int | float, position: int) -> int | float:
-        """Check a number: it is finite, and an integer has at most 63 bits. Raises `SpecError`."""
-        if abs(number) >= (LARGEST if isinstance(number, int) else math.inf):
-            raise SpecError("a number is too large", self.text, position)
+        """Check a number: torch and kernels can take it. Raises `SpecError`."""
+        if isinstance(number, int) and number.bit_length() > 64:
+            raise SpecError("a whole number has more than 64 bits", self.text, position)
+        if number == math.inf:
+            raise SpecError("a number is infinite", self.text, position)
         return number
 
     def name(self, tree: ast.expr, position: int) -> str:

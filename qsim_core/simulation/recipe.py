@@ -25,7 +25,6 @@ from pydantic import (
 
 from qsim_core.components.component import Component, explain
 from qsim_core.components.hook_validation import base_of, kind_of
-from qsim_core.components.syntax import LARGEST as TOO_LARGE
 from qsim_core.components.syntax import Node
 from qsim_core.errors import RecipeError, did_you_mean, one_line, with_article
 from qsim_core.formats.format import Format
@@ -298,17 +297,6 @@ class _OnceEach(yaml.SafeLoader):
 
 
 _OnceEach.add_constructor("tag:yaml.org,2002:int", _OnceEach.construct_yaml_int)
-
-
-def _integer(loader: _OnceEach, node: yaml.ScalarNode) -> int:
-    """Read an integer. Raises an error of YAML for one that fits no option, and is too long to print."""
-    found = loader.construct_yaml_int(node)
-    if abs(found) >= TOO_LARGE:
-        raise yaml.MarkedYAMLError(problem="a number is too large", problem_mark=node.start_mark)
-    return found
-
-
-_OnceEach.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def read_yaml(text: str) -> Any:
