@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -98,7 +99,7 @@ def test_a_result_has_everything_that_its_schema_promises(record: Path) -> None:
     result = json.loads(record.read_text())
 
     assert set(result) == {
-        "schema_version", "model", "adapter", "recipe", "evaluator", "protocol", "metric", "baseline", "simulated",
+        "schema_version", "model", "adapter", "weights", "recipe", "evaluator", "protocol", "metric", "baseline", "simulated",
         "intervals", "samples", "audit", "plugins", "environment", "data", "calibration", "transforms", "warnings", "batch_size", "limit", "seed", "seconds", "cached",
     }  # fmt: skip
     assert result["recipe"] == {
@@ -308,7 +309,7 @@ def test_dtype_is_recorded_and_used(qsim_: Qsim) -> None:
 
     result = json.loads(outcome.stdout)
     assert result["environment"]["dtype"] == "bfloat16"
-    assert {site["arithmetic"] for site in result["audit"]["sites"]} == {"bfloat16"}
+    assert {site["arithmetic"] for site in result["audit"]["sites"] if site["op"] == "linear"} == {"bfloat16"}
 
 
 def test_a_transform_runs_from_the_command_line_and_its_record_again(qsim_: Qsim) -> None:
@@ -541,9 +542,13 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path: Path) -> None:
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore SIGINT
     )
-    time.sleep(8)
-    run.send_signal(signal.SIGINT)
-    _, errors = run.communicate(timeout=60)
+    with run:
+        for wait in (8, 30):  # Python itself may lose one that comes during an import
+            time.sleep(wait if run.poll() is None else 0)
+            run.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                _, errors = run.communicate(timeout=20)
+                break
 
     assert run.returncode == 130
     assert errors.endswith("Error: interrupted; nothing was written\n")

@@ -116,7 +116,7 @@ def test_plugins_keep_their_order(host: qsim.Host) -> None:
     [
         ({"plugins": ["abpf"]}, "no plugin 'abpf' is installed; did you mean 'abfp'? There are "),
         ({"plugins": ["fp"]}, "plugin 'fp' (qsim-fp 0.1.0) has no quantizer, transform or evaluator called 'fp', so "
-         "--plugin cannot say what to do with it; it offers: bf16, binary8p1, "),
+         "--plugin cannot say what to do with it; it offers: bf16, b"),
         ({"plugins": ["opt"]}, "'opt' is an adapter: it is found by itself for the models it knows, and needs no --plug"),
         ({"plugins": ["mxfp4"]}, "'mxfp4' is a quantizer: say --weights mxfp4, --activations mxfp4 or --outputs mxfp4"),
         ({"plugins": ["e4m3"]}, "'e4m3' is a format: say --weights e4m3, --activations e4m3 or --outputs e4m3"),

@@ -75,7 +75,7 @@ class Constants:
         """Tell if results hold values of a parameter that was not known to be read; note that it is."""
         if not isinstance(origin, nn.Parameter) or self._was_read(origin):
             return False
-        if all(_share(x, origin) for x in results):
+        if all(x.is_meta or _share(x, origin) for x in results):  # offloading makes meta tensors of weights
             return False
         self._read[id(origin)] = weakref.ref(origin)
         return True
