@@ -50,11 +50,20 @@ def holds_experts(weight: Tensor, layout: Layout) -> bool:
 
 
 def channels(space: int) -> Layout:
-    """The layout of a convolution's image: `[B, C, *space]` as `[B, *space, C]`, a row for each position.
+    """The layout of a convolution's image: `[B, C, *space]` as `[B, 1, *space, C]`, a row for each position.
 
-    `space` is the number of spatial dimensions. B may be missing.
+    `space` is the number of spatial dimensions. B may be missing. The axis of size 1 is kept: without it a quantized
+    image gets another order in memory, and a convolution adds up in another order.
     """
-    return Layout(f"channels {space}", lambda t: t.movedim(-1 - space, -1), lambda t: t.movedim(-1, -1 - space))
+
+    def rows(t: Tensor) -> Tensor:
+        one_group: Tensor = t.unflatten(-1 - space, (1, -1))
+        return one_group.movedim(-1 - space, -1)
+
+    def back(t: Tensor) -> Tensor:
+        return t.movedim(-1, -1 - space).flatten(-2 - space, -1 - space)
+
+    return Layout(f"channels {space}", rows, back)
 
 
 def positions(image: Tensor, space: int, groups: int) -> Layout:

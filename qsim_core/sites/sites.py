@@ -168,13 +168,13 @@ class Sites:
         """
         frame = self.stack.frames[-1]
         operands = (*operands, *(named[name] for name in ("query", "key", "value") if name in named))
-        if self.watched or any(self.constants.find(x, frame.module) for x in operands):
+        if not self.quantizing or self.watched or any(self.constants.find(x, frame.module) for x in operands):
             return False
         first = frame.products
         sites = [self._product(frame, "matmul"), self._product(frame, "matmul")]
         for site, alias in zip(sites, ATTENTION, strict=True):
             self._alias(site, frame.path + alias, met=False)
-        if any(site.rotations or (self.quantizing and site.changes_products) for site in sites):
+        if any(site.rotations or site.changes_products for site in sites):
             frame.products = first
             return False
         for site in sites:
