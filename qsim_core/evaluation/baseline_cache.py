@@ -40,7 +40,7 @@ def baseline_entry(
         of_preparation(loaded.tokenizer),
         of_preparation(loaded.processor),
         *map(of_component, parts),
-        (job.evaluator.protocol(loaded), data.sha256, *options),
+        (job.evaluator.protocol_for(loaded, data), data.sha256, *options),
         of_machine(device, dtype, loaded.model),
         of_requirements({"qsim-core", *(plugin.distribution for plugin in plugins)}),
     )

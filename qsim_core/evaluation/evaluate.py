@@ -91,7 +91,7 @@ def evaluate(
     if samples is not None:
         _save_samples(job.evaluator, baseline, simulated, samples)
     return Result(
-        **description(job, loaded, host),
+        **description(job, loaded, dataset, host),
         weights=weights,
         metric=job.evaluator.metric or next(iter(baseline)),
         baseline=baseline,

@@ -67,6 +67,10 @@ class Evaluator(Component):
         """The exact measurement in one sentence that a paper could print."""
         return str(self)
 
+    def protocol_for(self, loaded: LoadedModel, data: Data) -> str:
+        """The protocol for these data, if it depends on them. Raises `DataError`."""
+        return self.protocol(loaded)
+
     def save_samples(self, baseline: Any, simulated: Any, directory: Path) -> None:
         """Write samples for a person to look at, from the `outputs` of both runs' `Metrics`. Raises `DataError`."""
         raise DataError(f"{self.name} makes no samples that could be saved")

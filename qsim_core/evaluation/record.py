@@ -15,14 +15,14 @@ from qsim_core.files import place
 from qsim_core.simulation.recipe import Recipe
 
 
-def description(job: Job, loaded: LoadedModel, host: Host) -> dict[str, Any]:
+def description(job: Job, loaded: LoadedModel, data: Data, host: Host) -> dict[str, Any]:
     """The model, the recipe, the evaluator and the plugins of a run, as fields of `Result`."""
     return {
         "model": job.located.name,
         "adapter": str(job.located.adapter),
         "recipe": job.recipe.record(),
         "evaluator": str(job.evaluator),
-        "protocol": job.evaluator.protocol(loaded),
+        "protocol": job.evaluator.protocol_for(loaded, data),
         "plugins": _plugins(job, host),
     }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.evaluation.metrics import rank
 from qsim_core.files import place
 from qsim_evaluators.fitting import check, longest, require
+from qsim_evaluators.labels import Labels
 from qsim_evaluators.pixels import encoded, image_rows, pixels, shape_in_words, sides
 from qsim_evaluators.text import LONGEST, holds_lines, read_lines, read_rows, tokenized
 
@@ -41,8 +41,11 @@ class Accuracy(Evaluator):
     A class with the same logit as the label ranks before it.
 
     Data are a mapping with `label` and with `image` or `text`. Labels are whole numbers, or the model's names of its
-    classes. Images are PIL images or uint8 arrays `[height, width]` or `[height, width, 3]`; the model's own processor
-    resizes and normalises them. Texts are cut off after `seqlen` tokens, and padded to the longest of a batch.
+    classes. `names` in the mapping are the data's names of class 0, class 1, and so on, as a `ClassLabel` has them.
+    Where the model names its classes too, a label is the model's class with the same name.
+
+    Images are PIL images or uint8 arrays `[height, width]` or `[height, width, 3]`; the model's own processor resizes
+    and normalises them. Texts are cut off after `seqlen` tokens, and padded to the longest of a batch.
     """
 
     name = "accuracy"
@@ -52,24 +55,26 @@ class Accuracy(Evaluator):
     label: str = Field("label", description="the column with labels")
     text: str = Field("text", description="the column with texts, used if there is no column with images")
     seqlen: PositiveInt | None = Field(None, description="tokens of a text; none: the model's maximum, 512 at most")
+    by_name: bool = Field(True, description="match classes by name where both name them; false: by number")
 
     def read(self, source: str, split: str = "test") -> Data:
         """Read images or texts, and labels, from `datasets`: `NAME[:CONFIG[:SPLIT]]`, or a directory of data files.
 
         Texts may also come from a file of rows, and images from a directory that has one directory of images for each
-        label. The fingerprint is the hash of the labels and of the texts or the encoded images.
+        label. The fingerprint is the hash of the labels, the names of their classes, and the texts or encoded images.
         """
         path = place(source)
         if holds_lines(path):
             return self._texts(source, read_lines(path))
         rows = read_rows(source, [self.label], split)
         if self.text in rows.column_names and self.image not in rows.column_names:
-            return self._texts(source, rows.select_columns([self.text, self.label]))
+            return self._texts(source, rows.select_columns([self.text, self.label]), self._names(rows))
         rows = image_rows(source, [self.image, self.label], split)
-        digest = hashlib.sha256(repr(list(rows[self.label])).encode())
+        names = self._names(rows)
+        digest = hashlib.sha256(repr([*rows[self.label], *names.values()]).encode())
         for image in encoded(rows, self.image):
             digest.update(image)
-        return Data(source, {"image": rows[self.image], "label": rows[self.label]}, digest.hexdigest())
+        return Data(source, {"image": rows[self.image], "label": rows[self.label], **names}, digest.hexdigest())
 
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
         """Draw samples at random, one in a batch."""
@@ -85,7 +90,7 @@ class Accuracy(Evaluator):
         if length is not None and kind == "image":
             raise DataError("images have no length; leave --seqlen out")
         many = len(data.content["label"])
-        labels = _labels(loaded, data.content["label"], many, kind)
+        labels = self._labels(loaded, data).of(data.content["label"], many, kind)
 
         def sample(at: int) -> dict[str, Tensor]:
             inputs = self._inputs(loaded, data, [at], length, padded=True)
@@ -104,7 +109,7 @@ class Accuracy(Evaluator):
         """
         kind = "text" if "text" in data.content else "image"
         places = list(range(len(data.content["label"])))[: run.limit]
-        labels = _labels(loaded, data.content["label"], len(places), kind)
+        labels = self._labels(loaded, data).of(data.content["label"], len(places), kind)
         batches = [places[start : start + run.batch_size] for start in range(0, len(places), run.batch_size)]
         found = []
         with torch.no_grad():
@@ -118,6 +123,10 @@ class Accuracy(Evaluator):
         majority = max(Counter(labels.tolist()).values()) / len(places)
         counts = {"majority": majority, f"{kind}s": float(len(places))}
         return Metrics({"accuracy": top1, "top5": top5, "nll": nll}, counts=counts)
+
+    def protocol_for(self, loaded: LoadedModel, data: Data) -> str:
+        """Add to the protocol the way from labels to classes."""
+        return f"{self.protocol(loaded)}, {self._labels(loaded, data).described(data.content['label'])}"
 
     def protocol(self, loaded: LoadedModel) -> str:
         """Describe the number of classes, and the size of images or the length of texts."""
@@ -143,7 +152,15 @@ class Accuracy(Evaluator):
         """Return the tokens of a text at most. Some models, such as RoBERTa, have more positions than usable tokens."""
         return self.seqlen or min(longest(loaded, LONGEST), loaded.tokenizer.model_max_length, LONGEST)
 
-    def _texts(self, name: str, rows: Any) -> Data:
+    def _labels(self, loaded: LoadedModel, data: Data) -> Labels:
+        return Labels(loaded, data.content.get("names"), self.by_name)
+
+    def _names(self, rows: Any) -> dict[str, list[str]]:
+        """Return `names`, if the column of labels has names of its classes."""
+        names = getattr(rows.features[self.label], "names", None)
+        return {} if names is None else {"names": list(names)}
+
+    def _texts(self, name: str, rows: Any, names: dict[str, list[str]] | None = None) -> Data:
         """Make data of texts and labels, with the SHA-256 of their JSON. Raises `DataError` for an unsuitable row."""
         texts, labels = [], []
         for number, row in enumerate(rows, 1):
@@ -153,31 +170,6 @@ class Accuracy(Evaluator):
             labels.append(row[self.label])
         if not texts:
             raise DataError(f"{name} has no texts")
-        digest = hashlib.sha256(json.dumps([texts, labels]).encode()).hexdigest()
-        return Data(name, {"text": texts, "label": labels}, digest)
-
-
-def _labels(loaded: LoadedModel, labels: Sequence[Any], many: int, kind: str) -> Tensor:
-    """Return the first labels as class numbers. Raises `DataError` for a label that is not a class of the model."""
-    config: Any = loaded.model.config
-    if config.num_labels < 2:
-        raise DataError("the model has one output and no classes; use the evaluator fidelity")
-    found = []
-    for position in range(many):
-        label = labels[position]
-        number = config.label2id.get(label, -1) if isinstance(label, str) else _whole(label)
-        if not 0 <= number < config.num_labels:
-            raise DataError(
-                f"label {label!r} of {kind} {position} is not one of the model's {config.num_labels} classes, "
-                f"0 to {config.num_labels - 1}"
-            )
-        found.append(number)
-    return torch.tensor(found)
-
-
-def _whole(label: Any) -> int:
-    """Convert a whole number of Python, NumPy or torch; return -1 for anything else."""
-    try:
-        return operator.index(label)
-    except TypeError:
-        return -1
+        named = names or {}
+        digest = hashlib.sha256(json.dumps([texts, labels, *named.values()]).encode()).hexdigest()
+        return Data(name, {"text": texts, "label": labels, **named}, digest)

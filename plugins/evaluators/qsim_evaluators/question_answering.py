@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from pydantic import Field, PositiveInt
+from qsim_transformers.tokens import check_ids
 from torch import Tensor
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.evaluation.metrics import finite_outputs
 from qsim_core.files import place
 from qsim_evaluators.fitting import check, device, longest
-from qsim_evaluators.text import check_ids, holds_lines, read_rows
+from qsim_evaluators.text import holds_lines, read_rows
 
 LONGEST = 512
 LIKELIEST = 20
@@ -140,7 +141,7 @@ class QuestionAnswering(Evaluator):
     def _inputs(loaded: LoadedModel, windows: Any, part: slice) -> dict[str, Any]:
         names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in windows]
         inputs = {name: torch.tensor(windows[name][part], device=device(loaded)) for name in names}
-        check_ids(loaded, inputs["input_ids"])
+        check_ids(loaded.model, inputs["input_ids"])
         return inputs
 
 

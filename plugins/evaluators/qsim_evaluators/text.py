@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from qsim_transformers.hub import offline_unless_reachable
+from qsim_transformers.tokens import check_ids
 from torch import Tensor
 
 from qsim_core import Data, DataError, LoadedModel, files
@@ -91,25 +92,15 @@ def tokenized(loaded: LoadedModel, texts: list[str], length: int, padded: bool =
         hint = "which training needs" if padded else "so that a batch holds one text; give --batch-size 1"
         raise DataError(f"the tokenizer has no padding token, {hint}")
     inputs = loaded.tokenizer(texts, padding=padding, truncation=True, max_length=length, return_tensors="pt")
-    check_ids(loaded, inputs["input_ids"])
+    check_ids(loaded.model, inputs["input_ids"])
     return {key: value.to(device(loaded)) for key, value in inputs.items()}
 
 
 def tokens_of(loaded: LoadedModel, text: str, **options: Any) -> Tensor:
     """Tokenize the whole text in one piece. Raises `DataError` for a token that the model does not have."""
-    return check_ids(loaded, torch.tensor(loaded.tokenizer(text, verbose=False, **options).input_ids, dtype=torch.long))
-
-
-def check_ids(loaded: LoadedModel, ids: Tensor) -> Tensor:
-    """Return the token ids. Raises `DataError` if one of them is beyond the model's table of embeddings."""
-    model: Any = loaded.model
-    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    known, largest = getattr(table, "num_embeddings", None), int(ids.max()) if ids.numel() else 0
-    if known is not None and largest >= known:
-        raise DataError(
-            f"the tokenizer gives token {largest}, and the model has tokens 0 to {known - 1}: one is not of the other"
-        )
-    return ids
+    return check_ids(
+        loaded.model, torch.tensor(loaded.tokenizer(text, verbose=False, **options).input_ids, dtype=torch.long)
+    )
 
 
 def split_opening(loaded: LoadedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:

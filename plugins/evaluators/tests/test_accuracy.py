@@ -152,6 +152,14 @@ class TestRead:
         loaded = qsim.LoadedModel(Linear(), None, to_unit)
         assert qsim.parse("accuracy").evaluate(loaded, read, qsim.Run())["images"] == 2
 
+    def test_a_directory_has_the_name_of_its_class(self, folder: str) -> None:
+        loaded = qsim.LoadedModel(Linear(), None, to_unit)
+        read, accuracy = qsim.parse("accuracy").read(folder), qsim.parse("accuracy")
+        by_hand = qsim.Data("by hand", {"image": read.content["image"], "label": [0, 3]}, "")
+
+        assert accuracy.evaluate(loaded, read, qsim.Run()) == accuracy.evaluate(loaded, by_hand, qsim.Run())
+        assert "5 classes of the model not in the data" in accuracy.protocol_for(loaded, read)
+
     def test_a_change_of_one_pixel_changes_the_fingerprint(self, folder: str) -> None:
         before = qsim.parse("accuracy").read(folder).sha256
         with Image.open(Path(folder) / "test" / "3" / "a.png") as image:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet
 import pytest
 import torch
 from architectures import SIZES, pretrained, write
@@ -187,3 +188,105 @@ class TestWrong:
             qsim.parse("accuracy").evaluate(qsim.parse("bert").load(str(folder), torch.float32), data(), qsim.Run())
 
         assert str(error.value) == "the model has one output and no classes; use the evaluator fidelity"
+
+
+class TestNames:
+    """Labels by name where the data and the model name their classes."""
+
+    SWAPPED = ("OTHER", "noun", "Verb")
+    NUMBERS = (1, 2, 2, 2, 0, 1)
+
+    def measured(self, loaded: qsim.LoadedModel, names: Any, labels: Any = NUMBERS, options: str = "") -> Any:
+        named = qsim.Data("words", {"text": TEXTS, "label": labels, "names": names}, "")
+        return qsim.parse(f"accuracy{options}").evaluate(loaded, named, qsim.Run())
+
+    @pytest.fixture
+    def unnamed(self, loaded: qsim.LoadedModel) -> qsim.LoadedModel:
+        found = copy.deepcopy(loaded)
+        config: Any = found.model.config
+        config.id2label = {number: f"LABEL_{number}" for number in range(3)}
+        config.label2id = {}
+        return found
+
+    def test_other_numbers_and_other_letters_are_the_same_classes(self, loaded: qsim.LoadedModel) -> None:
+        right = qsim.parse("accuracy").evaluate(loaded, data(), qsim.Run())
+
+        assert self.measured(loaded, self.SWAPPED) == right
+        assert self.measured(loaded, ("noun", "VERB", "other"), LABELS) == right
+        assert self.measured(loaded, self.SWAPPED, LABELS, "(by_name=false)") == right
+
+    def test_a_table_with_named_classes_is_scored_by_name_and_the_result_says_so(
+        self, loaded: qsim.LoadedModel, tmp_path: Path
+    ) -> None:
+        loaded.model.save_pretrained(tmp_path / "model")  # type: ignore[operator]
+        loaded.tokenizer.save_pretrained(tmp_path / "model")
+        features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=list(self.SWAPPED)))
+        rows = pyarrow.table({"text": TEXTS, "label": self.NUMBERS}, schema=features.arrow_schema)
+        pyarrow.parquet.write_table(rows, tmp_path / "words.parquet")
+
+        recipe = {"model": str(tmp_path / "model"), "weights": "int8"}
+        result = qsim.evaluate(recipe, data=str(tmp_path / "words.parquet"), run=qsim.Run(batch_size=3))
+
+        assert result.baseline == qsim.parse("accuracy").evaluate(loaded, data(), qsim.Run(batch_size=3))
+        assert result.protocol.endswith("longest of a batch, labels matched by name")
+
+    @pytest.mark.parametrize(
+        ("content", "how"),
+        [
+            ({"label": NAMES}, "labels matched by name"),
+            ({"label": LABELS}, "labels taken by number, as the data do not name their classes"),
+            ({"label": [0, 1], "names": ["verb", "noun"]}, "labels matched by name, 1 classes of the model not in the data"),
+        ],
+    )  # fmt: skip
+    def test_the_protocol_says_which(self, loaded: qsim.LoadedModel, content: Any, how: str) -> None:
+        found = qsim.parse("accuracy").protocol_for(loaded, qsim.Data("words", {"text": TEXTS, **content}, ""))
+
+        assert found.endswith(f"longest of a batch, {how}")
+
+    def test_a_model_without_names_is_scored_by_number(self, unnamed: qsim.LoadedModel) -> None:
+        named = qsim.Data("words", {"text": TEXTS, "label": LABELS, "names": CLASSES}, "")
+        accuracy = qsim.parse("accuracy")
+
+        assert accuracy.evaluate(unnamed, named, qsim.Run()) == accuracy.evaluate(unnamed, data(), qsim.Run())
+        assert accuracy.protocol_for(unnamed, named).endswith("by number, as the model does not name its classes")
+
+    def test_a_number_for_a_name_is_the_models_number(self, unnamed: qsim.LoadedModel) -> None:
+        """Directories of images sort the name 10 before 2."""
+        assert self.measured(unnamed, ("2", "0", "1")) == qsim.parse("accuracy").evaluate(unnamed, data(), qsim.Run())
+
+    def test_two_classes_of_one_name_keep_their_places(self, loaded: qsim.LoadedModel) -> None:
+        doubled = copy.deepcopy(loaded)
+        config: Any = doubled.model.config
+        config.id2label, config.label2id = {0: "crane", 1: "crane", 2: "other"}, {"crane": 1, "other": 2}
+        right = qsim.parse("accuracy").evaluate(loaded, data(), qsim.Run())
+
+        assert self.measured(doubled, ("crane", "crane", "other"), LABELS) == right
+        with pytest.raises(
+            qsim.DataError, match=r"^label 'crane' is the name of several classes of the model: \[0, 1\]$"
+        ):
+            self.measured(doubled, None, ["crane"] * 6)
+
+    @pytest.mark.parametrize(
+        ("names", "message"),
+        [
+            (("noun", "verb", "adverb"), "the data have a class 'adverb', and the model does not (noun, verb, other); rename the classes, or take them by number: --set accuracy.by_name=false"),
+            (("noun", "verb", "other", "Noun"), "the data have 2 classes for the model's 'noun'; merge them"),
+        ],
+    )  # fmt: skip
+    def test_other_names(self, loaded: qsim.LoadedModel, names: Any, message: str) -> None:
+        with pytest.raises(qsim.DataError) as error:
+            self.measured(loaded, names)
+
+        assert str(error.value) == message
+
+    def test_a_configuration_that_contradicts_itself(self, loaded: qsim.LoadedModel) -> None:
+        wrong = copy.deepcopy(loaded)
+        config: Any = wrong.model.config
+        config.label2id = {"noun": 1, "verb": 0, "other": 2}
+
+        with pytest.raises(qsim.DataError) as error:
+            self.measured(wrong, self.SWAPPED)
+
+        assert (
+            str(error.value) == "the model's config contradicts itself: class 'noun' is 0 in id2label and 1 in label2id"
+        )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+from qsim_transformers.tokens import check_ids
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.errors import with_article
@@ -80,8 +81,8 @@ class LMEval(Evaluator):
         """Return the tokens of the first request."""
         self._check(loaded)
         tokens = loaded.tokenizer(_tasks(data).first_text, verbose=False).input_ids or [loaded.tokenizer.eos_token_id]
-        device = computes_on(loaded.model)
-        return {"input_ids": torch.tensor([tokens[: self.max_length or 64]], device=device), "use_cache": False}
+        ids = check_ids(loaded.model, torch.tensor([tokens[: self.max_length or 64]]))
+        return {"input_ids": ids.to(computes_on(loaded.model)), "use_cache": False}
 
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
         """Return the harness's metrics as `task/metric`, those of groups first, and the number of `documents`."""

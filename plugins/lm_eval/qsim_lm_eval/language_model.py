@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from torch import nn
+from qsim_transformers.tokens import check_ids
+from torch import Tensor, nn
 
 from qsim_core import LoadedModel, Run
 
@@ -39,6 +40,12 @@ class InMemory(HFLM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         return self._in_pieces(super().generate_until, requests, BATCHES)
+
+    def _model_call(self, inps: Tensor, *args: Any, **options: Any) -> Any:
+        return super()._model_call(check_ids(self.model, inps), *args, **options)
+
+    def _model_generate(self, context: Tensor, *args: Any, **options: Any) -> Any:
+        return super()._model_generate(check_ids(self.model, context), *args, **options)
 
     def _in_pieces(self, answer: Callable[[list[Any]], list[Any]], requests: list[Any], batches: int) -> list[Any]:
         size = batches * int(self.batch_size)

@@ -126,6 +126,21 @@ def test_choices_that_are_equally_likely_are_wrong(loaded: Any, ends: Callable[.
     assert measure(loaded, "ends", directory) == {"ends/acc": 0, "ends/acc_norm": 0, "documents": 6}
 
 
+@pytest.mark.parametrize("kind", ["multiple_choice", "loglikelihood_rolling", "generate_until"])
+def test_a_token_that_the_model_does_not_have(loaded: Any, ends: Callable[..., Path], kind: str) -> None:
+    loaded.model.resize_token_embeddings(100)
+    rest: Any = {"doc_to_choice": "{{ends}}"} if kind == "multiple_choice" else {"doc_to_target": "{{start}}"}
+    if kind == "generate_until":
+        rest["generation_kwargs"] = {"until": ["\n"], "max_gen_toks": 2}
+    directory = ends(count=1, output_type=kind, metric_list=[], **rest)
+
+    message = r"^the tokenizer gives token \d+, and the model has tokens 0 to 99: one is not of the other$"
+    with pytest.raises(qsim.DataError, match=message):
+        measure(loaded, "ends", directory)
+    with pytest.raises(qsim.DataError, match=message):
+        evaluator("ends", directory).example(loaded, evaluator("ends", directory).default_data())
+
+
 def test_a_model_whose_logits_are_nan_has_no_score(loaded: Any, ends: Callable[..., Path]) -> None:
     loaded.model.get_input_embeddings().weight.data.fill_(math.nan)
 
