@@ -28,6 +28,7 @@ from pydantic_core import PydanticUndefined
 import qsim_core as qsim
 from qsim_core.cli.components import catalogue, described
 from qsim_core.cli.main import main
+from qsim_core.cli.options import LAST, by_heading
 from qsim_core.components.component import Preset
 from qsim_core.components.discovery import COMMANDS, GROUP
 from qsim_core.components.hook_validation import HOOKS, base_of
@@ -155,9 +156,11 @@ def _command(name: str, command: click.Command, parent: click.Context | None) ->
     yield f"## `{name}`\n"
     yield f"`{context.command_path} {' '.join(command.collect_usage_pieces(context))}`\n"
     yield f"{inspect.cleandoc(command.help or '').partition(chr(8))[0].strip()}\n"
-    records = [parameter.get_help_record(context) for parameter in command.get_params(context)]
-    rows = [(code(record[0]), cell(record[1])) for record in records if record and record[0].startswith("-")]
-    yield table(("option", "meaning"), *rows)
+    for heading, records in by_heading(command, context).items():
+        yield table(
+            ("option" if heading == LAST else heading, "meaning"),
+            *((code(option), cell(meaning)) for option, meaning in records),
+        )
 
 
 KINDS = {

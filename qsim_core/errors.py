@@ -68,7 +68,7 @@ def did_you_mean(name: str, known: Iterable[str], words: Mapping[str, str] | Non
     >>> did_you_mean("fp8", ["e4m3", "e5m2"], {"e4m3": "OCP FP8", "e5m2": "OCP FP8, wider"})
     "; did you mean 'e4m3' or 'e5m2'? There are: e4m3, e5m2"
     """
-    names = sorted(known, key=_natural_order)
+    names = sorted(known, key=natural_order)
     described = described_as(name, words or {})
     hint = _closest(name, names) or "."
     if described:
@@ -96,10 +96,14 @@ def file_did_you_mean(path: Path) -> str:
     return "" if path.name in beside else _closest(path.name, beside)
 
 
-def _natural_order(name: str) -> list[tuple[bool, int, str]]:
-    """A key for sorting that puts `int4` before `int16`."""
-    parts = re.split(r"(\d+)", name)
-    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
+def natural_order(name: str) -> tuple[list[tuple[int, str]], str]:
+    """A key for sorting that puts `int4` before `int16`.
+
+    >>> sorted(["int16", "layers.10", "int4", "layers.9"], key=natural_order)
+    ['int4', 'int16', 'layers.9', 'layers.10']
+    """
+    parts = enumerate(re.split(r"([0-9]+)", name))  # every second one is a number
+    return [(len(digits := part.lstrip("0")), digits) if place % 2 else (0, part) for place, part in parts], name
 
 
 def _closest(name: str, known: list[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -20,6 +21,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 import qsim_core as qsim
+from qsim_core.cli.console import console, print_below
 from qsim_core.cli.main import main
 from qsim_core.files import writing
 
@@ -33,6 +35,11 @@ def qsim_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Qsim:
     """`qsim_("evaluate", …)` in an empty directory."""
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def joined(text: str) -> str:
+    """A text as one line: the lines under a table are wrapped."""
+    return " ".join(text.split())
 
 
 @pytest.fixture(scope="session")
@@ -51,14 +58,15 @@ def test_the_table_names_exceptions(qsim_: Qsim, tmp_path: Path) -> None:
 
     outcome = qsim_("evaluate", "opt-tiny", "--recipe", str(tmp_path / "r.yaml"), "--limit", "1")
 
-    assert "otherwise at *.fc2: weights channel(int8)\notherwise at *.fc1: weights as they are\n" in outcome.stdout
+    lines = outcome.stdout.splitlines()
+    assert {"otherwise at *.fc2: weights channel(int8)", "otherwise at *.fc1: weights as they are"} <= set(lines)
 
 
 @pytest.mark.parametrize(("path", "sites"), [("int8", 24), ("fp8", 0)])
 def test_a_path_that_is_named_says_how_many_took_it(path: str, sites: int, qsim_: Qsim) -> None:
     outcome = qsim_("evaluate", "opt-tiny", "--precision", "w8a8", "--arithmetic", path, "--limit", "1")
 
-    assert f"{sites} of 33 matmuls were computed in {path}; the others do not fit it here\n" in outcome.stdout
+    assert f"{sites} of 33 matmuls were computed in {path}; the others do not fit it here " in joined(outcome.stdout)
 
 
 def test_a_result_is_no_recipe_and_a_recipe_no_result(qsim_: Qsim, tmp_path: Path) -> None:
@@ -88,11 +96,35 @@ def test_the_table_says_what_a_reader_needs(qsim_: Qsim) -> None:
         ["activations", "abfp(int4)"],
         ["outputs", "cast(bf16)"],
     ]
-    assert "; of 8 samples only (--limit)" in outcome.stdout
     assert "no confidence intervals: 8 samples are too few\n" in outcome.stdout
-    assert "left alone: lm_head (--skip none quantizes everything)" in outcome.stdout
-    assert "v's scales are shared over tokens" in outcome.stdout
+    assert "; of 8 samples only (--limit)" in joined(outcome.stdout)
+    assert "left alone: lm_head (--skip none quantizes everything)" in joined(outcome.stdout)
+    assert "v's scales are shared over tokens" in joined(outcome.stdout)
     assert "\x1b[" not in outcome.stdout
+    assert max(map(len, outcome.stdout.splitlines())) <= 80, "the lines under the table are wrapped"
+
+
+def test_a_long_name_below_a_table_stays_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    path = "/tmp/" + 100 * "x"
+
+    print_below(console(), f"the others copied, to {path}")
+
+    assert capsys.readouterr().out == f"the others copied, to\n{path}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "headings"),
+    [
+        ("evaluate", ["Recipe", "Data", "Computation", "Options"]),
+        ("finetune", ["Recipe", "Data", "Training", "Computation", "Options"]),
+        ("plugins", ["Options"]),
+    ],
+)
+def test_options_stand_under_headings(command: str, headings: list[str], qsim_: Qsim) -> None:
+    shown = qsim_(command, "--help").stdout
+
+    assert re.findall(r"^(\w+):$", shown, re.MULTILINE) == headings
+    assert shown.count("--help ") == 1
 
 
 def test_a_result_has_everything_that_its_schema_promises(record: Path) -> None:
@@ -205,8 +237,8 @@ def test_names_with_brackets_are_names_and_no_markup(qsim_: Qsim, tmp_path: Path
     outcome = qsim_("evaluate", "--weights", "int8", "--data", "x[/b].txt", "--skip", "*.[kq]_proj", "--limit", "2")
 
     assert outcome.exit_code == 0, outcome.output
-    assert "x[/b].txt (sha256" in outcome.stdout
-    assert "left alone: *.[kq]_proj (" in outcome.stdout
+    assert "x[/b].txt (sha256" in joined(outcome.stdout)
+    assert "left alone: *.[kq]_proj (" in joined(outcome.stdout)
 
 
 def test_a_terminal_that_lacks_a_character_shows_another(tmp_path: Path) -> None:
@@ -322,7 +354,7 @@ def test_a_transform_runs_from_the_command_line_and_its_record_again(qsim_: Qsim
     again = qsim_("evaluate", "--from", "smooth.json", "--json", "again.json", "--quiet")
 
     assert [outcome.exit_code for outcome in (smooth, again)] == [0, 0], smooth.output + again.output
-    assert "smoothquant(0.5): 8 layers, largest channel over the median one " in smooth.stdout
+    assert "smoothquant(0.5): 8 layers, largest channel over the median one " in joined(smooth.stdout)
     second, third = (qsim.Result.read(Path(f"{name}.json")) for name in ("smooth", "again"))
     assert second.ratio < 1.15
     assert second.simulated == third.simulated
@@ -344,6 +376,7 @@ def test_components_lists_and_shows(qsim_: Qsim, monkeypatch: pytest.MonkeyPatch
 
     assert "e4m3" in listing.stdout
     assert "perplexity" in listing.stdout
+    assert listing.stdout.index("\nint9 ") < listing.stdout.index("\nint10 "), "numbers in names are sorted as numbers"
     assert one.stdout.split("\nquantizer of")[0].replace("\n", "") == (
         "abfp(element=int4, n=64, scale=bf16, symmetric=true, range=minmax, rule=divide, static=false, gradient=clipped)"
     )

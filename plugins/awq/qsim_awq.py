@@ -13,6 +13,7 @@ from qsim_structure.for_transforms import scale_group, scale_pair, structure_of
 from torch import Tensor, nn
 
 from qsim_core import Scheme, Transform, hookimpl
+from qsim_core.errors import natural_order
 from qsim_core.matmuls.call import Call
 from qsim_core.matmuls.layout import Layout, layout_of
 from qsim_core.sites.site import Site
@@ -92,7 +93,8 @@ class AWQ(Transform):
             for layer in layers.values() if self.clip else ():
                 if layer.weight.name not in _makers_of_scores(structure):
                     self._clip(context, layer)
-        for name in sorted(left - {report.layer for report in context.reports if report.after is not None}):
+        left -= {report.layer for report in context.reports if report.after is not None}
+        for name in sorted(left, key=natural_order):
             context.report(name, note="not scaled: what reads it is not a linear, or lies outside of every block")
 
     def _scale(

@@ -141,7 +141,7 @@ def show(work_dir: Path | None, as_json: bool) -> None:
     from rich.filesize import decimal
     from rich.table import Table
 
-    from qsim_core.cli.console import console
+    from qsim_core.cli.console import console, print_below
 
     table = Table("kind", "model", "what", "size", "age", box=None, pad_edge=False)
     for entry in found:
@@ -150,9 +150,9 @@ def show(work_dir: Path | None, as_json: bool) -> None:
     if found:
         out.print(table)
     where = f"{user_cache()}" if work_dir is None else f"{work_dir} and {user_cache()}"
-    out.print(f"{_many(found)} in {where}", style="dim", soft_wrap=True)
+    print_below(out, f"{_many(found)} in {where}")
     if work_dir is None:
-        out.print("what `qsim evaluate --work-dir DIR` keeps is shown with --work-dir DIR", style="dim", soft_wrap=True)
+        print_below(out, "what `qsim evaluate --work-dir DIR` keeps is shown with --work-dir DIR")
 
 
 def clear_kept(work_dir: Path | None, kind: str, yes: bool, as_json: bool) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qsim_core.errors import QsimError
+from qsim_core.errors import QsimError, natural_order
 
 if TYPE_CHECKING:
     from qsim_core.components.component import Component, Preset
@@ -72,7 +72,7 @@ def catalogue(host: Host, kind: type[Component] | None = None) -> list[tuple[str
     from qsim_core.components.component import Preset
 
     rows = [(plugin, name, offered) for name, found in host.components(kind).items() for plugin, offered in found]
-    return sorted(rows, key=lambda row: (row[0], isinstance(row[2], Preset), row[1]))
+    return sorted(rows, key=lambda row: (natural_order(row[0]), isinstance(row[2], Preset), natural_order(row[1])))
 
 
 def described(host: Host, plugin: str, offered: type[Component] | Preset) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 
 from rich.console import Console
 
@@ -26,3 +27,9 @@ def console(*, stderr: bool = False, soft_wrap: bool = False, rows: bool = False
         color_system=None if plain else "auto",
         width=WIDEST if free else None,
     )
+
+
+def print_below(out: Console, line: str) -> None:
+    """Print a dim line under a table, wrapped between words. A word that is too long, as a path may be, stays whole."""
+    wrapped = textwrap.fill(line, out.width, break_long_words=False, break_on_hyphens=False)
+    out.print(wrapped, style="dim", soft_wrap=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qsim_core.cli.options import CALIBRATION, COUNT, FILE, RECIPE, RESULT, SEED, output_file, with_options
+from qsim_core.cli.options import CALIBRATION, COUNT, FILE, RECIPE, RESULT, SEED, Headed, output_file, with_options
 from qsim_core.errors import CalibrationWarning, RecipeError
 
 if TYPE_CHECKING:
@@ -24,31 +24,49 @@ FREE_BESIDE_A_RECORD = frozenset({"record", "device", "dry_run", "work_dir", "sa
 """The options that a record does not decide. `--allow-code-execution` is one: a record allows nothing."""
 
 
-@click.command()
-@with_options(RECIPE)
-@click.option("--from", "record", type=click.Path(path_type=Path), metavar="FILE", help="Run a result's record again.")
-@click.option(
-    "--data", type=FILE, metavar="FILE|NAME", help="Data: a file, or a name for `datasets` (NAME[:CONFIG[:SPLIT]])."
+RECORD = click.option(
+    "--from", "record", type=click.Path(path_type=Path), metavar="FILE", help="Run a result's record again."
 )
-@with_options(CALIBRATION)
-@click.option("--work-dir", type=click.Path(path_type=Path), metavar="DIR", help="Keep there what other runs can use.")
-@click.option(
-    "--device",
-    default="cpu",
-    help="Where to compute: cpu, cuda, cuda:1, …; auto: weights on GPUs, in memory, on disk as they fit; disk.",
+DATA = (
+    click.option(
+        "--data", type=FILE, metavar="FILE|NAME", help="Data: a file, or a name for `datasets` (NAME[:CONFIG[:SPLIT]])."
+    ),
+    click.option("--limit", metavar="N", type=COUNT, help="Evaluate so many samples only."),
+    click.option(
+        "--seed", metavar="N", type=SEED, default=0, help="Seed of drawn samples; stochastic rounding has `seed=`."
+    ),
 )
-@click.option("--dtype", default="float32", help="Arithmetic of the model and the simulation.")
-@click.option("--batch-size", metavar="N", type=COUNT, default=8, help="Samples computed at a time.")
-@click.option("--limit", metavar="N", type=COUNT, help="Evaluate so many samples only.")
-@click.option(
-    "--seed", metavar="N", type=SEED, default=0, help="Seed of drawn samples; stochastic rounding has `seed=`."
+COMPUTATION = (
+    click.option(
+        "--device",
+        default="cpu",
+        help="Where to compute: cpu, cuda, cuda:1, …; auto: weights on GPUs, in memory, on disk as they fit; disk.",
+    ),
+    click.option("--dtype", default="float32", help="Arithmetic of the model and the simulation."),
+    click.option("--batch-size", metavar="N", type=COUNT, default=8, help="Samples computed at a time."),
+    click.option(
+        "--work-dir", type=click.Path(path_type=Path), metavar="DIR", help="Keep there what other runs can use."
+    ),
+    click.option("--allow-code-execution", is_flag=True, help="Let an evaluator run programs that the model writes."),
 )
-@click.option(
-    "--save-samples", "samples", type=click.Path(path_type=Path), metavar="DIR", help="Write what there is to look at."
+OUTPUT = (
+    click.option("--dry-run", is_flag=True, help="Print the recipe that would run, and stop."),
+    click.option(
+        "--save-samples",
+        "samples",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Write what there is to look at.",
+    ),
+    *RESULT,
 )
-@click.option("--allow-code-execution", is_flag=True, help="Let an evaluator run programs that the model writes.")
-@click.option("--dry-run", is_flag=True, help="Print the recipe that would run, and stop.")
-@with_options(RESULT)
+
+
+@click.command(cls=Headed)
+@with_options((*RECIPE, RECORD), "Recipe")
+@with_options((*DATA, *CALIBRATION), "Data")
+@with_options(COMPUTATION, "Computation")
+@with_options(OUTPUT)
 @click.pass_context
 def evaluate(ctx: click.Context, /, json_file: str | None, quiet: bool, **options: Any) -> None:
     """Measure MODEL as it is and in another precision.

@@ -105,12 +105,39 @@ CALIBRATION = (
 )
 
 
-def with_options(options: Iterable[Callable[[Any], Any]]) -> Callable[[Any], Any]:
-    """A decorator that gives a command several options, in this order."""
+LAST = "Options"
+"""The heading of the options that `with_options` was given no heading for, and of those of click itself."""
+
+
+def with_options(options: Iterable[Callable[[Any], Any]], heading: str = LAST) -> Callable[[Any], Any]:
+    """A decorator that gives a command several options, in this order, under a heading of its --help."""
 
     def decorate(command: Any) -> Any:
+        given = len(getattr(command, "__click_params__", ()))
         for option in reversed(tuple(options)):
             command = option(command)
+        for parameter in command.__click_params__[given:]:
+            parameter.heading = heading
         return command
 
     return decorate
+
+
+def by_heading(command: click.Command, ctx: click.Context) -> dict[str, list[tuple[str, str]]]:
+    """The options of a command with their help, under the headings that `with_options` gave them."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for parameter in command.get_params(ctx):
+        record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+        if record is not None:
+            found.setdefault(getattr(parameter, "heading", LAST), []).append(record)
+    return found
+
+
+class Headed(click.Command):
+    """A command whose --help groups the options."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, each group under its heading."""
+        for heading, records in by_heading(self, ctx).items():
+            with formatter.section(heading):
+                formatter.write_dl(records)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qsim_core.errors import PluginError
+from qsim_core.errors import PluginError, natural_order
 
 if TYPE_CHECKING:
     from qsim_core.components.discovery import Plugin
@@ -41,7 +41,8 @@ def rows() -> list[Row]:
         for plugin in groups[group].values():
             for claimant in plugin.claims:
                 found.setdefault((plugin.name, *claimant), []).append(what)
-    return [Row(*key, tuple(provides)) for key, provides in sorted(found.items())]
+    in_order = sorted(found.items(), key=lambda row: [natural_order(part) for part in row[0]])
+    return [Row(*key, tuple(provides)) for key, provides in in_order]
 
 
 def lines(found: Collection[Row]) -> list[str]:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from qsim_core.components.component import Component, components_in, explain, no_option, read_value
 from qsim_core.components.host import Host
-from qsim_core.errors import PluginError, RecipeError, did_you_mean, with_article
+from qsim_core.errors import PluginError, RecipeError, did_you_mean, natural_order, with_article
 from qsim_core.evaluation.adapter import Adapter
 from qsim_core.evaluation.data import Calibration
 from qsim_core.evaluation.evaluator import Evaluator
@@ -174,7 +174,7 @@ def bearing_name(host: Host, plugin: str) -> Component:
         return made
     if hint := _other_option(host, plugin):
         raise PluginError(hint)
-    names = ", ".join(sorted(item.name for item in offers.items())) or "nothing"
+    names = ", ".join(sorted((item.name for item in offers.items()), key=natural_order)) or "nothing"
     raise PluginError(
         f"{offers.plugin} has no quantizer, transform or evaluator called {plugin!r}, so --plugin cannot say what to "
         f"do with it; it offers: {names}"

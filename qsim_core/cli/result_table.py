@@ -10,7 +10,7 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
-from qsim_core.cli.console import console
+from qsim_core.cli.console import console, print_below
 from qsim_core.evaluation.result import Result
 from qsim_core.simulation.recipe import ROLES
 from qsim_core.transforms.report import LayerReport
@@ -37,7 +37,7 @@ def show(result: Result) -> None:
     out = console()
     out.print(table)
     for line in _lines(result):
-        out.print(line, style="dim", soft_wrap=True)
+        print_below(out, line)
 
 
 def recipe_table(result: Result) -> Table:

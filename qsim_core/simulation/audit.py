@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from qsim_core.errors import natural_order
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.matmuls.dispatch import OperatorWatcher, operator_name
 from qsim_core.quantizers.standard_schemes import Cast
@@ -244,7 +245,7 @@ def measured_audit(sites: Sites, run: Callable[[], Any] | None) -> Audit:
         covered=sum(bool(r.input or r.weight or r.output) for r in records),
         found=len(records) + len(outside.found),
         skipped=[r.site for r in records if r.skipped],
-        uncovered=sorted(outside.found),
+        uncovered=sorted(outside.found, key=natural_order),
         bits_per_weight=_mean_bits(watch, "weight"),
         bits_per_activation=_mean_bits(watch, "input"),
         warnings=list(_unfit(sites.table.values(), records)),

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsim_core.errors import QsimError
+from qsim_core.errors import QsimError, natural_order
 from qsim_core.formats.quantizer import SiteQuantizer, straight_through
 from qsim_core.matmuls.layout import Layout
 from qsim_core.quantizers.scales import Scales
@@ -294,7 +294,7 @@ class Weights:
         for (name, _, offset, shape, stride), folded in copies:
             if name not in left:
                 found[name].as_strided(shape, stride, offset).copy_(folded.values())
-        return found, sorted(left)
+        return found, sorted(left, key=natural_order)
 
 
 def _second_use(name: str, how: str) -> QsimError:

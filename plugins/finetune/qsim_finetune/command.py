@@ -18,6 +18,7 @@ from qsim_core.cli.options import (
     RECIPE,
     RESULT,
     SEED,
+    Headed,
     output_file,
     with_options,
 )
@@ -27,35 +28,51 @@ if TYPE_CHECKING:
     from qsim_finetune.training import Finetuned
 
 
-@click.command()
-@with_options(RECIPE)
-@click.option(
-    "--data", type=FILE, metavar="FILE|NAME", help="Data to train on; default: the train split of the model's own."
+DATA = (
+    click.option(
+        "--data", type=FILE, metavar="FILE|NAME", help="Data to train on; default: the train split of the model's own."
+    ),
+    click.option(
+        "--eval-data",
+        type=FILE,
+        metavar="FILE|NAME",
+        help="Data to measure on; default: the model's own, or a test split.",
+    ),
+    click.option("--limit", metavar="N", type=COUNT, help="Measure on so many samples only."),
 )
-@click.option(
-    "--eval-data", type=FILE, metavar="FILE|NAME", help="Data to measure on; default: the model's own, or a test split."
+TRAINING = (
+    click.option("--steps", metavar="N", type=COUNT, help="Optimizer steps; default: as many as the epochs have."),
+    click.option("--epochs", metavar="X", type=POSITIVE, default=1.0, help="Passes over the data."),
+    click.option("--batch-size", metavar="N", type=COUNT, default=8, help="Samples at a time."),
+    click.option("--accumulate", metavar="N", type=COUNT, default=1, help="Batches in one step."),
+    click.option("--lr", "learning_rate", metavar="X", type=POSITIVE, default=1e-4, help="Highest learning rate."),
+    click.option("--seqlen", metavar="N", type=LENGTH, help="Tokens of a sample; default: what the evaluator takes."),
+    click.option("--seed", metavar="N", type=SEED, default=0, help="Seed of the order of samples and of dropout."),
+    click.option("--distill", is_flag=True, help="Learn the float32 model's outputs instead of the data's labels."),
+    click.option("--control", is_flag=True, help="Train in float32 and round afterwards: what training alone does."),
 )
-@with_options(CALIBRATION)
-@click.option(
-    "--output", type=click.Path(path_type=Path), metavar="DIR", required=True, help="Where the trained model goes."
+COMPUTATION = (
+    click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where to compute."),
+    click.option("--gradient-checkpointing", is_flag=True, help="Compute activations again instead of keeping them."),
+    click.option("--bf16", is_flag=True, help="Autocast to bfloat16; weights and their rounding stay float32."),
+    click.option("--checkpoint-every", metavar="N", type=COUNT, default=100, help="Steps between them."),
+    click.option("--resume", is_flag=True, help="Go on with the interrupted run that --output holds."),
 )
-@click.option("--steps", metavar="N", type=COUNT, help="Optimizer steps; default: as many as the epochs have.")
-@click.option("--epochs", metavar="X", type=POSITIVE, default=1.0, help="Passes over the data.")
-@click.option("--batch-size", metavar="N", type=COUNT, default=8, help="Samples at a time.")
-@click.option("--accumulate", metavar="N", type=COUNT, default=1, help="Batches in one step.")
-@click.option("--lr", "learning_rate", metavar="X", type=POSITIVE, default=1e-4, help="Highest learning rate.")
-@click.option("--seqlen", metavar="N", type=LENGTH, help="Tokens of a sample; default: what the evaluator takes.")
-@click.option("--seed", metavar="N", type=SEED, default=0, help="Seed of the order of samples and of dropout.")
-@click.option("--checkpoint-every", metavar="N", type=COUNT, default=100, help="Steps between them.")
-@click.option("--distill", is_flag=True, help="Learn the float32 model's outputs instead of the data's labels.")
-@click.option("--control", is_flag=True, help="Train in float32 and round afterwards: what training alone does.")
-@click.option("--resume", is_flag=True, help="Go on with the interrupted run that --output holds.")
-@click.option("--gradient-checkpointing", is_flag=True, help="Compute activations again instead of keeping them.")
-@click.option("--bf16", is_flag=True, help="Autocast to bfloat16; weights and their rounding stay float32.")
-@click.option("--fold", is_flag=True, help="Save the model with quantized weights too, in DIR/folded.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where to compute.")
-@click.option("--limit", metavar="N", type=COUNT, help="Measure on so many samples only.")
-@with_options(RESULT)
+OUTPUT = (
+    click.option(
+        "--output", type=click.Path(path_type=Path), metavar="DIR", required=True, help="Where the trained model goes."
+    ),
+    click.option("--fold", is_flag=True, help="Save the model with quantized weights too, in DIR/folded."),
+    *RESULT,
+)
+
+
+@click.command(cls=Headed)
+@with_options(RECIPE, "Recipe")
+@with_options((*DATA, *CALIBRATION), "Data")
+@with_options(TRAINING, "Training")
+@with_options(COMPUTATION, "Computation")
+@with_options(OUTPUT)
 def finetune(json_file: str | None, quiet: bool, **options: Any) -> None:
     """Train MODEL under a recipe, and measure it before and after.
 

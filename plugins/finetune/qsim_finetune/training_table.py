@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from qsim_core.cli.console import console
+from qsim_core.cli.console import console, print_below
 from qsim_core.cli.result_table import measured, recipe_table
 from qsim_finetune.output_directory import CURVE
 from qsim_finetune.training import Finetuned
@@ -40,4 +40,4 @@ def show(finetuned: Finetuned, output: Path) -> None:
         f"trained on {finetuned.data.name} (sha256 {finetuned.data.sha256[:12]})",
         f"{output} holds the model, what its sites hold, and {CURVE}; qsim evaluate {output} measures it again",
     ):
-        out.print(line, style="dim", soft_wrap=True)
+        print_below(out, line)

@@ -148,8 +148,8 @@ def test_the_table_says_what_a_reader_needs(tmp_path: Path) -> None:
     assert outcome.exit_code == 0, outcome.output
     for row in ("float32 accuracy", "quantized", "trained under it", "the same weights in float32", "training loss"):
         assert row in outcome.stdout
-    assert "2 steps of 8 samples, lr 0.0001" in outcome.stdout
-    assert "trained on zoo: scikit-learn's digits, train split" in outcome.stdout
+    assert "2 steps of 8 samples, lr 0.0001" in " ".join(outcome.stdout.split())
+    assert "trained on zoo: scikit-learn's digits, train split" in " ".join(outcome.stdout.split())
 
 
 def test_transforms_come_before_the_training_and_are_in_the_weights_after_it(tmp_path: Path) -> None:

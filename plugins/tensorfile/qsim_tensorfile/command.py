@@ -65,7 +65,7 @@ def _show(tensors: list[Rounded], target: Path) -> None:
     """Print the rounded tensors, each with its quantizer and its error."""
     from rich.table import Table
 
-    from qsim_core.cli.console import console
+    from qsim_core.cli.console import console, print_below
     from qsim_core.cli.result_table import bits
 
     table = Table("tensor", "shape", "quantizer", "SQNR in dB", "bits", box=None, pad_edge=False)
@@ -75,5 +75,4 @@ def _show(tensors: list[Rounded], target: Path) -> None:
         table.add_row(tensor.name, " x ".join(map(str, tensor.shape)), tensor.quantizer, sqnr, bits(tensor.bits))
     out = console()
     out.print(table)
-    line = f"{len(rounded)} of {len(tensors)} tensors rounded, the others copied, to {target}"
-    out.print(line, style="dim", soft_wrap=True)
+    print_below(out, f"{len(rounded)} of {len(tensors)} tensors rounded, the others copied, to {target}")

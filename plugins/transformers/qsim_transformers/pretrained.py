@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from qsim_core.errors import ModelError, one_line
+from qsim_core.errors import ModelError, natural_order, one_line
 from qsim_core.evaluation.adapter import Adapter, LoadedModel, check_finite
 from qsim_transformers.configuration import DIFFUSERS, architecture, configuration, evaluator_of, family
 from qsim_transformers.foreign_code import check_no_foreign_code
@@ -130,18 +130,18 @@ def load_model(model_class: Any, source: str, dtype: torch.dtype, subfolder: str
 def _check_all_weights_there(report: Any, where: str) -> None:
     """Raise `ModelError` for weights that the library filled in at random: those missing, or of another shape."""
     if report["mismatched_keys"]:
-        name, stored, expected = sorted(report["mismatched_keys"])[0]
+        name, stored, expected = min(report["mismatched_keys"], key=lambda found: natural_order(found[0]))
         raise ModelError(
             f"weight {name} of {where} has shape {tuple(stored)}, its configuration says {tuple(expected)}"
         )
     if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+        missing = sorted(report["missing_keys"], key=natural_order)
         raise ModelError(f"the weights of {where} lack {missing[0]}{_more(missing)}")
 
 
 def _check_scales_were_read(report: Any, where: str) -> None:
     """Raise `ModelError` for a checkpoint with scales that the class does not know: they were not applied."""
-    scales = [name for name in sorted(report["unexpected_keys"]) if re.search(SCALES, name)]
+    scales = [name for name in sorted(report["unexpected_keys"], key=natural_order) if re.search(SCALES, name)]
     if scales:
         raise ModelError(
             f"the weights of {where} are quantized: it holds {scales[0]}{_more(scales)}, and the class does not read "
