@@ -41,7 +41,7 @@ def blocks(page: str, language: str) -> list[str]:
 def test_the_python_of_a_page_runs(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     namespace = {"__name__": "page"}
     for block in blocks(page, "python"):
-        exec(compile(block, page, "exec"), namespace)
+        exec(compile(block, page, "exec", dont_inherit=True), namespace)
 
     assert "qsim" in namespace
 
@@ -63,7 +63,7 @@ def test_the_programs_of_an_embedder_run(title: str, tmp_path: Path, monkeypatch
 def test_examples_in_docstrings_are_right() -> None:
     outcome = doctest.testmod(errors)
 
-    assert (outcome.failed, outcome.attempted) == (0, 3)
+    assert (outcome.failed, outcome.attempted) == (0, 4)
 
 
 WRITING = ("--json", "--work-dir", "--save-samples")

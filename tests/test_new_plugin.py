@@ -20,6 +20,8 @@ from qsim_core.cli.main import main
 ROOT = Path(__file__).parent.parent
 EXAMPLES = {
     "powers": "quantizer",
+    "fibonacci": "format",
+    "squares": "scheme",
     "deviations": "calibrator",
     "saturating": "arithmetic",
     "clip": "transform",
@@ -27,7 +29,11 @@ EXAMPLES = {
     "agreement": "evaluator",
 }
 KINDS = list(EXAMPLES.values())
-OF_ITS_OWN = {"gpt2": {"pyproject.toml", "tests/test_gpt2.py"}, "saturating": {"pyproject.toml"}}
+OF_ITS_OWN = {
+    "squares": {"pyproject.toml", "tests/test_squares.py"},
+    "gpt2": {"pyproject.toml", "tests/test_gpt2.py"},
+    "saturating": {"pyproject.toml"},
+}
 """Example -> the files that differ from those of a new plugin, by what it depends on."""
 Program = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -155,8 +161,8 @@ def test_an_example_is_a_new_plugin_with_another_module(name: str, tmp_path: Pat
         assert (ROOT / "docs" / "examples" / name / file).read_text() == (tmp_path / name / file).read_text(), file
 
 
-@pytest.mark.parametrize("name", ["powers", "saturating"])
-def test_a_quantizer_and_an_arithmetic_take_at_most_twenty_lines(name: str) -> None:
+@pytest.mark.parametrize("name", ["powers", "fibonacci", "squares", "saturating"])
+def test_a_quantizer_a_format_a_scheme_and_an_arithmetic_take_at_most_twenty_lines(name: str) -> None:
     assert len((ROOT / "docs" / "examples" / name / f"qsim_{name}.py").read_text().splitlines()) <= 20
 
 

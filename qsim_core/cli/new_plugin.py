@@ -13,6 +13,8 @@ from qsim_core.version import __version__
 
 USES = {
     "quantizer": "qsim evaluate --weights $name",
+    "format": "qsim evaluate --weights $name --activations $name",
+    "scheme": "qsim evaluate --plugin $name",
     "calibrator": "qsim evaluate --precision w4a8 --static $name",
     "arithmetic": "qsim evaluate --precision w8a8 --arithmetic $name",
     "transform": "qsim evaluate --precision w4a16 --plugin $name",
@@ -22,6 +24,8 @@ USES = {
 """Kind -> the command that uses a new plugin."""
 NEEDS = {"adapter": ["safetensors>=0.4"]}
 """The distributions that a plugin's module imports besides the core."""
+SUITES = dict.fromkeys(("format", "scheme"), "QuantizerSuite")
+"""Kinds whose conformance suite is that of a more general kind."""
 
 
 def write(kind: str, name: str, directory: Path) -> Path:
@@ -40,7 +44,7 @@ def write(kind: str, name: str, directory: Path) -> Path:
         "Name": "".join(part.title() for part in name.split("_")),
         "kind": kind,
         "article": with_article(kind).split()[0].title(),
-        "Suite": f"{kind.title()}Suite",
+        "Suite": SUITES.get(kind, f"{kind.title()}Suite"),
         "dependencies": ", ".join(f'"{need}"' for need in needs),
     }
     words["use"] = Template(USES[kind]).substitute(words)

@@ -1,0 +1,5 @@
+from qsim_core.testing import QuantizerSuite
+
+
+class TestFibonacci(QuantizerSuite):
+    text = "fibonacci"
