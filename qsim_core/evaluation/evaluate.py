@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qsim_core.components.host import Host, installed
-from qsim_core.errors import DataError, RecipeError
+from qsim_core.errors import DataError, RecipeError, one_line
 from qsim_core.evaluation.adapter import LoadedModel
 from qsim_core.evaluation.baseline_cache import baseline_entry, cached_baseline
 from qsim_core.evaluation.data import Calibration, Data
@@ -24,6 +24,7 @@ from qsim_core.seen import digest
 from qsim_core.simulation.environment import Environment
 from qsim_core.simulation.recipe import Recipe
 from qsim_core.simulation.simulation import simulate
+from qsim_core.transforms.forward import as_in_evaluation, call
 from qsim_core.transforms.offload import state
 from qsim_core.transforms.run import Run
 
@@ -65,7 +66,11 @@ def evaluate(
         batches = job.evaluator.calibration(loaded, seen, given.samples, given.length, run.seed)
     with run.stage("looking for matmuls"):
         if example is not None:  # a recipe that does not fit the model fails before the baseline has run for an hour
-            simulate(loaded.model, job.recipe.model_copy(update={"transforms": ()}), example=example).restore()
+            try:
+                simulate(loaded.model, job.recipe.model_copy(update={"transforms": ()}), example=example).restore()
+            except Exception:
+                _check_runs(job.evaluator, loaded, example)
+                raise
     entry = None if samples is not None else baseline_entry(job, host, loaded, dataset, run, device, dtype)
     before = time.perf_counter()
     baseline, cached = cached_baseline(
@@ -120,6 +125,17 @@ def evaluate(
         },
         cached=[*(["baseline"] if cached else []), *simulation.cached],
     )
+
+
+def _check_runs(evaluator: Evaluator, loaded: LoadedModel, example: Any) -> None:
+    """Raise `DataError` if the model as it is cannot run on the evaluator's example."""
+    try:
+        with as_in_evaluation(loaded.model):
+            call(loaded.model, example)
+    except Exception as error:  # models raise errors of any class
+        raise DataError(
+            f"the model, {type(loaded.model).__name__}, cannot run on the example of {evaluator}: {one_line(error)}"
+        ) from error
 
 
 def _metrics(evaluator: Evaluator, loaded: LoadedModel, data: Data, run: Run, label: str) -> dict[str, float]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.evaluation.metrics import rank
 from qsim_core.files import place
+from qsim_evaluators.asking import arguments, logits
 from qsim_evaluators.fitting import check, longest, require
 from qsim_evaluators.labels import Labels
 from qsim_evaluators.pixels import encoded, image_rows, pixels, shape_in_words, sides
@@ -114,10 +115,11 @@ class Accuracy(Evaluator):
         found = []
         with torch.no_grad():
             for batch in run.track(batches, len(batches), f"{kind}s"):
-                logits = loaded.model(**self._inputs(loaded, data, batch)).logits.float().cpu()
+                outputs = logits(loaded, self._inputs(loaded, data, batch)).float().cpu()
                 truth = labels[batch]
-                place = rank(logits, truth)
-                nll = F.cross_entropy(logits, truth, reduction="none")
+                _check_classes(outputs, truth)
+                place = rank(outputs, truth)
+                nll = F.cross_entropy(outputs, truth, reduction="none")
                 found.append(torch.stack([(place == 1).double(), (place <= 5).double(), nll.double()]))
         top1, top5, nll = torch.cat(found, 1)
         majority = max(Counter(labels.tolist()).values()) / len(places)
@@ -130,12 +132,15 @@ class Accuracy(Evaluator):
 
     def protocol(self, loaded: LoadedModel) -> str:
         """Describe the number of classes, and the size of images or the length of texts."""
-        config: Any = loaded.model.config
+        config: Any = getattr(loaded.model, "config", None)
         if hasattr(config, "image_size"):
             made = f"images made {shape_in_words(sides(config.image_size))} pixels by the model's own processor"
+        elif loaded.tokenizer is None:
+            made = "images as the model's own processor makes them"
         else:
             made = f"texts cut off after {self._length(loaded)} tokens and padded to the longest of a batch"
-        return f"top-1 accuracy over {config.num_labels} classes, {made}"
+        classes = getattr(config, "num_labels", "the model's")
+        return f"top-1 accuracy over {classes} classes, {made}"
 
     def _inputs(
         self, loaded: LoadedModel, data: Data, places: list[int], length: int | None = None, padded: bool = False
@@ -144,13 +149,15 @@ class Accuracy(Evaluator):
         if "text" in data.content:
             require("accuracy of texts", loaded, "tokenizer", "a tokenizer")
             texts = [data.content["text"][place] for place in places]
-            return tokenized(loaded, texts, length or self._length(loaded), padded)
+            return arguments(loaded, tokenized(loaded, texts, length or self._length(loaded), padded))
         require(self.name, loaded, "processor", "an image processor")
-        return {"pixel_values": pixels(loaded, [data.content["image"][place] for place in places], places[0])}
+        images = pixels(loaded, [data.content["image"][place] for place in places], places[0])
+        return arguments(loaded, {"pixel_values": images})
 
     def _length(self, loaded: LoadedModel) -> int:
         """Return the tokens of a text at most. Some models, such as RoBERTa, have more positions than usable tokens."""
-        return self.seqlen or min(longest(loaded, LONGEST), loaded.tokenizer.model_max_length, LONGEST)
+        own = getattr(loaded.tokenizer, "model_max_length", LONGEST)
+        return self.seqlen or min(longest(loaded, LONGEST), own, LONGEST)
 
     def _labels(self, loaded: LoadedModel, data: Data) -> Labels:
         return Labels(loaded, data.content.get("names"), self.by_name)
@@ -173,3 +180,12 @@ class Accuracy(Evaluator):
         named = names or {}
         digest = hashlib.sha256(json.dumps([texts, labels, *named.values()]).encode()).hexdigest()
         return Data(name, {"text": texts, "label": labels, **named}, digest)
+
+
+def _check_classes(outputs: Tensor, labels: Tensor) -> None:
+    """Raise `DataError` for outputs that are not one number for each class."""
+    if outputs.dim() != 2 or int(labels.max()) >= outputs.shape[1]:
+        raise DataError(
+            f"the data have a label {int(labels.max())}, and the model's outputs are {tuple(outputs.shape)}, not one "
+            f"number for each class of each sample"
+        )

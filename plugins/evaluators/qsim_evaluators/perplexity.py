@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.evaluation.metrics import Means
+from qsim_evaluators.asking import arguments, logits
 from qsim_evaluators.fitting import check, device, longest
 from qsim_evaluators.text import (
     cut_windows,
@@ -66,7 +67,7 @@ class Perplexity(Evaluator):
             raise DataError(f"calibration windows of {length} tokens: the model takes 2 to {most}")
         opening, tokens = self._tokens(loaded, data)
         windows = draw_windows(tokens, samples, length - len(opening), seed, data.name)
-        return [{"input_ids": opened(opening, w).to(device(loaded)), "use_cache": False} for w in windows]
+        return [_inputs(loaded, opened(opening, window)) for window in windows]
 
     def training(self, loaded: LoadedModel, data: Data, length: int | None) -> list[dict[str, Tensor]]:
         """Cut the text into non-overlapping windows. The model has to predict each token except the first."""
@@ -80,7 +81,7 @@ class Perplexity(Evaluator):
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
         """Return the first window, without a cache."""
         windows, _ = self._windows(loaded, *self._tokens(loaded, data), data.name)
-        return {"input_ids": windows[:1].to(device(loaded)), "use_cache": False}
+        return _inputs(loaded, windows[:1])
 
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
         """Compute perplexities per token, word and byte, `nll` (nats per token), `bits_per_byte`, and `tokens`."""
@@ -156,6 +157,10 @@ class Perplexity(Evaluator):
 def _losses(loaded: LoadedModel, batch: Tensor) -> Tensor:
     """Compute the negative log-likelihood of each token but the first, `[windows, seqlen - 1]`, in float64."""
     batch = batch.to(device(loaded))
-    logits = loaded.model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-    losses = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+    found = logits(loaded, _inputs(loaded, batch))[:, :-1].float()
+    losses = F.cross_entropy(found.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
     return losses.double().view(len(batch), -1).cpu()
+
+
+def _inputs(loaded: LoadedModel, batch: Tensor) -> dict[str, Any]:
+    return arguments(loaded, {"input_ids": batch.to(device(loaded)), "use_cache": False})

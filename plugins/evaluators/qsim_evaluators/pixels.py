@@ -56,9 +56,9 @@ def pixels(loaded: LoadedModel, images: Sequence[Any], first: int = 0) -> Tensor
     Images are PIL images or uint8 arrays `[height, width]` or `[height, width, 3]`. Messages number them from `first`.
     Raises `DataError` for images that the model cannot take.
     """
-    config: Any = loaded.model.config
+    config: Any = getattr(loaded.model, "config", None)
     config = getattr(config, "vision_config", config)
-    channels = getattr(config, "num_channels", 3)
+    channels = None if config is None else getattr(config, "num_channels", 3)
     prepared = [picture(image, first + place, channels) for place, image in enumerate(images)]
     found: Tensor = loaded.processor(prepared, return_tensors="pt")["pixel_values"]
     size = getattr(config, "image_size", None)
@@ -70,8 +70,11 @@ def pixels(loaded: LoadedModel, images: Sequence[Any], first: int = 0) -> Tensor
     return found.to(device(loaded), dtype(loaded))
 
 
-def picture(image: Any, place: int, channels: int) -> Any:
-    """Convert an image to a PIL image with the model's channels. Grey becomes RGB; RGB never becomes grey."""
+def picture(image: Any, place: int, channels: int | None) -> Any:
+    """Convert an image to a PIL image with the model's channels. Grey becomes RGB; RGB never becomes grey.
+
+    Without a number of channels an image keeps its own: only the model's processor knows what the model takes.
+    """
     from PIL import Image
 
     if not isinstance(image, Image.Image):
@@ -82,6 +85,8 @@ def picture(image: Any, place: int, channels: int) -> Any:
                 f"expected uint8, [height, width] or [height, width, 3]"
             )
         image = Image.fromarray(array)
+    if channels is None:
+        return image
     if channels == 1 and image.mode not in ("1", "L"):
         raise DataError(f"image {place} has mode {image.mode}, the model takes one channel; convert the images to 'L'")
     return image.convert("L" if channels == 1 else "RGB")
