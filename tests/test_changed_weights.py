@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import qsim_core as qsim
-from qsim_core.seen import sample
+from qsim_core.snapshots import sample
 
 X = torch.linspace(-1, 1, 6 * 32).reshape(6, 32)
 

@@ -161,8 +161,8 @@ def test_a_command_line_ends_with_an_exit_code_and_one_line(tmp_path: Path, monk
         (["evaluate", "--recipe", "large"], "Error: cannot read large: it has more than 1 MiB"),
         (["finetune", "--precision", "w4a8", "--output", "o", "--lr", "nan"], "'nan' is not a finite number"),
         (["finetune", "--precision", "w4a8", "--output", "o", "--epochs", "inf"], "'inf' is not a finite number"),
-        (["quantize", "fifo", "o", "--weights", "int4"], "Error: cannot read fifo: it is not a regular file"),
-        (["quantize", "loop", "o", "--weights", "int4"], "cannot be a file or a directory: Too many levels of symbolic"),
+        (["quantize", "fifo", "o.safetensors", "--weights", "int4"], "Error: cannot read fifo: it is not a regular file"),
+        (["quantize", "loop", "o.safetensors", "--weights", "int4"], "cannot be a file or a directory: Too many levels of symbolic"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_right_is_one_line(

@@ -206,7 +206,7 @@ class Chosen(Squares):
         return {"first": float(loaded.model(torch.eye(WIDTH)).argmax(1).eq(0).float().mean())}
 
 
-class Seen(Squares):
+class Kept(Squares):
     """An evaluator whose outputs a person can look at."""
 
     name = "seen"
@@ -233,7 +233,7 @@ def evaluate(tmp_path: Any) -> Any:
     (tmp_path / "vectors").mkdir()
     (tmp_path / "vectors" / "config.json").write_text('{"model_type": "vectors", "architectures": ["Linear"]}')
     host = qsim.Host()
-    host.register(Squares, Plain, Chosen, Seen, Vectors)
+    host.register(Squares, Plain, Chosen, Kept, Vectors)
 
     def run(samples: Any = None, **recipe: Any) -> qsim.Result:
         values = {"model": str(tmp_path / "vectors"), "weights": "int4", **recipe}

@@ -16,7 +16,7 @@ from qsim_core.components.component import Component
 from qsim_core.errors import ModelError
 from qsim_core.evaluation import configuration
 from qsim_core.evaluation.data import Data
-from qsim_core.seen import stored_as
+from qsim_core.snapshots import stored_as
 from qsim_core.transforms.offload import state
 
 

@@ -20,10 +20,10 @@ from qsim_core.evaluation.metrics import Metrics, intervals, without_score
 from qsim_core.evaluation.record import calibration_record, data_record, description
 from qsim_core.evaluation.result import Result
 from qsim_core.files import make_work_dir
-from qsim_core.seen import digest
 from qsim_core.simulation.environment import Environment
 from qsim_core.simulation.recipe import Recipe
 from qsim_core.simulation.simulation import simulate
+from qsim_core.snapshots import digest
 from qsim_core.transforms.forward import as_in_evaluation, call
 from qsim_core.transforms.offload import state
 from qsim_core.transforms.run import Run

@@ -5,8 +5,9 @@ itself is overwritten, unless another user would see the change. A copy is held 
 module's, is used in parts, or is read by other code. A weight that is computed from a parameter is quantized in every
 forward.
 
-A weight in training is quantized in every forward, with its straight-through gradient. Elsewhere `Seen` tells in each
-forward if a parameter has changed; it is then quantized again. A weight that a transform has quantized may not change.
+A weight in training is quantized in every forward, with its straight-through gradient. Elsewhere `Snapshot` tells in
+each forward if a parameter has changed; it is then quantized again. A weight that a transform has quantized may not
+change.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from qsim_core.errors import QsimError, natural_order
 from qsim_core.formats.quantizer import SiteQuantizer, straight_through
 from qsim_core.matmuls.layout import Layout
 from qsim_core.quantizers.scales import Scales
-from qsim_core.seen import Seen, has_memory
 from qsim_core.sites.arithmetic import Lowered, Lowering
+from qsim_core.snapshots import Snapshot, has_memory
 
 READ = "read"
 """Stands among the uses of a parameter that other code than a matmul reads: to look up rows, or to compute a weight."""
@@ -53,8 +54,8 @@ class Weight:
 class _Quantized:
     """One quantized weight: a copy, a lowered form, or values that overwrote the parameter."""
 
-    seen: Seen
-    held: tuple[Seen, ...]
+    seen: Snapshot
+    held: tuple[Snapshot, ...]
     """The tensors that the quantizer holds, such as learned steps."""
     layout: Layout | None
     """The layout of its rows; None for an overwritten parameter."""
@@ -70,7 +71,7 @@ class _Quantized:
     def holds(self, parameter: Tensor, quantizer: SiteQuantizer) -> bool:
         """Tell if the parameter, and what the quantizer holds, are unchanged."""
         held = quantizer.held
-        if len(held) != len(self.held) or not all(map(Seen.holds, self.held, held)):
+        if len(held) != len(self.held) or not all(map(Snapshot.holds, self.held, held)):
             return False
         return self.seen.holds(parameter)
 
@@ -87,7 +88,7 @@ class _Quantized:
 class _Pinned:
     """A weight that a transform has quantized."""
 
-    seen: Seen
+    seen: Snapshot
     dtype: torch.dtype
     scales: Scales | None
 
@@ -124,7 +125,7 @@ class Weights:
     def begin(self) -> None:
         """Compare the weights on a device with what they were, at the start of a forward."""
         with self.lock:
-            Seen.compare(self._seen())
+            Snapshot.compare(self._seen())
 
     def refresh(self) -> None:
         """Forget all copies, and compare the values of overwritten and of final weights at their next use."""
@@ -133,7 +134,7 @@ class Weights:
             for seen in self._seen():
                 seen.doubt()
 
-    def _seen(self) -> list[Seen]:
+    def _seen(self) -> list[Snapshot]:
         return [*(folded.seen for folded in self.folded.values()), *(pin.seen for pin in self._pins.values())]
 
     def met(self, weight: Weight, layout: Layout) -> None:
@@ -150,7 +151,7 @@ class Weights:
 
     def pin(self, name: str, parameter: Tensor, scales: Scales | None) -> None:
         """Take a weight as final: its values are quantized. `scales` are those of its rows, [N, B]; None: unknown."""
-        self._pins[name] = _Pinned(Seen(parameter, whole=True), parameter.dtype, scales)
+        self._pins[name] = _Pinned(Snapshot(parameter, whole=True), parameter.dtype, scales)
 
     def pinned_scales(self) -> dict[str, Scales]:
         """The scales of the pinned weights by name, as far as they are known."""
@@ -169,7 +170,7 @@ class Weights:
                 f"{weight.name} has changed since a transform put it on its grid; "
                 f"load the model again, change it, and simulate it then"
             )
-        self._pins[weight.name] = _Pinned(Seen(weight.parameter, whole=True), weight.parameter.dtype, None)
+        self._pins[weight.name] = _Pinned(Snapshot(weight.parameter, whole=True), weight.parameter.dtype, None)
         return self._pins[weight.name]
 
     @staticmethod
@@ -275,7 +276,7 @@ class Weights:
                 lowered = None if lowering is None or lowered is None else lowering.keep(lowered)
             kept = None if quantized is None else torch.empty_like(operand).copy_(layout.back(quantized))
         key_of_lowering = None if lowering is None or lowered is None else lowering.key
-        seen, held = Seen(parameter, whole=in_place), tuple(map(Seen, quantizer.held))
+        seen, held = Snapshot(parameter, whole=in_place), tuple(map(Snapshot, quantizer.held))
         folded = _Quantized(seen, held, None if in_place else layout, in_place, kept, lowered, key_of_lowering, scales)
         self.folded[key] = folded
         if weight.name in self.elsewhere or self.moves[weight.name] > MOVES:

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from qsim_core.errors import RecipeError
-from qsim_core.seen import stored_as
 from qsim_core.sites.sites import Sites
+from qsim_core.snapshots import stored_as
 from qsim_core.transforms.checkpoint import sha256
 from qsim_core.transforms.context import Context
 from qsim_core.transforms.offload import state

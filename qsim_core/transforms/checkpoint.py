@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qsim_core.files import keep, kept, make_work_dir
-from qsim_core.seen import octets
+from qsim_core.snapshots import octets
 from qsim_core.transforms.offload import state
 from qsim_core.version import __version__
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsim_core.seen import Seen
+from qsim_core.snapshots import Snapshot
 
 
 @contextlib.contextmanager
@@ -22,12 +22,12 @@ def at_hand(*modules: nn.Module, inside: bool = True) -> Iterator[None]:
 
     Modules whose tensors are where they belong are left alone.
     """
-    loaded: list[tuple[nn.Module, Any, dict[str, Seen]]] = []
+    loaded: list[tuple[nn.Module, Any, dict[str, Snapshot]]] = []
     try:
         for module, hook in _offloading(modules, inside):
             hook.pre_forward(module)
             hook.offload = False  # a forward inside finds the tensors and leaves them there
-            loaded.append((module, hook, {name: Seen(tensor, whole=True) for name, tensor in _own(module)}))
+            loaded.append((module, hook, {name: Snapshot(tensor, whole=True) for name, tensor in _own(module)}))
         yield
     finally:
         for module, hook, marks in loaded:
@@ -83,7 +83,7 @@ def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
 
 
-def _changed(seen: Seen, tensor: Tensor) -> bool:
+def _changed(seen: Snapshot, tensor: Tensor) -> bool:
     seen.doubt()
     return not seen.holds(tensor)
 

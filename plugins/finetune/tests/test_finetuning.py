@@ -70,7 +70,7 @@ def test_it_holds_the_float32_model_and_what_its_sites_learned(trained: tuple[Pa
     assert sorted(path.name for path in output.iterdir()) == sorted(
         [
             "after.json", "before.json", "checkpoints", "config.json", "folded", "generation_config.json", "loss.svg",
-            "model.safetensors", "qsim.json", "sites.safetensors", "tokenizer.json", "tokenizer_config.json",
+            "model.safetensors", "qsim.json", "sha256.json", "sites.safetensors", "tokenizer.json", "tokenizer_config.json",
             "training.json",
         ]
     )  # fmt: skip

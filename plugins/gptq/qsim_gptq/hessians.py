@@ -11,8 +11,8 @@ from torch import Tensor
 from qsim_core.formats.rounding import working
 from qsim_core.matmuls.call import Call
 from qsim_core.matmuls.layout import Layout, holds_experts
-from qsim_core.seen import sample
 from qsim_core.sites.site import Site
+from qsim_core.snapshots import sample
 from qsim_core.transforms.context import MatmulWeight
 from qsim_gptq.inputs import Unseen, matrices, samples
 

@@ -21,8 +21,8 @@ from qsim_core.files import place, writing
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.formats.random_bits import at
 from qsim_core.matmuls.layout import LAST, taps
-from qsim_core.seen import octets
 from qsim_core.simulation.recipe import matches
+from qsim_core.snapshots import octets
 from qsim_core.transforms.run import no_progress
 from qsim_tensorfile.header import DTYPES, Entry, quantized, read_header
 

@@ -23,7 +23,7 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of an element -> the integers that have its bits."""
 
 
-class Seen:
+class Snapshot:
     """The identity, version and address of a tensor, a sample of its values, and sums of all if `whole`."""
 
     def __init__(self, tensor: Tensor, whole: bool = False) -> None:
@@ -68,7 +68,7 @@ class Seen:
         return self.is_of(tensor) and self._mark == _mark(tensor)
 
     @staticmethod
-    def compare(seen: Iterable[Seen]) -> None:
+    def compare(seen: Iterable[Snapshot]) -> None:
         """Compare the samples of tensors that are not on the CPU, all at once; `holds` then need not wait for a device.
 
         What is written to them afterwards, during the same forward, is noticed by the next.
