@@ -26,6 +26,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 import qsim_core as qsim
+from qsim_core import testing
 from qsim_core.cli.components import catalogue, described
 from qsim_core.cli.main import main
 from qsim_core.cli.options import LAST, by_heading
@@ -38,6 +39,19 @@ MADE_BY_QSIM = (qsim.Simulation, qsim.Context)
 """Classes that only qsim makes: their constructors are not public."""
 WRITTEN = "This page is written by `python docs/generate.py`.\n"
 FOR_AUTHORS = {
+    "qsim_core.errors": ["one_line"],
+    "qsim_core.evaluation.adapter": ["check_finite"],
+    "qsim_core.evaluation.metrics": ["rank"],
+    "qsim_core.formats.accelerator": ["accelerated_by"],
+    "qsim_core.formats.random_bits": ["uniform"],
+    "qsim_core.formats.rounding": ["working"],
+    "qsim_core.matmuls.call": ["Call"],
+    "qsim_core.quantizers.calibrators": ["ErrorOf"],
+    "qsim_core.sites.site": ["Site"],
+    "qsim_core.testing": [name for name in testing.__all__ if name.endswith("Suite")],
+    "qsim_core.transforms.blocks": ["Block"],
+    "qsim_core.transforms.context": ["MatmulWeight"],
+    "qsim_core.transforms.offload": ["editing"],
     "qsim_transformers.pretrained": ["Pretrained"],
     "qsim_structure": [name for name in qsim_structure.__all__ if name != "Editing"],
     "qsim_structure.for_transforms": [
@@ -50,7 +64,7 @@ FOR_AUTHORS = {
         "trace_example",
     ],
 }
-"""Public names beside those of `qsim_core` itself: what adapters and transforms are made with."""
+"""Public names beside those of `qsim_core` itself: all that new plugins, the examples and the pages import."""
 
 
 def first_party() -> qsim.Host:
@@ -269,6 +283,8 @@ def stub(name: str, thing: Any) -> Iterator[str]:
     if name.endswith("hookimpl"):
         yield f"{name}: pluggy.HookimplMarker"
     elif not inspect.isclass(thing):
+        if inspect.isgeneratorfunction(inspect.unwrap(thing)):
+            yield "@contextlib.contextmanager"
         yield f"def {name}{signature(thing)}"
     else:
         bases = [base.__name__ for base in thing.__bases__ if base is not object and not base.__name__.startswith("_")]
@@ -322,7 +338,8 @@ def _default(cls: type, name: str) -> str:
 def _text(value: Any) -> str:
     if callable(value) and hasattr(value, "__name__"):
         return str(value.__name__)
-    return str(value) if isinstance(value, qsim.Component) else repr(value)
+    written = str(value) if isinstance(value, qsim.Component) else repr(value)
+    return "..." if " at 0x" in written else written
 
 
 def _members(cls: type, own: bool = False) -> list[str]:
@@ -335,9 +352,10 @@ def _members(cls: type, own: bool = False) -> list[str]:
 
 
 def _hidden(cls: type, name: str) -> bool:
-    made = name == "__init__" and (is_dataclass(cls) or cls in MADE_BY_QSIM)
+    made = name == "__init__" and (is_dataclass(cls) or getattr(cls, "_is_protocol", False) or cls in MADE_BY_QSIM)
     field = name in inspect.get_annotations(cls)
-    return made or field or (name.startswith("_") and name not in {"__init__", "__call__", "__enter__", "__exit__"})
+    private = name.startswith("_") and name not in {"__init__", "__call__", "__enter__", "__exit__"}
+    return made or field or private or name.startswith("test_")
 
 
 def _is_member(value: Any) -> bool:

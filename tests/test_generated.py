@@ -67,6 +67,37 @@ def test_every_component_is_on_the_page_with_every_option(host: qsim.Host) -> No
     assert "| `n` | whole number | `64` | elements of a vector that share a scale; " in PAGES["components.md"]
 
 
+def imports(text: str) -> set[tuple[str, str]]:
+    """Every (module of the core, name) that a text imports, or writes out in backticks."""
+    found = re.findall(r"^ *from (qsim_core[\w.]*) import ([\w, ]+)$", text, re.MULTILINE)
+    written = re.findall(r"`(qsim_core(?:\.[a-z_]+)+)\.(\w+)", text)
+    pairs = {(home, name) for home, names in [*found, *written] for name in names.split(", ")}
+    return {(home, name) for home, name in pairs if not is_module(f"{home}.{name}")}
+
+
+def is_module(name: str) -> bool:
+    return (ROOT / name.replace(".", "/")).with_suffix(".py").exists()
+
+
+WRITTEN_FOR_AUTHORS = [
+    *(ROOT / "qsim_core" / "cli" / "templates").iterdir(),
+    *(ROOT / "docs" / "examples").rglob("*.py"),
+    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "plugins").glob("*/README.md"),
+    ROOT / "README.md",
+]
+
+
+def test_what_pages_and_new_plugins_import_is_public() -> None:
+    names = {
+        pair for path in WRITTEN_FOR_AUTHORS for pair in imports(path.read_text().replace("$Suite", "TransformSuite"))
+    }
+    public = {(home, name) for home, names in MADE["FOR_AUTHORS"].items() for name in names}
+
+    assert ("qsim_core.formats.rounding", "working") in names
+    assert names <= public
+
+
 def test_the_public_names_are_those_of_the_changelog() -> None:
     digest = MADE["digest"]()
 

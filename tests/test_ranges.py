@@ -9,7 +9,7 @@ from torch import Tensor
 
 import qsim_core as qsim
 from qsim_core.formats.rounding import power_of_two_scale
-from qsim_core.quantizers.calibrators import Percentile
+from qsim_core.quantizers.calibrators import ErrorOf, Percentile
 
 
 def noise(*shape: int) -> Tensor:
@@ -174,3 +174,25 @@ def test_an_own_calibrator_is_twenty_lines() -> None:
     y = host.parse("channel(int4, range=half)")(torch.tensor([[14.0, 3.0, -7.0]]))
 
     assert y.tolist() == [[7.0, 3.0, -7.0]]
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": "bf16"}, {"rule": "ceil"}, {"symmetric": False}], ids=str)
+def test_the_error_that_a_calibrator_is_given_is_that_of_the_quantized_values(options: dict[str, object]) -> None:
+    asked = []
+
+    class Asking(qsim.Calibrator):
+        name = "asking"
+
+        def range(self, blocks: Tensor, error: ErrorOf, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+            lowest, highest = blocks.amin(-1) / 2, blocks.amax(-1) / 2
+            asked.append(error(lowest, highest))
+            return lowest, highest
+
+    host = qsim.Host()
+    host.register(Asking, name="asking")
+    quantizer = host.parse("block(int4, n=8, range=asking)").replace(**options)
+    x = noise(3, 16)
+
+    y = quantizer(x)
+
+    assert torch.equal(asked[0], (y - x).view(asked[0].shape))

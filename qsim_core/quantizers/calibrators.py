@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from pydantic import Field, PositiveInt
@@ -16,8 +15,17 @@ from torch import Tensor
 from qsim_core.components.component import Component
 from qsim_core.quantizers.observers import Extremes, Histogram, Observer
 
-ErrorOf = Callable[[Tensor, Tensor], Tensor]
-"""A function of a range (lowest [..., B], highest [..., B]) that gives quantized minus original values [..., B, n]."""
+
+class ErrorOf(Protocol):
+    """The quantization error of a scheme under a range, which `Calibrator.range` may compare for several ranges."""
+
+    def __call__(self, lowest: Tensor, highest: Tensor, /) -> Tensor:
+        """Give quantized minus original values [..., B, n] for ranges from `lowest` [..., B] to `highest` [..., B].
+
+        The error has the unit of the values, and is not divided by the scale. Scales are what the scheme makes of the
+        range: by its rule, and rounded. A scheme without a zero point does not use `lowest`. For a static scale the
+        error is that of each value which stands for others: multiply a sum over it by `counts`.
+        """
 
 
 class Calibrator(Component):
@@ -35,9 +43,10 @@ class Calibrator(Component):
         """Choose the lowest and the highest value to cover, [..., B] each, for blocks [..., B, n].
 
         For a scale without a zero point the blocks hold magnitudes, and the lowest value of the range is not used.
-        `error(lowest, highest)` gives the quantized minus the original values under a range, [..., B, n]. `counts`
-        has the shape of the blocks: the number of values that each element stands for (None: one). It is 0 for a zero
-        that fills up a short last block. For a block with NaN or ±Inf the range must not be finite, so that it shows.
+        `error(lowest, highest)` gives the quantized minus the original values under a range, [..., B, n]: see
+        `ErrorOf`. `counts` has the shape of the blocks: the number of values that each element stands for (None: one).
+        It is 0 for a zero that fills up a short last block. For a block with NaN or ±Inf the range must not be finite,
+        so that it shows.
         """
 
     def observer(self) -> Observer:

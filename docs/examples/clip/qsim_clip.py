@@ -8,7 +8,6 @@ from torch import nn
 import qsim_core as qsim
 from qsim_core.matmuls.call import Call
 from qsim_core.sites.site import Site
-from qsim_core.transforms.context import Context
 
 
 class Clip(qsim.Transform):
@@ -17,7 +16,7 @@ class Clip(qsim.Transform):
     name = "clip"
     at: float = Field(1.5, gt=0, description="where to cut, in root mean squares")
 
-    def apply(self, model: nn.Module, context: Context) -> None:
+    def apply(self, model: nn.Module, context: qsim.Context) -> None:
         for block in context.blocks():
             peaks: dict[str, float] = {}
 

@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 import qsim_core as qsim
+from qsim_core.quantizers.calibrators import ErrorOf
 
 
 class Deviations(qsim.Calibrator):
@@ -15,7 +16,7 @@ class Deviations(qsim.Calibrator):
     name = "deviations"
     k: float = Field(4.0, gt=0, description="root mean squares to cover")
 
-    def range(self, blocks: Tensor, error: object, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    def range(self, blocks: Tensor, error: ErrorOf, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         counts = torch.ones_like(blocks) if counts is None else counts.to(blocks)
         square = (blocks.square() * counts).sum(-1) / counts.sum(-1).clamp(min=1)
         reach = self.k * square.sqrt()
