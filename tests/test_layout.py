@@ -117,6 +117,14 @@ def test_torch_is_pinned_where_it_is_installed() -> None:
     assert "    torch==2.13.0\n" in (ROOT / "tox.ini").read_text()
 
 
+def test_the_lowest_torch_is_tested() -> None:
+    (lowest,) = [
+        d for d in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"] if "torch" in d
+    ]
+
+    assert f"\n{lowest}\n" in (ROOT / "requirements-lowest.txt").read_text()
+
+
 @pytest.mark.parametrize("plugin", PLUGINS)
 def test_a_plugin_imports_the_core_and_libraries_that_it_declares_and_no_other_plugin(plugin: str) -> None:
     imported = {
