@@ -14,7 +14,7 @@ from qsim_structure import NormGroup, Structure
 from qsim_structure.for_transforms import scale_group, structure_of
 from torch import Tensor, nn
 
-from qsim_core import Transform, hookimpl
+from qsim_core import RecipeError, Transform, hookimpl
 from qsim_core.matmuls.call import Call
 from qsim_core.matmuls.layout import Layout, layout_of
 from qsim_core.sites.site import Site
@@ -137,7 +137,16 @@ class Hadamard(Transform):
     fold_norms: bool = Field(True, description="move the norms' weights into the linears that read them first")
 
     def apply(self, model: nn.Module, context: Context) -> None:
-        """Rotate every weight that is quantized or whose input is, and say which were left alone, and why."""
+        """Rotate every weight that is quantized or whose input is, and say which were left alone, and why.
+
+        Raises `RecipeError` after a transform that has put such a weight on its grid.
+        """
+        planned = {site.weight or "" for site in context.sites.table.values() if site.plan.weight or site.plan.input}
+        if settled := sorted(context.sites.weights.pinned & planned):
+            raise RecipeError(
+                f"{self} would change {settled[0]}, which an earlier transform has put on its grid; "
+                f"put {self} before that one"
+            )
         structure = structure_of(context)
         seen: dict[str, list[Layout | None]] = defaultdict(list)
         heads: dict[str, int] = {}
@@ -200,8 +209,6 @@ def _reason(
     weights = context.sites.weights
     if site.op.startswith("conv"):
         return "a convolution"
-    if site.weight in weights.pinned:
-        return "it lies on its grid already"
     if site.weight in weights.tied or len(weights.uses[site.weight or ""]) > 1:
         return "it is tied, or used in two ways"
     if readers := structure.readers.get(site.weight or ""):

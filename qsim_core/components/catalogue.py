@@ -128,7 +128,10 @@ def _kept(plugin: Plugin) -> list[Offer] | PluginError | None:
     """The description in the cache; None where there is none, where it is damaged, or where it has to be made again."""
     digest = _digest(plugin)
     if digest not in _known:
-        content = read_checked(cache() / FOLDER / f"{digest}.json", own=True)
+        try:
+            content = read_checked(cache() / FOLDER / f"{digest}.json", own=True)
+        except RuntimeError:  # there is no home directory
+            return None
         if content is None:
             return None
         environment, fault, described = json.loads(content)
@@ -140,12 +143,12 @@ def _kept(plugin: Plugin) -> list[Offer] | PluginError | None:
 
 def _keep(plugin: Plugin, answer: list[dict[str, Any]] | PluginError) -> list[Offer] | PluginError:
     """Keep a description in this process and, where there is room, in the user's cache."""
-    if isinstance(answer, PluginError) and not str(answer).startswith(str(plugin)):
+    if isinstance(answer, PluginError) and not answer.args[0].startswith(f"{plugin}"):
         answer = PluginError(f"{plugin} does not import: {answer}; {plugin.remedy}")
     digest = _digest(plugin)
     _known[digest] = answer if isinstance(answer, PluginError) else _offers(answer)
     kept = [_environment(), str(answer), []] if isinstance(answer, PluginError) else ["", None, answer]
-    with contextlib.suppress(OSError, QsimError):
+    with contextlib.suppress(OSError, QsimError, RuntimeError):
         write_checked(
             make_cache_folder(FOLDER, "what each installed plugin offers") / f"{digest}.json", json.dumps(kept).encode()
         )

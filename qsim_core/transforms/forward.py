@@ -77,25 +77,32 @@ def unshared(tree: Any, copies: Copies | None = None) -> Any:
     Parameters, modules and generators stay the same. A tensor that is in `copies`, and has not changed since, is not
     copied again.
     """
-    tensors: Copies = {} if copies is None else copies
-    objects: dict[int, Any] = {}
+    return tree_map(_Copier({} if copies is None else copies).copied, tree)
 
-    def copied(leaf: Any) -> Any:
+
+class _Copier:
+    """Copies the leaves of one tree. An object, as a function that calls itself would keep the tensors alive."""
+
+    def __init__(self, tensors: Copies) -> None:
+        self.tensors = tensors
+        self.objects: dict[int, Any] = {}
+
+    def copied(self, leaf: Any) -> Any:
+        """Copy a tensor or a plain object, once; anything else stays the same."""
         if isinstance(leaf, Tensor):
-            if isinstance(leaf, nn.Parameter):
-                return leaf
-            key = id(leaf), 0 if leaf.is_inference() else leaf._version
-            if key not in tensors:
-                tensors[key] = leaf, _copied(leaf)
-            return tensors[key][1]
-        if hasattr(leaf, "__dict__") and not isinstance(leaf, nn.Module) and not callable(leaf):
-            if id(leaf) not in objects:
-                objects[id(leaf)] = copy.copy(leaf)
-                vars(objects[id(leaf)]).update(tree_map(copied, vars(leaf)))
-            return objects[id(leaf)]
-        return leaf
+            return leaf if isinstance(leaf, nn.Parameter) else self._tensor(leaf)
+        if not hasattr(leaf, "__dict__") or isinstance(leaf, nn.Module) or callable(leaf):
+            return leaf
+        if id(leaf) not in self.objects:
+            self.objects[id(leaf)] = copy.copy(leaf)
+            vars(self.objects[id(leaf)]).update(tree_map(self.copied, vars(leaf)))
+        return self.objects[id(leaf)]
 
-    return tree_map(copied, tree)
+    def _tensor(self, tensor: Tensor) -> Tensor:
+        key = id(tensor), 0 if tensor.is_inference() else tensor._version
+        if key not in self.tensors:
+            self.tensors[key] = tensor, _copied(tensor)
+        return self.tensors[key][1]
 
 
 def _copied(tensor: Tensor) -> Tensor:
