@@ -29,6 +29,7 @@ CALLS: dict[str, tuple[Callable[[], Any], list[tuple[int, ...]]]] = {
     "addmv": (lambda: torch.addmv(torch.ones(3), x, w[0]), [(3, K), (K,)]),
     "dot": (lambda: torch.dot(x[0], w[0]), [(K,), (K,)]),
     "inner": (lambda: torch.inner(x, w), [(3, K), (7, K)]),
+    "vecdot": (lambda: torch.linalg.vecdot(x, x), [(3, K), (3, K)]),
     "addmm": (lambda: torch.addmm(torch.ones(7), x, w.T), [(3, K), (7, K)]),
     "baddbmm": (lambda: torch.baddbmm(torch.ones(2, 3, 7), batched, other), [(2, 3, K), (2, 7, K)]),
     "addbmm": (lambda: torch.addbmm(torch.ones(3, 7), batched, other), [(3, 2 * K), (7, 2 * K)]),

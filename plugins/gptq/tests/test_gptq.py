@@ -664,13 +664,13 @@ class Census(TorchDispatchMode):
 @pytest.mark.filterwarnings("ignore::qsim_core.errors.CalibrationWarning")
 def test_its_peak_is_one_blocks_whatever_the_models_size() -> None:
     def extra(blocks: int) -> int:
-        layers = (nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)) for _ in range(blocks))
+        layers = (nn.Sequential(nn.Linear(128, 512), nn.ReLU(), nn.Linear(512, 128)) for _ in range(blocks))
         before, model = held(), nn.Sequential(*layers).eval()
         with Census() as census:
             qsim.simulate(
-                model, {"weights": "int4", "transforms": ["gptq"]}, calibration=[torch.randn(256, 64)], keep=False
+                model, {"weights": "int4", "transforms": ["gptq"]}, calibration=[torch.randn(256, 128)], keep=False
             )
         assert census.highest > 0
         return census.highest - before - sum(parameter.nbytes for parameter in model.parameters())
 
-    assert extra(8) - extra(2) < 2**14  # a block has 2**16 bytes, and its scales stay
+    assert extra(8) - extra(2) < 2**18  # a block has 2**19 bytes; its scales stay, and sums to notice changes by
