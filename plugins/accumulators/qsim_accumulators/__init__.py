@@ -9,7 +9,7 @@ from qsim_core import Arithmetic, Preset, hookimpl
 
 __all__ = ["Chunked", "Fused", "IntegerAccumulator", "Sequential", "Tree"]
 
-HALF, FP8, FP4 = "[fp16, bf16]", "[e4m3, e5m2]", "[e4m3, e5m2, e3m2, e2m3, e2m1]"
+HALF, FP8, NARROW = "[fp16, bf16]", "[e4m3, e5m2]", "[e4m3, e5m2, e3m2, e2m3, e2m1]"
 INTEGERS = [
     Preset(f"int{bits}", f"integer({bits})", f"sums of whole numbers in {bits} bits, which wrap around")
     for bits in range(9, 33)
@@ -23,8 +23,10 @@ UNITS = [
     Preset("hopper", f"fused(16, fraction=25, inputs={HALF})", "NVIDIA H100 and H200, FP16 and BF16 into float32"),
     Preset("hopper_fp8", f"fused(32, fraction=13, output=e8m13, inputs={FP8})", "NVIDIA H100 and H200, FP8"),
     Preset("blackwell", f"fused(16, fraction=25, inputs={HALF})", "NVIDIA B200, FP16 and BF16 into float32"),
-    Preset("blackwell_fp8", f"fused(32, fraction=25, inputs={FP4})", "NVIDIA B200, FP8, FP6, FP4 without block scales"),
-    Preset("blackwell_mx", f"fused(32, fraction=25, inputs={FP4}, scales=exponents)", "NVIDIA B200, MXFP8 to MXFP4"),
+    Preset(
+        "blackwell_fp8", f"fused(32, fraction=25, inputs={NARROW})", "NVIDIA B200, FP8, FP6, FP4 without block scales"
+    ),
+    Preset("blackwell_mx", f"fused(32, fraction=25, inputs={NARROW}, scales=exponents)", "NVIDIA B200, MXFP8 to MXFP4"),
     Preset("blackwell_fp4", "fused(64, fraction=35, inputs=[e2m1], scales=groups)", "NVIDIA B200, NVFP4 and MXFP4"),
     Preset(
         "deepseek",
