@@ -34,6 +34,8 @@ class Call:
     """The layout of the result: the axis that the next matmul sums over is last."""
     operation: str = "einsum"
     """The name of the function, without underscores at its ends."""
+    labels: tuple[str, ...] = ()
+    """The labels of an einsum: a letter for each axis of the operands, and of the result."""
     weight: int | None = None
     """The index of the operand that is a parameter, or part of one. None until a site has found it."""
     masked: bool = False

@@ -13,6 +13,9 @@ from qsim_core.errors import QsimError
 from qsim_core.matmuls.call import Call
 from qsim_core.matmuls.layout import LAST, Layout
 
+DOTS = "".join(map(chr, range(0xE000, 0xE040)))
+"""Letters for the axes of an ellipsis, which no equation uses."""
+
 
 def einsum_call(args: tuple[Any, ...]) -> Call | None:
     """Read a call such as `einsum("bqd,bkd->bqk", q, k)`; None if it sums over no label that two operands have.
@@ -36,9 +39,12 @@ def einsum_call(args: tuple[Any, ...]) -> Call | None:
     shared = {label for label in set(inputs) - {","} if sum(label in term for term in terms) > 1}
     if shared <= set(output):
         return None
-    layouts = tuple(_summed_last(term, output, tensor.shape) for term, tensor in zip(terms, tensors, strict=True))
+    output = output.replace("...", DOTS)
+    labels = tuple(_spread(term, tensor.dim()) for term, tensor in zip(terms, tensors, strict=True))
+    layouts = tuple(_summed_last(own, output, tensor.shape) for own, tensor in zip(labels, tensors, strict=True))
     function = lambda *new: torch.einsum(equation, *new)  # noqa: E731
-    return Call(function, tensors, {}, tensors, layouts, tuple(range(len(tensors))))
+    places = tuple(range(len(tensors)))
+    return Call(function, tensors, {}, tensors, layouts, places, labels=(*labels, output))
 
 
 def _with_equation(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -61,17 +67,20 @@ def _implied_output(inputs: str) -> str:
     return "..." + "".join(sorted(label for label in set(labels) if labels.count(label) == 1))
 
 
-def _summed_last(term: str, output: str, shape: torch.Size) -> Layout:
-    """The layout of an operand: the axes whose labels are not in the output are last, flattened to one."""
-    dimensions = len(shape)
+def _spread(term: str, dimensions: int) -> str:
+    """Give each axis of an operand a letter: those of an ellipsis get the last of `DOTS`, the same in all operands."""
     before, dots, after = term.partition("...")
-    spread = ["."] * (dimensions - len(before) - len(after)) if dots else []
-    labels = [*before, *spread, *after]
+    unnamed = dimensions - len(before) - len(after)
+    return before + (DOTS[len(DOTS) - unnamed :] if dots else "") + after
+
+
+def _summed_last(labels: str, output: str, shape: torch.Size) -> Layout:
+    """The layout of an operand: the axes whose labels are not in the output are last, flattened to one."""
     summed = [axis for axis, label in enumerate(labels) if label not in output]
     if not summed:
         return LAST
-    order = (*(axis for axis in range(dimensions) if axis not in summed), *summed)
-    inverse = tuple(order.index(axis) for axis in range(dimensions))
+    order = (*(axis for axis in range(len(shape)) if axis not in summed), *summed)
+    inverse = tuple(order.index(axis) for axis in range(len(shape)))
     sizes = [shape[axis] for axis in summed]
 
     def rows(t: Tensor) -> Tensor:

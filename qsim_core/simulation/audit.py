@@ -20,6 +20,7 @@ from qsim_core.errors import natural_order
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.matmuls.dispatch import OperatorWatcher, operator_name
 from qsim_core.quantizers.standard_schemes import Cast
+from qsim_core.simulation.products import Product, ProductCounter
 from qsim_core.sites.site import ATTENTION, Site
 from qsim_core.sites.sites import Sites
 
@@ -95,6 +96,7 @@ class SiteAudit(BaseModel):
     output: str | None
     arithmetic: str = Field(description="the arithmetic that computed it")
     calls: int = Field(description="how often it was computed, in the audit's batch if there was one")
+    products: list[Product] = Field(default=[], description="its products in the audit's batch, by size")
     skipped: bool = False
     measured: dict[str, Measured] = Field(
         default_factory=dict,
@@ -227,19 +229,19 @@ def _rounds_nothing(quantizer: Quantizer, shape: torch.Size) -> bool:
 
 def measured_audit(sites: Sites, run: Callable[[], Any] | None) -> Audit:
     """Look at one batch, which `run` puts through the model; without it, only at what was met before."""
-    watch, outside = _Watch(), _Outside(sites)
+    watch, outside, counter = _Watch(), _Outside(sites), ProductCounter()
     calls = {name: site.calls for name, site in sites.table.items()}
     if run is not None:
-        sites.observer = watch
+        sites.observer, sites.watcher = watch, counter
         try:
             with outside:
                 run()
         finally:
-            sites.observer = None
+            sites.observer = sites.watcher = None
         for name, site in sites.table.items():  # the audit's own batch leaves no trace at the sites
             met, site.calls = site.calls, calls.get(name, 0)
             calls[name] = met - site.calls
-    records = [_record(site, calls[site.name], watch) for site in sites.table.values()]
+    records = [_record(site, calls[site.name], watch, counter) for site in sites.table.values()]
     return Audit(
         sites=records,
         covered=sum(bool(r.input or r.weight or r.output) for r in records),
@@ -269,7 +271,7 @@ def _unfit(sites: Iterable[Site], records: Iterable[SiteAudit]) -> Iterator[str]
         )
 
 
-def _record(site: Site, calls: int, watch: _Watch) -> SiteAudit:
+def _record(site: Site, calls: int, watch: _Watch, counter: ProductCounter) -> SiteAudit:
     plan = site.plan
     roles = {role: sums.result() for (name, role), sums in watch.sums.items() if name == site.name}
     return SiteAudit(
@@ -283,6 +285,7 @@ def _record(site: Site, calls: int, watch: _Watch) -> SiteAudit:
         if site.arithmetic != "float32"
         else str(watch.dtypes.get(site.name, torch.float32))[6:],
         calls=calls,
+        products=counter.products(site.name),
         skipped=plan.skipped,
         measured=roles,
         notes=[*watch.doubts[site.name], *_notes(site, site.plan.value_axis)],

@@ -17,6 +17,7 @@ from qsim_core.simulation import site_state, static_calibration
 from qsim_core.simulation.audit import Audit, measured_audit
 from qsim_core.simulation.closed_modules import check_open
 from qsim_core.simulation.module_text import ModuleText
+from qsim_core.simulation.products import Product, ProductCounter
 from qsim_core.simulation.recipe import Recipe
 from qsim_core.simulation.statistics_cache import statistics_entry
 from qsim_core.sites.arithmetic import Auto, ExactArithmetic
@@ -70,6 +71,20 @@ class Simulation:
         texts, _ = unpadded(self.model, [batch])
         with as_in_evaluation(self.model):
             return measured_audit(self.sites, lambda: [call(self.model, text) for text in texts])
+
+    def products(self, example: Example = None) -> dict[str, list[Product]]:
+        """Count the products of each site by size, in a forward in which nothing is quantized.
+
+        No number is looked at, so the model may be on torch's `meta` device. Attention counts as its two products.
+        """
+        counter = ProductCounter()
+        self.sites.quantizing, self.sites.watcher = False, counter
+        try:
+            with as_in_evaluation(self.model):
+                call(self.model, self.example if example is None else example)
+        finally:
+            self.sites.quantizing, self.sites.watcher = True, None
+        return {name: counter.products(name) for name in self.sites.table}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Gather what the sites hold beside the recipe: static scales, learned steps, zero points, counts of calls.

@@ -80,9 +80,6 @@ class _Mode(TorchFunctionMode):
             return self.sites.watch(function, args, kwargs or {})
         if function is F.scaled_dot_product_attention and self.sites.leave_attention(*args[:3], **(kwargs or {})):
             return function(*args, **(kwargs or {}))
-        if function in MEMORY:
-            self.sites.stack.share_nothing()
-            return self.sites.watch(function, args, kwargs or {})
         if function in EXPLICIT:
             with self:
                 if function is F.scaled_dot_product_attention:
