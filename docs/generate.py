@@ -185,6 +185,7 @@ KINDS = {
     "adapter": "Adapters",
     "evaluator": "Evaluators",
     "arithmetic": "Arithmetics",
+    "operation": "Operations between products",
 }
 
 

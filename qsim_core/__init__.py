@@ -29,6 +29,9 @@ _HOME = {
     "Scaled": "quantizers.standard_schemes",
     "Scheme": "quantizers.scheme",
     "Calibrator": "quantizers.calibrators",
+    "Operation": "operations.operation",
+    "Approximation": "operations.operation",
+    "OperationCall": "operations.functions",
     "Arithmetic": "sites.arithmetic",
     "ExactArithmetic": "sites.arithmetic",
     "Accumulator": "sites.arithmetic",
@@ -89,6 +92,9 @@ if TYPE_CHECKING:
     from qsim_core.formats.format import Format as Format
     from qsim_core.formats.quantizer import Quantizer as Quantizer
     from qsim_core.hookspecs import hookimpl as hookimpl
+    from qsim_core.operations.functions import OperationCall as OperationCall
+    from qsim_core.operations.operation import Approximation as Approximation
+    from qsim_core.operations.operation import Operation as Operation
     from qsim_core.quantizers.calibrators import Calibrator as Calibrator
     from qsim_core.quantizers.scheme import Scheme as Scheme
     from qsim_core.quantizers.standard_schemes import Scaled as Scaled

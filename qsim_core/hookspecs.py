@@ -1,4 +1,4 @@
-"""The six hooks of qsim: the components that a plugin may offer.
+"""The hooks of qsim: the components that a plugin may offer.
 
 Each hook takes no argument and returns a list. The list holds component classes of the hook's kind, and `Preset`s:
 names for filled-in components. A hook only registers; the base class of each kind says what an author writes.
@@ -40,3 +40,8 @@ def qsim_evaluators() -> list:  # type: ignore[empty-body, type-arg]
 @hookspec
 def qsim_arithmetics() -> list:  # type: ignore[empty-body, type-arg]
     """Ways to multiply and add up a product: subclasses of `qsim_core.Arithmetic`."""
+
+
+@hookspec
+def qsim_operations() -> list:  # type: ignore[empty-body, type-arg]
+    """Ways to compute an operation between products: subclasses of `qsim_core.Operation`."""

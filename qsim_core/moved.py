@@ -70,7 +70,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "int8": ("qsim_fast.int8", "qsim_fast.arithmetics"),
     "kernels": ("qsim_fast.kernels.arguments", "qsim_fast.kernels.protocol"),
     "kernels_gpu": ("qsim_fast.kernels.quantizers_triton",),
-    "learned": ("qsim_core.quantizers.learned_steps", "qsim_core.formats.rounding", "qsim_core.sites.held_scales"),
+    "learned": ("qsim_core.quantizers.learned_steps", "qsim_core.formats.rounding", "qsim_core.simulation.site_state"),
     "listing": ("qsim_core.cli.components",),
     "lowering": ("qsim_fast.arithmetics",),
     "metrics": ("qsim_core.evaluation.metrics",),

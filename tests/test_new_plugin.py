@@ -24,6 +24,7 @@ EXAMPLES = {
     "squares": "scheme",
     "deviations": "calibrator",
     "saturating": "arithmetic",
+    "shares": "operation",
     "clip": "transform",
     "gpt2": "adapter",
     "agreement": "evaluator",
@@ -83,7 +84,7 @@ def test_every_suite_is_green(run: Program, plugins: Path) -> None:
     outcome = run("-m", "pytest", *options, *tests)
 
     assert outcome.returncode == 0, outcome.stdout[-4000:] + outcome.stderr
-    assert len(tests) == 2 * len(KINDS) + 1
+    assert len(tests) == 2 * len(KINDS) + 2
 
 
 def test_a_new_plugin_is_used_as_the_page_says(run: Program) -> None:
@@ -161,8 +162,8 @@ def test_an_example_is_a_new_plugin_with_another_module(name: str, tmp_path: Pat
         assert (ROOT / "docs" / "examples" / name / file).read_text() == (tmp_path / name / file).read_text(), file
 
 
-@pytest.mark.parametrize("name", ["powers", "fibonacci", "squares", "saturating"])
-def test_a_quantizer_a_format_a_scheme_and_an_arithmetic_take_at_most_twenty_lines(name: str) -> None:
+@pytest.mark.parametrize("name", ["powers", "fibonacci", "squares", "saturating", "shares"])
+def test_a_quantizer_a_format_a_scheme_an_arithmetic_and_an_operation_take_at_most_twenty_lines(name: str) -> None:
     assert len((ROOT / "docs" / "examples" / name / f"qsim_{name}.py").read_text().splitlines()) <= 20
 
 

@@ -15,6 +15,7 @@ from qsim_core.testing import (
     ArithmeticSuite,
     CalibratorSuite,
     EvaluatorSuite,
+    OperationSuite,
     QuantizerSuite,
     TransformSuite,
 )
@@ -315,7 +316,15 @@ def test_a_suite_runs_as_an_empty_subclass_and_says_what_is_missing(tmp_path: Pa
 def test_each_hook_has_a_suite() -> None:
     from qsim_core.components.hook_validation import HOOKS, base_of
 
-    suites = (QuantizerSuite, CalibratorSuite, TransformSuite, AdapterSuite, EvaluatorSuite, ArithmeticSuite)
+    suites = (
+        QuantizerSuite,
+        CalibratorSuite,
+        TransformSuite,
+        AdapterSuite,
+        EvaluatorSuite,
+        ArithmeticSuite,
+        OperationSuite,
+    )
 
     assert [suite.base for suite in suites] == [base_of(hook) for hook in HOOKS]
     assert all(issubclass(suite, ComponentSuite) for suite in suites)

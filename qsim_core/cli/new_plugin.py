@@ -17,6 +17,7 @@ USES = {
     "scheme": "qsim evaluate --plugin $name",
     "calibrator": "qsim evaluate --precision w4a8 --static $name",
     "arithmetic": "qsim evaluate --precision w8a8 --arithmetic $name",
+    "operation": "qsim evaluate --precision w8a8 --operations 'softmax: $name'",
     "transform": "qsim evaluate --precision w4a16 --plugin $name",
     "adapter": "qsim evaluate DIRECTORY --precision w8a8 --data INPUTS.safetensors",
     "evaluator": "qsim evaluate --precision w4a8 --evaluator $name --data TEXT",

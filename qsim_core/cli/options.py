@@ -84,6 +84,11 @@ RECIPE = (
         metavar="TEXT",
         help="How products are computed: auto (exact, and fastest here), float32, int8, …, or a device's own.",
     ),
+    click.option(
+        "--operations",
+        metavar="YAML",
+        help="How operations between products are computed, like 'softmax: table(8, base=2)'.",
+    ),
     click.option("--kv-cache", metavar="TEXT", help="Quantizer of attention's keys and values."),
     click.option("--skip", multiple=True, metavar="PATTERN", help="Sites to leave alone; 'none' for none; repeatable."),
     click.option(

@@ -63,6 +63,8 @@ def recipe_of(options: Mapping[str, Any], host: Host) -> Recipe:
     """
     values = read_recipe_file(options["recipe"]) if options["recipe"] is not None else {}
     values |= {key: options[option] for option, key in KEYS.items() if options[option] is not None}
+    if options["operations"] is not None:
+        values["operations"] = read_yaml(options["operations"])
     if options["skip"]:
         values["skip"] = [] if options["skip"] == ("none",) else list(options["skip"])
     texts = {role: options[role] for role in ROLES}

@@ -21,6 +21,7 @@ from qsim_core.formats.quantizer import Quantizer
 from qsim_core.matmuls.dispatch import OperatorWatcher, operator_name
 from qsim_core.quantizers.standard_schemes import Cast
 from qsim_core.simulation.products import Product, ProductCounter
+from qsim_core.sites.operation_sites import OperationSite
 from qsim_core.sites.site import ATTENTION, Site
 from qsim_core.sites.sites import Sites
 
@@ -105,6 +106,22 @@ class SiteAudit(BaseModel):
     notes: list[str] = []
 
 
+class OperationAudit(BaseModel):
+    """One operation between products."""
+
+    model_config = ConfigDict(frozen=True)
+
+    site: str
+    kinds: list[str] = Field(description="the names of its kind: its own, and that of its family")
+    input: str | None = Field(description="quantizer of what it reads")
+    output: str | None
+    implementation: str | None = Field(description="the way in which it is computed; none: torch's own")
+    calls: int
+    measured: dict[str, Measured] = Field(
+        default_factory=dict, description="by role: input, output, and implementation against torch's own"
+    )
+
+
 class Audit(BaseModel):
     """Every matmul that was found, and the quantizers at its sites."""
 
@@ -120,6 +137,9 @@ class Audit(BaseModel):
     bits_per_weight: float | None = Field(description="over all quantized weights, scales counted; none: unknown")
     bits_per_activation: float | None = Field(description="over all quantized inputs of the batch, scales counted")
 
+    operations: list[OperationAudit] = Field(
+        default=[], description="the operations between products, if the recipe names any"
+    )
     warnings: list[str] = Field(default=[], description="formats without a scale that lose most of what they see")
 
     @property
@@ -144,10 +164,10 @@ class _Sums:
     flushed: int | None = 0
     bits: float | None = 0.0
 
-    def add(self, before: Tensor, after: Tensor, quantizer: Quantizer) -> None:
-        """Count one tensor in, laid out as rows x K, before and after its quantizer."""
+    def add(self, before: Tensor, after: Tensor, quantizer: Quantizer | None) -> None:
+        """Count one tensor in, laid out as rows x K, before and after its quantizer, or exact and approximate."""
         self.elements += before.numel()
-        bits = quantizer.bits_per_element(before.shape)
+        bits = None if quantizer is None else quantizer.bits_per_element(before.shape)
         self.bits = None if bits is None or self.bits is None else self.bits + bits * before.numel()
         if before is after:  # quantized before this audit, and the original is gone
             self.clipped = self.flushed = None
@@ -157,7 +177,7 @@ class _Sums:
             self.signal += float(wide.square().sum())
             self.error += float((wide - y).square().sum())
             self.flushed = None if self.flushed is None else self.flushed + int(((x != 0) & (y == 0)).sum())
-        passes = quantizer.passes(before)
+        passes = None if quantizer is None else quantizer.passes(before)
         self.clipped = None if passes is None or self.clipped is None else self.clipped + int((~passes).sum())
 
     def result(self) -> Measured:
@@ -202,6 +222,7 @@ class _Watch:
 
     def __init__(self) -> None:
         self.sums: dict[tuple[str, str], _Sums] = defaultdict(_Sums)
+        self.operations: dict[tuple[str, str], _Sums] = defaultdict(_Sums)
         self.dtypes: dict[str, torch.dtype] = {}
         self.doubts: dict[str, dict[str, None]] = defaultdict(dict)
 
@@ -215,6 +236,12 @@ class _Watch:
             self.sums[site.name, role.rstrip("2")].add(before, after, quantizer)
             if (named := site.named(role)) in ATTENTION_ROLES:
                 self.sums[site.name, named].add(before, after, quantizer)
+
+    def operation(
+        self, site: OperationSite, role: str, before: Tensor, after: Tensor, quantizer: Quantizer | None
+    ) -> None:
+        """Count in a tensor of an operation between products."""
+        self.operations[site.name, role].add(before, after, quantizer)
 
 
 def _rounds_nothing(quantizer: Quantizer, shape: torch.Size) -> bool:
@@ -230,17 +257,19 @@ def _rounds_nothing(quantizer: Quantizer, shape: torch.Size) -> bool:
 def measured_audit(sites: Sites, run: Callable[[], Any] | None) -> Audit:
     """Look at one batch, which `run` puts through the model; without it, only at what was met before."""
     watch, outside, counter = _Watch(), _Outside(sites), ProductCounter()
-    calls = {name: site.calls for name, site in sites.table.items()}
+    met: dict[str, Site | OperationSite] = {**sites.table, **sites.operations.table}
+    calls = {name: site.calls for name, site in met.items()}
     if run is not None:
-        sites.observer, sites.watcher = watch, counter
+        sites.observer, sites.watcher, sites.operations.observer = watch, counter, watch.operation
         try:
             with outside:
                 run()
         finally:
-            sites.observer = sites.watcher = None
-        for name, site in sites.table.items():  # the audit's own batch leaves no trace at the sites
-            met, site.calls = site.calls, calls.get(name, 0)
-            calls[name] = met - site.calls
+            sites.observer = sites.watcher = sites.operations.observer = None
+        met = {**sites.table, **sites.operations.table}
+        for name, site in met.items():  # the audit's own batch leaves no trace at the sites
+            counted, site.calls = site.calls, calls.get(name, 0)
+            calls[name] = counted - site.calls
     records = [_record(site, calls[site.name], watch, counter) for site in sites.table.values()]
     return Audit(
         sites=records,
@@ -250,6 +279,7 @@ def measured_audit(sites: Sites, run: Callable[[], Any] | None) -> Audit:
         uncovered=sorted(outside.found, key=natural_order),
         bits_per_weight=_mean_bits(watch, "weight"),
         bits_per_activation=_mean_bits(watch, "input"),
+        operations=[_operation(site, calls[site.name], watch) for site in sites.operations.table.values()],
         warnings=list(_unfit(sites.table.values(), records)),
     )
 
@@ -289,6 +319,19 @@ def _record(site: Site, calls: int, watch: _Watch, counter: ProductCounter) -> S
         skipped=plan.skipped,
         measured=roles,
         notes=[*watch.doubts[site.name], *_notes(site, site.plan.value_axis)],
+    )
+
+
+def _operation(site: OperationSite, calls: int, watch: _Watch) -> OperationAudit:
+    plan = site.plan
+    return OperationAudit(
+        site=site.name,
+        kinds=list(site.kinds),
+        input=str(plan.input) if plan.input else None,
+        output=str(plan.output) if plan.output else None,
+        implementation=str(plan.implementation) if plan.implementation else None,
+        calls=calls,
+        measured={role: sums.result() for (name, role), sums in watch.operations.items() if name == site.name},
     )
 
 

@@ -29,9 +29,10 @@ from qsim_core.components.syntax import Node
 from qsim_core.errors import RecipeError, did_you_mean, one_line, with_article
 from qsim_core.formats.format import Format
 from qsim_core.formats.quantizer import Quantizer
+from qsim_core.operations.operation import Operation
 from qsim_core.quantizers.standard_schemes import Cast, Channel, Token
 from qsim_core.sites.arithmetic import AUTO, Arithmetic
-from qsim_core.sites.plan import Plan
+from qsim_core.sites.plan import OperationPlan, Plan
 from qsim_core.transforms.transform import Transform
 
 
@@ -135,6 +136,26 @@ class Override(_Quantizers):
     """The differences at the sites that a pattern names; a key that is left out stays as it was."""
 
 
+class OperationChange(_Strict):
+    """The change of an operation between products; a text stands for its implementation."""
+
+    input: Activations = Field(None, description="quantizer of what it reads, with rows along the last axis")
+    output: Outputs = Field(None, description="quantizer of its result")
+    implementation: Operation | None = Field(None, description="the way in which it is computed; none: torch's own")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_text(cls, values: Any) -> Any:
+        return values if isinstance(values, dict) else {"implementation": values}
+
+    @model_validator(mode="after")
+    def _without_static(self) -> OperationChange:
+        for quantizer in (self.input, self.output):
+            if quantizer is not None and quantizer.needs_held_scales("input"):
+                raise ValueError(f"{quantizer} needs static scales, which operations do not have")
+        return self
+
+
 class Recipe(_Quantizers):
     """Quantizers for weights, activations and outputs, transforms in order, and the exceptions.
 
@@ -152,6 +173,11 @@ class Recipe(_Quantizers):
         None, description="patterns of sites to leave alone; none: the adapter's"
     )
     overrides: dict[str, Override] = Field(default_factory=dict, description="pattern -> what is different there")
+    operations: dict[str, OperationChange] = Field(
+        default_factory=dict,
+        description="pattern -> what is different at operations between products: of a kind, such as softmax, norm, "
+        "activation, gelu, add, or of an operation's site",
+    )
     evaluate: Annotated[Component | None, *_of_hook("qsim_evaluators")] = Field(
         None, description="the evaluator; none: the adapter's"
     )
@@ -162,6 +188,10 @@ class Recipe(_Quantizers):
         if isinstance(values, cls):
             return values
         _check_keys("a recipe", values, cls)
+        operations = values.get("operations")
+        for pattern, change in operations.items() if isinstance(operations, dict) else ():
+            if isinstance(change, dict):
+                _check_keys(f"the operation {pattern!r}", change, OperationChange)
         overrides = values.get("overrides")
         for pattern, override in overrides.items() if isinstance(overrides, dict) else ():
             if not isinstance(override, Override):
@@ -181,16 +211,24 @@ class Recipe(_Quantizers):
         said = self.model_dump(mode="json", exclude_defaults=True)
         values = {key: said[key] for key in ("model", *said) if key in said}
         values |= {key: None for key in ROLES if key in self.model_fields_set and getattr(self, key) is None}
+        if self.operations:
+            values["operations"] = self._operations()
         if self.overrides:  # an override's None says "leave alone", so it must stay
             values["overrides"] = {p: o.model_dump(mode="json", exclude_unset=True) for p, o in self.overrides.items()}
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
     def record(self) -> dict[str, Any]:
-        """Give the recipe as plain data for a result: every key, but for attention's roles that were not said."""
-        unsaid = {key for key in ROLES if key not in self.model_fields_set}
+        """Give the recipe as plain data for a result: every key, but for unsaid operations and attention's roles."""
+        unsaid = {key for key in ROLES if key not in self.model_fields_set} | {"operations"}
         record = self.model_dump(mode="json", exclude={"model", "evaluate", *unsaid})
         record["overrides"] = {p: o.model_dump(mode="json", exclude_unset=True) for p, o in self.overrides.items()}
-        return record
+        return record | ({"operations": self._operations()} if self.operations else {})
+
+    def _operations(self) -> dict[str, Any]:
+        return {
+            pattern: change.model_dump(mode="json", exclude_defaults=True)
+            for pattern, change in self.operations.items()
+        }
 
     @property
     def parts(self) -> list[_Quantizers]:
@@ -200,7 +238,12 @@ class Recipe(_Quantizers):
     @property
     def quantizes(self) -> bool:
         """True if any quantizer is named at all."""
-        return any(part.quantizers for part in self.parts)
+        return self.names_operations or any(part.quantizers for part in self.parts)
+
+    @property
+    def names_operations(self) -> bool:
+        """True if anything is said of operations between products."""
+        return bool(self.operations)
 
     @property
     def has_static(self) -> bool:
@@ -241,6 +284,24 @@ class Recipe(_Quantizers):
             own=frozenset(said.keys() & {*ROLES}),
         )
 
+    def plan_operation(self, names: Iterable[str], around: Collection[str] = ()) -> OperationPlan:
+        """Plan the operation that has these names, inside the operation that has the names `around`."""
+        said: dict[str, Any] = {}
+        names = list(names)
+        for pattern, change in self.operations.items():
+            if matches(pattern, names) and not matches(pattern, around):
+                said |= {key: getattr(change, key) for key in change.model_fields_set}
+        return OperationPlan(**said)
+
+    def check_operations(self, operations: Iterable[Sequence[str]]) -> None:
+        """Raise `RecipeError` for a pattern of operations that matches none of these, each given by its names."""
+        known = list(dict.fromkeys(name for names in operations for name in names))
+        for pattern in self.operations:
+            if not matches(pattern, known):
+                kinds = [name for name in known if ":" not in name] or ["none"]
+                hint = did_you_mean(pattern, known) or f"; this model has {', '.join(sorted(kinds))}"
+                raise RecipeError(f"operations: {pattern!r} matches no operation{hint}")
+
     def patterns(self) -> list[str]:
         return [*(self.skip or ()), *self.overrides]
 
@@ -272,8 +333,9 @@ def _check_keys(what: str, values: Any, of: type[_Strict]) -> None:
     for key in values:
         if key in MOVED:
             raise RecipeError(f"{what} has no key {key!r} any more; it is called {MOVED[key]!r} now")
-        if key not in of.model_fields and key != "kv_cache":
-            raise RecipeError(f"{what} has no key {str(key)!r}{did_you_mean(str(key), [*of.model_fields, 'kv_cache'])}")
+        known = [*of.model_fields, *(["kv_cache"] if issubclass(of, _Quantizers) else [])]
+        if key not in known:
+            raise RecipeError(f"{what} has no key {str(key)!r}{did_you_mean(str(key), known)}")
 
 
 class _OnceEach(yaml.SafeLoader):

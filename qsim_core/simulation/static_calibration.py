@@ -13,7 +13,7 @@ from qsim_core.quantizers.learned_steps import of_weight
 from qsim_core.quantizers.observers import Observer
 from qsim_core.quantizers.scheme import Scheme
 from qsim_core.quantizers.static_scale import StaticScheme, check_blocks
-from qsim_core.sites.held_scales import hold
+from qsim_core.simulation.site_state import hold
 from qsim_core.sites.site import Site
 
 SPAN = 1e6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -28,8 +29,18 @@ class Frame:
     before_softmax: list[tuple[Site, torch.Size]] = field(default_factory=list)
     softmax: tuple[torch.Size, ...] = ()
     """The shapes that the probabilities may have: that of the softmax, and without the columns of attention sinks."""
+    operations: Counter[str] = field(default_factory=Counter)
+    """The operations between products that the module has computed, by kind."""
+    around: tuple[str, ...] = ()
+    """The names of the operation whose written-out form is being computed."""
+    scaled: list[tuple[Tensor, tuple[Tensor, Tensor]]] = field(default_factory=list)
+    """The last two products of elements, each with its factors: a rotary embedding adds them."""
     compiling: Any = None
     """The state of torch.compile before this module, which `resume_compiling` brings back."""
+
+    def factors(self, product: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The factors of one of the last two products of elements; None for any other tensor."""
+        return next((factors for found, factors in self.scaled if found is product), None)
 
     def own(self, tensor: Tensor) -> str | None:
         """The full name of the parameter that a tensor is, if it is this module's own (also under functional_call)."""

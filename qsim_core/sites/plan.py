@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from qsim_core.formats.quantizer import Quantizer
+from qsim_core.operations.operation import Operation
 from qsim_core.sites.arithmetic import AUTO, Arithmetic
 
 ValueAxis = Literal["tokens", "head"]
@@ -33,8 +34,26 @@ class Plan:
     """The roles of attention that the recipe names; the others have the quantizer of the inputs."""
 
 
+@dataclass(frozen=True)
+class OperationPlan:
+    """The quantizers of one operation between products, and its implementation; None leaves it as it is."""
+
+    input: Quantizer | None = None
+    output: Quantizer | None = None
+    implementation: Operation | None = None
+
+    @property
+    def changes(self) -> bool:
+        """True if the operation is not torch's own."""
+        return self != OperationPlan()
+
+
 class Planner(Protocol):
-    """Gives each matmul its plan, as a `Recipe` does."""
+    """Gives each matmul and each operation its plan, as a `Recipe` does."""
+
+    @property
+    def names_operations(self) -> bool:
+        """True if the plan of any operation may have something in it."""
 
     def plan(self, names: Iterable[str]) -> Plan:
         """Plan the matmul that has these names."""
@@ -47,3 +66,13 @@ class Planner(Protocol):
 
         Each matmul is given by all its names, and the roles that it has.
         """
+
+    def plan_operation(self, names: Iterable[str], around: Collection[str] = ()) -> OperationPlan:
+        """Plan the operation that has these names: its own, and those of its kinds.
+
+        `around` are the names of the operation in whose written-out form it stands. A pattern that matches these means
+        that operation, and not what is inside.
+        """
+
+    def check_operations(self, operations: Iterable[Sequence[str]]) -> None:
+        """Raise `RecipeError` for a pattern that matches none of these operations, each given by its names."""

@@ -36,10 +36,12 @@ from qsim_core.matmuls.call import Call
 from qsim_core.matmuls.constants import Constant, Constants
 from qsim_core.matmuls.layout import POSITIONS, Layout
 from qsim_core.matmuls.operators import OPS, read_call
+from qsim_core.operations.functions import PRODUCTS
 from qsim_core.sites.arithmetic import FLOAT32, ExactArithmetic
 from qsim_core.sites.call_stack import CallStack, Frame, Reusable, recomputing, reusable
 from qsim_core.sites.executor import LiveExecution, SiteObserver, check_planned
 from qsim_core.sites.operand import operands_of, roles_of
+from qsim_core.sites.operation_sites import OperationSites
 from qsim_core.sites.plan import Planner
 from qsim_core.sites.quantized_weights import Weight, Weights
 from qsim_core.sites.site import ATTENTION, Site
@@ -73,6 +75,8 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if function in self.sites.operations.functions and self.sites.stack.running():
+            return self.sites.operate(self, function, args, kwargs or {})
         if function not in MET or not self.sites.stack.running():
             return self.sites.watch(function, args, kwargs or {})
         if function in MEMORY:
@@ -96,6 +100,7 @@ class Sites:
         self.exact = tuple(exact)
         """The exact arithmetics that `auto` asks, in this order."""
         self.table: dict[str, Site] = {}
+        self.operations = OperationSites(recipe)
         self.weights = Weights(model, keep)
         self.constants = Constants(self._is_parameter)
         self._names: dict[tuple[str, int], tuple[weakref.ref[Tensor], str | None]] = {}
@@ -152,6 +157,7 @@ class Sites:
         """Raise `RecipeError` if a pattern of the recipe matches no site, or one of its quantizers reaches none."""
         self.checked = True
         self.recipe.check((site.names, site.recipe_roles) for site in self.table.values())
+        self.recipe.check_operations(site.names for site in self.operations.table.values())
 
     @property
     def watched(self) -> bool:
@@ -165,7 +171,12 @@ class Sites:
         """
         frame = self.stack.frames[-1]
         operands = (*operands, *(named[name] for name in ("query", "key", "value") if name in named))
-        if not self.quantizing or self.watched or any(self.constants.find(x, frame.module) for x in operands):
+        if (
+            not self.quantizing
+            or self.watched
+            or self.operations.functions
+            or any(self.constants.find(x, frame.module) for x in operands)
+        ):
             return False
         first = frame.products
         sites = [self._product(frame, "matmul"), self._product(frame, "matmul")]
@@ -189,12 +200,31 @@ class Sites:
             with torch.autocast(kind, enabled=False):
                 return self.attend(*operands, *args, **kwargs)
         dtype, (query, key, value) = query.dtype, (working(x) for x in (query, key, value))
-        for accelerator in accelerators():
+        for accelerator in () if self.operations.functions else accelerators():
             attend = getattr(accelerator, "attend", None)
             result: Tensor | None = None if attend is None else attend(self, query, key, value, *args, **kwargs)
             if result is not None:
                 return result.to(dtype)
         return explicit_attention(query, key, value, *args, **kwargs).to(dtype)
+
+    def operate(self, mode: TorchFunctionMode, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute an operation between products at its site; a function that is not one here is left to torch."""
+        frame = self.stack.frames[-1]
+        if function in SOFTMAX:
+            self._connect(args[0] if args else kwargs["input"])
+        if function in PRODUCTS:
+            result = self.watch(function, args, kwargs)
+            if len(args) == 2 and all(type(x) is Tensor for x in args):
+                frame.scaled = [*frame.scaled[-1:], (result, args)]
+            return result
+        call = self.operations.read(frame, function, args, kwargs, self.constants.find)
+        if call is None:
+            return self.watch(function, args, kwargs)
+        site = self.operations.site(frame, call)
+        if not self.quantizing:
+            self.operations.meet(frame, site, call, mode)
+            return self.watch(function, args, kwargs)
+        return self.operations.compute(frame, site, call, self.watch, mode)
 
     def watch(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function that is not a matmul; note the weights that it computes, and the parameters that it reads."""

@@ -1,0 +1,5 @@
+from qsim_core.testing import OperationSuite
+
+
+class TestShares(OperationSuite):
+    text = "shares"
