@@ -50,6 +50,9 @@ def recipe_table(result: Result) -> Table:
     for role in ROLES:
         if role in result.recipe:
             table.add_row(role, result.recipe[role] or "as they are")
+    for pattern, change in result.recipe.get("operations", {}).items():
+        said = (text if key == "implementation" else f"{key} {text}" for key, text in change.items())
+        table.add_row(pattern, ", ".join(said))
     for transform in result.recipe["transforms"]:
         table.add_row("after", transform)
     return table

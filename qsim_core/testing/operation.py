@@ -38,8 +38,13 @@ CALLS: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {
 """A call of each kind, and its arguments after the first."""
 
 
+def proper(kind: str, x: Tensor) -> Tensor:
+    """Give numbers that a function takes: positive ones, and negative ones for exp, as in a softmax."""
+    return -x.abs() if kind == "exp" else x.abs() + 0.2
+
+
 class Computes(nn.Module):
-    """One operation on numbers above 0.2, which every function takes."""
+    """One operation on numbers that its function takes."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -47,7 +52,7 @@ class Computes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         function, arguments = CALLS[self.kind]
-        return function(x.abs() + 0.2, *arguments)
+        return function(proper(self.kind, x), *arguments)
 
 
 class OperationSuite(ComponentSuite):
@@ -60,8 +65,8 @@ class OperationSuite(ComponentSuite):
     def calls(self, component: Any, dtype: torch.dtype = torch.float32) -> Iterator[OperationCall]:
         """The calls that the component computes."""
         met = False
-        for function, arguments in CALLS.values():
-            call = read_operation(function, (noise(2, 6, 24, dtype=dtype).abs() + 0.2, *arguments), {})
+        for kind, (function, arguments) in CALLS.items():
+            call = read_operation(function, (proper(kind, noise(2, 6, 24, dtype=dtype)), *arguments), {})
             assert call is not None
             try:
                 component.check(call)
