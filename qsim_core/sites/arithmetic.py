@@ -91,7 +91,7 @@ class QuantizedRows:
         """The values in units of their scales, [..., R, K]: the number format's own; a code less its zero point."""
         element, scale = self.element, self.scale
         exact = working(self.values) / torch.where(scale == 0, 1.0, scale)
-        rounded: Tensor = exact.round() if element.is_integer else element.replace(rounding="even").quantize(exact)
+        rounded: Tensor = exact.round_() if element.is_integer else element.replace(rounding="even").quantize(exact)
         return rounded
 
     def blocks_with(self, other: QuantizedRows) -> Iterator[tuple[Block, Block]]:

@@ -20,7 +20,7 @@ from qsim_core.formats.random_bits import at
 from qsim_core.matmuls.call import Call
 from qsim_core.matmuls.layout import LAST, Layout
 from qsim_core.quantizers.scales import Scales
-from qsim_core.sites.arithmetic import FLOAT32, Arithmetic, ExactArithmetic, Lowering, lowering_of
+from qsim_core.sites.arithmetic import FLOAT32, Arithmetic, ExactArithmetic, Lowering, QuantizedRows, lowering_of
 from qsim_core.sites.call_stack import CallStack, Reusable, recomputing, reusable
 from qsim_core.sites.operand import Operand, operands_of
 from qsim_core.sites.quantized_weights import Weight, Weights
@@ -61,11 +61,15 @@ class Execution:
         """Give the scales of a weight whose original values are gone; None: they are there."""
         return None
 
+    def weight_rows(self, operand: Operand, values: Tensor) -> QuantizedRows | None:
+        """Give the rows of a quantized weight that earlier calls had too; None: there are none."""
+        return None
+
     def product(self, values: Sequence[Tensor]) -> Tensor:
         """Multiply the quantized operands. A mask is left out if the result is quantized; `finished` adds it."""
         call = self.call
         if self.arithmetic.simulates:
-            call = simulated(self.site, call, self.operands, self.weight_scales)
+            call = simulated(self.site, call, self.operands, self.weight_scales, self.weight_rows)
         if self.call.masked and self.output is not None:
             return call.multiply(*values)
         product: Tensor = call.run(values)
@@ -221,6 +225,11 @@ class LiveExecution(Execution):
 
     def weight_scales(self) -> Scales | None:
         return known_scales(self.weights, self.operands)
+
+    def weight_rows(self, operand: Operand, values: Tensor) -> QuantizedRows | None:
+        if operand.weight is None or operand.quantizer is None:
+            return None
+        return self.weights.rows(operand.weight, operand.tensor, operand.layout, operand.quantizer, values)
 
     def _weight(self, operand: Operand) -> Tensor:
         quantizer, weight = operand.quantizer, operand.weight

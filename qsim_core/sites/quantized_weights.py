@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 import sys
 import threading
 from collections import Counter
@@ -28,7 +29,7 @@ from qsim_core.errors import QsimError, natural_order
 from qsim_core.formats.quantizer import SiteQuantizer, straight_through
 from qsim_core.matmuls.layout import Layout
 from qsim_core.quantizers.scales import Scales
-from qsim_core.sites.arithmetic import Lowered, Lowering
+from qsim_core.sites.arithmetic import Lowered, Lowering, QuantizedRows
 from qsim_core.snapshots import Snapshot, has_memory
 
 READ = "read"
@@ -67,6 +68,8 @@ class _Quantized:
     """The key of the lowering."""
     scales: Scales | None = None
     """The scales of an overwritten parameter, if a simulated arithmetic needs them."""
+    rows: QuantizedRows | None = None
+    """The rows of the copy, as a simulated arithmetic gets them."""
 
     def holds(self, parameter: Tensor, quantizer: SiteQuantizer) -> bool:
         """Tell if the parameter, and what the quantizer holds, are unchanged."""
@@ -243,6 +246,19 @@ class Weights:
             return self._scales_for(pin, weight, layout.rows(operand.detach()))
         folded = self.folded.get(_key(weight, operand, layout))
         return None if folded is None or not folded.in_place else folded.scales
+
+    def rows(
+        self, weight: Weight, operand: Tensor, layout: Layout, quantizer: SiteQuantizer, values: Tensor
+    ) -> QuantizedRows | None:
+        """Give the rows of a quantized copy, made once, to a simulated arithmetic; None for values of no copy."""
+        folded = self.folded.get(_key(weight, operand, layout))
+        if folded is None or folded.copy is not values:
+            return None
+        with self.lock:
+            if folded.rows is None:
+                before, after = (torch.atleast_2d(layout.rows(x.detach())) for x in (operand, values))
+                folded.rows = QuantizedRows(after, quantizer, functools.partial(quantizer.scales, before))
+        return folded.rows
 
     def _fold(
         self,

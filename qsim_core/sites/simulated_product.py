@@ -33,6 +33,8 @@ class SimulatedCall(Call):
     """The operands before they were quantized, with their quantizers."""
     weight_scales: Callable[[], Scales | None] = lambda: None
     """Gives the scales of a weight whose original values are gone; None: they are there."""
+    weight_rows: Callable[[Operand, Tensor], QuantizedRows | None] = lambda operand, values: None
+    """Gives the rows of a weight that earlier calls had too; None: they are made."""
     site: str = ""
     step: int = 0
     """The count of the site's calls, which selects the random numbers."""
@@ -71,7 +73,8 @@ class SimulatedCall(Call):
             found: Scales | None = operand.quantizer.scales(torch.atleast_2d(operand.rows.detach()))
             return found
 
-        return QuantizedRows(torch.atleast_2d(self.layouts[place].rows(values)), operand.quantizer, scales)
+        kept = None if operand.weight is None else self.weight_rows(operand, values)
+        return kept or QuantizedRows(torch.atleast_2d(self.layouts[place].rows(values)), operand.quantizer, scales)
 
     def _product(self, left: QuantizedRows, right: QuantizedRows) -> Tensor:
         """Multiply rows `[..., M, K]` and `[..., N, K]` to `[..., M, N]`; a sum of nothing is zero."""
@@ -133,7 +136,11 @@ def check_arithmetic(site: Site, call: Call, operands: Sequence[Operand]) -> Non
 
 
 def simulated(
-    site: Site, call: Call, operands: Sequence[Operand], weight_scales: Callable[[], Scales | None]
+    site: Site,
+    call: Call,
+    operands: Sequence[Operand],
+    weight_scales: Callable[[], Scales | None],
+    weight_rows: Callable[[Operand, Tensor], QuantizedRows | None],
 ) -> SimulatedCall:
     """Turn a call into one that the site's arithmetic computes. Raises `RecipeError` if it cannot."""
     check_arithmetic(site, call, operands)
@@ -143,6 +150,7 @@ def simulated(
         arithmetic=site.plan.arithmetic,
         quantized=tuple(operands),
         weight_scales=weight_scales,
+        weight_rows=weight_rows,
         site=site.name,
         step=site.calls,
     )

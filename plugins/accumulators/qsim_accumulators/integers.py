@@ -58,13 +58,13 @@ class IntegerAccumulator(Accumulator):
     def multiply(self, left: QuantizedRows, right: QuantizedRows) -> Tensor:
         """Multiply rows `[..., M, K]` and `[..., N, K]` to `[..., M, N]`, block by block of common scales."""
         first, second = (2.0 ** digits_of(rows.element) for rows in (left, right))
-        parts = (
-            self.add_up(_times(x.units, first), _times(w.units, second))
-            * (x.scale / (first * second))
-            * w.scale.transpose(-1, -2)
-            for x, w in left.blocks_with(right)
-        )
-        return functools.reduce(torch.add, parts).to(left.values.dtype)
+        total: Tensor | None = None
+        for x, w in left.blocks_with(right):
+            sums = self.add_up(_times(x.units, first), _times(w.units, second))
+            sums.mul_(x.scale / (first * second)).mul_(w.scale.transpose(-1, -2))
+            total = sums if total is None else total.add_(sums)
+        assert total is not None
+        return total.to(left.values.dtype)
 
     def add_up(self, left: Tensor, right: Tensor) -> Tensor:
         """Multiply and add up whole numbers `[..., M, n]` and `[..., N, n]` to `[..., M, N]`."""
@@ -75,7 +75,8 @@ class IntegerAccumulator(Accumulator):
         if self._fits(bound, self.bits):
             return exact.to(left.dtype)
         if self.overflow == "wrap":
-            return self._narrowed(exact, self.bits).to(left.dtype)
+            inside = self._fits(float(exact.abs().max()), self.bits)
+            return (exact if inside else self._narrowed(exact, self.bits)).to(left.dtype)
         risky = exact_product(left.abs(), right.abs(), bound) > self._highest(self.bits)
         if right.dim() > 2:
             return self._in_order(left, right) if risky.any() else exact.to(left.dtype)
@@ -129,7 +130,8 @@ class IntegerAccumulator(Accumulator):
         if self.overflow == "saturate":
             return sums.clamp(-highest - 1, highest)
         if self.overflow == "wrap":
-            return (sums + (highest + 1)).remainder(2.0**bits) - (highest + 1)
+            turns = sums.mul(2.0**-bits).add_(0.5).floor_()  # exact: sums have no more than 53 bits, or 24 in float32
+            return sums - turns.mul_(2.0**bits)
         outside = (sums > highest) | (sums < -highest - 1)
         if outside.any():
             raise QsimError(f"{self}: a sum of {float(sums[outside][0]):.0f} does not fit {bits} bits")
