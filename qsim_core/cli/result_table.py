@@ -12,6 +12,7 @@ from rich.text import Text
 
 from qsim_core.cli.console import console, print_below
 from qsim_core.evaluation.result import Result
+from qsim_core.simulation.audit import Audit
 from qsim_core.simulation.recipe import ROLES
 from qsim_core.transforms.report import LayerReport
 
@@ -92,6 +93,7 @@ def _lines(result: Result) -> Iterator[str]:
     if (arithmetic := result.recipe["arithmetic"]) not in ("auto", "float32"):
         took = sum(site.arithmetic == arithmetic for site in audit.sites)
         yield f"{took} of {audit.found} matmuls were computed in {arithmetic}; the others do not fit it here"
+    yield from _sums(audit)
     if audit.uncovered:
         yield f"not reached: {', '.join(audit.uncovered)}"
     grouped: dict[str, list[str]] = {}
@@ -100,6 +102,20 @@ def _lines(result: Result) -> Iterator[str]:
             grouped.setdefault(note, []).append(site.site)
     for note, sites in grouped.items():
         yield f"{len(sites)} site{'s' if len(sites) > 1 else ''}, like {sites[0]}: {note}"
+
+
+def _sums(audit: Audit) -> Iterator[str]:
+    """A line about the running sums of simulated arithmetics: the worst site, and the bits that all sites need."""
+    found = [(site.sums, site.site) for site in audit.sites if site.sums is not None]
+    if not found:
+        return
+    most = max((sums.bits for sums, _ in found if sums.bits is not None), default=None)
+    needs = "" if most is None else f"; the largest needs {most} bits"
+    over, where = max((sums.overflowed, name) for sums, name in found)
+    inexact, place = max((sums.inexact, name) for sums, name in found)
+    lost = f"{over:.2%} of outputs overflowed at {where}" if over else "no output that was looked at overflowed"
+    rounded = f", {inexact:.2%} lost low bits at {place}" if inexact > over else ""
+    yield f"running sums: {lost}{rounded}{needs}"
 
 
 def _done(transform: str, reports: list[LayerReport]) -> str:

@@ -19,8 +19,10 @@ from torch import Tensor
 from qsim_core.errors import natural_order
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.matmuls.dispatch import OperatorWatcher, operator_name
+from qsim_core.matmuls.partial_sums import PartialSums
 from qsim_core.quantizers.standard_schemes import Cast
 from qsim_core.simulation.products import Product, ProductCounter
+from qsim_core.sites.arithmetic import QuantizedRows
 from qsim_core.sites.operation_sites import OperationSite
 from qsim_core.sites.site import ATTENTION, Site
 from qsim_core.sites.sites import Sites
@@ -84,6 +86,38 @@ class Measured(BaseModel):
     bits: float | None = Field(description="bits per element, the scales' share counted; none: unknown")
 
 
+class SumsAudit(BaseModel):
+    """The sums of one matmul in a simulated arithmetic, as far as they were looked at."""
+
+    model_config = ConfigDict(frozen=True)
+
+    outputs: int = Field(description="outputs that were looked at, of rows at equal distances")
+    could_overflow: float | None = Field(
+        description="share of outputs whose magnitudes add up to more than the accumulator holds; none: unknown"
+    )
+    overflowed: float = Field(description="share of outputs of which a running sum left the accumulator's range")
+    inexact: float = Field(description="share of outputs that are not the exact sum, but for float32's own rounding")
+    largest: float = Field(description="magnitude of the largest running sum; of codes, in their units")
+    bits: int | None = Field(description="bits of that sum in two's complement; none: the sums are not whole")
+    safe_rows: float | None = Field(
+        description="share of weight rows that no input can make overflow (A2Q's bound); none: unknown"
+    )
+
+    @classmethod
+    def of(cls, sums: PartialSums) -> SumsAudit:
+        """Turn counts into shares."""
+        share = 1 / max(sums.outputs, 1)
+        return cls(
+            outputs=sums.outputs,
+            could_overflow=None if sums.could_overflow is None else sums.could_overflow * share,
+            overflowed=sums.overflowed * share,
+            inexact=sums.inexact * share,
+            largest=max(-sums.lowest, sums.highest),
+            bits=sums.bits,
+            safe_rows=None if sums.safe_rows is None else sums.safe_rows / max(sums.rows, 1),
+        )
+
+
 class SiteAudit(BaseModel):
     """One matmul."""
 
@@ -98,6 +132,7 @@ class SiteAudit(BaseModel):
     arithmetic: str = Field(description="the arithmetic that computed it")
     calls: int = Field(description="how often it was computed, in the audit's batch if there was one")
     products: list[Product] = Field(default=[], description="its products in the audit's batch, by size")
+    sums: SumsAudit | None = Field(None, description="its sums in a simulated arithmetic; none: it has no such")
     skipped: bool = False
     measured: dict[str, Measured] = Field(
         default_factory=dict,
@@ -223,6 +258,7 @@ class _Watch:
     def __init__(self) -> None:
         self.sums: dict[tuple[str, str], _Sums] = defaultdict(_Sums)
         self.operations: dict[tuple[str, str], _Sums] = defaultdict(_Sums)
+        self.partial: dict[str, PartialSums] = defaultdict(PartialSums)
         self.dtypes: dict[str, torch.dtype] = {}
         self.doubts: dict[str, dict[str, None]] = defaultdict(dict)
 
@@ -236,6 +272,10 @@ class _Watch:
             self.sums[site.name, role.rstrip("2")].add(before, after, quantizer)
             if (named := site.named(role)) in ATTENTION_ROLES:
                 self.sums[site.name, named].add(before, after, quantizer)
+
+    def examine(self, site: Site, left: QuantizedRows, right: QuantizedRows, product: Tensor) -> None:
+        """Count in the sums of a simulated product."""
+        self.partial[site.name] += site.plan.arithmetic.partial_sums(left, right, product)
 
     def operation(
         self, site: OperationSite, role: str, before: Tensor, after: Tensor, quantizer: Quantizer | None
@@ -316,6 +356,7 @@ def _record(site: Site, calls: int, watch: _Watch, counter: ProductCounter) -> S
         else str(watch.dtypes.get(site.name, torch.float32))[6:],
         calls=calls,
         products=counter.products(site.name),
+        sums=SumsAudit.of(watch.partial[site.name]) if site.name in watch.partial else None,
         skipped=plan.skipped,
         measured=roles,
         notes=[*watch.doubts[site.name], *_notes(site, site.plan.value_axis)],

@@ -24,6 +24,7 @@ from qsim_core.formats.quantizer import SiteQuantizer
 from qsim_core.formats.rounding import working
 from qsim_core.matmuls.call import Call
 from qsim_core.matmuls.layout import Layout
+from qsim_core.matmuls.partial_sums import PartialSums, compared
 from qsim_core.quantizers.scales import Scales
 from qsim_core.sites.workspace import Memory
 
@@ -129,6 +130,10 @@ class Arithmetic(Component):
     @abstractmethod
     def multiply(self, left: QuantizedRows, right: QuantizedRows) -> Tensor:
         """Multiply rows `[..., M, K]` and `[..., N, K]` to `[..., M, N]`, in the dtype of the left values."""
+
+    def partial_sums(self, left: QuantizedRows, right: QuantizedRows, product: Tensor) -> PartialSums:
+        """Tell an audit what the sums of a product did: its outputs are compared with the exact sums of the values."""
+        return compared(left.values, right.values, product)
 
     def check(self, quantizers: Sequence[Any]) -> None:
         """Raise `RecipeError` if this arithmetic cannot multiply operands with these quantizers.

@@ -7,6 +7,7 @@ tensor to an observer.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,7 +30,10 @@ from qsim_core.sites.site import Site
 from qsim_core.sites.workspace import Memory, Workspace, like
 
 SiteObserver = Callable[[Site, str, Tensor, Tensor, Quantizer | None], None]
-"""Called with the site, the role (input, input2, weight or output), the tensor before and after, and its quantizer."""
+"""Called with the site, the role (input, input2, weight or output), the tensor before and after, and its quantizer.
+
+If it has a method `examine(site, left, right, product)`, that is shown the `QuantizedRows` of each simulated product.
+"""
 
 
 class Execution:
@@ -65,11 +69,16 @@ class Execution:
         """Give the rows of a quantized weight that earlier calls had too; None: there are none."""
         return None
 
+    @property
+    def examine(self) -> Callable[[QuantizedRows, QuantizedRows, Tensor], None] | None:
+        """A function that is shown the operands and the result of a simulated product; None: nobody looks."""
+        return None
+
     def product(self, values: Sequence[Tensor]) -> Tensor:
         """Multiply the quantized operands. A mask is left out if the result is quantized; `finished` adds it."""
         call = self.call
         if self.arithmetic.simulates:
-            call = simulated(self.site, call, self.operands, self.weight_scales, self.weight_rows)
+            call = simulated(self.site, call, self.operands, self.weight_scales, self.weight_rows, self.examine)
         if self.call.masked and self.output is not None:
             return call.multiply(*values)
         product: Tensor = call.run(values)
@@ -230,6 +239,11 @@ class LiveExecution(Execution):
         if operand.weight is None or operand.quantizer is None:
             return None
         return self.weights.rows(operand.weight, operand.tensor, operand.layout, operand.quantizer, values)
+
+    @property
+    def examine(self) -> Callable[[QuantizedRows, QuantizedRows, Tensor], None] | None:
+        examine = getattr(self.observer, "examine", None)
+        return None if examine is None or recomputing() else functools.partial(examine, self.site)
 
     def _weight(self, operand: Operand) -> Tensor:
         quantizer, weight = operand.quantizer, operand.weight

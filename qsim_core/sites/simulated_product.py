@@ -35,6 +35,8 @@ class SimulatedCall(Call):
     """Gives the scales of a weight whose original values are gone; None: they are there."""
     weight_rows: Callable[[Operand, Tensor], QuantizedRows | None] = lambda operand, values: None
     """Gives the rows of a weight that earlier calls had too; None: they are made."""
+    examine: Callable[[QuantizedRows, QuantizedRows, Tensor], None] | None = None
+    """Is shown the rows of both operands, and their product."""
     site: str = ""
     step: int = 0
     """The count of the site's calls, which selects the random numbers."""
@@ -81,7 +83,10 @@ class SimulatedCall(Call):
         if not left.values.numel() or not right.values.numel():
             return left.values @ right.values.transpose(-1, -2)
         with at(f"{self.site}:product", self.step):
-            return self.arithmetic.multiply(left, right)
+            product = self.arithmetic.multiply(left, right)
+        if self.examine is not None:
+            self.examine(left, right, product)
+        return product
 
     def _with_gradient(self, exact: Any, operands: Sequence[Tensor], value: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)):
@@ -141,6 +146,7 @@ def simulated(
     operands: Sequence[Operand],
     weight_scales: Callable[[], Scales | None],
     weight_rows: Callable[[Operand, Tensor], QuantizedRows | None],
+    examine: Callable[[QuantizedRows, QuantizedRows, Tensor], None] | None = None,
 ) -> SimulatedCall:
     """Turn a call into one that the site's arithmetic computes. Raises `RecipeError` if it cannot."""
     check_arithmetic(site, call, operands)
@@ -151,6 +157,7 @@ def simulated(
         quantized=tuple(operands),
         weight_scales=weight_scales,
         weight_rows=weight_rows,
+        examine=examine,
         site=site.name,
         step=site.calls,
     )

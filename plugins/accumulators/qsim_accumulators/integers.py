@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from ctypes import c_int32, c_int64, c_void_p
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ from qsim_accumulators.panels import LANES, padded_to, panels
 from qsim_accumulators.whole_numbers import bound_of, digits_of, exact_product
 from qsim_core import Accumulator, QsimError, RecipeError
 from qsim_core.formats.accelerator import compiled
+from qsim_core.formats.format import table_of
+from qsim_core.matmuls.partial_sums import PartialSums, running, some_rows
 from qsim_core.sites.arithmetic import QuantizedRows
 
 SOURCE = Path(__file__).parent / "saturating.cpp"
@@ -85,6 +88,37 @@ class IntegerAccumulator(Accumulator):
             some = self._in_order(left.flatten(0, -2)[rows], right[columns])
             exact.flatten(0, -2)[rows.unsqueeze(-1), columns] = some.to(exact.dtype)
         return exact.to(left.dtype)
+
+    def partial_sums(self, left: QuantizedRows, right: QuantizedRows, product: Tensor) -> PartialSums:
+        """Tell an audit what the sums of codes did, block by block of common scales.
+
+        A row of the right operand is safe if ‖w‖₁ max|x| stays in the range of the running sum for the largest code x
+        of the left operand's format: A2Q (arXiv 2308.13504), section 3.
+        """
+        first, second = (2.0 ** digits_of(rows.element) for rows in (left, right))
+        chosen, highest = some_rows(left.values, right.values), self._highest(self.bits + self.guard)
+        largest = first * float(table_of(left.element).finite.abs().max())
+        found: PartialSums | None = None
+        could, over, unsafe = (torch.zeros((), dtype=torch.bool) for _ in range(3))
+        for x, w in left.blocks_with(right):
+            codes = _times(x.units.index_select(-2, chosen), first), _times(w.units, second)
+            sums = running(*codes, min(self.chunk, x.units.shape[-1]))
+            low, high, magnitude = (t.nan_to_num(0.0) for t in sums)
+            could = could | (magnitude > highest)
+            over = over | (high > highest) | (low < -highest - 1)
+            unsafe = unsafe | (codes[1].abs().sum(-1) * largest > highest)
+            block = PartialSums(1, lowest=float(low.min()), highest=float(high.max()), whole=True)
+            found = block if found is None else found + block
+        assert found is not None
+        return replace(
+            found,
+            outputs=over.numel(),
+            could_overflow=int(could.sum()),
+            overflowed=int(over.sum()),
+            inexact=int(over.sum()),
+            safe_rows=unsafe.numel() - int(unsafe.sum()),
+            rows=unsafe.numel(),
+        )
 
     def _in_order(self, left: Tensor, right: Tensor) -> Tensor:
         """Add up chunk after chunk, and keep each sum in range."""
