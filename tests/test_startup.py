@@ -162,6 +162,7 @@ def test_bash_takes_the_completion() -> None:
     assert (run.returncode, run.stdout, run.stderr) == (0, "evaluate\n", "")
 
 
+TEXT = str(Path(__file__).parent.parent / "README.md")
 SHOWN: dict[str, list[str]] = {
     "help": ["evaluate", "--help"],
     "an error": ["evaluate", "--plugin", "abpf"],
@@ -173,6 +174,7 @@ SHOWN: dict[str, list[str]] = {
     "a result, with bars and spinners": [
         "evaluate",
         *["--precision", "w4a8", "--static", "mse", "--calibration-samples", "2", "--limit", "2"],
+        *["--data", TEXT, "--calibration-data", TEXT],
     ],
 }
 
