@@ -6,9 +6,9 @@ import json
 import os
 import pty
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -125,7 +125,7 @@ def test_without_a_terminal_nothing_is_removed_unasked(cache: Path) -> None:
 def test_on_a_terminal_it_asks(answer: str, left: int) -> None:
     mine, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "qsim_core", "cache", "--clear", "zoo"],
+        [*forked.python(), "-m", "qsim_core", "cache", "--clear", "zoo"],
         stdin=theirs,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

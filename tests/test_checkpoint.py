@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from torch import nn
@@ -51,7 +51,7 @@ print(model(torch.ones(1, 8)).tolist())
 
 
 def run(work_dir: Path, die_at: int = -1) -> tuple[int, list[str]]:
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(work_dir), str(die_at)], capture_output=True, text=True)
+    done = subprocess.run([*forked.python(), "-c", PROGRAM, str(work_dir), str(die_at)], capture_output=True, text=True)
     return done.returncode, done.stdout.splitlines()
 
 

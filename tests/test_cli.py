@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import yaml
 from click.testing import CliRunner, Result
@@ -242,7 +243,7 @@ def test_names_with_brackets_are_names_and_no_markup(qsim_: Qsim, tmp_path: Path
 
 
 def test_a_terminal_that_lacks_a_character_shows_another(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "qsim_core", "components", "posit"]
+    command = [*forked.python(), "-m", "qsim_core", "components", "posit"]
     run = subprocess.run(command, capture_output=True, cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"})
 
     assert (run.returncode, run.stderr) == (0, b"")
@@ -254,7 +255,7 @@ def test_a_terminal_that_lacks_a_character_shows_another(tmp_path: Path) -> None
 def test_a_full_disk_under_standard_output_is_one_line(arguments: list[str]) -> None:
     with open("/dev/full", "w") as full:
         run = subprocess.run(
-            [sys.executable, "-m", "qsim_core", *arguments], stdout=full, stderr=subprocess.PIPE, text=True
+            [*forked.python(), "-m", "qsim_core", *arguments], stdout=full, stderr=subprocess.PIPE, text=True
         )
 
     assert (run.returncode, run.stderr) == (1, "Error: cannot write the output: No space left on device\n")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -89,7 +90,7 @@ def test_an_adapter_that_cannot_do_it_says_so() -> None:
 
 
 def test_the_command_line_says_nothing_but_qsims_own() -> None:
-    run = [sys.executable, "-m", "qsim_core", "evaluate", "--weights", "int4", "--limit", "1", "--device", "disk"]
+    run = [*forked.python(), "-m", "qsim_core", "evaluate", "--weights", "int4", "--limit", "1", "--device", "disk"]
 
     done = subprocess.run(run, capture_output=True, text=True, check=True)
 

@@ -7,10 +7,10 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 from click.testing import CliRunner
 from wheels import build, unpack
@@ -67,10 +67,11 @@ def run(plugins: Path, tmp_path_factory: pytest.TempPathFactory) -> Program:
         "PYTHONPATH": str(installed),
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # they rewrite what the fork has imported
     }
 
     def program(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, *arguments]
+        command = [*forked.python(), *arguments]
         return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=plugins)
 
     return program

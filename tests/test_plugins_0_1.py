@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 from wheels import build, unpack
 
@@ -33,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Program:
     environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
 
     def program(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-W", "always::DeprecationWarning", *arguments]
+        command = [*forked.python(), "-W", "always::DeprecationWarning", *arguments]
         return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
 
     return program

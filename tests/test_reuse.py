@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from torch import nn
@@ -66,7 +67,7 @@ def test_a_damaged_baseline_is_computed_again(tmp_path: Path) -> None:
 
 def test_two_runs_at_once_share_a_work_directory(tmp_path: Path) -> None:
     command = [
-        sys.executable,
+        *forked.python(),
         "-m",
         "qsim_core",
         "evaluate",
@@ -100,7 +101,7 @@ for count in range(200):
 
 def test_what_others_are_writing_is_read_whole(tmp_path: Path) -> None:
     path, read = tmp_path / "entry.kept", set()
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), letter]) for letter in "ab"]
+    writers = [subprocess.Popen([*forked.python(), "-c", WRITER, str(path), letter]) for letter in "ab"]
 
     while any(writer.poll() is None for writer in writers):
         content = kept(path)
@@ -306,7 +307,7 @@ class Typed(torch.nn.Linear): ...
 qsim.simulate(Typed(4, 4), activations="tensor(int8, static=true)", calibration=[torch.ones(2, 4)],
               run=qsim.Run(work_dir=pathlib.Path({str(tmp_path)!r})))
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
+    subprocess.run([*forked.python(), "-c", program], check=True)
 
     assert list(tmp_path.iterdir()) == []
 

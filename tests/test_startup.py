@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import click
+import forked
 import pytest
 import torch
 from click.testing import CliRunner
@@ -161,6 +162,7 @@ def test_bash_takes_the_completion() -> None:
     assert (run.returncode, run.stdout, run.stderr) == (0, "evaluate\n", "")
 
 
+TEXT = str(Path(__file__).parent.parent / "README.md")
 SHOWN: dict[str, list[str]] = {
     "help": ["evaluate", "--help"],
     "an error": ["evaluate", "--plugin", "abpf"],
@@ -172,6 +174,7 @@ SHOWN: dict[str, list[str]] = {
     "a result, with bars and spinners": [
         "evaluate",
         *["--precision", "w4a8", "--static", "mse", "--calibration-samples", "2", "--limit", "2"],
+        *["--data", TEXT, "--calibration-data", TEXT],
     ],
 }
 
@@ -180,7 +183,10 @@ SHOWN: dict[str, list[str]] = {
 def test_a_pipe_gets_text_without_escape_codes(what: str, tmp_path: Path) -> None:
     save_file({"layer.weight": torch.ones(4, 4)}, tmp_path / "w.safetensors")
 
-    run = qsim(*SHOWN[what], cwd=tmp_path, env={**os.environ, "TERM": "xterm-256color"})
+    command = [*forked.python(), "-m", "qsim_core", *SHOWN[what]]
+    environment = {**os.environ, "TERM": "xterm-256color"}
+
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
 
     assert run.returncode == (what == "an error")
     assert "\x1b" not in run.stdout + run.stderr
@@ -193,7 +199,7 @@ def on_a_terminal(arguments: list[str], environment: dict[str, str]) -> str:
     clean = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
     environment = {**clean, "TERM": "xterm-256color", **environment}
     run = subprocess.Popen(
-        [sys.executable, "-m", "qsim_core", *arguments], stdout=follower, stderr=follower, env=environment
+        [*forked.python(), "-m", "qsim_core", *arguments], stdout=follower, stderr=follower, env=environment
     )
     os.close(follower)
     sent = b""

@@ -20,6 +20,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 BITS = {2: torch.int16, 4: torch.int32}
 """The integer type that holds the bits of a float, by its size in bytes."""
 Quantize = Callable[[], Tensor]
+FINITE = [0, 6, 10, 11, 14, 16, 17]
+"""The rows of the special values that one scale can cover."""
 
 
 def disagreements(host: Host, name: str) -> list[str]:
@@ -74,9 +76,10 @@ def _built(host: Host, text: str) -> Quantizer | None:
 
 def _compared(accelerator: Accelerator, quantizer: Quantizer) -> Iterator[str]:
     """Quantize the special values in each dtype by the accelerator and by the reference; a message if they differ."""
+    everything = special_values()
     for dtype in DTYPES:
         # the rows with NaN and Inf, and the finite ones by themselves: one scale may be that of the tensor
-        for rows in (special_values(), special_values()[torch.tensor([0, 6, 10, 11, 14, 16, 17])]):
+        for rows in (everything, everything[FINITE]):
             x = rows.to(dtype)
             for name, quantize in _ways(quantizer, x).items():
                 message = _difference(accelerator, quantize, x)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import subprocess
-import sys
 import weakref
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from fast_cases import FORMATS, SCHEMES, WITHOUT_KERNELS, assert_same_bits, values
@@ -17,6 +19,7 @@ from qsim_fast.kernels import native
 from torch import Tensor
 
 import qsim_core as qsim
+from qsim_core import files
 from qsim_core.errors import QsimError
 from qsim_core.formats.quantizer import Function
 
@@ -121,7 +124,7 @@ def test_many_threads_and_one_give_the_same() -> None:
 
 def run(program: str, **environment: str) -> str:
     completed = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, **environment}, check=True
+        [*forked.python(), "-c", program], capture_output=True, text=True, env={**os.environ, **environment}, check=True
     )
     return completed.stdout
 
@@ -136,8 +139,18 @@ print(native.kernels_for(0) is not None)
 """
 
 
-def test_the_kernels_are_built_once_enough_was_quantized_and_loaded_by_the_next_run(tmp_path: Path) -> None:
-    cold = {"QSIM_CACHE": str(tmp_path)}
+@pytest.fixture
+def cold(tmp_path: Path) -> dict[str, str]:
+    """An environment whose cache knows what each plugin offers, and has no kernels."""
+    qsim.parse("int8")
+    with contextlib.suppress(FileNotFoundError):
+        shutil.copytree(files.cache() / "plugins", tmp_path / "plugins")
+    return {"QSIM_CACHE": str(tmp_path)}
+
+
+def test_the_kernels_are_built_once_enough_was_quantized_and_loaded_by_the_next_run(
+    tmp_path: Path, cold: dict[str, str]
+) -> None:
 
     assert run(PROGRAM.format(times=1), **cold) == "False\n"
     assert run(PROGRAM.format(times=2), **cold) == "True\n"
@@ -145,8 +158,8 @@ def test_the_kernels_are_built_once_enough_was_quantized_and_loaded_by_the_next_
     assert run(PROGRAM.format(times=1), **cold) == "True\n"
 
 
-def test_without_a_compiler_python_does_it(tmp_path: Path) -> None:
-    assert run(PROGRAM.format(times=3), QSIM_CACHE=str(tmp_path), PATH="") == "False\n"
+def test_without_a_compiler_python_does_it(cold: dict[str, str]) -> None:
+    assert run(PROGRAM.format(times=3), **cold, PATH="") == "False\n"
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
@@ -155,9 +168,9 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     assert run(PROGRAM.format(times=3), QSIM_CACHE=str(tmp_path / "file")) == "False\n"
 
 
-def test_processes_that_build_at_once_build_one(tmp_path: Path) -> None:
-    command, cold = [sys.executable, "-c", PROGRAM.format(times=3)], {**os.environ, "QSIM_CACHE": str(tmp_path)}
-    several = [subprocess.Popen(command, env=cold, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+def test_processes_that_build_at_once_build_one(tmp_path: Path, cold: dict[str, str]) -> None:
+    command, environment = [*forked.python(), "-c", PROGRAM.format(times=3)], {**os.environ, **cold}
+    several = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
 
     assert [process.communicate()[0] for process in several] == ["True\n"] * 3
     assert len(list((tmp_path / "kernels").glob("*.so"))) == 1

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 pytest.importorskip("transformers")
@@ -38,7 +38,7 @@ def evaluated(folder: Path, program: str, *options: str) -> dict[str, Any]:
     """The result of `qsim evaluate opt-tiny --plugin abfp`, run by a program in a process of its own."""
     path = folder / "result.json"
     command = ["evaluate", "opt-tiny", "--plugin", "abfp", "--limit", "1", "--json", str(path), *options]
-    run = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=False)
+    run = subprocess.run([*forked.python(), "-c", program, *command], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     result: dict[str, Any] = json.loads(path.read_text())
     return result

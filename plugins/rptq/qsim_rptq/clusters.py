@@ -114,25 +114,31 @@ def extremes(
     """The lowest and the highest value in each group of channels, for places and makers that were reached.
 
     `wanted` says how many groups there are and, in the shape of the channels, which is whose. With a momentum, new =
-    momentum * old + (1 - momentum) * batch, starting at the first batch (reference: 0.99).
+    momentum * old + (1 - momentum) * batch, starting at the first batch (reference: 0.99). All calls of a matmul in one
+    batch count together: a model may take its tokens one by one.
     """
     at: dict[str, list[Any]] = defaultdict(list)
     for part in wanted:
         at[part.site.name].append(part)
     observers: dict[Any, Observer] = {}
+    of_batch: dict[Any, Extremes] = defaultdict(Extremes)
 
     def watch(site: Site, matmul: Call) -> None:
         for part in at.get(site.name, ()):
             count, groups = wanted[part]
             values = part.values(matmul)
-            if not len(values):
-                continue
-            observer = observers.setdefault(part, Extremes() if momentum is None else MovingExtremes(momentum))
-            observer.update(_ends(values, count, groups))
+            if len(values):
+                of_batch[part].update(_ends(values, count, groups))
 
-    context.observe(watch, "rptq")
+    for index, batch in enumerate(context.run.track(context.batches, len(context.batches), "rptq")):
+        with context.watching(watch, index), as_in_evaluation(context.model):
+            call(context.model, batch)
+        for part, found in of_batch.items():
+            observer = observers.setdefault(part, Extremes() if momentum is None else MovingExtremes(momentum))
+            observer.update(found.values()[0])
+        of_batch.clear()
     ends = {part: observer.values()[0] for part, observer in observers.items()}
-    return {part: (found[:, 0], found[:, 1]) for part, found in ends.items()}
+    return {part: (low_high[:, 0], low_high[:, 1]) for part, low_high in ends.items()}
 
 
 def _ends(values: Tensor, count: int, groups: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from qsim_core.formats.quantizer import SiteQuantizer, laid_out_as
 from qsim_core.formats.rounding import round_to_integer, working
 
 SMALLEST, LARGEST = 1e-4, 1e4
-"""The bounds of a scale, and of a zero point from above and below (quantizer.py of the reference)."""
+"""The bounds of a scale (quantizer.py of the reference)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +30,13 @@ class Clustered(SiteQuantizer):
 
     @classmethod
     def covering(cls, low: Tensor, high: Tensor, element: Format, clusters: int) -> Clustered:
-        """Cover a range: scale = (high - low) / 2^bits in 1e-4 … 1e4, zero = round(-(high + low) / (2 scale)) in ±1e4.
+        """Cover a range: scale = (high - low) / 2^bits in 1e-4 … 1e4, zero = round(-(high + low) / (2 scale)).
 
-        Of 2^bits steps the last has no code. Values above its middle saturate, as in the reference.
+        Of 2^bits steps the last has no code. Values above its middle saturate, as in the reference. The reference
+        also holds the zero point in ±1e4; so a channel whose values are all near 3 becomes 1, and it is not done here.
         """
         scale = ((high - low) / (element.max - element.min + 1)).clamp(SMALLEST, LARGEST)
-        zero = ((high + low) * (-0.5 / scale)).clamp(-LARGEST, LARGEST).round()
+        zero = ((high + low) * (-0.5 / scale)).round()
         return cls(element, scale, zero, clusters)
 
     def same_as(self, other: Clustered) -> bool:

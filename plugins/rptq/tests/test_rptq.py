@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from qsim_rptq.held import Clustered
 from qsim_structure.for_transforms import structure_of
 from torch import Tensor, nn
 
@@ -140,7 +141,6 @@ def test_the_function_stays(family: str, reordered: int) -> None:
 def test_sixteen_bits_change_next_to_nothing(family: str, value_axis: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every scale stands where its channel does: a scale of another cluster would clip."""
     monkeypatch.setattr("qsim_rptq.held.SMALLEST", 1e-12)  # the reference's bounds are for few bits
-    monkeypatch.setattr("qsim_rptq.held.LARGEST", 1e12)
     model = build(family)
     before = logits(model)
 
@@ -205,6 +205,35 @@ def test_scales_are_the_references() -> None:
     assert torch.allclose(held.scale, scale[labels], rtol=1e-6)
     assert torch.equal(held.zero, zero[labels])
     assert torch.allclose(held(x), expected, rtol=1e-5)
+
+
+def test_a_channel_whose_values_hardly_differ_keeps_them() -> None:
+    """The smallest scale, 1e-4, is 30,000 steps below 3: more than the reference's zero points have."""
+    low, high = torch.tensor([2.999, -1.0]), torch.tensor([3.001, 1.0])
+
+    held = Clustered.covering(low, high, qsim.parse("int8").full(), 2)
+
+    assert torch.allclose(held.quantize(torch.tensor([[3.0, 0.5]])), torch.tensor([[3.0, 0.5]]), atol=1e-4)
+
+
+class TokenByToken(nn.Module):
+    """A norm and a weight that read one token after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up = nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.up(self.norm(token)) for token in x])
+
+
+def test_a_batch_is_one_range_however_many_calls_it_makes() -> None:
+    model, batch = TokenByToken().eval(), {"x": torch.randn(8, 4, generator=torch.Generator().manual_seed(0))}
+    normed = model.norm(batch["x"])
+
+    simulation = qsim.simulate(model, activations="int8", transforms=["rptq(clusters=1)"], calibration=[batch])
+
+    assert torch.allclose(fixed(simulation, "up").scale * 256, normed.max() - normed.min(), rtol=1e-5)
 
 
 def test_momentum_none_covers_all_data() -> None:
