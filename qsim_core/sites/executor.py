@@ -71,7 +71,7 @@ class Execution:
 
     @property
     def examine(self) -> Callable[[QuantizedRows, QuantizedRows, Tensor], None] | None:
-        """A function that is shown the operands and the result of a simulated product; None: nobody looks."""
+        """A function that is shown the operands and the result of a simulated product; None: there is none."""
         return None
 
     def product(self, values: Sequence[Tensor]) -> Tensor:

@@ -92,8 +92,8 @@ class IntegerAccumulator(Accumulator):
     def partial_sums(self, left: QuantizedRows, right: QuantizedRows, product: Tensor) -> PartialSums:
         """Tell an audit what the sums of codes did, block by block of common scales.
 
-        A row of the right operand is safe if ‖w‖₁ max|x| stays in the range of the running sum for the largest code x
-        of the left operand's format: A2Q (arXiv 2308.13504), section 3.
+        A row w of the right operand is safe if ‖w‖₁ max|x| stays in the range of the running sum. x is the largest code
+        of the left operand's format. Source: A2Q (arXiv 2308.13504), section 3.
         """
         first, second = (2.0 ** digits_of(rows.element) for rows in (left, right))
         chosen, highest = some_rows(left.values, right.values), self._highest(self.bits + self.guard)
