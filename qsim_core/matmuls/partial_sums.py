@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LOOKED_AT = 2**25
-"""Products that are looked at for one matmul."""
-HELD = 2**22
-"""Products that are held in memory at a time."""
+LOOKED_AT = 2**15
+"""Outputs that are looked at for one matmul."""
 EXACT = 2.0**-22
 """A sum that is nearer than this share of it has lost nothing to narrow additions: float32 itself rounds to 2^-24."""
 
@@ -66,9 +64,9 @@ def _plus(a: int | None, b: int | None) -> int | None:
 
 
 def some_rows(left: Tensor, right: Tensor) -> Tensor:
-    """Choose rows of the left operand `[..., M, K]`, evenly, so that few enough products are looked at."""
-    *batch, n, k = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]) + right.shape[-2:]
-    count = max(1, LOOKED_AT // max(1, math.prod(batch) * n * k))
+    """Choose rows of the left operand `[..., M, K]`, evenly, so that few enough outputs are looked at."""
+    batch = math.prod(torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]))
+    count = max(1, LOOKED_AT // max(1, batch * right.shape[-2]))
     return torch.linspace(0, left.shape[-2] - 1, min(count, left.shape[-2]), device=left.device).long()
 
 
@@ -79,14 +77,17 @@ def running(left: Tensor, right: Tensor, every: int = 1) -> tuple[Tensor, Tensor
     `every` products. It starts at zero.
     """
     shape = (*torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]), left.shape[-2], right.shape[-2])
-    low, high, total, magnitude = (torch.zeros(shape, dtype=torch.float64, device=left.device) for _ in range(4))
-    length = max(every, HELD // max(1, total.numel()) // every * every)
-    for x, w in zip(left.double().split(length, -1), right.double().split(length, -1), strict=True):
-        products = x.unsqueeze(-2) * w.unsqueeze(-3)
-        sums = products.cumsum(-1) + total.unsqueeze(-1)
-        total, magnitude = sums[..., -1], magnitude + products.abs().sum(-1)
-        seen = torch.cat([sums[..., every - 1 :: every], total.unsqueeze(-1)], -1)
-        low, high = torch.minimum(low, seen.amin(-1)), torch.maximum(high, seen.amax(-1))
+    low, high, total, magnitude, product = (
+        torch.zeros(shape, dtype=torch.float64, device=left.device) for _ in range(5)
+    )
+    columns = [x.double().movedim(-1, 0).contiguous() for x in (left, right)]
+    for place, (x, w) in enumerate(zip(*columns, strict=True), 1):
+        torch.mul(x.unsqueeze(-1), w.unsqueeze(-2), out=product)
+        total += product
+        magnitude += product.abs_()
+        if place % every == 0 or place == left.shape[-1]:
+            torch.minimum(low, total, out=low)
+            torch.maximum(high, total, out=high)
     return low, high, magnitude
 
 

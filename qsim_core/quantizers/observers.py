@@ -32,6 +32,9 @@ class Observer(ABC):
     def update(self, values: Tensor, counts: Tensor | None = None) -> None:
         """Take in values [B, m], with the same B every time. `counts` is 0 for a zero that fills up a short block."""
 
+    def next_batch(self) -> None:
+        """Note that the values that follow are of another calibration batch; most observers need not know."""
+
     @abstractmethod
     def values(self) -> tuple[Tensor, Tensor | None]:
         """Values [B, n] that represent all values so far, and the number that each represents (None: one)."""
@@ -121,16 +124,26 @@ class Histogram(Observer):
 
 
 class MovingExtremes(Observer):
-    """Averages the extremes over batches: new = momentum * old + (1 - momentum) * batch, from the first batch on."""
+    """Averages the extremes over batches: new = momentum * old + (1 - momentum) * batch, from the first batch on.
+
+    All tensors of a batch have one lowest and one highest value: a matmul may be computed several times in it.
+    """
 
     def __init__(self, momentum: float) -> None:
         self.momentum = momentum
         self.ends: Tensor | None = None
+        self.batch = Extremes()
 
     def update(self, values: Tensor, counts: Tensor | None = None) -> None:
-        ends = torch.stack([values.amin(-1), values.amax(-1)], -1)
-        self.ends = ends if self.ends is None else self.momentum * self.ends + (1 - self.momentum) * ends
+        self.batch.update(values)
+
+    def next_batch(self) -> None:
+        if self.batch.low is not None:
+            self.ends, self.batch = self.values()[0], Extremes()
 
     def values(self) -> tuple[Tensor, Tensor | None]:
-        assert self.ends is not None
-        return self.ends, None
+        if self.batch.low is None:
+            assert self.ends is not None
+            return self.ends, None
+        ends, _ = self.batch.values()
+        return ends if self.ends is None else self.momentum * self.ends + (1 - self.momentum) * ends, None

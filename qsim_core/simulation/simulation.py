@@ -232,7 +232,8 @@ class Simulation:
         fitter = static_calibration.Fitter()
         self.sites.quantizing, self.sites.observer = False, fitter
         try:
-            for fitter.batch, batch in enumerate(run.track(batches, len(batches), "static scales")):
+            for place, batch in enumerate(run.track(batches, len(batches), "static scales")):
+                fitter.next_batch(place)
                 with as_in_evaluation(self.model):
                     call(self.model, batch)
         finally:

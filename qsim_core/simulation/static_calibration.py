@@ -60,6 +60,12 @@ class Fitter:
         check_blocks(f"{site.name} ({site.named(role)})", scheme, self.seen[key][2], scheme.blocks_of(before.shape))
         self.seen[key][1].update(*scheme.static_blocks(before))
 
+    def next_batch(self, batch: int) -> None:
+        """Note that the tensors that follow are of another batch."""
+        self.batch = batch
+        for _, observer, _ in self.seen.values():
+            observer.next_batch()
+
     def statistics(self) -> Statistics:
         """Give the values that were gathered at each place."""
         return {key: observer.values() for key, (_, observer, _) in self.seen.items()}

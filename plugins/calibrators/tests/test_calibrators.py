@@ -86,6 +86,30 @@ def test_a_moving_average_follows_the_batches() -> None:
     assert site.fixed["input"].scale.item() == pytest.approx(high / 7)
 
 
+class OneByOne(nn.Module):
+    """A layer that is called for each row of its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.layer(row) for row in x.split(1)])
+
+
+def test_all_calls_of_one_batch_count_as_one() -> None:
+    """The batches reach up to 3 and up to 4, in whatever order their rows come."""
+    model = OneByOne()
+    batches = [torch.tensor([[3.0], [1.0]]), torch.tensor([[2.0], [4.0], [1.0]])]
+
+    simulation = qsim.simulate(
+        model, activations="tensor(int4, static=true, range=moving_average(0.5))", calibration=batches
+    )
+
+    (site,) = simulation.sites.table.values()
+    assert site.fixed["input"].scale.item() == pytest.approx(3.5 / 7)
+
+
 @pytest.mark.parametrize("text", ["entropy(1)", "entropy(11)", "moving_average(1)", "percentile(40)"])
 def test_options_out_of_range_are_refused(text: str) -> None:
     with pytest.raises(qsim.SpecError, match=" should be "):

@@ -121,22 +121,20 @@ def extremes(
     for part in wanted:
         at[part.site.name].append(part)
     observers: dict[Any, Observer] = {}
-    of_batch: dict[Any, Extremes] = defaultdict(Extremes)
 
     def watch(site: Site, matmul: Call) -> None:
         for part in at.get(site.name, ()):
             count, groups = wanted[part]
             values = part.values(matmul)
             if len(values):
-                of_batch[part].update(_ends(values, count, groups))
+                observer = observers.setdefault(part, Extremes() if momentum is None else MovingExtremes(momentum))
+                observer.update(_ends(values, count, groups))
 
     for index, batch in enumerate(context.run.track(context.batches, len(context.batches), "rptq")):
         with context.watching(watch, index), as_in_evaluation(context.model):
             call(context.model, batch)
-        for part, found in of_batch.items():
-            observer = observers.setdefault(part, Extremes() if momentum is None else MovingExtremes(momentum))
-            observer.update(found.values()[0])
-        of_batch.clear()
+        for observer in observers.values():
+            observer.next_batch()
     ends = {part: observer.values()[0] for part, observer in observers.items()}
     return {part: (low_high[:, 0], low_high[:, 1]) for part, low_high in ends.items()}
 
