@@ -47,6 +47,7 @@ FOR_AUTHORS = {
     "qsim_core.formats.rounding": ["working"],
     "qsim_core.matmuls.call": ["Call"],
     "qsim_core.quantizers.calibrators": ["ErrorOf"],
+    "qsim_core.simulation.work": ["Product", "TensorWork"],
     "qsim_core.sites.site": ["Site"],
     "qsim_core.testing": [name for name in testing.__all__ if name.endswith("Suite")],
     "qsim_core.transforms.blocks": ["Block"],
@@ -186,6 +187,7 @@ KINDS = {
     "evaluator": "Evaluators",
     "arithmetic": "Arithmetics",
     "operation": "Operations between products",
+    "hardware": "Hardware",
 }
 
 

@@ -45,6 +45,9 @@ _HOME = {
     "Run": "transforms.run",
     "Calibration": "evaluation.data",
     "Context": "transforms.context",
+    "Hardware": "simulation.work",
+    "SiteWork": "simulation.work",
+    "Cost": "simulation.work",
     "Recipe": "simulation.recipe",
     "Override": "simulation.recipe",
     "Simulation": "simulation.simulation",
@@ -103,6 +106,9 @@ if TYPE_CHECKING:
     from qsim_core.simulation.recipe import Recipe as Recipe
     from qsim_core.simulation.simulation import Simulation as Simulation
     from qsim_core.simulation.simulation import simulate as simulate
+    from qsim_core.simulation.work import Cost as Cost
+    from qsim_core.simulation.work import Hardware as Hardware
+    from qsim_core.simulation.work import SiteWork as SiteWork
     from qsim_core.sites.arithmetic import Accumulator as Accumulator
     from qsim_core.sites.arithmetic import Arithmetic as Arithmetic
     from qsim_core.sites.arithmetic import ExactArithmetic as ExactArithmetic

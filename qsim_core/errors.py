@@ -9,6 +9,8 @@ from pathlib import Path
 
 LISTED = 24
 """The largest number of names that a message lists in full. Of more names it lists those closest to the given one."""
+UNCOUNTED = frozenset({"hardware"})
+"""Nouns without an article."""
 
 
 class QsimError(Exception):
@@ -49,11 +51,13 @@ class CalibrationWarning(UserWarning):
 
 
 def with_article(noun: str) -> str:
-    """Put `a` or `an` before a noun.
+    """Put `a` or `an` before a noun, if it is one that can be counted.
 
     >>> with_article("format"), with_article("evaluator")
     ('a format', 'an evaluator')
     """
+    if noun in UNCOUNTED:
+        return noun
     return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
 
 

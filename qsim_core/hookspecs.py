@@ -45,3 +45,8 @@ def qsim_arithmetics() -> list:  # type: ignore[empty-body, type-arg]
 @hookspec
 def qsim_operations() -> list:  # type: ignore[empty-body, type-arg]
     """Ways to compute an operation between products: subclasses of `qsim_core.Operation`."""
+
+
+@hookspec
+def qsim_hardware() -> list:  # type: ignore[empty-body, type-arg]
+    """Hardware that says what products cost: subclasses of `qsim_core.Hardware`."""

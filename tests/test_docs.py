@@ -155,7 +155,7 @@ def test_every_key_of_a_recipe_is_explained() -> None:
 
 
 @pytest.mark.parametrize(
-    "record", [qsim.Result, qsim.Audit, SiteAudit, Measured, LayerReport, CalibrationRecord, Intervals]
+    "record", [qsim.Result, qsim.Audit, SiteAudit, Measured, LayerReport, CalibrationRecord, Intervals, qsim.Cost]
 )
 def test_every_key_of_a_result_is_explained(record: type) -> None:
     explained = set(re.findall(r"`(\w+)`", PAGES["docs/result.md"]))

@@ -88,9 +88,8 @@ def test_an_installed_plugins_component_is_there_by_name(install: Install) -> No
         (
             GOOD.replace("qsim_quantizers", "qsim_quantisers"),
             "plugin 'acme' (qsim-acme 1.2) implements an unknown hook 'qsim_quantisers'; did you mean "
-            "'qsim_quantizers'? There are: qsim_adapters, qsim_arithmetics, qsim_calibrators, qsim_evaluators, qsim_operations, "
-            "qsim_quantizers, "
-            "qsim_transforms",
+            "'qsim_quantizers'? There are: qsim_adapters, qsim_arithmetics, qsim_calibrators, qsim_evaluators, qsim_hardware, "
+            "qsim_operations, qsim_quantizers, qsim_transforms",
         ),
         (
             GOOD.replace("@qsim.hookimpl", ""),
@@ -99,7 +98,7 @@ def test_an_installed_plugins_component_is_there_by_name(install: Install) -> No
         (
             "answer = 42",
             "plugin 'acme' (qsim-acme 1.2) implements no hook; there are qsim_quantizers, qsim_calibrators, "
-            "qsim_transforms, qsim_adapters, qsim_evaluators, qsim_arithmetics, qsim_operations",
+            "qsim_transforms, qsim_adapters, qsim_evaluators, qsim_arithmetics, qsim_operations, qsim_hardware",
         ),
         (
             GOOD.replace("return [Halves]", "return 1 / 0"),

@@ -25,6 +25,7 @@ EXAMPLES = {
     "deviations": "calibrator",
     "saturating": "arithmetic",
     "shares": "operation",
+    "multipliers": "hardware",
     "clip": "transform",
     "gpt2": "adapter",
     "agreement": "evaluator",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from qsim_core.testing import (
     ArithmeticSuite,
     CalibratorSuite,
     EvaluatorSuite,
+    HardwareSuite,
     OperationSuite,
     QuantizerSuite,
     TransformSuite,
@@ -176,6 +178,47 @@ class TestReferences(ArithmeticSuite):
     text = ("float32", "auto")
 
 
+class Rate(qsim.Hardware):
+    """A rate of multiplications, wrong in the way that `wrong` says."""
+
+    name = "rate"
+    wrong: str = ""
+
+    def cost(self, work: Sequence[qsim.SiteWork]) -> qsim.Cost:
+        seconds = float(sum(one.product.multiplications for one in work))
+        match self.wrong:
+            case "infinite":
+                seconds = float("inf")
+            case "fewer":
+                seconds = 1 / (1 + seconds)
+            case "idle":
+                seconds += 1
+        sites = {"elsewhere": {"seconds": seconds}} if self.wrong == "sites" else {}
+        return qsim.Cost(
+            totals={"seconds": seconds}, sites=sites, assumptions=[] if self.wrong == "silent" else ["one"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "test", "message"),
+    [
+        ("infinite", "the_cost_of_two_layers_is_finite", "rate(infinite) gives {'seconds': inf}; "),
+        ("sites", "sites_are_those_of_the_work", "rate(sites) names sites ['elsewhere'] "),
+        ("silent", "it_says_under_which_conditions", "rate(silent) states no assumptions "),
+        ("fewer", "more_rows_do_not_cost_less", "rate(fewer): ['seconds'] of 400 rows "),
+        ("idle", "no_work_takes_no_time_and_no_energy", "rate(idle) prices no work at {'seconds': 1.0}"),
+    ],
+)
+def test_wrong_hardware(wrong: str, test: str, message: str) -> None:
+    arguments = {"quantized": True} if "finite" in test else {}
+    getattr(HardwareSuite(), f"test_{test}")(Rate(), **arguments)
+
+    with pytest.raises(AssertionError) as error:
+        getattr(HardwareSuite(), f"test_{test}")(Rate(wrong=wrong), **arguments)
+
+    assert str(error.value).startswith(message)
+
+
 class Shift(qsim.Transform):
     """A transform that adds random numbers to weights, halves an unknown weight, and reports nothing."""
 
@@ -324,6 +367,7 @@ def test_each_hook_has_a_suite() -> None:
         EvaluatorSuite,
         ArithmeticSuite,
         OperationSuite,
+        HardwareSuite,
     )
 
     assert [suite.base for suite in suites] == [base_of(hook) for hook in HOOKS]

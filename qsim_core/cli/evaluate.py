@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qsim_core.cli.options import CALIBRATION, COUNT, FILE, RECIPE, RESULT, SEED, Headed, output_file, with_options
+from qsim_core.cli.options import (
+    CALIBRATION,
+    COUNT,
+    FILE,
+    ON,
+    RECIPE,
+    RESULT,
+    SEED,
+    Headed,
+    output_file,
+    with_options,
+)
 from qsim_core.errors import CalibrationWarning, RecipeError
 
 if TYPE_CHECKING:
@@ -58,6 +69,7 @@ OUTPUT = (
         metavar="DIR",
         help="Write what there is to look at.",
     ),
+    ON,
     *RESULT,
 )
 
@@ -130,6 +142,7 @@ def _recorded(before: Result) -> dict[str, Any]:
         "seed": before.seed,
         "dtype": before.environment.dtype,
         "device": before.environment.device,
+        "on": tuple(before.audit.costs),
     }
     if (looked_at := before.calibration) is not None:
         options["calibration_data"] = looked_at.source
@@ -153,7 +166,7 @@ def _print_recipe(recipe: Recipe, options: dict[str, Any], host: Host) -> None:
 def _measured(recipe: Recipe, options: dict[str, Any], before: Result | None, host: Host, quiet: bool) -> Result:
     """Run the evaluation and print its warnings."""
     from qsim_core.cli import progress
-    from qsim_core.cli.recipe_options import calibration_of, notes_of
+    from qsim_core.cli.recipe_options import calibration_of, hardware_of, notes_of
     from qsim_core.evaluation.evaluate import evaluate as run_evaluation
     from qsim_core.evaluation.record import same_data
     from qsim_core.transforms.run import Run
@@ -169,6 +182,7 @@ def _measured(recipe: Recipe, options: dict[str, Any], before: Result | None, ho
         dtype=options["dtype"],
         calibration=calibration_of(options),
         samples=options["samples"],
+        on=hardware_of(options["on"], host),
         run=Run(
             options["batch_size"],
             options["limit"],

@@ -18,6 +18,7 @@ USES = {
     "calibrator": "qsim evaluate --precision w4a8 --static $name",
     "arithmetic": "qsim evaluate --precision w8a8 --arithmetic $name",
     "operation": "qsim evaluate --precision w8a8 --operations 'softmax: $name'",
+    "hardware": "qsim evaluate --precision w8a8 --on $name",
     "transform": "qsim evaluate --precision w4a16 --plugin $name",
     "adapter": "qsim evaluate DIRECTORY --precision w8a8 --data INPUTS.safetensors",
     "evaluator": "qsim evaluate --precision w4a8 --evaluator $name --data TEXT",
@@ -44,7 +45,7 @@ def write(kind: str, name: str, directory: Path) -> Path:
         "name": name,
         "Name": "".join(part.title() for part in name.split("_")),
         "kind": kind,
-        "article": with_article(kind).split()[0].title(),
+        "A_kind": with_article(kind).capitalize(),
         "Suite": SUITES.get(kind, f"{kind.title()}Suite"),
         "dependencies": ", ".join(f'"{need}"' for need in needs),
     }

@@ -98,6 +98,12 @@ RECIPE = (
     click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="A recipe in YAML or JSON."),
 )
 """The options that say which model and under which recipe."""
+ON = click.option(
+    "--on",
+    multiple=True,
+    metavar="TEXT|FILE.yaml",
+    help="Say what a forward costs on this hardware: its name, or a file; repeatable.",
+)
 CALIBRATION = (
     click.option(
         "--calibration-data",

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from qsim_core.components.component import Component, components_in, explain, no_option, read_value
+from qsim_core.components.component import Component, Preset, components_in, explain, no_option, options_of, read_value
 from qsim_core.components.host import Host
 from qsim_core.errors import PluginError, RecipeError, did_you_mean, natural_order, with_article
 from qsim_core.evaluation.adapter import Adapter
@@ -29,6 +29,7 @@ from qsim_core.formats.quantizer import Quantizer
 from qsim_core.quantizers.calibrators import Calibrator
 from qsim_core.quantizers.standard_schemes import Cast, Tensorwise
 from qsim_core.simulation.recipe import Recipe, read_yaml
+from qsim_core.simulation.work import Hardware
 from qsim_core.transforms.transform import Transform
 
 ROLES = ("weights", "activations", "outputs")
@@ -94,6 +95,32 @@ def notes_of(options: Mapping[str, Any], recipe: Recipe, host: Host) -> list[str
 def calibration_of(options: Mapping[str, Any]) -> Calibration:
     """The calibration data that the options `CALIBRATION` name."""
     return Calibration(options["calibration_data"], options["calibration_samples"], options["calibration_seqlen"])
+
+
+def hardware_of(texts: Iterable[str], host: Host) -> list[Hardware]:
+    """The hardware that `--on` names: by texts, or by YAML files that hold a name and its options."""
+    return [
+        _described(Path(text), host) if text.endswith((".yaml", ".yml")) else host.parse(text, Hardware)
+        for text in texts
+    ]
+
+
+def _described(path: Path, host: Host) -> Hardware:
+    """The hardware in a YAML file. Raises `RecipeError`."""
+    values = read_yaml(read_text(path, RecipeError, LARGEST_RECIPE))
+    (name, options), *others = values.items() if isinstance(values, dict) and values else [("", None)]
+    if others or not isinstance(options, dict):
+        raise RecipeError(f"{path} is no hardware: expected one name and its options, like `NAME: {{OPTION: VALUE}}`")
+    found = host.find(str(name), Hardware)
+    cls = host.class_of(found)
+    if unknown := options.keys() - options_of(cls).keys():
+        raise RecipeError(f"{path}: {no_option(cls, str(min(unknown, key=str)))}")
+    try:
+        if isinstance(found, Preset):
+            return host.parse(str(name), Hardware).replace(**options)  # type: ignore[no-any-return]
+        return cls.model_validate(options, context={"host": host})  # type: ignore[return-value]
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {explain(error)}") from None
 
 
 def read_recipe_file(path: Path) -> dict[str, Any]:

@@ -31,6 +31,10 @@ def show(result: Result) -> None:
     table.add_row("bits per weight", bits(audit.bits_per_weight))
     table.add_row("bits per activation", bits(audit.bits_per_activation))
     table.add_section()
+    for hardware, cost in audit.costs.items():
+        quantity, amount = next(iter(cost.totals.items()))
+        table.add_row(f"{quantity} of a batch, {hardware}", f"{amount:.3g}")
+    table.add_section()
     before_that = " (of an earlier run)" if "baseline" in result.cached else ""
     table.add_row("seconds, baseline", f"{result.seconds['baseline']:.1f}{before_that}")
     table.add_row("seconds, simulated", f"{result.seconds['simulated']:.1f}")
@@ -94,6 +98,8 @@ def _lines(result: Result) -> Iterator[str]:
         took = sum(site.arithmetic == arithmetic for site in audit.sites)
         yield f"{took} of {audit.found} matmuls were computed in {arithmetic}; the others do not fit it here"
     yield from _sums(audit)
+    for hardware, cost in audit.costs.items():
+        yield f"{hardware}, for the products of the audit's batch: {'; '.join(cost.assumptions)}"
     if audit.uncovered:
         yield f"not reached: {', '.join(audit.uncovered)}"
     grouped: dict[str, list[str]] = {}

@@ -63,6 +63,10 @@ class Adapter(Component):
     def load(self, model: str, dtype: torch.dtype) -> LoadedModel:
         """The model in a directory, or of a name that the adapter understands, in eval mode. Raises `ModelError`."""
 
+    def outline(self, model: str, dtype: torch.dtype) -> nn.Module:
+        """The model without values, on the meta device. By default it is loaded first. Raises `ModelError`."""
+        return self.load(model, dtype).model.to("meta")
+
     def load_dispatched(self, model: str, dtype: torch.dtype, to: str) -> LoadedModel:
         """The model with its weights where there is room (`to` is "auto"), or on disk ("disk").
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from qsim_core.files import make_work_dir
 from qsim_core.simulation.environment import Environment
 from qsim_core.simulation.recipe import Recipe
 from qsim_core.simulation.simulation import simulate
+from qsim_core.simulation.work import Hardware
 from qsim_core.snapshots import digest
 from qsim_core.transforms.forward import as_in_evaluation, call
 from qsim_core.transforms.offload import state
@@ -39,9 +40,11 @@ def evaluate(
     calibration: Calibration | None = None,
     samples: Path | None = None,
     run: Run | None = None,
+    on: Sequence[Hardware] = (),
 ) -> Result:
     """Measure a model as it is and under a recipe; `samples` is a directory for what a person would look at.
 
+    `on` has hardware, for which the audit says what its batch costs under the recipe.
     Raises a `QsimError` that says what to do.
     """
     host, run, start = host or installed(), run or Run(), time.perf_counter()
@@ -88,7 +91,7 @@ def evaluate(
             keep=False,
             run=run,
         )
-        audit = simulation.audit()
+        audit = simulation.audit(on=on)
     before = time.perf_counter()
     compared = replace(run, reference=getattr(baseline, "outputs", None))
     simulated = _metrics(job.evaluator, loaded, dataset, compared, "simulated")
@@ -96,7 +99,7 @@ def evaluate(
     if samples is not None:
         _save_samples(job.evaluator, baseline, simulated, samples)
     return Result(
-        **description(job, loaded, dataset, host),
+        **description(job, loaded, dataset, host, on),
         weights=weights,
         metric=job.evaluator.metric or next(iter(baseline)),
         baseline=baseline,

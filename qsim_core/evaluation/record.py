@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from qsim_core.components.component import components_in
+from qsim_core.components.component import Component, components_in
 from qsim_core.components.host import Host
 from qsim_core.errors import DataError
 from qsim_core.evaluation.adapter import LoadedModel
@@ -15,15 +16,15 @@ from qsim_core.files import place
 from qsim_core.simulation.recipe import Recipe
 
 
-def description(job: Job, loaded: LoadedModel, data: Data, host: Host) -> dict[str, Any]:
-    """The model, the recipe, the evaluator and the plugins of a run, as fields of `Result`."""
+def description(job: Job, loaded: LoadedModel, data: Data, host: Host, others: Iterable[Component]) -> dict[str, Any]:
+    """The model, the recipe, the evaluator and the plugins of a run with these other components."""
     return {
         "model": job.located.name,
         "adapter": str(job.located.adapter),
         "recipe": job.recipe.record(),
         "evaluator": str(job.evaluator),
         "protocol": job.evaluator.protocol_for(loaded, data),
-        "plugins": _plugins(job, host),
+        "plugins": _plugins([job.recipe, *job.located.components, *others], host),
     }
 
 
@@ -59,9 +60,8 @@ def same_data(result: Result, rerun: Result) -> None:
         )
 
 
-def _plugins(job: Job, host: Host) -> dict[str, PluginRecord]:
-    """Every plugin that offers a component of the recipe, or had a part in finding the model."""
-    parts: list[Any] = [job.recipe, *job.located.components]
+def _plugins(parts: list[Any], host: Host) -> dict[str, PluginRecord]:
+    """Every plugin that offers one of these components, or a component inside them."""
     found = {plugin for part in parts for component in components_in(part) for plugin in host.plugins_of(component)}
     plugins = sorted(found, key=lambda plugin: plugin.name)
     return {p.name: PluginRecord(distribution=p.distribution, version=p.version) for p in plugins}

@@ -45,7 +45,7 @@ def explicit_attention(
     shares = probabilities(scores, query.dtype)
     if attn_mask is not None:
         all_masked = scores.amax(-1, keepdim=True) == -torch.inf
-        if torch.compiler.is_compiling() or bool(all_masked.any()):
+        if torch.compiler.is_compiling() or scores.is_meta or bool(all_masked.any()):
             shares = shares.masked_fill(all_masked, 0.0)
     return torch.matmul(F.dropout(shares, dropout_p, training=dropout_p > 0), value)
 

@@ -21,7 +21,7 @@ from qsim_core.formats.quantizer import Quantizer
 from qsim_core.matmuls.dispatch import OperatorWatcher, operator_name
 from qsim_core.matmuls.partial_sums import PartialSums
 from qsim_core.quantizers.standard_schemes import Cast
-from qsim_core.simulation.products import Product, ProductCounter
+from qsim_core.simulation.work import Cost, Hardware, Product, WorkCounter
 from qsim_core.sites.arithmetic import QuantizedRows
 from qsim_core.sites.operation_sites import OperationSite
 from qsim_core.sites.site import ATTENTION, Site
@@ -175,6 +175,7 @@ class Audit(BaseModel):
     operations: list[OperationAudit] = Field(
         default=[], description="the operations between products, if the recipe names any"
     )
+    costs: dict[str, Cost] = Field(default={}, description="what the batch costs on each hardware that was named")
     warnings: list[str] = Field(default=[], description="formats without a scale that lose most of what they see")
 
     @property
@@ -294,9 +295,14 @@ def _rounds_nothing(quantizer: Quantizer, shape: torch.Size) -> bool:
     return block != "tensor" and min(block if isinstance(block, int) else shape[-1], shape[-1]) == 1
 
 
-def measured_audit(sites: Sites, run: Callable[[], Any] | None) -> Audit:
-    """Look at one batch, which `run` puts through the model; without it, only at what was met before."""
-    watch, outside, counter = _Watch(), _Outside(sites), ProductCounter()
+def measured_audit(
+    sites: Sites, run: Callable[[], Any] | None, on: Iterable[Hardware] = (), dtype: torch.dtype = torch.float32
+) -> Audit:
+    """Look at one batch, which `run` puts through the model; without it, only at what was met before.
+
+    `on` names hardware that prices the batch; tensors that are not quantized are held in `dtype` there.
+    """
+    watch, outside, counter = _Watch(), _Outside(sites), WorkCounter()
     met: dict[str, Site | OperationSite] = {**sites.table, **sites.operations.table}
     calls = {name: site.calls for name, site in met.items()}
     if run is not None:
@@ -320,6 +326,7 @@ def measured_audit(sites: Sites, run: Callable[[], Any] | None) -> Audit:
         bits_per_weight=_mean_bits(watch, "weight"),
         bits_per_activation=_mean_bits(watch, "input"),
         operations=[_operation(site, calls[site.name], watch) for site in sites.operations.table.values()],
+        costs={str(one): one.cost([*counter.work(sites.table.values(), dtype)]) for one in on},
         warnings=list(_unfit(sites.table.values(), records)),
     )
 
@@ -341,7 +348,7 @@ def _unfit(sites: Iterable[Site], records: Iterable[SiteAudit]) -> Iterator[str]
         )
 
 
-def _record(site: Site, calls: int, watch: _Watch, counter: ProductCounter) -> SiteAudit:
+def _record(site: Site, calls: int, watch: _Watch, counter: WorkCounter) -> SiteAudit:
     plan = site.plan
     roles = {role: sums.result() for (name, role), sums in watch.sums.items() if name == site.name}
     return SiteAudit(

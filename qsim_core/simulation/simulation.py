@@ -17,9 +17,9 @@ from qsim_core.simulation import site_state, static_calibration
 from qsim_core.simulation.audit import Audit, measured_audit
 from qsim_core.simulation.closed_modules import check_open
 from qsim_core.simulation.module_text import ModuleText
-from qsim_core.simulation.products import Product, ProductCounter
 from qsim_core.simulation.recipe import Recipe
 from qsim_core.simulation.statistics_cache import statistics_entry
+from qsim_core.simulation.work import Hardware, Product, SiteWork, WorkCounter
 from qsim_core.sites.arithmetic import Auto, ExactArithmetic
 from qsim_core.sites.sites import Sites
 from qsim_core.transforms.applying import apply_transforms, left_behind, needed_beside
@@ -57,34 +57,48 @@ class Simulation:
             if "extra_repr" not in vars(module):
                 vars(module)["extra_repr"] = ModuleText(self.sites, path, module)
 
-    def audit(self, example: Example = None) -> Audit:
+    def audit(self, example: Example = None, on: Iterable[Hardware] = ()) -> Audit:
         """List every matmul with its quantizers and their error, measured on one batch.
 
         The batch is `example`, or the one that `simulate` was given. Without a batch the audit lists what has been
-        met so far and measures nothing. Raises `QsimError` after `restore`.
+        met so far and measures nothing. `on` has hardware, for which the audit says what the batch costs. Raises
+        `QsimError` after `restore`.
         """
         if not self._handles:
             raise QsimError("there is nothing to audit: this simulation was restored")
         batch = self.example if example is None else example
         if batch is None:
-            return measured_audit(self.sites, None)
+            return measured_audit(self.sites, None, on)
         texts, _ = unpadded(self.model, [batch])
         with as_in_evaluation(self.model):
-            return measured_audit(self.sites, lambda: [call(self.model, text) for text in texts])
+            return measured_audit(self.sites, lambda: [call(self.model, text) for text in texts], on, self._dtype)
 
     def products(self, example: Example = None) -> dict[str, list[Product]]:
         """Count the products of each site by size, in a forward in which nothing is quantized.
 
         No number is looked at, so the model may be on torch's `meta` device. Attention counts as its two products.
         """
-        counter = ProductCounter()
+        counter = self._counted(example)
+        return {name: counter.products(name) for name in self.sites.table}
+
+    def work(self, example: Example = None) -> list[SiteWork]:
+        """Count the work of each site as `products` does, with the bits of operands and results under the recipe."""
+        return list(self._counted(example).work(self.sites.table.values(), self._dtype))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The dtype of the model's parameters."""
+        return next((x.dtype for x in self.model.parameters() if x.is_floating_point()), torch.get_default_dtype())
+
+    def _counted(self, example: Example) -> WorkCounter:
+        counter = WorkCounter()
         self.sites.quantizing, self.sites.watcher = False, counter
         try:
             with as_in_evaluation(self.model):
                 call(self.model, self.example if example is None else example)
         finally:
             self.sites.quantizing, self.sites.watcher = True, None
-        return {name: counter.products(name) for name in self.sites.table}
+        return counter
 
     def state_dict(self) -> dict[str, Tensor]:
         """Gather what the sites hold beside the recipe: static scales, learned steps, zero points, counts of calls.

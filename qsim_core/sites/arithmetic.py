@@ -127,6 +127,11 @@ class Arithmetic(Component):
     simulates: ClassVar[bool] = True
     """True if `multiply` gives other numbers than a float32 product. Then every product is computed by it."""
 
+    @property
+    def accumulator_bits(self) -> int:
+        """The width of the sum in bits, by which hardware is priced."""
+        return 32
+
     @abstractmethod
     def multiply(self, left: QuantizedRows, right: QuantizedRows) -> Tensor:
         """Multiply rows `[..., M, K]` and `[..., N, K]` to `[..., M, N]`, in the dtype of the left values."""

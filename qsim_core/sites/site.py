@@ -69,6 +69,10 @@ class Site:
         """The quantizer that the recipe has for a role."""
         return getattr(self.plan, self.named(role))  # type: ignore[no-any-return]
 
+    def standing(self, role: str) -> Any:
+        """The quantizer of a role, with its static scales if they are found."""
+        return self.fixed[role] if role in self.fixed else self.planned(role)
+
     def quantizer(self, role: str) -> Any:
         """The quantizer of a role, with its static scales. Raises `RecipeError` if these are needed and missing."""
         if role in self.fixed:
@@ -94,14 +98,16 @@ class Site:
     @property
     def inputs(self) -> list[Any]:
         """The quantizers of the operands that are not weights, each once."""
-        found = [self.fixed[role] if role in self.fixed else self.planned(role) for role in self.input_roles]
+        found = map(self.standing, self.input_roles)
         return list({id(quantizer): quantizer for quantizer in found if quantizer is not None}.values())
 
     @property
     def changes_products(self) -> bool:
         """True if anything here makes a product of activations another than torch's."""
-        planned = (self.fixed[role] if role in self.fixed else self.planned(role) for role in (*OPERANDS, "output"))
-        return self.plan.arithmetic.simulates or self.in_training is not None or any(one is not None for one in planned)
+        standing = map(self.standing, (*OPERANDS, "output"))
+        return (
+            self.plan.arithmetic.simulates or self.in_training is not None or any(one is not None for one in standing)
+        )
 
     @property
     def is_value_product(self) -> bool:

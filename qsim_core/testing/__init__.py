@@ -16,6 +16,7 @@ from qsim_core.testing.arithmetic import ArithmeticSuite
 from qsim_core.testing.both_ways import both_ways
 from qsim_core.testing.calibrator import CalibratorSuite
 from qsim_core.testing.evaluator import EvaluatorSuite
+from qsim_core.testing.hardware import HardwareSuite
 from qsim_core.testing.operation import OperationSuite
 from qsim_core.testing.quantizer import QuantizerSuite
 from qsim_core.testing.transform import TransformSuite
@@ -25,6 +26,7 @@ __all__ = [
     "ArithmeticSuite",
     "CalibratorSuite",
     "EvaluatorSuite",
+    "HardwareSuite",
     "OperationSuite",
     "QuantizerSuite",
     "TransformSuite",

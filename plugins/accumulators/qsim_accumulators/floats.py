@@ -60,6 +60,10 @@ class Sequential(FloatAccumulator):
     name = "sequential"
     format: Format = Field(description="the number format of the running sum")
 
+    @property
+    def accumulator_bits(self) -> int:
+        return self.format.width
+
     def sums(self, products: Iterator[Tensor], rounded: Rounded) -> Tensor:
         return in_order(products, self.format, rounded)
 
@@ -75,6 +79,10 @@ class Chunked(FloatAccumulator):
     format: Format = Field(description="the number format of the sum in a chunk")
     n: PositiveInt = Field(description="products in a chunk; the last chunk may be short")
     outer: Format | None = Field(None, description="the number format of the sum of chunks; none: float32")
+
+    @property
+    def accumulator_bits(self) -> int:
+        return self.format.width
 
     def sums(self, products: Iterator[Tensor], rounded: Rounded) -> Tensor:
         def chunks() -> Iterator[Tensor]:
@@ -92,6 +100,10 @@ class Tree(FloatAccumulator):
 
     name = "tree"
     format: Format = Field(description="the number format of all sums")
+
+    @property
+    def accumulator_bits(self) -> int:
+        return self.format.width
 
     def sums(self, products: Iterator[Tensor], rounded: Rounded) -> Tensor:
         level = [rounded(product, self.format) for product in products]

@@ -49,6 +49,10 @@ class IntegerAccumulator(Accumulator):
     chunk: PositiveInt = Field(1, description="products that are added up exactly before the running sum")
     product: int | None = Field(None, ge=4, le=32, description="bits of one product; none: as many as it needs")
 
+    @property
+    def accumulator_bits(self) -> int:
+        return self.bits + self.guard
+
     def check(self, quantizers: Sequence[Any]) -> None:
         """Raise `RecipeError` unless both operands have formats whose values are whole numbers in some unit."""
         super().check(quantizers)

@@ -39,6 +39,18 @@ class Pretrained(Adapter):
         """The model, in eval mode, with its tokenizer or processor. Raises `ModelError`."""
         return load_pretrained(self.model_class(model), model, dtype)
 
+    def outline(self, model: str, dtype: torch.dtype) -> nn.Module:
+        """The model on the meta device, from its configuration alone. Raises `ModelError`."""
+        of = self.model_class(model)
+        check_no_foreign_code(model, "", _weights(of))
+        try:
+            with offline_unless_reachable(model):
+                config = of.config_class.from_pretrained(model)
+            with torch.device("meta"):
+                return of(config).to(dtype).eval()  # type: ignore[no-any-return]
+        except Exception as error:  # a wrong configuration fails anywhere in the library
+            raise ModelError(f"{model} cannot be built from its configuration: {one_line(error)}") from None
+
     def load_dispatched(self, model: str, dtype: torch.dtype, to: str) -> LoadedModel:
         """The model, its weights placed by accelerate: "auto" on GPUs, in memory, then on disk; "disk" all on disk."""
         return load_pretrained(self.model_class(model), model, dtype, to)

@@ -1,0 +1,5 @@
+from qsim_core.testing import HardwareSuite
+
+
+class TestMultipliers(HardwareSuite):
+    text = "multipliers"

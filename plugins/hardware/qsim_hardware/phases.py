@@ -1,0 +1,146 @@
+"""The forwards of a model without values: a prompt at once, then one token at a time with a cache.
+
+Tensors are on the meta device, so a forward of any size takes no memory.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from qsim_core import ModelError, QsimError, Recipe, Simulation, SiteWork, simulate
+from qsim_core.errors import one_line
+from qsim_core.simulation.work import TensorWork
+
+CACHED = ("keys", "values")
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sequences that are computed together, the tokens of each prompt, and the tokens that follow it."""
+
+    batch: int
+    prompt: int
+    generate: int
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One forward, and its work at each site."""
+
+    name: str
+    work: Sequence[SiteWork]
+
+
+def phases(model: Any, recipe: Recipe, shapes: Shapes) -> list[Phase]:
+    """Count the work of a prompt, and of the first and the last token after it; of other models that of one forward.
+
+    Raises `ModelError` for a model that cannot run without values, and `RecipeError` for a recipe that does not fit.
+    """
+    with simulate(model, recipe) as simulation:
+        prompt, cache = _forward(simulation, _inputs(model, shapes.batch, shapes.prompt))
+        if cache is None:
+            return [Phase("forward", prompt)]
+        found, read = [Phase("prompt", prompt)], shapes.prompt
+        for name, length in _lengths(shapes).items():
+            if length > read:
+                _, cache = _forward(simulation, _inputs(model, shapes.batch, length))
+            token = {**_inputs(model, shapes.batch, 1), _cache_argument(model): cache}
+            found.append(Phase(name, _forward(simulation, token)[0]))
+        return found
+
+
+def generates(model: Any) -> bool:
+    """True for a language model that continues a text, and keeps the keys and values of what it has read."""
+    return _main_input(model) == "input_ids" and model.can_generate() and not model.config.is_encoder_decoder
+
+
+def notes(model: Any, shapes: Shapes) -> Iterator[str]:
+    """Lines about what can hardly be meant."""
+    tokens = shapes.prompt + shapes.generate * generates(model)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if _main_input(model) == "input_ids" and isinstance(positions, int) and tokens > positions:
+        yield f"{tokens} tokens are more than the {positions} positions that the model was made for"
+    if not generates(model):
+        yield "the model does not continue texts: one forward is counted, and no decoding"
+
+
+def cached_bytes(work: Sequence[SiteWork]) -> float:
+    """Count the bytes of the keys and values of all layers, scales included."""
+    return sum(operand.bytes for one in work for operand in one.operands if operand.role in CACHED)
+
+
+def _lengths(shapes: Shapes) -> dict[str, int]:
+    """The tokens that lie before the first and before the last token that is generated."""
+    if shapes.generate < 2:
+        return {"token": shapes.prompt} if shapes.generate else {}
+    return {"first token": shapes.prompt, "last token": shapes.prompt + shapes.generate - 1}
+
+
+def _main_input(model: Any) -> str:
+    return str(getattr(model, "main_input_name", ""))
+
+
+def _cache_argument(model: Any) -> str:
+    """The name of the cache in the arguments and the result of a forward; transformers 5.24 has shortened it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _inputs(model: Any, batch: int, tokens: int) -> dict[str, Any]:
+    """Inputs of the model's own kind: tokens, or images of the size in its configuration. Raises `ModelError`."""
+    match _main_input(model):
+        case "input_ids":
+            ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")
+            return {"input_ids": ids, **({"use_cache": True} if generates(model) else {})}
+        case "pixel_values":
+            size, config = model.config.image_size, model.config
+            height, width = size if isinstance(size, list | tuple) else (size, size)
+            shape = (batch, getattr(config, "num_channels", 3), height, width)
+            return {"pixel_values": torch.zeros(shape, dtype=model.dtype, device="meta")}
+    raise ModelError(
+        f"the inputs of {type(model).__name__} are neither tokens nor images; from Python, hardware.cost("
+        f"simulate(model, …).work(example)) prices any model"
+    )
+
+
+def _forward(simulation: Simulation, inputs: dict[str, Any]) -> tuple[list[SiteWork], Any]:
+    """Count the work of a forward without values, and give the cache that it returns. Raises `ModelError`."""
+    model: Any = simulation.model
+    caught: list[Any] = []
+
+    def catch(module: Any, arguments: Any, output: Any) -> None:
+        caught.append(getattr(output, _cache_argument(model), None) if generates(model) else None)
+
+    handle = model.register_forward_hook(catch)
+    try:
+        work = simulation.work(inputs)
+    except QsimError:
+        raise
+    except Exception as error:  # of any class, as a model that looks at values likes
+        raise ModelError(f"{type(model).__name__} cannot run without values: {one_line(error)}") from None
+    finally:
+        handle.remove()
+    return _read_once(work, caught[-1]), caught[-1]
+
+
+def _read_once(work: Sequence[SiteWork], cache: Any) -> list[SiteWork]:
+    """Count the keys and values of each layer as its cache holds them: once, not for each head that reads them."""
+    held = [layer for layer in getattr(cache, "layers", ()) if getattr(layer, "keys", None) is not None]
+    found: list[SiteWork] = []
+    met = dict.fromkeys(CACHED, 0)
+    for one in work:
+        left, right = one.operands
+        if right.role in CACHED and met[right.role] < len(held):
+            tensor: torch.Tensor = getattr(held[met[right.role]], right.role)
+            met[right.role] += 1
+            right = _limited(right, tensor.numel())
+        found.append(replace(one, operands=(left, right)))
+    return found
+
+
+def _limited(tensor: TensorWork, elements: int) -> TensorWork:
+    return replace(tensor, elements=min(tensor.elements, elements))
