@@ -23,7 +23,8 @@ from qsim_core import errors, hookspecs
 from qsim_core.cli.main import main
 from qsim_core.components.hook_validation import base_of
 from qsim_core.evaluation.result import CalibrationRecord, Intervals
-from qsim_core.simulation.audit import Measured, SiteAudit
+from qsim_core.simulation.audit import Measured, OperationAudit, SiteAudit, SumsAudit
+from qsim_core.simulation.work import Product
 from qsim_core.transforms.report import LayerReport
 
 ROOT = Path(__file__).parent.parent
@@ -155,7 +156,20 @@ def test_every_key_of_a_recipe_is_explained() -> None:
 
 
 @pytest.mark.parametrize(
-    "record", [qsim.Result, qsim.Audit, SiteAudit, Measured, LayerReport, CalibrationRecord, Intervals, qsim.Cost]
+    "record",
+    [
+        qsim.Result,
+        qsim.Audit,
+        SiteAudit,
+        SumsAudit,
+        OperationAudit,
+        Product,
+        Measured,
+        LayerReport,
+        CalibrationRecord,
+        Intervals,
+        qsim.Cost,
+    ],
 )
 def test_every_key_of_a_result_is_explained(record: type) -> None:
     explained = set(re.findall(r"`(\w+)`", PAGES["docs/result.md"]))

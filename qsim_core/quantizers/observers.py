@@ -32,8 +32,8 @@ class Observer(ABC):
     def update(self, values: Tensor, counts: Tensor | None = None) -> None:
         """Take in values [B, m], with the same B every time. `counts` is 0 for a zero that fills up a short block."""
 
-    def next_batch(self) -> None:
-        """Note that the values that follow are of another calibration batch; most observers need not know."""
+    def next_batch(self) -> None:  # noqa: B027 - most observers need not know
+        """Note that the values that follow are of another calibration batch."""
 
     @abstractmethod
     def values(self) -> tuple[Tensor, Tensor | None]:
