@@ -6,7 +6,6 @@ import gzip
 import json
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from qsim_transformers.hub import offline_unless_reachable
@@ -117,26 +116,26 @@ def opened(opening: Tensor, windows: Tensor) -> Tensor:
     return torch.cat([opening.expand(len(windows), -1), windows], 1)
 
 
-KEPT: WeakKeyDictionary[Any, dict[tuple[str, str, bool], Tensor]] = WeakKeyDictionary()
-"""For each tokenizer the tokens of the last two texts: one to measure on, one to calibrate with."""
+KEPT: dict[tuple[str, type, str, bool], Tensor] = {}
+"""The tokens of the last four texts. A training measures on one, calibrates with one and learns one."""
 
 
 def tokens_of_corpus(loaded: LoadedModel, text: str) -> Tensor:
-    """Tokenize a long text once, however often an evaluation needs its tokens.
+    """Tokenize a long text once, however often evaluations need its tokens.
 
-    Tokens are kept under the text and the tokenizer's whole state, so a changed tokenizer is asked again.
+    Tokens are kept under the text and the tokenizer's whole state. A changed tokenizer is asked again, and a tokenizer
+    that is loaded again is not.
     """
     tokenizer = loaded.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return tokens_of(loaded, text)
-    kept = KEPT.setdefault(tokenizer, {})
-    key = (text, backend.to_str(), tokenizer.split_special_tokens)
-    if key not in kept:
-        while len(kept) > 1:
-            del kept[next(iter(kept))]
-        kept[key] = tokens_of(loaded, text)
-    return kept[key].clone()
+    key = (text, type(tokenizer), backend.to_str(), tokenizer.split_special_tokens)
+    kept = KEPT.pop(key, None)
+    KEPT[key] = kept = tokens_of(loaded, text).int() if kept is None else kept  # the latest is the last
+    while len(KEPT) > 4:
+        del KEPT[next(iter(KEPT))]
+    return check_ids(loaded.model, kept.long())
 
 
 def draw_windows(tokens: Tensor, samples: int, length: int, seed: int, name: str) -> list[Tensor]:

@@ -126,6 +126,7 @@ def test_the_protocol_says_which_windows_have_the_first_token() -> None:
 
 
 def test_a_token_that_the_model_does_not_have_is_one_line(loaded: qsim.LoadedModel) -> None:
+    qsim.parse("perplexity(16)").evaluate(loaded, qsim.Data.of_text("fox", TEXT), qsim.Run())
     loaded.model.get_input_embeddings = lambda: nn.Embedding(100, 1)  # type: ignore[assignment]
 
     with pytest.raises(
@@ -204,6 +205,23 @@ def test_a_tokenizer_that_changes_between_two_evaluations_is_asked_again() -> No
 
     tokens.append(qsim.parse("perplexity(seqlen=3)").evaluate(loaded, data, run)["tokens"])
     assert tokens == [4, 4, 2]
+
+
+def test_a_tokenizer_that_is_loaded_again_is_not_asked_again() -> None:
+    asked = []
+
+    class Asked(PreTrainedTokenizerFast):  # type: ignore[misc]
+        def __call__(self, text: str, **options: Any) -> Any:
+            asked.append(text)
+            return super().__call__(text, **options)
+
+    for _ in range(2):
+        words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+        words.pre_tokenizer = pre_tokenizers.Whitespace()
+        loaded = qsim.LoadedModel(Bigram(), Asked(tokenizer_object=words))
+        qsim.parse("perplexity(seqlen=3)").evaluate(loaded, qsim.Data.of_text("a text", "a b a b a b"), qsim.Run())
+
+    assert asked == ["a b a b a b"]
 
 
 def test_text_shorter_than_a_window_is_an_error(loaded: qsim.LoadedModel) -> None:
