@@ -28,7 +28,8 @@ WINDOWS = ["--limit", "2", "--seqlen", "32", "--batch-size", "2"]
 QUICK = [*WINDOWS, "--evaluator", "perplexity(seqlen=32)", "--eval-data", ROOT / "README.md"]
 SHORT = [*QUICK, "--data", ROOT / "CHANGELOG.md"]
 """Options of a training on one small text, measured on another."""
-LSQ = ["--weights", "channel(int4, gradient=lsq)", "--activations", "abfp(int8, gradient=lsq)"]
+FEW = ["--calibration-samples", "4", "--calibration-seqlen", "32"]
+LSQ = ["--weights", "channel(int4, gradient=lsq)", "--activations", "abfp(int8, gradient=lsq)", *FEW]
 
 
 def qsim_(*arguments: Any) -> Any:
@@ -208,7 +209,11 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_numbers(tmp_path: Path) 
         }
     )
     training, limited = Training(steps=5, batch_size=2, seqlen=32, checkpoint_every=2), qsim.Run(limit=2)
-    texts = {"data": str(ROOT / "CHANGELOG.md"), "eval_data": str(ROOT / "README.md")}
+    texts = {
+        "data": str(ROOT / "CHANGELOG.md"),
+        "eval_data": str(ROOT / "README.md"),
+        "calibration": qsim.Calibration(samples=4, length=32),
+    }
     unbroken = finetune(recipe, tmp_path / "unbroken", training, **texts, run=limited)
 
     with pytest.raises(KeyboardInterrupt):
