@@ -22,7 +22,7 @@ from qsim_core.cli.result_table import with_interval
 DOCUMENT = Path(__file__).parent.parent / "docs" / "hardware.md"
 MODELS = ["opt-tiny", "codegen-tiny", "bert-tiny", "vit-tiny"]
 SATURATING = [f"int{bits}(overflow=saturate)" for bits in (20, 16, 14, 12)]
-FP8 = ["hopper_fp8", "deepseek", "blackwell_fp8", "chunked(fp16, 64)", "chunked(float(5, mantissa=6), 64)"]
+FP8 = ["ada_fp8", "hopper_fp8", "deepseek", "blackwell_fp8"]
 INT8 = {"weights": "int8", "activations": "int8"}
 TABLES: dict[str, tuple[dict[str, str], list[str]]] = {
     "w4a4": ({"weights": "int4", "activations": "int4"}, SATURATING),
