@@ -172,9 +172,10 @@ def test_a_rotary_embedding_is_one_operation() -> None:
         (lambda x: x + torch.ones(8), 0),
         (lambda x: x + 1, 0),
         (lambda x: torch.softmax(x @ x.mT + torch.zeros(2, 5, 5), -1), 0),
-        (lambda x: x * (x > 0).float() + x * ANGLES, 1),
+        (lambda x: x * (x > 0).float() + x * ANGLES, 0),
+        (lambda x: x + x.sin(), 1),
     ],
-    ids=["a bias", "a number", "a mask", "two products that turn nothing"],
+    ids=["a bias", "a number", "a mask", "two products that turn nothing", "two activations"],
 )
 def test_sums_that_are_no_rotary_embedding(function: Callable[[Tensor], Tensor], sums: int) -> None:
     _, audit = run(Calls(lambda x: function(x).relu()), X, {"relu": {"output": "bf16"}})
@@ -251,3 +252,83 @@ def test_a_recipe_with_operations_is_written_and_read() -> None:
         "softmax": {"implementation": "eight_bits"},
         "add": {"output": "cast(bf16)"},
     }
+
+
+def cosines_and_sines(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> nn.Module:
+    return Calls(lambda x: function(x.clone(), ANGLES.cos(), ANGLES.sin()).relu())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda q, cos, sin: q.mul_(cos) + rotate_half(q).mul_(sin),
+        lambda q, cos, sin: (q * cos).add_(rotate_half(q) * sin),
+        lambda q, cos, sin: torch.add(q * cos, rotate_half(q) * sin, alpha=-1),
+        lambda q, cos, sin: (q * cos).mul_(2) + rotate_half(q) * sin,
+    ],
+    ids=["factors in place", "a sum in place", "alpha", "a changed product"],
+)
+def test_a_rotary_embedding_is_not_read_into_other_code(function: Callable[..., Tensor]) -> None:
+    model = cosines_and_sines(function)
+
+    simulated, _ = run(model, X, {"relu": {"output": "bf16"}})
+
+    assert torch.equal(simulated, model(X).bfloat16().float())
+
+
+def test_masks_are_no_residual_additions() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).eval()
+    causal = nn.Transformer.generate_square_subsequent_mask(5)
+    padding = torch.zeros(2, 5).masked_fill(torch.arange(5) > 3, -torch.inf)
+    example = {"src": X, "src_mask": causal, "src_key_padding_mask": padding}
+
+    with torch.no_grad(), qsim.simulate(layer, {"operations": {"add": {"output": "token(int8)"}}}, example=example):
+        found = layer(**example)
+
+    assert torch.allclose(found, layer(**example), atol=0.05)
+
+
+@pytest.mark.parametrize("hidden", [-torch.inf, torch.finfo(torch.float32).min])
+def test_hidden_scores_count_for_no_scale(hidden: float) -> None:
+    scores = X @ X.mT
+    mask = torch.full((5, 5), hidden).triu(1)
+
+    simulated, _ = run(Calls(lambda x: F.softmax(x, -1)), scores + mask, {"softmax": {"input": "token(int8)"}})
+
+    quantized = qsim.parse("token(int8)").quantize(scores.tril()) + mask
+    assert torch.equal(simulated, F.softmax(quantized, -1))
+
+
+def test_a_recurrence_is_no_residual_addition() -> None:
+    _, audit = run(Calls(lambda x: (x * x.sigmoid() + x).relu()), X, {"relu": {"output": "bf16"}})
+
+    assert "add" not in {found.kinds[0] for found in audit.operations}
+
+
+@pytest.mark.parametrize("count", ["audit", "products", "work"])
+def test_looking_at_a_model_changes_no_later_result(count: str) -> None:
+    stochastic = "token(int(4, rounding=stochastic))"
+    recipe = {"activations": stochastic, "operations": {"relu": {"output": stochastic}}}
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    with torch.no_grad(), qsim.simulate(model, recipe):
+        expected = model(X)
+    with torch.no_grad(), qsim.simulate(model, recipe, example=X) as simulation:
+        getattr(simulation, count)(X)
+
+        assert torch.equal(model(X), expected)
+        assert simulation.state_dict()["1:relu.0:calls"] == 1
+
+
+def test_there_is_nothing_to_count_without_an_example() -> None:
+    with pytest.raises(qsim.QsimError, match="there is nothing to count: give an example"):
+        qsim.simulate(nn.Linear(2, 2)).products()
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 5), (2, 3, 5), (2, 3, 4, 5)])
+def test_a_softmax_has_torchs_own_axis_where_none_is_given(shape: tuple[int, ...]) -> None:
+    x = noise(*shape)
+
+    with pytest.warns(UserWarning, match="Implicit dimension"):
+        simulated, _ = run(Calls(F.softmax), x, {"exp": Halves()})
+
+        assert torch.allclose(simulated, F.softmax(x), atol=1e-3)

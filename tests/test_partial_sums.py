@@ -21,13 +21,14 @@ def test_running_sums_are_those_of_a_loop() -> None:
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randint(-9, 10, (rows, 37), generator=generator).float() for rows in (3, 4))
 
-    low, high, magnitude = running(x, w, every=5)
+    low, high, total, magnitude, largest = running(x, w, every=5)
 
     for i in range(3):
         for j in range(4):
             products = (x[i] * w[j]).tolist()
             seen = [0.0, *(sum(products[:n]) for n in (*range(5, 37, 5), 37))]
-            assert (low[i, j], high[i, j], magnitude[i, j]) == (min(seen), max(seen), sum(map(abs, products)))
+            assert (low[i, j], high[i, j], total[i, j]) == (min(seen), max(seen), sum(products))
+            assert (magnitude[i, j], largest[i, j]) == (sum(map(abs, products)), max(map(abs, products)))
 
 
 def test_integers_tell_what_overflowed_and_how_many_bits_they_need() -> None:
@@ -38,6 +39,24 @@ def test_integers_tell_what_overflowed_and_how_many_bits_they_need() -> None:
 
     assert (found.outputs, found.could_overflow, found.overflowed, found.inexact) == (2, 1.0, 0.5, 0.5)
     assert (found.largest, found.bits, found.safe_rows) == (8 * 127**2, 18, 0.0)
+
+
+def test_guard_bits_are_gone_when_a_sum_is_read() -> None:
+    found = sums(torch.ones(1, 8), torch.ones(1, 8), "integer(16, overflow=saturate, guard=4)")
+
+    assert (found.overflowed, found.inexact, found.safe_rows) == (1.0, 1.0, 0.0)
+
+
+def test_a_narrow_product_is_an_overflow_too() -> None:
+    found = sums(torch.ones(1, 8), torch.ones(1, 8), "integer(20, product=12)")
+
+    assert (found.could_overflow, found.overflowed, found.safe_rows) == (1.0, 1.0, 0.0)
+
+
+def test_a_wrapped_sum_that_comes_back_is_exact() -> None:
+    found = sums(torch.tensor([[1.0, -1.0] * 4, [1.0, 1.0, 1.0, -1.0, -1.0, 0.0, 0.0, 0.0]]), torch.ones(1, 8), "int16")
+
+    assert (found.overflowed, found.inexact) == (0.5, 0.0)
 
 
 def test_a_row_of_small_weights_is_safe_for_any_input() -> None:

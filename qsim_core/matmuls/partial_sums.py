@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,25 +71,37 @@ def some_rows(left: Tensor, right: Tensor) -> Tensor:
     return torch.linspace(0, left.shape[-2] - 1, min(count, left.shape[-2]), device=left.device).long()
 
 
-def running(left: Tensor, right: Tensor, every: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the lowest and the highest running sum, and the sum of magnitudes, of each output.
+class Running(NamedTuple):
+    """The running sums of each output, `[..., M, N]` each in float64."""
 
-    left `[..., M, K]`, right `[..., N, K]` -> three times `[..., M, N]` in float64. A running sum counts after each
-    `every` products. It starts at zero.
+    low: Tensor
+    high: Tensor
+    total: Tensor
+    magnitude: Tensor
+    """The sum of magnitudes."""
+    largest: Tensor
+    """The magnitude of the largest product."""
+
+
+def running(left: Tensor, right: Tensor, every: int = 1) -> Running:
+    """Add up products of rows `[..., M, K]` and `[..., N, K]` one by one, from zero.
+
+    A running sum counts for the lowest and the highest after each `every` products, and at the end.
     """
     shape = (*torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]), left.shape[-2], right.shape[-2])
-    low, high, total, magnitude, product = (
-        torch.zeros(shape, dtype=torch.float64, device=left.device) for _ in range(5)
+    low, high, total, magnitude, largest, product = (
+        torch.zeros(shape, dtype=torch.float64, device=left.device) for _ in range(6)
     )
     columns = [x.double().movedim(-1, 0).contiguous() for x in (left, right)]
     for place, (x, w) in enumerate(zip(*columns, strict=True), 1):
         torch.mul(x.unsqueeze(-1), w.unsqueeze(-2), out=product)
         total += product
         magnitude += product.abs_()
+        torch.maximum(largest, product, out=largest)
         if place % every == 0 or place == left.shape[-1]:
             torch.minimum(low, total, out=low)
             torch.maximum(high, total, out=high)
-    return low, high, magnitude
+    return Running(low, high, total, magnitude, largest)
 
 
 def compared(left: Tensor, right: Tensor, product: Tensor) -> PartialSums:
@@ -96,7 +109,7 @@ def compared(left: Tensor, right: Tensor, product: Tensor) -> PartialSums:
     chosen = some_rows(left, right)
     left, product = left.index_select(-2, chosen), product.index_select(-2, chosen).double()
     exact = left.double() @ right.double().transpose(-1, -2)
-    low, high, _ = running(left, right)
+    low, high, *_ = running(left, right)
     proper = exact.isfinite()
     return PartialSums(
         outputs=product.numel(),

@@ -20,16 +20,24 @@ Functions = Mapping[str, Callable[[Tensor], Tensor]]
 
 def _softmax(x: Tensor, arguments: dict[str, Any], exp: Any, reciprocal: Any) -> Tensor:
     """Compute exp(x - max) times 1 / Σ exp(x - max)."""
-    shares = exp(x - x.amax(arguments["dim"], keepdim=True))
-    result: Tensor = shares * reciprocal(shares.sum(arguments["dim"], keepdim=True))
+    axis = _axis(x, arguments)
+    shares = exp(x - x.amax(axis, keepdim=True))
+    result: Tensor = shares * reciprocal(shares.sum(axis, keepdim=True))
     return result
 
 
 def _log_softmax(x: Tensor, arguments: dict[str, Any], exp: Any, log: Any) -> Tensor:
     """Compute x - max - log Σ exp(x - max)."""
-    below = x - x.amax(arguments["dim"], keepdim=True)
-    result: Tensor = below - log(exp(below).sum(arguments["dim"], keepdim=True))
+    axis = _axis(x, arguments)
+    below = x - x.amax(axis, keepdim=True)
+    result: Tensor = below - log(exp(below).sum(axis, keepdim=True))
     return result
+
+
+def _axis(x: Tensor, arguments: dict[str, Any]) -> int:
+    """The axis of a softmax; torch has one of its own where none is given."""
+    axis: int | None = arguments.get("dim")
+    return (0 if x.dim() in (0, 1, 3) else 1) if axis is None else axis
 
 
 def _layer_norm(x: Tensor, arguments: dict[str, Any], rsqrt: Any) -> Tensor:

@@ -303,19 +303,14 @@ def measured_audit(
     `on` names hardware that prices the batch; tensors that are not quantized are held in `dtype` there.
     """
     watch, outside, counter = _Watch(), _Outside(sites), WorkCounter()
-    met: dict[str, Site | OperationSite] = {**sites.table, **sites.operations.table}
-    calls = {name: site.calls for name, site in met.items()}
+    calls = {name: site.calls for table in (sites.table, sites.operations.table) for name, site in table.items()}
     if run is not None:
         sites.observer, sites.watcher, sites.operations.observer = watch, counter, watch.operation
         try:
-            with outside:
+            with outside, sites.uncounted() as calls:  # the audit's own batch leaves no trace at the sites
                 run()
         finally:
             sites.observer = sites.watcher = sites.operations.observer = None
-        met = {**sites.table, **sites.operations.table}
-        for name, site in met.items():  # the audit's own batch leaves no trace at the sites
-            counted, site.calls = site.calls, calls.get(name, 0)
-            calls[name] = counted - site.calls
     records = [_record(site, calls[site.name], watch, counter) for site in sites.table.values()]
     return Audit(
         sites=records,

@@ -91,11 +91,13 @@ class Simulation:
         return next((x.dtype for x in self.model.parameters() if x.is_floating_point()), torch.get_default_dtype())
 
     def _counted(self, example: Example) -> WorkCounter:
-        counter = WorkCounter()
+        counter, batch = WorkCounter(), self.example if example is None else example
+        if batch is None:
+            raise QsimError("there is nothing to count: give an example")
         self.sites.quantizing, self.sites.watcher = False, counter
         try:
-            with as_in_evaluation(self.model):
-                call(self.model, self.example if example is None else example)
+            with as_in_evaluation(self.model), self.sites.uncounted():
+                call(self.model, batch)
         finally:
             self.sites.quantizing, self.sites.watcher = True, None
         return counter
@@ -188,13 +190,11 @@ class Simulation:
         self.example = example
         self.sites.quantizing = False
         try:
-            with as_in_evaluation(self.model):
+            with as_in_evaluation(self.model), self.sites.uncounted():
                 call(self.model, example)
         finally:
             self.sites.quantizing = True
         self.sites.check()
-        for site in self.sites.table.values():
-            site.calls = 0
 
     def _transform(self, batches: list[Example] | None, run: Run, declared: Mapping[str, Sequence[str]] | None) -> None:
         """Apply the recipe's transforms, and keep their reports and warnings."""
@@ -248,7 +248,7 @@ class Simulation:
         try:
             for place, batch in enumerate(run.track(batches, len(batches), "static scales")):
                 fitter.next_batch(place)
-                with as_in_evaluation(self.model):
+                with as_in_evaluation(self.model), self.sites.uncounted():
                     call(self.model, batch)
         finally:
             self.sites.quantizing, self.sites.observer = True, None

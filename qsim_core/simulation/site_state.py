@@ -33,7 +33,8 @@ def gather(sites: Sites) -> dict[str, Tensor]:
             tensors[f"{site.name}:{role}.scale"] = fixed.scale.detach().clone()
             if fixed.zero is not None:
                 tensors[f"{site.name}:{role}.zero"] = fixed.zero.clone()
-    return tensors
+    counts = {f"{name}:calls": torch.tensor(site.calls) for name, site in sites.operations.table.items()}
+    return tensors | counts
 
 
 def spread(model: nn.Module, sites: Sites, tensors: Mapping[str, Tensor]) -> None:
@@ -47,7 +48,13 @@ def spread(model: nn.Module, sites: Sites, tensors: Mapping[str, Tensor]) -> Non
         for role, scheme in _holding(site):
             key = f"{site.name}:{role}"
             _give(model, site, role, scheme, tensors[f"{key}.scale"], tensors.get(f"{key}.zero"))
-        site.calls = int(tensors.get(f"{site.name}:calls", torch.tensor(0)))
+        site.calls = _count(site.name, tensors)
+    for operation in sites.operations.table.values():
+        operation.calls = _count(operation.name, tensors)
+
+
+def _count(name: str, tensors: Mapping[str, Tensor]) -> int:
+    return int(tensors.get(f"{name}:calls", torch.tensor(0)))
 
 
 def _holding(site: Site) -> Iterator[tuple[str, Scheme]]:

@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,23 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from qsim_core.matmuls.layout import LAST, Layout
 from qsim_core.sites.site import Site
 from qsim_core.sites.workspace import Memory, Workspace, like
+
+
+class Scaled(NamedTuple):
+    """A product of elements, its factors, and their versions."""
+
+    product: Tensor
+    factors: tuple[Tensor, Tensor]
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, product: Tensor, factors: tuple[Tensor, Tensor]) -> Scaled:
+        """Remember a product as it is now."""
+        return cls(product, factors, _versions(product, *factors))
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(0 if x.is_inference() else x._version for x in tensors)
 
 
 @dataclass
@@ -33,14 +50,19 @@ class Frame:
     """The operations between products that the module has computed, by kind."""
     around: tuple[str, ...] = ()
     """The names of the operation whose written-out form is being computed."""
-    scaled: list[tuple[Tensor, tuple[Tensor, Tensor]]] = field(default_factory=list)
-    """The last two products of elements, each with its factors: a rotary embedding adds them."""
+    explicit: bool = False
+    """True while torch's own attention is written out: the sums in it add masks."""
+    scaled: list[Scaled] = field(default_factory=list)
+    """The last two products of elements: a rotary embedding adds them."""
     compiling: Any = None
     """The state of torch.compile before this module, which `resume_compiling` brings back."""
 
     def factors(self, product: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The factors of one of the last two products of elements; None for any other tensor."""
-        return next((factors for found, factors in self.scaled if found is product), None)
+        """The factors of one of the last two products of elements, if nothing was written to them since."""
+        for scaled in self.scaled:
+            if scaled.product is product:
+                return scaled.factors if scaled.versions == _versions(product, *scaled.factors) else None
+        return None
 
     def own(self, tensor: Tensor) -> str | None:
         """The full name of the parameter that a tensor is, if it is this module's own (also under functional_call)."""

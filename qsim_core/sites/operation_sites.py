@@ -65,7 +65,7 @@ class OperationSites:
         """
         call = read_operation(function, args, kwargs)
         if call is not None and call.operation == "add":
-            call = _sum(frame, call)
+            call = None if frame.explicit else _sum(frame, call)
         if call is None or any(isinstance(x, nn.Parameter) for x in call.operands):
             return None
         read = call.operands[:1] if call.kinds == ROTARY else call.operands
@@ -102,9 +102,8 @@ class OperationSites:
         `watch` calls a torch function. Inside `mode` the functions of a written-out form meet their own sites.
         """
         plan, given = site.plan, call.operands
-        if not plan.changes and not self._has_inner(frame, site, call):
-            return watch(call.function, call.args, call.kwargs)
-        operands = [self._quantized(site, "input", x, plan.input) for x in given]
+        quantized = self._shown if call.operation in ("softmax", "log_softmax") else self._quantized
+        operands = [quantized(site, "input", x, plan.input) for x in given]
         if call.in_place:
             operands = [x.clone() if x is original else x for x, original in zip(operands, given, strict=True)]
         call = replace(call, operands=tuple(operands))
@@ -116,6 +115,10 @@ class OperationSites:
             result = replace(call, function=lambda *args, **kwargs: watch(call.function, args, kwargs)).run(operands)
         result = self._quantized(site, "output", result, plan.output)
         return given[0].copy_(result) if call.in_place else result
+
+    def changes(self, frame: Frame, site: OperationSite, call: OperationCall) -> bool:
+        """Tell if an operation, or a function inside it, is computed in another way than torch's."""
+        return site.plan.changes or self._has_inner(frame, site, call)
 
     def meet(self, frame: Frame, site: OperationSite, call: OperationCall, mode: TorchFunctionMode) -> None:
         """Find the sites inside an operation, in a forward that changes no number."""
@@ -148,6 +151,12 @@ class OperationSites:
             return straight_through(exact, Function(call=torch.clone), value)
         return value
 
+    def _shown(self, site: OperationSite, role: str, x: Tensor, quantizer: Quantizer | None) -> Tensor:
+        """Quantize scores, of which those that a mask hides stay hidden, and count for no scale."""
+        hidden = _hidden(x)
+        shown = self._quantized(site, role, x.masked_fill(hidden, 0.0), quantizer)
+        return x if quantizer is None else torch.where(hidden, x, shown)
+
     def _quantized(self, site: OperationSite, role: str, x: Tensor, quantizer: Quantizer | None) -> Tensor:
         if quantizer is None:
             return x
@@ -165,20 +174,29 @@ def _sum(frame: Frame, call: OperationCall) -> OperationCall | None:
     """Read a sum of two activations: as part of a rotary embedding, as a residual addition, or as neither.
 
     A residual addition has operands with rows of one length, in a module that has others inside. It does not add a mask
-    to scores.
+    to scores, and neither operand was just multiplied by another activation.
     """
     left, right = call.operands
     first, second = (frame.factors(x) for x in (left, right))
-    if first is not None and second is not None:
+    plain = call.function.__name__ == "add" and "alpha" not in call.kwargs
+    if first is not None and second is not None and plain:
         (x, cosine), (turned, sine) = first, second
-        if _is_rotation(cosine, sine):
+        halves = x._base is not None and x._base is turned._base  # of a rotation whose other half is a difference
+        if not halves and _is_rotation(cosine, sine):
             operands = x, cosine, turned, sine
             places, layouts = tuple(range(4)), (LAST,) * 4
             return OperationCall(_rotated, operands, {}, operands, layouts, places, operation="rotary", kinds=ROTARY)
+    if first is not None or second is not None or any(not x.is_meta and bool(_hidden(x).any()) for x in call.operands):
+        return None  # a recurrence, or a mask
     rows = left.dim() > 1 < right.dim() and left.shape[-1] == right.shape[-1] > 1
     scores = [shape[-2:] for site, shape in frame.before_softmax if not site.is_value_product]
     masks = any(x.shape[-2:] in scores for x in call.operands)
     return call if rows and not masks and any(frame.module.children()) else None
+
+
+def _hidden(x: Tensor) -> Tensor:
+    """Tell which scores, or terms of a mask, hide a position: -Inf, or half the lowest number and below."""
+    return x <= torch.finfo(x.dtype).min / 2
 
 
 def _rotated(x: Tensor, cosine: Tensor, turned: Tensor, sine: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ between them are attention, and get the aliases `…self_attn:qk` and `…self_a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import warnings
@@ -38,10 +39,10 @@ from qsim_core.matmuls.layout import POSITIONS, Layout
 from qsim_core.matmuls.operators import OPS, read_call
 from qsim_core.operations.functions import PRODUCTS
 from qsim_core.sites.arithmetic import FLOAT32, ExactArithmetic
-from qsim_core.sites.call_stack import CallStack, Frame, Reusable, recomputing, reusable
+from qsim_core.sites.call_stack import CallStack, Frame, Reusable, Scaled, recomputing, reusable
 from qsim_core.sites.executor import LiveExecution, SiteObserver, check_planned
 from qsim_core.sites.operand import operands_of, roles_of
-from qsim_core.sites.operation_sites import OperationSites
+from qsim_core.sites.operation_sites import OperationSite, OperationSites
 from qsim_core.sites.plan import Planner
 from qsim_core.sites.quantized_weights import Weight, Weights
 from qsim_core.sites.site import ATTENTION, Site
@@ -85,10 +86,15 @@ class _Mode(TorchFunctionMode):
         if function is F.scaled_dot_product_attention and self.sites.leave_attention(*args[:3], **(kwargs or {})):
             return function(*args, **(kwargs or {}))
         if function in EXPLICIT:
-            with self:
-                if function is F.scaled_dot_product_attention:
-                    return self.sites.attend(*args, **(kwargs or {}))
-                return EXPLICIT[function](*args, **(kwargs or {}))
+            frame = self.sites.stack.frames[-1]
+            frame.explicit = True
+            try:
+                with self:
+                    if function is F.scaled_dot_product_attention:
+                        return self.sites.attend(*args, **(kwargs or {}))
+                    return EXPLICIT[function](*args, **(kwargs or {}))
+            finally:
+                frame.explicit = False
         return self.sites.meet(function, args, kwargs or {})
 
 
@@ -159,6 +165,20 @@ class Sites:
         self.recipe.check((site.names, site.recipe_roles) for site in self.table.values())
         self.recipe.check_operations(site.names for site in self.operations.table.values())
 
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[dict[str, int]]:
+        """Leave the counts of calls as they are after a block; gives those of the block by name, when it has ended."""
+        before, inside = {name: site.calls for name, site in self._all()}, dict[str, int]()
+        try:
+            yield inside
+        finally:
+            for name, site in self._all():
+                inside[name], site.calls = site.calls - before.get(name, 0), before.get(name, 0)
+
+    def _all(self) -> Iterator[tuple[str, Site | OperationSite]]:
+        yield from self.table.items()
+        yield from self.operations.table.items()
+
     @property
     def watched(self) -> bool:
         """True if an observer or a watcher has to see every tensor."""
@@ -215,7 +235,7 @@ class Sites:
         if function in PRODUCTS:
             result = self.watch(function, args, kwargs)
             if len(args) == 2 and all(type(x) is Tensor for x in args):
-                frame.scaled = [*frame.scaled[-1:], (result, args)]
+                frame.scaled = [*frame.scaled[-1:], Scaled.of(result, (args[0], args[1]))]
             return result
         call = self.operations.read(frame, function, args, kwargs, self.constants.find)
         if call is None:
@@ -223,6 +243,7 @@ class Sites:
         site = self.operations.site(frame, call)
         if not self.quantizing:
             self.operations.meet(frame, site, call, mode)
+        if not self.quantizing or not self.operations.changes(frame, site, call):
             return self.watch(function, args, kwargs)
         return self.operations.compute(frame, site, call, self.watch, mode)
 

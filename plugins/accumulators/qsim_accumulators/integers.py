@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from ctypes import c_int32, c_int64, c_void_p
 from dataclasses import replace
@@ -18,7 +19,7 @@ from qsim_accumulators.whole_numbers import bound_of, digits_of, exact_product
 from qsim_core import Accumulator, QsimError, RecipeError
 from qsim_core.formats.accelerator import compiled
 from qsim_core.formats.format import table_of
-from qsim_core.matmuls.partial_sums import PartialSums, running, some_rows
+from qsim_core.matmuls.partial_sums import PartialSums, Running, running, some_rows
 from qsim_core.sites.arithmetic import QuantizedRows
 
 SOURCE = Path(__file__).parent / "saturating.cpp"
@@ -96,22 +97,28 @@ class IntegerAccumulator(Accumulator):
     def partial_sums(self, left: QuantizedRows, right: QuantizedRows, product: Tensor) -> PartialSums:
         """Tell an audit what the sums of codes did, block by block of common scales.
 
-        A row w of the right operand is safe if ‖w‖₁ max|x| stays in the range of the running sum. x is the largest code
+        A row w of the right operand is safe if ‖w‖₁ max|x| stays in the range of the result. x is the largest code
         of the left operand's format. Source: A2Q (arXiv 2308.13504), section 3.
         """
         first, second = (2.0 ** digits_of(rows.element) for rows in (left, right))
-        chosen, highest = some_rows(left.values, right.values), self._highest(self.bits + self.guard)
+        chosen = some_rows(left.values, right.values)
+        held, read = self._highest(self.bits + self.guard), self._highest(self.bits)
+        single = self._highest(self.product) if self.product is not None else math.inf
         largest = first * float(table_of(left.element).finite.abs().max())
         found: PartialSums | None = None
-        could, over, unsafe = (torch.zeros((), dtype=torch.bool) for _ in range(3))
+        could, over, wrong, unsafe = (torch.zeros((), dtype=torch.bool) for _ in range(4))
         for x, w in left.blocks_with(right):
             codes = _times(x.units.index_select(-2, chosen), first), _times(w.units, second)
-            sums = running(*codes, min(self.chunk, x.units.shape[-1]))
-            low, high, magnitude = (t.nan_to_num(0.0) for t in sums)
-            could = could | (magnitude > highest)
-            over = over | (high > highest) | (low < -highest - 1)
-            unsafe = unsafe | (codes[1].abs().sum(-1) * largest > highest)
-            block = PartialSums(1, lowest=float(low.min()), highest=float(high.max()), whole=True)
+            sums = Running(*(t.nan_to_num(0.0) for t in running(*codes, min(self.chunk, x.units.shape[-1]))))
+            narrow = sums.largest > single
+            beyond = (sums.total > read) | (sums.total < -read - 1)
+            left_range = (sums.high > held) | (sums.low < -held - 1) | beyond | narrow
+            could = could | (sums.magnitude > read) | narrow
+            over = over | left_range
+            wrong = wrong | (beyond | narrow if self.overflow == "wrap" else left_range)
+            magnitudes = codes[1].abs()
+            unsafe = unsafe | (magnitudes.sum(-1) * largest > read) | (magnitudes.amax(-1) * largest > single)
+            block = PartialSums(1, lowest=float(sums.low.min()), highest=float(sums.high.max()), whole=True)
             found = block if found is None else found + block
         assert found is not None
         return replace(
@@ -119,7 +126,7 @@ class IntegerAccumulator(Accumulator):
             outputs=over.numel(),
             could_overflow=int(could.sum()),
             overflowed=int(over.sum()),
-            inexact=int(over.sum()),
+            inexact=int(wrong.sum()),
             safe_rows=unsafe.numel() - int(unsafe.sum()),
             rows=unsafe.numel(),
         )

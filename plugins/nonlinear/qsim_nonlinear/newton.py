@@ -29,7 +29,7 @@ class Newton(Approximation):
     def approximate(self, kind: str, exact: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if kind == "sqrt":
             root = x * self.approximate("rsqrt", torch.rsqrt, x)
-            return torch.where(x > 0, root, exact(x))
+            return torch.where(x.isfinite() & (x > 0), root, exact(x))
         reduced = by_exponent(kind, x.abs() if kind == "reciprocal" else x)
         assert reduced is not None
         number, restore, _ = reduced

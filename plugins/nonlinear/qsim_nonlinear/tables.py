@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from qsim_core import Approximation, RecipeError
+from qsim_core import Approximation, OperationCall, RecipeError
 from qsim_nonlinear.reduction import TAILS, by_exponent
 
 Function = Callable[[Tensor], Tensor]
@@ -43,7 +43,20 @@ class Tabulated(Approximation):
     def look_up(self, function: Function, x: Tensor, low: float, high: float) -> Tensor:
         """Approximate a function of numbers between `low` and `high`."""
 
+    def check(self, call: OperationCall) -> None:
+        """Raise `RecipeError` for a softplus whose `beta` moves its range."""
+        super().check(call)
+        beta = call.kwargs.get("beta", call.args[1] if len(call.args) > 1 else 1)
+        if call.operation == "softplus" and beta != 1:
+            raise RecipeError(f"{self} tabulates softplus with beta 1, not {beta}")
+
     def approximate(self, kind: str, exact: Function, x: Tensor) -> Tensor:
+        if kind == "reciprocal":
+            found = self._magnitudes(kind, exact, x.abs())
+            return torch.where(x.isfinite() & (x != 0), found.copysign(x), exact(x))
+        return self._magnitudes(kind, exact, x)
+
+    def _magnitudes(self, kind: str, exact: Function, x: Tensor) -> Tensor:
         if kind == "exp" and self.base == 2:
             reduced = by_exponent("exp2_of_fraction", x.clamp(-2000, 2000) / math.log(2))
             exact = torch.exp2

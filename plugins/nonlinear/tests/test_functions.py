@@ -99,6 +99,20 @@ def test_the_errors_of_ibert_are_those_of_its_paper() -> None:
     assert (float(of_exp), float(of_gelu)) == (pytest.approx(1.9e-3, abs=6e-4), pytest.approx(1.8e-2, abs=2e-3))
 
 
+@pytest.mark.parametrize("text", ["table(4)", "piecewise(4)", "newton(1)"])
+def test_a_reciprocal_is_odd(text: str) -> None:
+    x = torch.tensor([3.0, 0.7, torch.inf, 0.0])
+
+    found = computed(torch.reciprocal, "reciprocal", text, torch.cat([x, -x]))
+
+    assert torch.equal(found[:4], -found[4:])
+    assert found[:2].tolist() != torch.reciprocal(x)[:2].tolist()
+
+
+def test_the_root_of_infinity_is_infinite() -> None:
+    assert computed(torch.sqrt, "sqrt", "newton(3)", torch.tensor([torch.inf, 0.0])).tolist() == [torch.inf, 0.0]
+
+
 @pytest.mark.parametrize("text", ["table(512)", "table(64, base=2)", "piecewise(64)", "newton(2)", "ibert"])
 def test_a_masked_score_has_no_share(text: str) -> None:
     scores = torch.tensor([[1.0, 0.5, -torch.inf], [0.0, torch.finfo(torch.float32).min, 0.0]])
@@ -133,6 +147,7 @@ def test_norms_and_activations_are_near(kind: str, function: Callable[[Tensor], 
     ("kind", "function", "text", "message"),
     [
         ("elu", F.elu, "table(8)", r"table\(8\) knows no range of elu; say low and high"),
+        ("softplus", lambda x: F.softplus(x, 0.05), "table(8)", r"table\(8\) tabulates softplus with beta 1, not 0.05"),
         ("gelu", F.gelu, "newton(2)", r"newton\(2\) does not compute gelu"),
         ("exp", torch.exp, "table(1)", "n should be greater than or equal to 2, not 1"),
         ("exp", torch.exp, "table(8, low=1, high=0)", "low is below high, not 1 and 0"),
