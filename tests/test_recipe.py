@@ -66,8 +66,8 @@ def test_a_pattern_may_name_an_alias() -> None:
     [
         ("- weights", "a recipe is a mapping of keys to values, not list"),
         ("weigths: int4", "a recipe has no key 'weigths'; did you mean 'weights'? There are: activations, "
-         "arithmetic, evaluate, keys, kv_cache, model, outputs, overrides, probabilities, queries, skip, transforms, "
-         "value_axis, values, weights"),
+         "arithmetic, evaluate, keys, kv_cache, model, operations, outputs, overrides, probabilities, queries, skip, "
+         "transforms, value_axis, values, weights"),
         ("path: int8", "a recipe has no key 'path' any more; it is called 'arithmetic' now"),
         ("kv_cache: int8\nkeys: int4", "recipe: kv_cache says keys and values; leave keys out"),
         ("weights: int4\nweights: int8", "recipe is not YAML: the key 'weights' stands there twice (line 1, column 1)"),

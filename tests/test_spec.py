@@ -41,7 +41,16 @@ def test_a_text_and_its_component_say_the_same(text: str, canonical: str) -> Non
 
 
 def test_every_installed_component_round_trips(host: qsim.Host) -> None:
-    fillings = ("{0}", "{0}(int4)", "{0}(int4, 16)", "{0}(4)", "{0}(4, 3)", "{0}(16)", "{0}([-1, 0, 1])")
+    fillings = (
+        "{0}",
+        "{0}(int4)",
+        "{0}(int4, 16)",
+        "{0}(4)",
+        "{0}(4, 3)",
+        "{0}(16)",
+        "{0}([-1, 0, 1])",
+        "{0}([[int8, 1e12]], 1e9)",
+    )
     stuck = []
     for name in host.components():
         for filling in fillings:
