@@ -22,14 +22,12 @@ from qsim_core.cli.result_table import with_interval
 DOCUMENT = Path(__file__).parent.parent / "docs" / "hardware.md"
 MODELS = ["opt-tiny", "codegen-tiny", "bert-tiny", "vit-tiny"]
 SATURATING = [f"int{bits}(overflow=saturate)" for bits in (20, 16, 14, 12)]
-FP8 = ["ada_fp8", "hopper_fp8", "deepseek", "blackwell_fp8"]
 INT8 = {"weights": "int8", "activations": "int8"}
-TABLES: dict[str, tuple[dict[str, str], list[str]]] = {
-    "w4a4": ({"weights": "int4", "activations": "int4"}, SATURATING),
-    "w4a8": ({"weights": "int4", "activations": "int8"}, SATURATING),
-    "fp8": ({"weights": "channel(e4m3)", "activations": "token(e4m3)"}, FP8),
+TABLES = {
+    "w4a4": {"weights": "int4", "activations": "int4"},
+    "w4a8": {"weights": "int4", "activations": "int8"},
 }
-"""Table -> the recipe, and the arithmetics beside float32."""
+"""Table -> the recipe."""
 OPERATIONS = {
     "torch's own": "",
     "softmax `table(8, base=2)`": "softmax: table(8, base=2)",
@@ -57,16 +55,14 @@ def ratio(result: qsim.Result) -> str:
 
 def accumulators(name: str, limit: int, directory: str) -> str:
     """Make a table: a row for each model, a column for each arithmetic, and the bits that the sums need."""
-    recipe, arithmetics = TABLES[name]
-    whole = arithmetics is SATURATING
-    columns = ["float32", *arithmetics]
+    columns = ["float32", *SATURATING]
     shown = [f"`{column}`".replace("(overflow=saturate)", "") for column in columns]
-    rows = ["| model | metric | " + " | ".join(shown) + (" | bits |" if whole else " |")]
-    rows.append("|---|---" + "|---" * (len(columns) + whole) + "|")
+    rows = ["| model | metric | " + " | ".join(shown) + " | bits |"]
+    rows.append("|---|---" + "|---" * (len(columns) + 1) + "|")
     for model in MODELS:
-        results = [evaluated(model, {**recipe, "arithmetic": column}, limit, directory) for column in columns]
+        results = [evaluated(model, {**TABLES[name], "arithmetic": column}, limit, directory) for column in columns]
         bits = [site.sums.bits for result in results for site in result.audit.sites if site.sums and site.sums.bits]
-        cells = [model, results[0].metric, *map(ratio, results), *([str(max(bits))] if whole else [])]
+        cells = [model, results[0].metric, *map(ratio, results), str(max(bits))]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
