@@ -153,9 +153,10 @@ class OperationSites:
 
     def _shown(self, site: OperationSite, role: str, x: Tensor, quantizer: Quantizer | None) -> Tensor:
         """Quantize scores, of which those that a mask hides stay hidden, and count for no scale."""
+        if quantizer is None:
+            return x
         hidden = _hidden(x)
-        shown = self._quantized(site, role, x.masked_fill(hidden, 0.0), quantizer)
-        return x if quantizer is None else torch.where(hidden, x, shown)
+        return torch.where(hidden, x, self._quantized(site, role, x.masked_fill(hidden, 0.0), quantizer))
 
     def _quantized(self, site: OperationSite, role: str, x: Tensor, quantizer: Quantizer | None) -> Tensor:
         if quantizer is None:

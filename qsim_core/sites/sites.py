@@ -87,14 +87,14 @@ class _Mode(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         if function in EXPLICIT:
             frame = self.sites.stack.frames[-1]
-            frame.explicit = True
+            before, frame.explicit = frame.explicit, True
             try:
                 with self:
                     if function is F.scaled_dot_product_attention:
                         return self.sites.attend(*args, **(kwargs or {}))
                     return EXPLICIT[function](*args, **(kwargs or {}))
             finally:
-                frame.explicit = False
+                frame.explicit = before
         return self.sites.meet(function, args, kwargs or {})
 
 
