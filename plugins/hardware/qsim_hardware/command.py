@@ -31,7 +31,7 @@ SAYING = ("plugins", "precision", "weights", "activations", "outputs", "kv_cache
 @with_options(SHAPES, "Shapes and hardware")
 @with_options(RESULT)
 def cost(json_file: str | None, quiet: bool, **options: Any) -> None:
-    """Say what MODEL costs in a precision: time, memory, operations, energy.
+    """Price a forward: time, bytes and energy.
 
     MODEL is a directory with a config.json, that file itself, a hub name, or the name of a model that a plugin brings.
     No weights are needed. Without a recipe the model is priced as it is.
