@@ -56,6 +56,7 @@ _HOME = {
     "Result": "evaluation.result",
     "Metrics": "evaluation.metrics",
     "evaluate": "evaluation.evaluate",
+    "Bench": "evaluation.evaluate",
     "QsimError": "errors",
     "SpecError": "errors",
     "PluginError": "errors",
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
     from qsim_core.evaluation.adapter import NamedModel as NamedModel
     from qsim_core.evaluation.data import Calibration as Calibration
     from qsim_core.evaluation.data import Data as Data
+    from qsim_core.evaluation.evaluate import Bench as Bench
     from qsim_core.evaluation.evaluate import evaluate as evaluate
     from qsim_core.evaluation.evaluator import Evaluator as Evaluator
     from qsim_core.evaluation.metrics import Metrics as Metrics

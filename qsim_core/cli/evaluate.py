@@ -147,6 +147,7 @@ def _recorded(before: Result) -> dict[str, Any]:
     if (looked_at := before.calibration) is not None:
         options["calibration_data"] = looked_at.source
         options["calibration_samples"], options["calibration_seqlen"] = looked_at.samples, looked_at.length
+        options["calibration_seed"] = looked_at.seed
     return options
 
 

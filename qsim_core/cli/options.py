@@ -113,6 +113,7 @@ CALIBRATION = (
     ),
     click.option("--calibration-samples", metavar="N", type=COUNT, default=32, help="So many samples."),
     click.option("--calibration-seqlen", metavar="N", type=LENGTH, help="Tokens of a sample; default: a window's."),
+    click.option("--calibration-seed", metavar="N", type=SEED, help="Seed that draws them; default: that of --seed."),
 )
 
 

@@ -94,7 +94,7 @@ def notes_of(options: Mapping[str, Any], recipe: Recipe, host: Host) -> list[str
 
 def calibration_of(options: Mapping[str, Any]) -> Calibration:
     """The calibration data that the options `CALIBRATION` name."""
-    return Calibration(options["calibration_data"], options["calibration_samples"], options["calibration_seqlen"])
+    return Calibration(*(options[f"calibration_{key}"] for key in ("data", "samples", "seqlen", "seed")))
 
 
 def hardware_of(texts: Iterable[str], host: Host) -> list[Hardware]:

@@ -34,8 +34,12 @@ def check_source(source: str) -> None:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The data for transforms and static scales: `samples` of `length` tokens (none: the evaluator's own length)."""
+    """The data for transforms and static scales: `samples` of `length` tokens (none: the evaluator's own length).
+
+    `seed` draws the samples (none: the run's seed).
+    """
 
     source: str | None = None
     samples: int = 32
     length: int | None = None
+    seed: int | None = None

@@ -1,11 +1,11 @@
-"""One run: the model as it is, then under the recipe, and the record of both."""
+"""One run: the model as it is, then under the recipe, and the record of both. A bench keeps the model for more runs."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from qsim_core.evaluation.adapter import LoadedModel
 from qsim_core.evaluation.baseline_cache import baseline_entry, cached_baseline
 from qsim_core.evaluation.data import Calibration, Data
 from qsim_core.evaluation.evaluator import Evaluator
-from qsim_core.evaluation.job import Job, check_machine
+from qsim_core.evaluation.job import Job, check_machine, load
+from qsim_core.evaluation.locate import default_model, locate
 from qsim_core.evaluation.metrics import Metrics, intervals, without_score
 from qsim_core.evaluation.record import calibration_record, data_record, description
 from qsim_core.evaluation.result import Result
@@ -28,6 +29,146 @@ from qsim_core.snapshots import digest
 from qsim_core.transforms.forward import as_in_evaluation, call
 from qsim_core.transforms.offload import state
 from qsim_core.transforms.run import Run
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A result, and the metrics of both runs with their samples, from which other results can be compared with it."""
+
+    result: Result
+    baseline: dict[str, float]
+    simulated: dict[str, float]
+
+
+class Bench:
+    """A model that is loaded once, measured once as it is, and then under one recipe after another."""
+
+    def __init__(
+        self, model: str | None = None, *, host: Host | None = None, device: str = "cpu", dtype: str = "float32"
+    ) -> None:
+        """`model` is a directory, a hub name, or a name that a plugin brings; it is loaded when first measured."""
+        check_machine(device, dtype)
+        self.host, self.device, self.dtype = host or installed(), device, dtype
+        self.located = locate(default_model(self.host) if model is None else model, self.host)
+        self.weights = ""
+        """Digest of the parameters and buffers as they were loaded."""
+        self._loaded: LoadedModel | None = None
+        self._baselines: dict[tuple[Any, ...], dict[str, float]] = {}
+
+    @property
+    def intact(self) -> bool:
+        """True if parameters and buffers are those that were loaded, to the bit."""
+        return self._loaded is None or digest(state(self._loaded.model)) == self.weights
+
+    def load(self) -> LoadedModel:
+        """The model, loaded by now. Raises `QsimError`."""
+        if self._loaded is None:
+            self._loaded = load(self.located, self.device, self.dtype)
+            self.weights = digest(state(self._loaded.model))
+        return self._loaded
+
+    def measure(
+        self,
+        recipe: Recipe | Mapping[str, Any],
+        data: str | None = None,
+        *,
+        calibration: Calibration | None = None,
+        samples: Path | None = None,
+        run: Run | None = None,
+        on: Sequence[Hardware] = (),
+        keep: bool = True,
+    ) -> Measured:
+        """Measure the model under a recipe; `evaluate` explains the arguments.
+
+        The model is as it was afterwards; with `keep=False` it stays under the recipe, and the bench is of no use any
+        more. Raises a `QsimError`.
+        """
+        run, start, given = run or Run(), time.perf_counter(), calibration or Calibration()
+        recipe = Recipe.of(recipe, self.host)
+        if recipe.model is not None and locate(recipe.model, self.host).source != self.located.source:
+            raise RecipeError(f"the recipe names the model {recipe.model!r}; this bench has {self.located.name}")
+        job = Job.at(self.located, recipe, self.host)
+        if not job.recipe.quantizes and not job.recipe.transforms:
+            raise RecipeError("the recipe quantizes nothing; name weights, activations or outputs")
+        _check_samples(job.evaluator, samples)
+        if run.work_dir is not None:
+            make_work_dir(run.work_dir)
+        with run.stage(f"loading {self.located.name}"):
+            dataset, seen = job.data(data), job.calibration(given)
+            loaded = self.load()
+        example = job.evaluator.example(loaded, dataset)
+        batches, drawn = None, run.seed if given.seed is None else given.seed
+        if seen is not None:
+            batches = job.evaluator.calibration(loaded, seen, given.samples, given.length, drawn)
+        with run.stage("looking for matmuls"):
+            _check_fits(job, loaded, example)
+        before = time.perf_counter()
+        baseline, cached = self._baseline(job, loaded, dataset, run, lasting=samples is None)
+        baseline_seconds = time.perf_counter() - before
+        with run.stage("quantizing weights") if batches is None else nullcontext():  # transforms show their progress
+            simulation = simulate(
+                loaded.model,
+                job.recipe,
+                example=example,
+                calibration=batches,
+                structure=job.located.adapter.structure(loaded.model),
+                state=job.state(),
+                keep=keep,
+                run=run,
+            )
+        with simulation if keep else nullcontext():
+            audit = simulation.audit(on=on)
+            before = time.perf_counter()
+            compared = replace(run, reference=getattr(baseline, "outputs", None))
+            simulated = _metrics(job.evaluator, loaded, dataset, compared, "simulated")
+            simulated_seconds = time.perf_counter() - before
+        if samples is not None:
+            _save_samples(job.evaluator, baseline, simulated, samples)
+        result = Result(
+            **description(job, loaded, dataset, self.host, on),
+            weights=self.weights,
+            metric=job.evaluator.metric or next(iter(baseline)),
+            baseline=baseline,
+            simulated=simulated,
+            intervals=intervals(baseline, simulated),
+            samples=simulated.size if isinstance(simulated, Metrics) else None,
+            audit=audit,
+            environment=Environment.here(self.device, self.dtype, loaded.model),
+            data=data_record(data, dataset),
+            calibration=None if seen is None else calibration_record(given, seen),
+            transforms=simulation.reports,
+            warnings=[
+                *without_score(baseline, "baseline"),
+                *without_score(simulated, "simulated"),
+                *job.notes(self.dtype),
+                *simulation.warnings,
+                *audit.warnings,
+            ],
+            batch_size=run.batch_size,
+            limit=run.limit,
+            seed=run.seed,
+            seconds={
+                "baseline": baseline_seconds,
+                "simulated": simulated_seconds,
+                "total": time.perf_counter() - start,
+            },
+            cached=[*(["baseline"] if cached else []), *simulation.cached],
+        )
+        return Measured(result, baseline, simulated)
+
+    def _baseline(
+        self, job: Job, loaded: LoadedModel, dataset: Data, run: Run, lasting: bool
+    ) -> tuple[dict[str, float], bool]:
+        """The metrics of the model as it is, and True if an earlier run had measured them."""
+        key = (str(job.evaluator), dataset.sha256, run.batch_size, run.limit, run.seed, run.allow_code_execution)
+        if key in self._baselines:
+            return self._baselines[key], True
+        entry = baseline_entry(job, self.host, loaded, dataset, run, self.device, self.dtype) if lasting else None
+        baseline, cached = cached_baseline(
+            entry, lambda: _metrics(job.evaluator, loaded, dataset, run, f"{self.dtype} baseline")
+        )
+        self._baselines[key] = baseline
+        return baseline, cached
 
 
 def evaluate(
@@ -50,84 +191,21 @@ def evaluate(
     host, run, start = host or installed(), run or Run(), time.perf_counter()
     recipe = Recipe.of(recipe, host)
     with run.stage(f"looking for {recipe.model or 'the default model'}"):
-        job = Job.of(recipe, host)
-    if not job.recipe.quantizes and not job.recipe.transforms:
-        raise RecipeError("the recipe quantizes nothing; name weights, activations or outputs")
-    _check_samples(job.evaluator, samples)
-    if run.work_dir is not None:
-        make_work_dir(run.work_dir)
-    check_machine(device, dtype)
-    with run.stage(f"loading {job.located.name}"):
-        dataset = job.data(data)
-        given = calibration or Calibration()
-        seen = job.calibration(given)
-        loaded = job.load(device, dtype)
-        weights = digest(state(loaded.model))
-    example = job.evaluator.example(loaded, dataset)
-    batches = None
-    if seen is not None:
-        batches = job.evaluator.calibration(loaded, seen, given.samples, given.length, run.seed)
-    with run.stage("looking for matmuls"):
-        if example is not None:  # a recipe that does not fit the model fails before the baseline has run for an hour
-            try:
-                simulate(loaded.model, job.recipe.model_copy(update={"transforms": ()}), example=example).restore()
-            except Exception:
-                _check_runs(job.evaluator, loaded, example)
-                raise
-    entry = None if samples is not None else baseline_entry(job, host, loaded, dataset, run, device, dtype)
-    before = time.perf_counter()
-    baseline, cached = cached_baseline(
-        entry, lambda: _metrics(job.evaluator, loaded, dataset, run, f"{dtype} baseline")
-    )
-    baseline_seconds = time.perf_counter() - before
-    with run.stage("quantizing weights") if batches is None else nullcontext():  # transforms show their own progress
-        simulation = simulate(
-            loaded.model,
-            job.recipe,
-            example=example,
-            calibration=batches,
-            structure=job.located.adapter.structure(loaded.model),
-            state=job.state(),
-            keep=False,
-            run=run,
-        )
-        audit = simulation.audit(on=on)
-    before = time.perf_counter()
-    compared = replace(run, reference=getattr(baseline, "outputs", None))
-    simulated = _metrics(job.evaluator, loaded, dataset, compared, "simulated")
-    simulated_seconds = time.perf_counter() - before
-    if samples is not None:
-        _save_samples(job.evaluator, baseline, simulated, samples)
-    return Result(
-        **description(job, loaded, dataset, host, on),
-        weights=weights,
-        metric=job.evaluator.metric or next(iter(baseline)),
-        baseline=baseline,
-        simulated=simulated,
-        intervals=intervals(baseline, simulated),
-        samples=simulated.size if isinstance(simulated, Metrics) else None,
-        audit=audit,
-        environment=Environment.here(device, dtype, loaded.model),
-        data=data_record(data, dataset),
-        calibration=None if seen is None else calibration_record(given, seen),
-        transforms=simulation.reports,
-        warnings=[
-            *without_score(baseline, "baseline"),
-            *without_score(simulated, "simulated"),
-            *job.notes(dtype),
-            *simulation.warnings,
-            *audit.warnings,
-        ],
-        batch_size=run.batch_size,
-        limit=run.limit,
-        seed=run.seed,
-        seconds={
-            "baseline": baseline_seconds,
-            "simulated": simulated_seconds,
-            "total": time.perf_counter() - start,
-        },
-        cached=[*(["baseline"] if cached else []), *simulation.cached],
-    )
+        bench = Bench(recipe.model, host=host, device=device, dtype=dtype)
+    result = bench.measure(recipe, data, calibration=calibration, samples=samples, run=run, on=on, keep=False).result
+    result.seconds["total"] = time.perf_counter() - start
+    return result
+
+
+def _check_fits(job: Job, loaded: LoadedModel, example: Any) -> None:
+    """Raise an error for a recipe that does not fit the model, before the baseline has run for an hour."""
+    if example is None:
+        return
+    try:
+        simulate(loaded.model, job.recipe.model_copy(update={"transforms": ()}), example=example).restore()
+    except Exception:
+        _check_runs(job.evaluator, loaded, example)
+        raise
 
 
 def _check_runs(evaluator: Evaluator, loaded: LoadedModel, example: Any) -> None:

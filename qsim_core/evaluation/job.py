@@ -36,8 +36,12 @@ class Job:
 
     @classmethod
     def of(cls, recipe: Recipe, host: Host) -> Job:
-        """Fill in model, evaluator and skipped sites from the adapter. Raises `ModelError` and `RecipeError`."""
-        located = locate(default_model(host) if recipe.model is None else recipe.model, host)
+        """Find the recipe's model, and fill in what `at` does. Raises `ModelError` and `RecipeError`."""
+        return cls.at(locate(default_model(host) if recipe.model is None else recipe.model, host), recipe, host)
+
+    @classmethod
+    def at(cls, located: Located, recipe: Recipe, host: Host) -> Job:
+        """Fill in model, evaluator and skipped sites from the adapter of a model. Raises `RecipeError`."""
         adapter = located.adapter
         evaluator = cast("Evaluator | None", recipe.evaluate) or _evaluator(located, host)
         skip = adapter.skip if recipe.skip is None else recipe.skip
@@ -47,20 +51,6 @@ class Job:
             filled |= trained.simulated(host)
         complete = Recipe.of({**filled, "evaluate": evaluator}, host)
         return cls(complete, located, evaluator, trained is not None and trained.fits(complete, host))
-
-    def load(self, device: str, dtype: str) -> LoadedModel:
-        """Load the model onto a device. Raises `QsimError`."""
-        if device in DISPATCHED:
-            loaded = self.located.adapter.load_dispatched(self.located.source, DTYPES[dtype], device)
-            check_plain(loaded.model)
-            return loaded
-        loaded = self.located.adapter.load(self.located.source, DTYPES[dtype])
-        check_plain(loaded.model)
-        try:
-            loaded.model.to(device)
-        except RuntimeError as error:  # there is no room
-            raise QsimError(f"device {device!r} cannot be used: {one_line(error)}") from None
-        return loaded
 
     def data(self, source: str | None) -> Data:
         """The data named by `source`, else the evaluator's own, else the model's. Raises `DataError`."""
@@ -103,6 +93,21 @@ class Job:
                 f"--calibration-data"
             )
         return found
+
+
+def load(located: Located, device: str, dtype: str) -> LoadedModel:
+    """Load a model onto a device. Raises `QsimError`."""
+    if device in DISPATCHED:
+        loaded = located.adapter.load_dispatched(located.source, DTYPES[dtype], device)
+        check_plain(loaded.model)
+        return loaded
+    loaded = located.adapter.load(located.source, DTYPES[dtype])
+    check_plain(loaded.model)
+    try:
+        loaded.model.to(device)
+    except RuntimeError as error:  # there is no room
+        raise QsimError(f"device {device!r} cannot be used: {one_line(error)}") from None
+    return loaded
 
 
 def check_machine(device: str, dtype: str) -> None:

@@ -37,7 +37,7 @@ def calibration_record(given: Calibration, data: Data) -> CalibrationRecord:
     """The calibration data, their source and their size."""
     source = from_anywhere(given.source)
     return CalibrationRecord(
-        name=data.name, sha256=data.sha256, source=source, samples=given.samples, length=given.length
+        name=data.name, sha256=data.sha256, source=source, samples=given.samples, length=given.length, seed=given.seed
     )
 
 

@@ -34,10 +34,11 @@ class DataRecord(_Record):
 
 
 class CalibrationRecord(DataRecord):
-    """The data for transforms and static scales; samples are drawn by the run's seed."""
+    """The data for transforms and static scales."""
 
     samples: int = Field(ge=1, lt=2**31)
     length: int | None = Field(ge=2, lt=2**31, description="tokens of a sample; none: what the evaluator takes")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="seed that draws the samples; none: the run's")
 
 
 class Intervals(_Record):
