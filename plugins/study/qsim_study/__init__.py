@@ -1,0 +1,1 @@
+"""Studies: many recipes on many models, compared with each other."""
