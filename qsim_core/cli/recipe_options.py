@@ -62,14 +62,10 @@ def recipe_of(options: Mapping[str, Any], host: Host) -> Recipe:
 
     The evaluator that goes with the model is filled in for `--set`, which may name it.
     """
-    values = read_recipe_file(options["recipe"]) if options["recipe"] is not None else {}
-    values |= {key: options[option] for option, key in KEYS.items() if options[option] is not None}
-    if options["operations"] is not None:
-        values["operations"] = read_yaml(options["operations"])
-    if options["skip"]:
-        values["skip"] = [] if options["skip"] == ("none",) else list(options["skip"])
     texts = {role: options[role] for role in ROLES}
-    recipe = compose(host, values, options["plugins"], options["precision"], texts, static=options["static"])
+    recipe = compose(
+        host, values_of(options), options["plugins"], options["precision"], texts, static=options["static"]
+    )
     if options["settings"] and recipe.evaluate is None:
         recipe = recipe.model_copy(update={"evaluate": Job.of(recipe, host).evaluator})
     for setting in options["settings"]:
@@ -78,6 +74,17 @@ def recipe_of(options: Mapping[str, Any], host: Host) -> Recipe:
     if not recipe.quantizes and not recipe.transforms and not trained:
         raise RecipeError("nothing to do: say --plugin, --precision, --weights, --activations or --recipe")
     return recipe
+
+
+def values_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a recipe that a file and options name; what `compose` takes beside them is left out."""
+    values = read_recipe_file(options["recipe"]) if options["recipe"] is not None else {}
+    values |= {key: options[option] for option, key in KEYS.items() if options[option] is not None}
+    if options["operations"] is not None:
+        values["operations"] = read_yaml(options["operations"])
+    if options["skip"]:
+        values["skip"] = [] if options["skip"] == ("none",) else list(options["skip"])
+    return values
 
 
 def notes_of(options: Mapping[str, Any], recipe: Recipe, host: Host) -> list[str]:

@@ -181,8 +181,14 @@ def _moving(value: Tensor, left_out: Tensor) -> int:
     return moving or len(left_out)
 
 
-def interval(value: Tensor, left_out: Tensor, in_order: bool = False) -> tuple[float, float]:
-    """The 95% confidence interval of a value, by its values without each sample; NaN if one of them is not finite."""
+def interval(
+    value: Tensor, left_out: Tensor, in_order: bool = False, quantile: Callable[[float], float] | None = None
+) -> tuple[float, float]:
+    """The confidence interval of a value, by its values without each sample; NaN if one of them is not finite.
+
+    `quantile` gives the upper quantile of Student's t for so many degrees of freedom; by default it is that of 95%.
+    """
+    quantile = quantile or student
     many = len(left_out)
     parts = (many - 1) * (left_out.mean() - left_out)  # of a mean: the samples less their mean
     power = parts.square().sum()
@@ -192,7 +198,7 @@ def interval(value: Tensor, left_out: Tensor, in_order: bool = False) -> tuple[f
     error = (power / (many - inflation) * inflation / many).sqrt()
     root = math.sqrt(many / inflation)
     skewness = float((parts / power.sqrt()).pow(3).sum()) * many / (many - 2) * math.sqrt(many - 1)
-    ends = (_unskewed(sign * student(max(root**2 - 1, 2)), skewness, root) for sign in (1, -1))
+    ends = (_unskewed(sign * quantile(max(root**2 - 1, 2)), skewness, root) for sign in (1, -1))
     low, high = (float(value - error * end) for end in ends)
     return low, high
 

@@ -1,0 +1,162 @@
+"""A cell of a study: one model under one recipe in its circumstances, and what was found there."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+
+from qsim_core import Calibration, Metrics, QsimError, Recipe, Result, Run
+from qsim_core.components.component import Component, components_in
+from qsim_core.components.host import Host
+from qsim_core.evaluation.baseline_cache import of_component, of_requirements
+from qsim_core.evaluation.job import Job
+from qsim_core.evaluation.metrics import LeftOut
+from qsim_core.files import place
+from qsim_core.simulation.fingerprint import Unknowable
+from qsim_core.transforms.checkpoint import sha256
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Circumstances(_Frozen):
+    """Everything beside model and recipe that decides a number."""
+
+    data: str | None = Field(None, description="a file, or a name for `datasets`; none: the model's own")
+    limit: PositiveInt | None = Field(None, description="samples at most")
+    seed: NonNegativeInt = Field(0, description="seed of drawn samples")
+    batch_size: PositiveInt = Field(8, description="samples computed at a time")
+    dtype: str = Field("float32", description="arithmetic of the model and the simulation")
+    device: str = Field("cpu", description="where to compute")
+    calibration_data: str | None = Field(None, description="data that transforms look at; none: the model's own")
+    calibration_samples: PositiveInt = Field(32, description="samples of the calibration")
+    calibration_seqlen: PositiveInt | None = Field(None, description="tokens of a sample; none: a window's")
+    calibration_seed: NonNegativeInt | None = Field(None, description="seed that draws them; none: `seed`")
+    on: tuple[str, ...] = Field((), description="hardware that says what a batch costs")
+
+    def calibration(self) -> Calibration:
+        """The choice of calibration data."""
+        return Calibration(
+            self.calibration_data, self.calibration_samples, self.calibration_seqlen, self.calibration_seed
+        )
+
+    def run(self, run: Run) -> Run:
+        """The same run with these sizes and this seed."""
+        shown = {key: getattr(run, key) for key in ("track", "stage", "count", "work_dir", "allow_code_execution")}
+        return Run(self.batch_size, self.limit, self.seed, **shown)
+
+
+class Cell(_Frozen):
+    """One model under one recipe."""
+
+    model: str | None
+    recipe: dict[str, Any]
+    circumstances: Circumstances = Circumstances()
+    varied: dict[str, str] = Field(default={}, description="the values by which it differs from other cells")
+    needs: dict[str, str] = Field(default={}, description="distributions of the plugins that it needs, and versions")
+
+    @property
+    def label(self) -> str:
+        """The values by which it differs from other cells, in one line."""
+        return ", ".join(f"{key}={value}" for key, value in self.varied.items())
+
+    @property
+    def recipe_label(self) -> str:
+        """The same without the model."""
+        return ", ".join(
+            value if key == "recipe" else f"{key}={value}" for key, value in self.varied.items() if key != "model"
+        )
+
+    def recipe_of(self, host: Host) -> Recipe:
+        """The recipe, with the model."""
+        return Recipe.of(self.recipe | {"model": self.model}, host)
+
+    def planned(self, host: Host) -> tuple[str, Cell]:
+        """The cell with what it needs, and its key: the SHA-256 of all that decides its numbers but the machine.
+
+        That are texts, code, versions, and the bytes of model and data. Of a model that cannot be found only its name
+        counts, as nothing is computed.
+        """
+        parts, source = self._parts(host)
+        plugins = {plugin for part in parts for plugin in host.plugins_of(part)}
+        needs = {plugin.distribution: plugin.version for plugin in sorted(plugins, key=lambda plugin: plugin.name)}
+        said = self.model_dump_json(exclude={"varied", "needs"})
+        files = (source, self.circumstances.data, self.circumstances.calibration_data)
+        code = itertools.chain.from_iterable(map(_of_component, parts))
+        made_from = itertools.chain([said], *map(_of_files, files), code, of_requirements({"qsim-core", *needs}))
+        return sha256(made_from)[:32], self.model_copy(update={"needs": needs})
+
+    def _parts(self, host: Host) -> tuple[list[Component], str | None]:
+        """The components that have a part in it, and the place of the model's files."""
+        recipe = self.recipe_of(host)
+        try:
+            job = Job.of(recipe, host)
+        except QsimError:
+            return [*components_in(recipe)], None
+        return [*components_in(job.recipe), *job.located.components], job.located.source
+
+
+def _of_component(component: Component) -> Iterator[Any]:
+    try:
+        yield from of_component(component)
+    except Unknowable:
+        yield str(component)
+
+
+@lru_cache
+def _of_files(source: str | None) -> tuple[str, ...]:
+    """The digests of a file, or of the files of a directory, by their bytes; of anything else its name."""
+    if source is None:
+        return ()
+    path = place(source)
+    if not path.exists():
+        return (source,)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return tuple(part for file in files for part in (file.name, _digest(file)))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Scores(_Frozen):
+    """Metrics, and each metric without the first sample, without the second, and so on."""
+
+    values: dict[str, float]
+    left_out: dict[str, list[float]] = {}
+    in_order: bool = False
+
+    @classmethod
+    def of(cls, metrics: dict[str, float]) -> Scores:
+        """Take from an evaluator's metrics what comparisons need."""
+        values = {name: float(value) for name, value in metrics.items()}
+        if not isinstance(metrics, Metrics) or metrics.size < 2:
+            return cls(values=values)
+        left_out = {name: found.tolist() for name, found in metrics.left_out().items()}
+        return cls(values=values, left_out=left_out, in_order=metrics.in_order)
+
+    def metrics(self) -> Metrics:
+        """The metrics, ready to be compared."""
+        left_out = {name: torch.tensor(found, dtype=torch.float64) for name, found in self.left_out.items()}
+        return LeftOut(self.values, left_out, self.in_order)
+
+
+class Entry(_Frozen):
+    """The end of one cell: a result, or the reason why there is none."""
+
+    cell: Cell
+    result: Result | None = None
+    scores: Scores | None = Field(None, description="the simulated metrics with their samples")
+    higher_is_better: bool = False
+    failure: str | None = Field(None, description="the reason in one line")
+    seconds: float = 0.0
+    worker: str = ""
