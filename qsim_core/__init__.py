@@ -5,7 +5,7 @@
     >>> simulation = qsim.simulate(model, weights="int4", activations="token(int8)")   # doctest: +SKIP
 
 The names below are the public ones. Each is imported when it is first used, so that `import qsim_core` is fast
-and does not import torch.
+and does not import torch. A plugin adds functions by the entry-point group `qsim.functions`: `qsim.study(...)`.
 """
 
 from __future__ import annotations
@@ -66,6 +66,9 @@ _HOME = {
     "TrainingError": "errors",
     "CalibrationWarning": "errors",
 }
+
+FUNCTIONS = "qsim.functions"
+"""The entry-point group of functions that plugins add to this module."""
 
 __all__ = [*_HOME, "parse"]  # noqa: PLE0604 - the names are all there
 
@@ -133,9 +136,14 @@ def parse(text: str, host: Host | None = None) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"qsim_core.{_HOME[name]}"), name)
+    if name in _HOME:
+        return getattr(importlib.import_module(f"qsim_core.{_HOME[name]}"), name)
+    if not name.startswith("_"):
+        from importlib.metadata import entry_points
+
+        for entry in entry_points(group=FUNCTIONS, name=name):
+            return entry.load()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

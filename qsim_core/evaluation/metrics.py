@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import isnan, nan
 from statistics import NormalDist
 from typing import Any
@@ -181,26 +182,49 @@ def _moving(value: Tensor, left_out: Tensor) -> int:
     return moving or len(left_out)
 
 
-def interval(
-    value: Tensor, left_out: Tensor, in_order: bool = False, quantile: Callable[[float], float] | None = None
-) -> tuple[float, float]:
-    """The confidence interval of a value, by its values without each sample; NaN if one of them is not finite.
+def interval(value: Tensor, left_out: Tensor, in_order: bool = False) -> tuple[float, float]:
+    """The 95% confidence interval of a value, by its values without each sample; NaN if one of them is not finite."""
+    return Jackknife.of(value, left_out, in_order).interval()
 
-    `quantile` gives the upper quantile of Student's t for so many degrees of freedom; by default it is that of 95%.
-    """
-    quantile = quantile or student
-    many = len(left_out)
-    parts = (many - 1) * (left_out.mean() - left_out)  # of a mean: the samples less their mean
-    power = parts.square().sum()
-    if power.sqrt() <= TINY * many * value.abs():
-        return float(value), float(value)
-    inflation = _inflation(float((parts[1:] * parts[:-1]).sum() / power), many) if in_order else 1.0
-    error = (power / (many - inflation) * inflation / many).sqrt()
-    root = math.sqrt(many / inflation)
-    skewness = float((parts / power.sqrt()).pow(3).sum()) * many / (many - 2) * math.sqrt(many - 1)
-    ends = (_unskewed(sign * quantile(max(root**2 - 1, 2)), skewness, root) for sign in (1, -1))
-    low, high = (float(value - error * end) for end in ends)
-    return low, high
+
+@dataclass(frozen=True)
+class Jackknife:
+    """The uncertainty of a value that was computed from samples: its error and skewness, for `root`² samples."""
+
+    value: float
+    error: float
+    skewness: float
+    root: float
+
+    @classmethod
+    def of(cls, value: Tensor, left_out: Tensor, in_order: bool = False) -> Jackknife:
+        """Estimate it from the value without each sample; samples `in_order` resemble their neighbours."""
+        many = len(left_out)
+        parts = (many - 1) * (left_out.mean() - left_out)  # of a mean: the samples less their mean
+        power = parts.square().sum()
+        if power.sqrt() <= TINY * many * value.abs():
+            return cls(float(value), 0.0, 0.0, math.sqrt(many))
+        inflation = _inflation(float((parts[1:] * parts[:-1]).sum() / power), many) if in_order else 1.0
+        error = float((power / (many - inflation) * inflation / many).sqrt())
+        skewness = float((parts / power.sqrt()).pow(3).sum()) * many / (many - 2) * math.sqrt(many - 1)
+        return cls(float(value), error, skewness, math.sqrt(many / inflation))
+
+    @property
+    def degrees(self) -> float:
+        """The degrees of freedom of Student's t."""
+        return max(self.root**2 - 1, 2)
+
+    def interval(self, t: float | None = None) -> tuple[float, float]:
+        """The interval whose ends have Student's t and -t; None: the one of 95%."""
+        t = student(self.degrees) if t is None else t
+        low, high = (self.value - self.error * _unskewed(sign * t, self.skewness, self.root) for sign in (1, -1))
+        return low, high
+
+    def t_of(self, point: float) -> float:
+        """Student's t of a point: `interval(t)` has it as one of its ends."""
+        if not self.error:
+            return 0.0 if self.value == point else math.copysign(math.inf, self.value - point)
+        return _skewed((self.value - point) / self.error, self.skewness, self.root)
 
 
 def _inflation(correlation: float, many: int) -> float:
@@ -219,6 +243,14 @@ def _unskewed(t: float, skewness: float, root: float) -> float:
         return t
     inside = 1 + skewness * (t / root - skewness / (6 * root**2))
     return 3 * root / skewness * (math.copysign(abs(inside) ** (1 / 3), inside) - 1)
+
+
+def _skewed(mean: float, skewness: float, root: float) -> float:
+    """Hall's transformation of a studentized mean, the inverse of `_unskewed`."""
+    if abs(skewness) < TINY:
+        return mean
+    inside = (1 + skewness * mean / (3 * root)) ** 3
+    return root * ((inside - 1) / skewness + skewness / (6 * root**2))
 
 
 def student(degrees: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -37,6 +38,7 @@ class Environment(BaseModel):
         )
 
 
+@lru_cache
 def version_of(distribution: str) -> str | None:
     """The installed version of a distribution; None where it is not installed."""
     try:

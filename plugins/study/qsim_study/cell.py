@@ -15,11 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 from qsim_core import Calibration, Metrics, QsimError, Recipe, Result, Run
 from qsim_core.components.component import Component, components_in
 from qsim_core.components.host import Host
-from qsim_core.evaluation.baseline_cache import of_component, of_requirements
+from qsim_core.evaluation.baseline_cache import of_requirements
 from qsim_core.evaluation.job import Job
+from qsim_core.evaluation.locate import Located, default_model, locate
 from qsim_core.evaluation.metrics import LeftOut
 from qsim_core.files import place
-from qsim_core.simulation.fingerprint import Unknowable
+from qsim_core.simulation.fingerprint import Unknowable, of_code
 from qsim_core.transforms.checkpoint import sha256
 
 
@@ -89,26 +90,45 @@ class Cell(_Frozen):
         plugins = {plugin for part in parts for plugin in host.plugins_of(part)}
         needs = {plugin.distribution: plugin.version for plugin in sorted(plugins, key=lambda plugin: plugin.name)}
         said = self.model_dump_json(exclude={"varied", "needs"})
-        files = (source, self.circumstances.data, self.circumstances.calibration_data)
-        code = itertools.chain.from_iterable(map(_of_component, parts))
-        made_from = itertools.chain([said], *map(_of_files, files), code, of_requirements({"qsim-core", *needs}))
+        files = (source, self.circumstances.data, self.circumstances.calibration_data, *_named_files(parts))
+        code = _of_code(frozenset(map(type, parts))), _of_requirements(frozenset({"qsim-core", *needs}))
+        made_from = [said, *map(str, parts), *itertools.chain.from_iterable(map(_of_files, files)), *code]
         return sha256(made_from)[:32], self.model_copy(update={"needs": needs})
 
     def _parts(self, host: Host) -> tuple[list[Component], str | None]:
         """The components that have a part in it, and the place of the model's files."""
         recipe = self.recipe_of(host)
         try:
-            job = Job.of(recipe, host)
+            located = _located(host, self.model)
+            job = Job.at(located, recipe, host)
         except QsimError:
             return [*components_in(recipe)], None
-        return [*components_in(job.recipe), *job.located.components], job.located.source
+        return [*components_in(job.recipe), *located.components], located.source
 
 
-def _of_component(component: Component) -> Iterator[Any]:
+@lru_cache
+def _located(host: Host, model: str | None) -> Located:
+    return locate(default_model(host) if model is None else model, host)
+
+
+def _named_files(parts: list[Component]) -> Iterator[str]:
+    """The files that components name as their options."""
+    for part in parts:
+        yield from (str(value) for _, value in part if isinstance(value, Path))
+
+
+@lru_cache
+def _of_code(classes: frozenset[type]) -> str:
+    """The digest of the code of classes and of the core; of a class that was typed in only its name counts."""
     try:
-        yield from of_component(component)
+        return sha256(of_code(*classes))
     except Unknowable:
-        yield str(component)
+        return sha256(sorted(cls.__qualname__ for cls in classes))
+
+
+@lru_cache
+def _of_requirements(distributions: frozenset[str]) -> str:
+    return sha256(of_requirements(distributions))
 
 
 @lru_cache

@@ -1,7 +1,7 @@
 """Comparisons of cells on the same samples, and rankings that say no more than the samples do.
 
 Two cells that saw the same samples of the same data are compared sample by sample, by the core's jackknife interval of
-the ratio of their metrics. The p-value is the smallest level at which that interval excludes 1. Holm's step-down
+the ratio of their metrics. The p-value is the level at which that interval ends at 1. Holm's step-down
 correction (Holm, 1979, Scandinavian Journal of Statistics 6) holds for all comparisons of one model together.
 """
 
@@ -10,20 +10,18 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
 import torch
-from scipy import stats
+from scipy import special
 
-from qsim_core.evaluation.metrics import FEWEST, FEWEST_IN_ORDER, interval
+from qsim_core.evaluation.metrics import FEWEST, FEWEST_IN_ORDER, Jackknife
 from qsim_study.cell import Entry
 
 LEVEL = 0.05
 """The share of studies without any difference in which one is decided all the same."""
-SMALLEST = 1e-12
-"""P-values are not computed below."""
 
 
 @dataclass(frozen=True)
@@ -77,26 +75,9 @@ def compare(first: Entry, second: Entry, level: float = LEVEL) -> tuple[float, f
     if not bool(without.isfinite().all()):
         return None
 
-    def at(level: float) -> tuple[float, float]:
-        return interval(ratio, without, in_order, lambda degrees: float(stats.t.isf(level / 2, degrees)))
-
-    return float(ratio), *at(level), _p(at)
-
-
-def _p(at: Callable[[float], tuple[float, float]]) -> float:
-    """The smallest level whose interval excludes 1, by bisection of its logarithm."""
-
-    def excludes(level: float) -> bool:
-        low, high = at(level)
-        return not low <= 1 <= high
-
-    low, high = SMALLEST, 1.0
-    if excludes(low):
-        return low
-    for _ in range(50):
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if excludes(middle) else (middle, high)
-    return high
+    found = Jackknife.of(ratio, without, in_order)
+    low, high = found.interval(float(-special.stdtrit(found.degrees, level / 2)))
+    return found.value, low, high, 2 * float(special.stdtr(found.degrees, -abs(found.t_of(1.0))))
 
 
 def holm(values: Sequence[float]) -> list[float]:

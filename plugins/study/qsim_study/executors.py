@@ -94,8 +94,8 @@ class Processes(Executor):
 class Dask(Executor):
     """A Dask cluster: of this machine, or behind the address of a scheduler."""
 
-    def __init__(self, address: str | None = None, many: int | None = None) -> None:
-        self.address, self.many = address, many
+    def __init__(self, address: str | None = None, many: int | None = None, timeout: float = 10) -> None:
+        self.address, self.many, self.timeout = address, many, timeout
 
     def run(self, folder: Folder, host: Host, run: Run) -> Iterator[str]:
         """Submit each cell as a task; Dask gives the tasks of a worker that died to others."""
@@ -128,7 +128,7 @@ class Dask(Executor):
             )
             return distributed.Client(cluster)
         try:
-            return distributed.Client(self.address, timeout="10s")
+            return distributed.Client(self.address, timeout=self.timeout)
         except (OSError, ValueError) as error:
             raise QsimError(f"no Dask scheduler answers at {self.address}: {one_line(error)}") from None
 
@@ -159,9 +159,12 @@ class Slurm(Executor):
 
         try:
             yield from _watch(folder, set(folder.missing()), check)
-        finally:
+        except BaseException:
             for job in jobs:
                 job.cancel(check=False)
+            raise
+        for job in jobs:
+            job.wait()
 
 
 def _watch(folder: Folder, missing: set[str], between: Any) -> Iterator[str]:

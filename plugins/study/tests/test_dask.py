@@ -1,0 +1,71 @@
+"""Dask computes cells on other machines; here with real workers, some of which are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from qsim_study import Dask, study
+from qsim_study.folder import Folder
+
+import qsim_core as qsim
+
+distributed = pytest.importorskip("distributed")
+TEXT = str(Path(__file__).parents[3] / "README.md")
+SMALL: dict[str, Any] = {
+    "models": ["opt-tiny"],
+    "vary": {"weights": ["int4", "int6", "int8"]},
+    "data": TEXT,
+    "limit": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Any:
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as found:
+        yield found
+
+
+def test_a_worker_that_is_killed_loses_nothing(cluster: Any, tmp_path: Path) -> None:
+    killed: list[int] = []
+
+    @contextmanager
+    def count(total: int, done: int, description: str) -> Any:
+        def step(text: str) -> None:
+            if not killed:
+                entry = next(iter(Folder.open(tmp_path).entries().values()))
+                killed.append(int(entry.worker.rpartition(":")[2]))
+                os.kill(killed[0], signal.SIGKILL)
+
+        yield step
+
+    found = study(SMALL, tmp_path, executor=Dask(cluster.scheduler_address), run=qsim.Run(count=count))
+
+    assert killed
+    assert [row.get("failure") for row in found.rows] == [None] * 3
+    assert (
+        found.rows[0]["simulated"]
+        == qsim.evaluate({"model": "opt-tiny", "weights": "int4"}, data=TEXT, run=qsim.Run(limit=2)).simulated[
+            "perplexity"
+        ]
+    )
+
+
+def test_a_scheduler_that_does_not_answer_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(qsim.QsimError, match="no Dask scheduler answers at tcp://127.0.0.1:9"):
+        study(SMALL, tmp_path, executor=Dask("tcp://127.0.0.1:9", timeout=1))
+
+
+def test_a_worker_without_a_plugin_is_named(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qsim_study.cell.Cell.planned", _planned_with_another_version)
+
+    with pytest.raises(qsim.QsimError, match=r"the worker tcp://.*lacks qsim-int 9\.9: 0\.1\.0 is installed"):
+        study(SMALL, tmp_path, executor=Dask(cluster.scheduler_address))
+
+
+def _planned_with_another_version(self: Any, host: Any) -> Any:
+    return self.label, self.model_copy(update={"needs": {"qsim-int": "9.9"}})
