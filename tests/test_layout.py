@@ -81,7 +81,7 @@ def test_a_plugins_directory_distribution_and_entry_point_have_one_name(plugin: 
 
     assert (table["name"], table["readme"]) == (f"qsim-{plugin}", "README.md")
     assert groups.get("qsim", {plugin: f"qsim_{plugin}"}) == {plugin: f"qsim_{plugin}"}
-    assert groups and set(groups) <= {"qsim", "qsim.commands", "qsim.accelerators"}
+    assert groups and set(groups) <= {"qsim", "qsim.commands", "qsim.functions", "qsim.accelerators"}
     assert all(re.match(rf"qsim_{plugin}[.:]|qsim_{plugin}$", to) for group in groups.values() for to in group.values())
 
 

@@ -1,7 +1,7 @@
 """Comparisons of cells on the same samples, and rankings that say no more than the samples do.
 
-Two cells that saw the same samples of the same data are compared sample by sample, by the core's jackknife interval of
-the ratio of their metrics. The p-value is the level at which that interval ends at 1. Holm's step-down
+Two cells that saw the same samples are compared sample by sample. The ratio of their metrics has the core's jackknife
+interval. The p-value is the level at which that interval ends at 1. Holm's step-down
 correction (Holm, 1979, Scandinavian Journal of Statistics 6) holds for all comparisons of one model together.
 """
 

@@ -1,6 +1,6 @@
 """The folder of a study: one file for each cell, which appears whole or not at all.
 
-The folder is the engine. Whoever computes a cell claims it, computes it and writes its file. A process that dies gives
+The folder is the engine. A process claims a cell, computes it and writes its file. A process that dies gives
 its claim back, and the cell is computed by another. Any number of processes may work on one folder.
 """
 
@@ -63,7 +63,7 @@ class Folder:
         return cls(path, {key: Cell.model_validate(cell) for key, cell in _read_plan(path)["cells"].items()})
 
     def entry(self, key: str) -> Entry | None:
-        """What was found in a cell; None as long as there is nothing."""
+        """The entry of a cell; None as long as there is none."""
         content = read_checked(self._file(key))
         try:
             return None if content is None else Entry.model_validate_json(content)
@@ -71,7 +71,7 @@ class Folder:
             return None
 
     def entries(self) -> dict[str, Entry]:
-        """What was found so far, in the order of the cells."""
+        """The entries that there are so far, in the order of the cells."""
         found = {key: self.entry(key) for key in self.cells}
         return {key: entry for key, entry in found.items() if entry is not None}
 
@@ -97,7 +97,7 @@ class Folder:
 
     @contextlib.contextmanager
     def claim(self, key: str) -> Iterator[bool]:
-        """Give True if nobody else works at a cell, until the block ends or the process dies.
+        """Give True if no other process works at a cell; it is claimed until the block ends or this process dies.
 
         A claim counts the processes that died under it. Of too many the cell has failed, and its entry says so.
         """

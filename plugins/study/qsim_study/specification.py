@@ -98,7 +98,7 @@ class Specification(BaseModel):
         return [*self.recipes] or [""]
 
     def cells(self, host: Host) -> list[Cell]:
-        """Every cell, those of one model together. Raises `RecipeError` for a cell that is no recipe, or stands twice.
+        """Every cell, those of one model together. Raises `RecipeError` for a cell that is wrong, or stands twice.
 
         Models and data are not looked at: where one is missing, its cells fail, and others run.
         """

@@ -28,7 +28,7 @@ class Worker:
         self._bench: tuple[Place, Bench] | None = None
 
     def work(self, folder: Folder, keys: Iterable[str] | None = None) -> Iterator[str]:
-        """Compute the cells that nobody else computes, and give the key of each when it is done."""
+        """Compute the cells that no other process has claimed, and give the key of each when it is done."""
         for key in list(folder.cells) if keys is None else keys:
             if folder.is_done(key):
                 continue
@@ -38,7 +38,7 @@ class Worker:
                     yield key
 
     def compute(self, cell: Cell, folder: Folder) -> Entry:
-        """What is found in a cell. An error of any kind is the cell's, with its reason in one line."""
+        """Measure a cell. An error of any kind is the cell's, with its reason in one line."""
         start = time.perf_counter()
         here = f"{platform.node()}:{os.getpid()}"
         try:
