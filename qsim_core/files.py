@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -290,6 +290,25 @@ def make_cache_folder(kind: str, note: str) -> Path:
     check_own(folder)
     (folder / CACHE_NOTE).write_text(note, encoding="utf-8")
     return folder
+
+
+def made_once(kind: str, note: str, made_from: bytes, make: Callable[[], bytes]) -> bytes:
+    """Read from the user's cache what an earlier run has made from the same bytes, or make it and keep it.
+
+    Where nothing can be kept, each run makes it.
+    """
+    name = f"{hashlib.sha256(made_from).hexdigest()[:16]}.kept"
+    try:
+        content = read_checked(cache() / kind / name, own=True)
+    except RuntimeError:  # there is no home directory
+        return make()
+    if content is None:
+        content = make()
+        try:
+            write_checked(make_cache_folder(kind, note) / name, content)
+        except (OSError, QsimError) as error:
+            log.info("nothing is kept for later runs: %s", error)
+    return content
 
 
 def check_own(path: Path, opened: int | None = None) -> None:
