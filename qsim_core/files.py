@@ -292,23 +292,20 @@ def make_cache_folder(kind: str, note: str) -> Path:
     return folder
 
 
-def made_once(kind: str, note: str, made_from: bytes, make: Callable[[], bytes]) -> bytes:
-    """Read from the user's cache what an earlier run has made from the same bytes, or make it and keep it.
+def made_once(kind: str, note: str, made_from: bytes, make: Callable[[], Any]) -> Any:
+    """Read what an earlier run has made from the same bytes and `keep` has written to the user's cache, or make it.
 
     Where nothing can be kept, each run makes it.
     """
-    name = f"{hashlib.sha256(made_from).hexdigest()[:16]}.kept"
     try:
-        content = read_checked(cache() / kind / name, own=True)
-    except RuntimeError:  # there is no home directory
+        path = make_cache_folder(kind, note) / f"{hashlib.sha256(made_from).hexdigest()[:16]}.kept"
+    except (OSError, QsimError, RuntimeError):  # RuntimeError: there is no home directory
         return make()
-    if content is None:
-        content = make()
-        try:
-            write_checked(make_cache_folder(kind, note) / name, content)
-        except (OSError, QsimError) as error:
-            log.info("nothing is kept for later runs: %s", error)
-    return content
+    found = kept(path)
+    if found is None:
+        found = make()
+        keep(path, found)
+    return found
 
 
 def check_own(path: Path, opened: int | None = None) -> None:

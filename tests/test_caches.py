@@ -178,13 +178,13 @@ def test_a_run_whose_blocks_are_cleared_keeps_the_next_ones(work: Path) -> None:
 
 
 def test_what_was_made_once_is_read_by_later_runs_until_it_is_cleared() -> None:
-    contents = iter([b"first", b"second"])
+    contents = iter(["first", "second"])
 
     made = [made_once("tokens", "tokens of a text", b"a text", lambda: next(contents)) for _ in range(2)]
     run("--clear", "tokens", "--yes")
     made.append(made_once("tokens", "tokens of a text", b"a text", lambda: next(contents)))
 
-    assert made == [b"first", b"first", b"second"]
+    assert made == ["first", "first", "second"]
     assert ("tokens", "", "tokens of a text") in rows()
 
 
@@ -197,8 +197,8 @@ def test_what_was_made_of_other_bytes_is_made_again() -> None:
 def test_what_cannot_be_kept_is_made_by_each_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("QSIM_CACHE", str(tmp_path / "file"))
-    contents = iter([b"first", b"second"])
+    contents = iter(["first", "second"])
 
     made = [made_once("tokens", "tokens of a text", b"a text", lambda: next(contents)) for _ in range(2)]
 
-    assert made == [b"first", b"second"]
+    assert made == ["first", "second"]

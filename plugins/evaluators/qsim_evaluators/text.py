@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from qsim_transformers.hub import offline_unless_reachable
 from qsim_transformers.tokens import check_ids
@@ -155,8 +154,8 @@ def _tokens_of_any_run(key: tuple[str, type, str, bool, str], tokenize: Callable
         return tokenize()
     versions = [version(library) for library in ("tokenizers", "transformers")]
     made_from = repr((text, kind.__module__, kind.__qualname__, state, versions)).encode()
-    content = files.made_once("tokens", "tokens of a text", made_from, lambda: tokenize().numpy().tobytes())
-    return torch.from_numpy(np.frombuffer(content, dtype=np.int32).copy())
+    tokens: Tensor = files.made_once("tokens", "tokens of a text", made_from, tokenize)
+    return tokens
 
 
 def draw_windows(tokens: Tensor, samples: int, length: int, seed: int, name: str) -> list[Tensor]:

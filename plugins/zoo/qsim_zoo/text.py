@@ -12,7 +12,6 @@ import ast
 import functools
 import gc
 import hashlib
-import json
 import os
 import sys
 import sysconfig
@@ -101,12 +100,12 @@ def _modules(split: str) -> list[tuple[str, list[tuple[str, str]]]]:
     state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for _, path in files]
     made_from = repr((sys.version, state)).encode() + Path(__file__).read_bytes()
 
-    def read() -> bytes:
+    def read() -> list[tuple[str, list[tuple[str, str]]]]:
         modules = [(document, _documented(path)) for document, path in files]
-        return json.dumps([module for module in modules if module[1]]).encode()
+        return [module for module in modules if module[1]]
 
-    content = json.loads(made_once("docstrings", "docstrings of the standard library", made_from, read))
-    return [(document, [tuple(pair) for pair in documented]) for document, documented in content]
+    found: list[tuple[str, list[tuple[str, str]]]] = made_once("docstrings", "docstrings of a library", made_from, read)
+    return found
 
 
 def _files(folder: Path) -> Iterator[Path]:
