@@ -133,7 +133,7 @@ CLI = """# The command line
 | environment | |
 |---|---|
 | `NO_COLOR` | set to anything: no colours, no bold, no dim |
-| `QSIM_CACHE` | where `qsim cache` finds compiled kernels and the zoo's models; by default `qsim` in the user's cache |
+| `QSIM_CACHE` | the folder of `qsim cache`: kernels, tokens, the zoo's models; by default `qsim` in the user's cache |
 | `QSIM_NATIVE=0` | Python quantizes everything: no kernel is compiled, for the CPU or for a GPU |
 | `HF_HUB_OFFLINE=1` | no hub is asked for models or data |
 

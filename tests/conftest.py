@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import families
+import forked
 import pytest
 import torch
 
@@ -33,5 +35,17 @@ def ids() -> torch.Tensor:
 
 
 @pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a small language model with random weights."""
+    return families.save_small(tmp_path_factory.mktemp("model") / "small")
+
+
+@pytest.fixture(scope="session")
 def host() -> Any:
     return qsim.Host()
+
+
+@pytest.fixture
+def quick_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask about plugins in forks of one process that has imported the libraries, not in a Python of their own."""
+    monkeypatch.setattr("sys.executable", forked.executable())

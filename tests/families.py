@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,6 +82,17 @@ def _made(family: str, attention: str) -> Any:
                 if parameter.dim() == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
         return model.eval()
+
+
+def save_small(folder: Path) -> Path:
+    """Save an OPT of two layers with random weights and the tokenizer of opt-tiny, for commands that take a directory."""
+    from qsim_zoo import trained
+
+    shutil.copytree(trained("opt-tiny"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        _opt(vocab_size=2048, max_position_embeddings=256).save_pretrained(folder)
+    return folder
 
 
 def tokens(seed: int = 1) -> Tensor:

@@ -51,6 +51,19 @@ def python() -> list[str]:
     return [sys.executable, "-I", "-S", __file__, *started]
 
 
+def executable() -> str:
+    """Return the path of a program that does the same as `[*python(), …]`, to stand for `sys.executable`."""
+    import shlex
+
+    command = python()
+    path = os.path.join(os.path.dirname(started[0]), "python")
+    if not os.path.exists(path):
+        with open(path, "x") as file:
+            file.write(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        os.chmod(path, 0o700)
+    return path
+
+
 def ask(path: str, arguments: list[str]) -> int:
     """Have a fork run a program with this process's streams, directory and environment; return its exit code."""
     connection = socket.socket(socket.AF_UNIX)

@@ -1,19 +1,25 @@
-"""Accelerators give the reference's bits or decline: `qsim plugins --check` compares them."""
+"""Accelerators give the reference's bits or decline: `qsim plugins --check` compares them (test_check.py)."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
+import qsim_int
 import torch
-from click.testing import CliRunner
 from torch import Tensor
 
 import qsim_core as qsim
-from qsim_core.cli.main import main
 from qsim_core.formats.accelerator import accelerated_by
 from qsim_core.quantizers.accelerator_check import disagreements
+
+
+@pytest.fixture(scope="module")
+def integers() -> qsim.Host:
+    """A host without plugins but that of integers. `qsim plugins --check` compares all quantizers: test_check.py."""
+    host = qsim.Host(discover=False)
+    host.register(qsim_int, name="int")
+    return host
 
 
 def reference(quantizer: Any, x: Tensor) -> Tensor:
@@ -57,39 +63,20 @@ def test_without_an_accelerator_the_reference_computes() -> None:
     assert reference(qsim.parse("int8"), torch.tensor([[2.4, 300.0]])).tolist() == [[2.0, 127.0]]
 
 
-def test_the_comparison_names_the_quantizer_that_is_wrong_by_one_ulp(host: qsim.Host) -> None:
+def test_the_comparison_names_the_quantizer_that_is_wrong_by_one_ulp(integers: qsim.Host) -> None:
     with accelerated_by(OneUlpOff()):
-        (message,) = disagreements(host, "OneUlpOff")
+        (message,) = disagreements(integers, "OneUlpOff")
 
     assert message.startswith("token(int8), of float32: 1 of 3600 values differ")
 
 
-def test_an_accelerator_that_raises_is_an_answer(host: qsim.Host) -> None:
+def test_an_accelerator_that_raises_is_an_answer(integers: qsim.Host) -> None:
     with accelerated_by(Failing()):
-        messages = disagreements(host, "Failing")
+        messages = disagreements(integers, "Failing")
 
     assert "int8, of float32: ValueError: no such instruction" in messages
 
 
-def test_one_that_declines_everything_is_right(host: qsim.Host) -> None:
+def test_one_that_declines_everything_is_right(integers: qsim.Host) -> None:
     with accelerated_by(Declining()):
-        assert disagreements(host, "Declining") == []
-
-
-def test_the_check_names_the_accelerator_that_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "wrong.py").write_text(
-        "class Wrong:\n"
-        "    def quantize(self, quantizer, x, scales=None, out=None):\n"
-        "        return x * 2 if str(quantizer) == 'int8' else None\n"
-        "wrong = Wrong()\n"
-    )
-    info = tmp_path / "wrong-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: wrong\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[qsim.accelerators]\nwrong = wrong:wrong\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-
-    result = CliRunner().invoke(main, ["plugins", "--check"])
-
-    assert result.exit_code == 1
-    assert result.stderr.startswith("Warning: accelerator wrong: int8, of float32: ")
+        assert disagreements(integers, "Declining") == []

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 from qsim_core.cli.main import main
-from qsim_core.files import keep, make_cache_folder, seal
+from qsim_core.files import keep, made_once, make_cache_folder, seal
 from qsim_core.transforms.checkpoint import Checkpoint
 
 
@@ -175,3 +175,30 @@ def test_a_run_whose_blocks_are_cleared_keeps_the_next_ones(work: Path) -> None:
 
     assert checkpoint.restore(0, nn.Linear(2, 2)) is None
     assert checkpoint.restore(1, nn.Linear(2, 2)) == {"reports": []}
+
+
+def test_what_was_made_once_is_read_by_later_runs_until_it_is_cleared() -> None:
+    contents = iter(["first", "second"])
+
+    made = [made_once("tokens", "tokens of a text", b"a text", lambda: next(contents)) for _ in range(2)]
+    run("--clear", "tokens", "--yes")
+    made.append(made_once("tokens", "tokens of a text", b"a text", lambda: next(contents)))
+
+    assert made == ["first", "first", "second"]
+    assert ("tokens", "", "tokens of a text") in rows()
+
+
+def test_what_was_made_of_other_bytes_is_made_again() -> None:
+    made = [made_once("tokens", "tokens of a text", text, lambda text=text: text) for text in (b"one", b"two")]
+
+    assert made == [b"one", b"two"]
+
+
+def test_what_cannot_be_kept_is_made_by_each_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("QSIM_CACHE", str(tmp_path / "file"))
+    contents = iter(["first", "second"])
+
+    made = [made_once("tokens", "tokens of a text", b"a text", lambda: next(contents)) for _ in range(2)]
+
+    assert made == ["first", "second"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import inspect
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -19,7 +21,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 import qsim_core as qsim
-from qsim_core import errors, hookspecs
+from qsim_core import errors, files, hookspecs
 from qsim_core.cli.main import main
 from qsim_core.components.hook_validation import base_of
 from qsim_core.evaluation.result import CalibrationRecord, Intervals
@@ -83,10 +85,24 @@ def shortened(arguments: list[str]) -> list[str]:
     return [*arguments, *(part for option, value in few.items() if option not in arguments for part in (option, value))]
 
 
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A cache for the commands of all pages. It knows what each installed plugin offers."""
+    folder = tmp_path_factory.mktemp("cache")
+    qsim.parse("int8")
+    with contextlib.suppress(FileNotFoundError):
+        shutil.copytree(files.cache() / "plugins", folder / "plugins")
+    return str(folder)
+
+
+CHECKED_ELSEWHERE = ["plugins", "--check"]
+"""A command that takes long, and that test_check.py runs."""
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")])
-def test_the_commands_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_of_a_page_run(page: str, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("QSIM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("QSIM_CACHE", cache)
     for name, text in re.findall(r"^`(\S+)`:\n\n```yaml\n(.*?)^```$", PAGES[page], re.MULTILINE | re.DOTALL):
         (tmp_path / name).write_text(text)
     commands = [shlex.split(line, comments=True) for block in blocks(page, "bash") for line in block.splitlines()]
@@ -94,7 +110,7 @@ def test_the_commands_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pyte
     trained = False
     for program, *arguments in commands:
         assert program == "qsim"
-        if arguments[0] == "finetune" and trained:
+        if (arguments[0] == "finetune" and trained) or arguments == CHECKED_ELSEWHERE:
             check_options(*arguments)
             continue
         outcome = CliRunner().invoke(main, shortened(arguments))
@@ -121,14 +137,22 @@ INDENTED = {
 
 
 @pytest.mark.parametrize("plugin", [plugin for plugin, commands in INDENTED.items() if commands])
-def test_the_commands_of_a_plugins_readme_run(plugin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run them in order on a model of the zoo and its data. A command that needs other data, or many images, is a dry run."""
+def test_the_commands_of_a_plugins_readme_run(
+    plugin: str, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run them in order on a model of the zoo and its data. A command that needs other data, or many images, is a dry run.
+
+    A training, and the evaluation of what it writes, is not run: docs/finetuning.md has the same commands.
+    """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("QSIM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("QSIM_CACHE", cache)
     save_file({"proj.weight": torch.randn(8, 64), "embed.weight": torch.randn(8, 64)}, "model.safetensors")
 
     for command in INDENTED[plugin]:
         arguments = [LOCAL.get(word, word) for word in shlex.split(command.replace("\\\n", " "), comments=True)[1:]]
+        if arguments[0] == "finetune" or "DIR" in arguments:
+            check_options(*arguments)
+            continue
         foreign = {"--data", "lm_eval", "frechet"} & {word.partition("(")[0] for word in arguments}
         for option, word in pairwise(arguments):
             if foreign and option in ("--data", "--calibration-data") and Path(word).suffix:

@@ -30,3 +30,9 @@ def test_a_fork_ends_as_a_process_does(program: str, tmp_path: Path) -> None:
     )
 
     assert (fork.returncode, fork.stdout, fork.stderr) == (own.returncode, own.stdout, own.stderr)
+
+
+def test_one_path_is_as_good_as_the_command() -> None:
+    run = subprocess.run([forked.executable(), "-c", "import sys; print(sys.argv)", "one"], capture_output=True)
+
+    assert run.stdout == b"['-c', 'one']\n"

@@ -135,7 +135,7 @@ def test_a_command_line_ends_with_an_exit_code_and_one_line(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     draw = random.Random(3)
     words = [*(word for word in WORDS if "\0" not in word and "\ud800" not in word), *map(str, NUMBERS), "opt-tiny"]
-    for _ in range(300):
+    for _ in range(150):
         chosen = [(draw.choice(OPTIONS), draw.choice(words)) for _ in range(draw.randrange(1, 4))]
         code, said = run("evaluate", "opt-tiny", *(part for pair in chosen for part in pair), "--dry-run")
         assert code in (0, 1, 2)

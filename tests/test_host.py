@@ -18,6 +18,8 @@ from qsim_core.cli.main import main
 from qsim_core.cli.recipe_options import compose
 
 Install = Callable[..., None]
+PYTHON = sys.executable
+"""A Python that has imported nothing."""
 
 GOOD = """
 import qsim_core as qsim
@@ -35,7 +37,7 @@ def qsim_quantizers():
 
 
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+def install(quick_processes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     """`install("acme", source)`: a distribution qsim-acme 1.2 with one module and one entry point, on the path."""
 
     def distribution(name: str, source: str = GOOD, dist: str | None = None, module: str | None = None) -> None:
@@ -209,34 +211,6 @@ def test_other_commands_go_on_beside_a_broken_plugin(install: Install) -> None:
 
     assert listing.exit_code == plugins.exit_code == 0
     assert "abfp" in listing.stdout
-
-
-def test_check_warns_and_exits_with_1(install: Install) -> None:
-    install("acme", "raise RuntimeError('broken')")
-    install("core", dist="taker", module="plugin_core")
-    install("presets", GOOD.replace("[Halves]", '[Halves, qsim.Preset("int99", "int(99)")]'))
-
-    result = CliRunner().invoke(main, ["plugins", "--check"])
-
-    assert result.exit_code == 1
-    rows = [line.split() for line in result.stdout.splitlines()]
-    assert [row[:2] for row in rows if row[-1] == "fails"] == [
-        ["acme", "qsim-acme"],
-        ["core", "taker"],
-        ["presets", "qsim-presets"],
-    ]
-    assert [line.partition(";")[0] for line in result.stderr.splitlines()] == [
-        "Warning: plugin 'acme' (qsim-acme 1.2) does not import: RuntimeError: broken",
-        "Warning: plugin 'core' (taker 1.2): the name 'core' is qsim's own",
-        "Warning: plugin 'presets' (qsim-presets 1.2): preset 'int99' cannot be built: int: bits should be less than or "
-        "equal to 16, not 99 (character 5 of 'int(99)')",
-    ]
-
-
-def test_check_of_what_is_installed_here_is_clean() -> None:
-    result = CliRunner().invoke(main, ["plugins", "--check"])
-
-    assert (result.exit_code, result.stderr) == (0, "")
 
 
 ENDINGS = {
@@ -422,7 +396,7 @@ def test_installing_a_plugin_imports_nothing_for_help_and_the_list(install: Inst
     )
     for command in (["--help"], ["plugins"], ["plugins", "--json"], ["evaluate", "--help"]):
         run = subprocess.run(
-            [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {program}", *command],
+            [PYTHON, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {program}", *command],
             capture_output=True,
             text=True,
             check=True,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import compileall
+import contextlib
+import functools
 import json
 import os
 import re
@@ -10,7 +13,7 @@ import subprocess
 import sys
 import tarfile
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 from typing import Any
@@ -70,6 +73,7 @@ def install(copied: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
         if name not in installed:
             wheel = wheels.glob(f"{name.replace('-', '_')}-*.whl")
             installed[name] = unpack(wheel, tmp_path_factory.mktemp(name))
+            compileall.compile_dir(installed[name], quiet=2)
         return installed[name]
 
     return into_directory
@@ -113,9 +117,11 @@ def plugins_among(names: set[str]) -> set[str]:
 
 
 SERVER = """
-import json, os, sys
-import torch, click, pluggy, pydantic, rich, yaml  # the core's own requirements, imported once for all programs
+import importlib, json, os, sys
 
+for library in sys.argv[1:]:
+    importlib.import_module(library)
+sys.executable = ""  # a program imports plugins itself: in another Python it would import the libraries again
 for line in sys.stdin:
     program, path = json.loads(line)
     reading, writing = os.pipe()
@@ -132,25 +138,39 @@ for line in sys.stdin:
         text = printed.read()
     print(json.dumps([os.waitpid(child, 0)[1], text]), flush=True)
 """
-"""Runs each program in a child process, so that torch is imported once. A traceback ends the child with status 1."""
+"""Runs each program in a child process, so that libraries are imported once. A traceback ends the child with status 1."""
+OF_THE_CORE = ["torch", "click", "pluggy", "pydantic", "rich", "yaml"]
+OF_FAMILIES = ["transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"]
 
 
 @pytest.fixture(scope="session")
-def run(install: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
-    """`run(program, path)`: the exit status and the text of a program that finds only torch and what is in `path`."""
-    directory = tmp_path_factory.mktemp("server")
-    names = declared("qsim-core") - {"qsim-core"}
-    environment = {
-        "PYTHONPATH": str(third_party(names, directory / "third-party")), "PATH": os.environ["PATH"], "HOME": str(directory)
-    }  # fmt: skip
-    command = [sys.executable, "-S", "-B", "-c", SERVER]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, env=environment, cwd=directory, **pipes) as server:  # type: ignore[call-overload]
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """`run(program, path, names)`: the exit status and the text of a program that finds only torch and what is in `path`.
 
-        def answer(program: str, path: list[Path]) -> Any:
-            server.stdin.write(json.dumps([program, list(map(str, path))]) + "\n")
-            server.stdin.flush()
-            return json.loads(server.stdout.readline())
+    Libraries among the third-party distributions `names` may have been imported before.
+    """
+    with contextlib.ExitStack() as servers:
+
+        @functools.cache
+        def server(library: str) -> Any:
+            directory = tmp_path_factory.mktemp("server")
+            names = declared("qsim-core") | (declared(library) if library else set())
+            environment = {
+                "PYTHONPATH": str(third_party(names - {"qsim-core"}, directory / "third-party")),
+                "PATH": os.environ["PATH"],
+                "HOME": str(directory),
+            }
+            libraries = [*OF_THE_CORE, *(OF_FAMILIES if library else ())]
+            command = [sys.executable, "-S", "-B", "-c", SERVER, *libraries]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            started = subprocess.Popen(command, text=True, env=environment, cwd=directory, **pipes)  # type: ignore[call-overload]
+            return servers.enter_context(started)
+
+        def answer(program: str, path: list[Path], names: Collection[str] = ()) -> Any:
+            asked = server("transformers" if "transformers" in names else "")
+            asked.stdin.write(json.dumps([program, list(map(str, path))]) + "\n")
+            asked.stdin.flush()
+            return json.loads(asked.stdout.readline())
 
         yield answer
 
@@ -164,7 +184,7 @@ def test_a_distribution_works_with_what_it_declares_and_nothing_else(
     path = [install(own) for own in sorted(ours)] + [third_party(names - ours, tmp_path / "third-party")]
 
     program = PROGRAM if "qsim-core" in ours else LIBRARY.format(module=name.replace("-", "_"))
-    status, printed = run(program, path)
+    status, printed = run(program, path, names)
 
     assert status == 0, printed
     if "qsim-core" in ours:

@@ -30,15 +30,15 @@ COMBINATIONS = {
 
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_a_combination_runs_from_one_command_and_from_one_recipe_file(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     options, transforms = COMBINATIONS[name]
     invoke = CliRunner().invoke
 
-    recipe = invoke(main, ["evaluate", *options, "--dry-run"])
+    recipe = invoke(main, ["evaluate", str(small), *options, "--dry-run"])
     Path("recipe.yaml").write_text(recipe.stdout)
-    command = invoke(main, ["evaluate", *options, *FEW, "--json", "command.json", "--quiet"])
+    command = invoke(main, ["evaluate", str(small), *options, *FEW, "--json", "command.json", "--quiet"])
     file = invoke(main, ["evaluate", "--recipe", "recipe.yaml", *FEW, "--json", "file.json", "--quiet"])
 
     assert [outcome.exit_code for outcome in (recipe, command, file)] == [0, 0, 0], command.output + file.output
@@ -49,12 +49,13 @@ def test_a_combination_runs_from_one_command_and_from_one_recipe_file(
     assert [report.transform for report in first.transforms] == [report.transform for report in second.transforms]
 
 
-def test_a_command_goes_on_where_another_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The later blocks of the first command are removed, as if it had died there."""
+def test_a_command_goes_on_where_another_stopped(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The later block of the first command is removed, as if it had died there."""
     monkeypatch.chdir(tmp_path)
-    command = ["evaluate", "--precision", "w3a16", "--plugin", "gptq", *FEW, "--work-dir", "work", "--quiet", "--json"]
+    options = ["--precision", "w3a16", "--plugin", "gptq", *FEW, "--work-dir", "work", "--quiet", "--json"]
+    command = ["evaluate", str(small), *options]
     whole = CliRunner().invoke(main, [*command, "whole.json"])
-    for block in sorted(Path("work").glob("*/block-*.pt"))[2:]:
+    for block in sorted(Path("work").glob("*/block-*.pt"))[1:]:
         block.unlink()
 
     resumed = CliRunner().invoke(main, [*command, "resumed.json"])

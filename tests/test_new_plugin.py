@@ -93,7 +93,7 @@ def test_a_new_plugin_is_used_as_the_page_says(run: Program) -> None:
     page = (ROOT / "docs" / "plugins.md").read_text()
     create, install, use = re.findall(r"^\$ (.*)$", page, re.MULTILINE)
 
-    outcome = run("-m", "qsim_core", *use.split()[1:], "--limit", "2", "--quiet", "--json", "-")
+    outcome = run("-m", "qsim_core", *use.split()[1:], "--limit", "1", "--quiet", "--json", "-")
 
     assert outcome.returncode == 0, outcome.stderr
     result = json.loads(outcome.stdout)

@@ -15,6 +15,8 @@ from click.testing import CliRunner
 from qsim_core.cli.main import main
 
 Install = Callable[..., None]
+PYTHON = sys.executable
+"""A Python that has imported nothing."""
 
 GREET = '''
 import click
@@ -28,7 +30,7 @@ def greet(name: str) -> None:
 
 
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+def install(quick_processes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     """`install("greet")`: a distribution qsim-greet 1.2 whose only entry point is the command `greet`."""
 
     def distribution(
@@ -90,7 +92,7 @@ def test_other_commands_do_not_import_it(arguments: list[str], install: Install,
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from qsim_core.cli.main import main; main({arguments!r})"
     )
 
-    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run([PYTHON, "-c", program], capture_output=True, text=True, check=True).stdout
 
     assert ("greet" in shown) == (arguments[0] != "evaluate")
     assert not (tmp_path / "imported").exists()
@@ -144,31 +146,6 @@ def test_a_name_that_two_distributions_claim_is_an_error_that_names_both(install
         "Error: command 'greet' is claimed by acme-tools 1.2 and qsim-greet 1.2; uninstall all but one of them\n",
     )
     assert help_line("greet") == "(claimed by acme-tools 1.2 and qsim-greet 1.2)"
-
-
-def test_check_reports_what_cannot_be_run(install: Install) -> None:
-    install("greet")
-    install("greet", dist="acme-tools")
-    install("cache", GREET.replace("greet", "cache"), target="cache")
-    install("one", "one = 1", target="one")
-    install("two", "import a_library_nobody_has", target="two")
-
-    outcome = CliRunner().invoke(main, ["plugins", "--check"])
-
-    assert outcome.exit_code == 1
-    assert [line.split()[:2] for line in outcome.stdout.splitlines() if line.endswith("fails")] == [
-        ["cache", "qsim-cache"],
-        ["greet", "acme-tools"],
-        ["greet", "qsim-greet"],
-        ["one", "qsim-one"],
-        ["two", "qsim-two"],
-    ]
-    assert [line.partition("; ")[0] for line in outcome.stderr.splitlines()] == [
-        "Warning: command 'cache' (qsim-cache 1.2) cannot be run: `qsim cache` is a command of qsim-core",
-        "Warning: command 'greet' is claimed by acme-tools 1.2 and qsim-greet 1.2",
-        "Warning: command 'one' (qsim-one 1.2) is not a click command but int",
-        "Warning: command 'two' (qsim-two 1.2) does not import: ModuleNotFoundError: No module named 'a_library_nobody_has'",
-    ]
 
 
 def test_a_plugin_cannot_take_a_command_of_the_core_away(install: Install) -> None:

@@ -6,7 +6,7 @@ import logging
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,27 @@ from qsim_core.simulation.cache_entry import CacheEntry
 from qsim_core.simulation.fingerprint import of_code, of_model
 from qsim_core.transforms.checkpoint import sha256
 
+Evaluate = Callable[..., qsim.Result]
 TEXT = str(Path(__file__).parent.parent / "README.md")
 
 
-def evaluate(work_dir: Path | None, weights: str = "int4", **run: Any) -> qsim.Result:
-    dtype = run.pop("dtype", "float32")
-    recipe = qsim.Recipe.of({"model": "opt-tiny", "weights": weights})
-    return qsim.evaluate(recipe, data=TEXT, dtype=dtype, run=Run(**({"limit": 3} | run), work_dir=work_dir))
+@pytest.fixture
+def evaluate(small: Path) -> Evaluate:
+    """`evaluate(work_dir, weights)`: the result of a small model on a text."""
+
+    def evaluated(work_dir: Path | None, weights: str = "int4", **run: Any) -> qsim.Result:
+        dtype = run.pop("dtype", "float32")
+        recipe = qsim.Recipe.of({"model": str(small), "weights": weights})
+        return qsim.evaluate(recipe, data=TEXT, dtype=dtype, run=Run(**({"limit": 3} | run), work_dir=work_dir))
+
+    return evaluated
 
 
 def numbers(result: qsim.Result) -> dict[str, Any]:
     return result.model_dump(exclude={"seconds", "cached"})
 
 
-def test_with_another_format_the_baseline_is_taken_and_nothing_else_changes(tmp_path: Path) -> None:
+def test_with_another_format_the_baseline_is_taken_and_nothing_else_changes(evaluate: Evaluate, tmp_path: Path) -> None:
     first, second = evaluate(tmp_path, "int4"), evaluate(tmp_path, "int6")
 
     assert (first.cached, second.cached) == ([], ["baseline"])
@@ -44,14 +51,14 @@ def test_with_another_format_the_baseline_is_taken_and_nothing_else_changes(tmp_
     assert numbers(second) == numbers(evaluate(None, "int6"))
 
 
-def test_what_decides_the_baseline_has_one_of_its_own(tmp_path: Path) -> None:
+def test_what_decides_the_baseline_has_one_of_its_own(evaluate: Evaluate, tmp_path: Path) -> None:
     runs: list[dict[str, Any]] = [{}, {"limit": 2}, {"batch_size": 1}, {"seed": 1}, {"dtype": "bfloat16"}]
 
     assert [evaluate(tmp_path, **run).cached for run in runs] == [[]] * 5
     assert len(list(tmp_path.glob("baseline/*.kept"))) == 5
 
 
-def test_a_damaged_baseline_is_computed_again(tmp_path: Path) -> None:
+def test_a_damaged_baseline_is_computed_again(evaluate: Evaluate, tmp_path: Path) -> None:
     whole = evaluate(tmp_path)
     (file,) = tmp_path.glob("baseline/*.kept")
     content = file.read_bytes()
@@ -65,12 +72,13 @@ def test_a_damaged_baseline_is_computed_again(tmp_path: Path) -> None:
     assert file.read_bytes() == content
 
 
-def test_two_runs_at_once_share_a_work_directory(tmp_path: Path) -> None:
+def test_two_runs_at_once_share_a_work_directory(small: Path, tmp_path: Path) -> None:
     command = [
         *forked.python(),
         "-m",
         "qsim_core",
         "evaluate",
+        str(small),
         "--data",
         TEXT,
         "--limit",
@@ -143,7 +151,7 @@ def test_where_nothing_can_be_kept_the_run_goes_on(tmp_path: Path, caplog: pytes
     assert caplog.messages[0].startswith("nothing is kept for later runs: [Errno 17] File exists")
 
 
-def test_a_work_directory_that_cannot_be_one_is_told_at_once(tmp_path: Path) -> None:
+def test_a_work_directory_that_cannot_be_one_is_told_at_once(evaluate: Evaluate, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
     with pytest.raises(qsim.QsimError, match=r"^cannot use .*file as work directory: File exists$"):

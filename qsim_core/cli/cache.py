@@ -36,7 +36,7 @@ UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def cache(work_dir: Path | None, clear: str | None, yes: bool, as_json: bool) -> None:
-    """Show what is kept to be used again, and remove it: compiled kernels, models that a plugin has made.
+    """Show what is kept to be used again, and remove it: compiled kernels, tokens, what a plugin has made.
 
     With --work-dir also what `qsim evaluate --work-dir DIR` has kept: baselines, statistics and blocks. All of it is
     made again when it is needed.

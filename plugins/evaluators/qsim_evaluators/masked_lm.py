@@ -12,7 +12,7 @@ from torch import Tensor
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.evaluation.metrics import Means, rank
 from qsim_evaluators.fitting import check, device, longest
-from qsim_evaluators.text import cut_windows, draw_windows, read_text, tokens_of
+from qsim_evaluators.text import cut_windows, draw_windows, read_text, tokens_of_corpus
 
 LONGEST = 512
 IGNORED = -100
@@ -95,7 +95,7 @@ class MaskedLM(Evaluator):
 
     @staticmethod
     def _tokens(loaded: LoadedModel, data: Data) -> Tensor:
-        return tokens_of(loaded, data.content, add_special_tokens=False)
+        return tokens_of_corpus(loaded, data.content, add_special_tokens=False)
 
     def _windows(self, loaded: LoadedModel, data: Data) -> tuple[Tensor, Tensor]:
         """Return tokens `[windows, seqlen]` with masks, and the true tokens, -1 where a token is not masked."""

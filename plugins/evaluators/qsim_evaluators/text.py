@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +118,13 @@ def opened(opening: Tensor, windows: Tensor) -> Tensor:
     return torch.cat([opening.expand(len(windows), -1), windows], 1)
 
 
-KEPT: dict[tuple[str, type, str, bool], Tensor] = {}
+KEPT: dict[tuple[str, type, str, bool, str], Tensor] = {}
 """The tokens of the last four texts. A training measures on one, calibrates with one and learns one."""
+LONG = 2**18
+"""Characters of the shortest text whose tokens are kept for later runs."""
 
 
-def tokens_of_corpus(loaded: LoadedModel, text: str) -> Tensor:
+def tokens_of_corpus(loaded: LoadedModel, text: str, **options: Any) -> Tensor:
     """Tokenize a long text once, however often evaluations need its tokens.
 
     Tokens are kept under the text and the tokenizer's whole state. A changed tokenizer is asked again, and a tokenizer
@@ -129,13 +133,29 @@ def tokens_of_corpus(loaded: LoadedModel, text: str) -> Tensor:
     tokenizer = loaded.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return tokens_of(loaded, text)
-    key = (text, type(tokenizer), backend.to_str(), tokenizer.split_special_tokens)
+        return tokens_of(loaded, text, **options)
+    key = (text, type(tokenizer), backend.to_str(), tokenizer.split_special_tokens, repr(options))
     kept = KEPT.pop(key, None)
-    KEPT[key] = kept = tokens_of(loaded, text).int() if kept is None else kept  # the latest is the last
+    if kept is None:
+        kept = _tokens_of_any_run(key, lambda: tokens_of(loaded, text, **options).int())
+    KEPT[key] = kept  # the latest is the last
     while len(KEPT) > 4:
         del KEPT[next(iter(KEPT))]
     return check_ids(loaded.model, kept.long())
+
+
+def _tokens_of_any_run(key: tuple[str, type, str, bool, str], tokenize: Callable[[], Tensor]) -> Tensor:
+    """Read the tokens of a long text from the user's cache, or tokenize it.
+
+    Tokens of a tokenizer with code of its own are not kept, because its code is not in the key.
+    """
+    text, kind, *state = key
+    if len(text) < LONG or not kind.__module__.startswith("transformers."):
+        return tokenize()
+    versions = [version(library) for library in ("tokenizers", "transformers")]
+    made_from = repr((text, kind.__module__, kind.__qualname__, state, versions)).encode()
+    tokens: Tensor = files.made_once("tokens", "tokens of a text", made_from, tokenize)
+    return tokens
 
 
 def draw_windows(tokens: Tensor, samples: int, length: int, seed: int, name: str) -> list[Tensor]:

@@ -13,6 +13,7 @@ import datasets
 import pytest
 import torch
 from qsim_evaluators.fitting import longest
+from qsim_evaluators.text import KEPT, tokens_of_corpus
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
@@ -222,6 +223,20 @@ def test_a_tokenizer_that_is_loaded_again_is_not_asked_again() -> None:
         qsim.parse("perplexity(seqlen=3)").evaluate(loaded, qsim.Data.of_text("a text", "a b a b a b"), qsim.Run())
 
     assert asked == ["a b a b a b"]
+
+
+def test_the_tokens_of_a_long_text_are_kept_for_later_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QSIM_CACHE", str(tmp_path))
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    loaded = qsim.LoadedModel(Bigram(), PreTrainedTokenizerFast(tokenizer_object=words))
+
+    first = tokens_of_corpus(loaded, "a b b " * 50_000)
+    KEPT.clear()  # a later run has an empty memory
+
+    assert torch.equal(tokens_of_corpus(loaded, "a b b " * 50_000), first)
+    assert first.tolist() == [0, 1, 1] * 50_000
+    assert [len(path.read_bytes()) > 4 * 150_000 for path in tmp_path.glob("tokens/*.kept")] == [True]
 
 
 def test_text_shorter_than_a_window_is_an_error(loaded: qsim.LoadedModel) -> None:

@@ -20,8 +20,9 @@ def training_data(job: Job, source: str | None) -> Data:
 def measured_on(job: Job, data: str | None, eval_data: str | None) -> str | None:
     """The data that the model is measured on, as `--data` of an evaluation; none: the model's own."""
     trained = job.located.trained
-    own = job.located.data is not None or (trained is not None and trained.data is not None)
-    if eval_data is not None or own or job.evaluator.default_data() is not None:
+    if eval_data is None and trained is not None:
+        eval_data = trained.data
+    if eval_data is not None or job.located.data is not None or job.evaluator.default_data() is not None:
         return eval_data
     if data is None or place(data).is_file() or data.count(":") > 1:
         raise DataError(f"{job.located.name} has nothing to be measured on but what it trains on; name --eval-data")

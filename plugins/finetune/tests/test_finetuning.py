@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import families
 import pytest
 import torch
 from click.testing import CliRunner
@@ -28,7 +29,7 @@ WINDOWS = ["--limit", "2", "--seqlen", "32", "--batch-size", "2"]
 QUICK = [*WINDOWS, "--evaluator", "perplexity(seqlen=32)", "--eval-data", ROOT / "README.md"]
 SHORT = [*QUICK, "--data", ROOT / "CHANGELOG.md"]
 """Options of a training on one small text, measured on another."""
-FEW = ["--calibration-samples", "4", "--calibration-seqlen", "32"]
+FEW = ["--calibration-samples", "4", "--calibration-seqlen", "32", "--calibration-data", ROOT / "CHANGELOG.md"]
 LSQ = ["--weights", "channel(int4, gradient=lsq)", "--activations", "abfp(int8, gradient=lsq)", *FEW]
 
 
@@ -43,10 +44,15 @@ def result(*arguments: Any) -> Finetuned:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finetuned]:
-    """Train opt-tiny for three steps with learned step sizes, and fold it too."""
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return families.save_small(tmp_path_factory.mktemp("model") / "small")
+
+
+@pytest.fixture(scope="module")
+def trained(small: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finetuned]:
+    """Train a small model for three steps with learned step sizes, and fold it too."""
     output = tmp_path_factory.mktemp("run") / "opt"
-    return output, result("opt-tiny", *LSQ, *SHORT, "--steps", 3, "--fold", "--output", output)
+    return output, result(small, *LSQ, *SHORT, "--steps", 3, "--fold", "--output", output)
 
 
 def test_a_trained_directory_is_evaluated_to_the_last_digit(trained: tuple[Path, Finetuned]) -> None:
@@ -66,8 +72,8 @@ def test_it_holds_the_float32_model_and_what_its_sites_learned(trained: tuple[Pa
 
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert not any("qsim" in name for name in model.state_dict())
-    assert held["model.decoder.layers.0.fc1:weight.scale"].shape == (1024, 1, 1)
-    assert held["model.decoder.layers.0.fc1:input.scale"].shape == (4, 1)
+    assert held["model.decoder.layers.0.fc1:weight.scale"].shape == (96, 1, 1)
+    assert held["model.decoder.layers.0.fc1:input.scale"].shape == (1, 1)
     assert sorted(path.name for path in output.iterdir()) == sorted(
         [
             "after.json", "before.json", "checkpoints", "config.json", "folded", "generation_config.json", "loss.svg",
@@ -156,7 +162,7 @@ def test_the_table_says_what_a_reader_needs(tmp_path: Path) -> None:
 def test_transforms_come_before_the_training_and_are_in_the_weights_after_it(tmp_path: Path) -> None:
     finetuned = result(
         "opt-tiny-outliers", "--plugin", "abfp", "--plugin", "smoothquant", *SHORT, "--steps", 2,
-        "--calibration-samples", 8, "--calibration-seqlen", 128, "--output", tmp_path / "run",
+        "--calibration-samples", 4, "--calibration-seqlen", 128, "--output", tmp_path / "run",
     )  # fmt: skip
 
     assert finetuned.before.recipe["transforms"] == ["smoothquant(0.5)"]
@@ -199,10 +205,10 @@ def stopping(total: int, done: int, description: str) -> Iterator[Callable[[str]
     yield step
 
 
-def test_a_run_that_was_interrupted_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
+def test_a_run_that_was_interrupted_goes_on_to_the_same_numbers(small: Path, tmp_path: Path) -> None:
     recipe = qsim.Recipe.of(
         {
-            "model": "opt-tiny",
+            "model": str(small),
             "weights": "channel(int4(rounding=stochastic), gradient=lsq)",
             "activations": "abfp(int8, gradient=lsq)",
             "evaluate": "perplexity(seqlen=32)",
@@ -212,7 +218,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_numbers(tmp_path: Path) 
     texts = {
         "data": str(ROOT / "CHANGELOG.md"),
         "eval_data": str(ROOT / "README.md"),
-        "calibration": qsim.Calibration(samples=4, length=32),
+        "calibration": qsim.Calibration(source=str(ROOT / "CHANGELOG.md"), samples=4, length=32),
     }
     unbroken = finetune(recipe, tmp_path / "unbroken", training, **texts, run=limited)
 
@@ -252,23 +258,23 @@ def test_a_damaged_file_of_a_trained_model_is_one_line(
 
 
 def test_a_run_that_was_interrupted_after_its_last_step_is_finished(
-    trained: tuple[Path, Finetuned], tmp_path: Path
+    small: Path, trained: tuple[Path, Finetuned], tmp_path: Path
 ) -> None:
     output, finetuned = trained
     shutil.copytree(output, tmp_path / "run")
     (tmp_path / "run" / "after.json").unlink()
 
-    resumed = result("opt-tiny", *LSQ, *SHORT, "--steps", 3, "--resume", "--output", tmp_path / "run")
+    resumed = result(small, *LSQ, *SHORT, "--steps", 3, "--resume", "--output", tmp_path / "run")
 
     assert resumed.log == finetuned.log
     assert resumed.after.simulated == finetuned.after.simulated
 
 
 @pytest.fixture(scope="module")
-def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def interrupted(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run that reached NaN in its third step. Its first step has a learning rate of 0."""
     output = tmp_path_factory.mktemp("run") / "nan"
-    outcome = qsim_("finetune", "opt-tiny", "--plugin", "abfp", *SHORT, "--steps", 3, "--lr", "1e30",
+    outcome = qsim_("finetune", small, "--plugin", "abfp", *SHORT, "--steps", 3, "--lr", "1e30",
                     "--checkpoint-every", 1, "--output", output)  # fmt: skip
     assert outcome.exit_code == 1
     (output / "message").write_text(outcome.output)
@@ -289,27 +295,32 @@ def test_what_cannot_be_is_refused_before_anything_runs(option: str, tmp_path: P
     assert outcome.output.endswith(f"Error: Invalid value for '{option}': -1.0 is not in the range x>0.\n")
 
 
-def again(output: Path, *changes: Any) -> str:
-    outcome = qsim_("finetune", "opt-tiny", "--plugin", "abfp", *SHORT, "--steps", 3, "--output", output, *changes)
+def again(model: Path, output: Path, *changes: Any) -> str:
+    outcome = qsim_("finetune", model, "--plugin", "abfp", *SHORT, "--steps", 3, "--output", output, *changes)
     assert outcome.exit_code == 1
     return str(outcome.output)
 
 
-def test_a_directory_that_holds_another_run_is_left_alone(interrupted: Path, trained: tuple[Path, Finetuned]) -> None:
+def test_a_directory_that_holds_another_run_is_left_alone(
+    small: Path, interrupted: Path, trained: tuple[Path, Finetuned]
+) -> None:
     ended = trained[0]
 
-    assert again(interrupted) == (
+    assert again(small, interrupted) == (
         f"Error: {interrupted} holds another run; go on with it by --resume, or name another --output\n"
     )
-    assert again(interrupted, "--resume") == (
+    assert again(small, interrupted, "--resume") == (
         f"Error: {interrupted} holds a run with learning_rate 1e+30, not 0.0001; name another --output\n"
     )
-    assert again(ended) == f"Error: {ended} holds a run that has ended (qsim evaluate {ended}); name another --output\n"
     assert (
-        again(ROOT / "docs")
+        again(small, ended)
+        == f"Error: {ended} holds a run that has ended (qsim evaluate {ended}); name another --output\n"
+    )
+    assert (
+        again(small, ROOT / "docs")
         == f"Error: {ROOT / 'docs'} holds files that are not of a training; name another --output\n"
     )
-    assert again(ROOT / "README.md") == f"Error: {ROOT / 'README.md'} is not a directory\n"
+    assert again(small, ROOT / "README.md") == f"Error: {ROOT / 'README.md'} is not a directory\n"
 
 
 def test_data_shorter_than_one_sequence_are_one_line(tmp_path: Path) -> None:
@@ -346,22 +357,19 @@ def test_a_run_that_had_not_got_anywhere_is_begun_anew(tmp_path: Path) -> None:
     assert qsim.Result.read(tmp_path / "run" / "before.json").recipe["transforms"] == []
 
 
-def test_a_model_without_data_says_which_to_name(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "plugins" / "zoo" / "qsim_zoo" / "models" / "opt-tiny", tmp_path / "model")
-    start = ["finetune", tmp_path / "model", "--plugin", "abfp", "--output", tmp_path / "run"]
+def test_a_model_without_data_says_which_to_name(small: Path, tmp_path: Path) -> None:
+    start = ["finetune", small, "--plugin", "abfp", "--output", tmp_path / "run"]
 
     nothing, text_alone = qsim_(*start), qsim_(*start, "--data", ROOT / "README.md")
 
-    assert nothing.output == f"Error: {tmp_path}/model comes without data to train on; name some with --data\n"
+    assert nothing.output == f"Error: {small} comes without data to train on; name some with --data\n"
     assert text_alone.output == (
-        f"Error: {tmp_path}/model has nothing to be measured on but what it trains on; name --eval-data\n"
+        f"Error: {small} has nothing to be measured on but what it trains on; name --eval-data\n"
     )
 
 
-def test_what_it_was_measured_on_is_found_again(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "plugins" / "zoo" / "qsim_zoo" / "models" / "opt-tiny", tmp_path / "model")
-
-    finetuned = result(tmp_path / "model", "--plugin", "abfp", *SHORT, "--steps", 1, "--output", tmp_path / "run")
+def test_what_it_was_measured_on_is_found_again(small: Path, tmp_path: Path) -> None:
+    finetuned = result(small, "--plugin", "abfp", *SHORT, "--steps", 1, "--output", tmp_path / "run")
 
     assert finetuned.data.source == str(ROOT / "CHANGELOG.md")
     assert finetuned.after.data.sha256 == finetuned.before.data.sha256
@@ -388,7 +396,8 @@ def test_checkpointing_autocast_and_accumulation_are_options(tmp_path: Path) -> 
 def test_a_trained_model_can_train_on(trained: tuple[Path, Finetuned], tmp_path: Path) -> None:
     output, finetuned = trained
 
-    more = result(output, *WINDOWS, "--data", ROOT / "CHANGELOG.md", "--steps", 2, "--output", tmp_path / "more")
+    more = result(output, *WINDOWS, *FEW, "--data", ROOT / "CHANGELOG.md", "--steps", 2, "--output", tmp_path / "more")
 
     assert more.before.simulated == finetuned.after.simulated
+    assert more.before.data.sha256 == more.after.data.sha256
     assert more.after.simulated != more.before.simulated

@@ -2,7 +2,8 @@
 
 The text is read from the running interpreter, so it varies a little between Python releases. Results therefore record
 its SHA-256. A document is one reference topic, all docstrings of one module, or the source of one module. Its split
-follows from a hash of its *name*, so a document stays in its split when a release changes its text.
+follows from a hash of its *name*, so a document stays in its split when a release changes its text. The docstrings are
+kept in the user's cache until a module changes.
 """
 
 from __future__ import annotations
@@ -11,11 +12,16 @@ import ast
 import functools
 import gc
 import hashlib
+import os
+import sys
 import sysconfig
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
+from qsim_core.files import made_once
+
+LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 SPLITS = ("train", "valid", "test")
 KINDS = ("module", "class", "function", "procedure")
 """The kinds of documented objects. A function or method is a procedure if it returns no value."""
@@ -42,7 +48,7 @@ def text(split: str) -> str:
 def source(split: str) -> str:
     """Return the source of the standard library's top-level modules of one split, in the order of their names."""
     _check(split)
-    modules = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    modules = sorted(LIBRARY.glob("*.py"))
     parts = [path.read_text(encoding="utf-8") for path in modules if split_of(f"source {path.name}") == split]
     return "\n\n".join(part.strip() for part in parts)
 
@@ -68,7 +74,7 @@ def labelled(split: str) -> tuple[list[str], list[str]]:
     """Return the docstrings of a split, and the kind of object that each documents (one of `KINDS`)."""
     _check(split)
     documented = [pair for _, module in _modules(split) for pair in module]
-    return [docstring for docstring, _ in documented], [kind(node) for _, node in documented]
+    return [docstring for docstring, _ in documented], [kind for _, kind in documented]
 
 
 def _check(split: str) -> None:
@@ -86,28 +92,41 @@ def _documents(split: str) -> Iterator[tuple[str, str]]:
         yield module, "\n\n".join(docstring for docstring, _ in documented)
 
 
-def _modules(split: str) -> Iterator[tuple[str, list[tuple[str, ast.AST]]]]:
-    """Yield the documented modules of a split by name, each with its docstrings and the trees of their objects."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    found = {}
-    for path in library.rglob("*.py"):
-        relative = path.relative_to(library)
-        document = f"module {relative.as_posix()}"
-        if not LEFT_OUT.intersection(relative.parts) and split_of(document) == split:
-            found[document] = path
-    for document, path in sorted(found.items()):
-        if documented := _documented(path):
-            yield document, documented
+@functools.cache
+def _modules(split: str) -> list[tuple[str, list[tuple[str, str]]]]:
+    """List the documented modules of a split by name, each with its docstrings and the kinds of their objects."""
+    named = ((f"module {path.relative_to(LIBRARY).as_posix()}", path) for path in _files(LIBRARY))
+    files = sorted((document, path) for document, path in named if split_of(document) == split)
+    state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for _, path in files]
+    made_from = repr((sys.version, state)).encode() + Path(__file__).read_bytes()
+
+    def read() -> list[tuple[str, list[tuple[str, str]]]]:
+        modules = [(document, _documented(path)) for document, path in files]
+        return [module for module in modules if module[1]]
+
+    found: list[tuple[str, list[tuple[str, str]]]] = made_once("docstrings", "docstrings of a library", made_from, read)
+    return found
 
 
-def _documented(path: Path) -> list[tuple[str, ast.AST]]:
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield the library's modules in a folder, without a look into the folders that are left out."""
+    for name in sorted(set(os.listdir(folder)) - LEFT_OUT):
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            yield from _files(path)
+        elif path.suffix == ".py":
+            yield path
+
+
+def _documented(path: Path) -> list[tuple[str, str]]:
+    """List the docstrings of a module, each with the kind of its object."""
     try:
         tree = _parsed(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):  # a few library files are templates, not modules
         return []
     documented = (ast.Module, ast.ClassDef, *FUNCTIONS)
     nodes = [node for node in _statements(tree) if isinstance(node, documented)]
-    return [(docstring, node) for node in nodes if (docstring := ast.get_docstring(node))]
+    return [(docstring, kind(node)) for node in nodes if (docstring := ast.get_docstring(node))]
 
 
 def _parsed(text: str) -> ast.Module:
