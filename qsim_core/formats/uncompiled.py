@@ -21,12 +21,9 @@ def uncompiled(function: Function, inside: bool = True) -> Function:
     if isinstance(function, FunctionType):
         function._torchdynamo_disable = True  # type: ignore[attr-defined]
         function._torchdynamo_disable_msg = "qsim computes to the bit, without a compiler"  # type: ignore[attr-defined]
-        if hasattr(eval_frame, "set_code_exec_strategy"):
-            skip, default = eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
-            strategy = eval_frame._FrameExecStrategy(skip, skip if inside else default)
-            eval_frame.set_code_exec_strategy(function.__code__, strategy)
-        else:  # torch 2.6
-            getattr(eval_frame, "skip_code")(function.__code__)  # noqa: B009
+        skip, default = eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
+        strategy = eval_frame._FrameExecStrategy(skip, skip if inside else default)
+        eval_frame.set_code_exec_strategy(function.__code__, strategy)
     return function
 
 

@@ -6,8 +6,10 @@ see each text as if it came by itself, at every site: in attention, in experts a
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,6 +35,36 @@ def unpadded(model: nn.Module, batches: Iterable[Example]) -> tuple[list[Example
             found.append(batch)
             notes.append(f"calibration batch {number}: masked positions count, as {reason}")
     return found, notes
+
+
+@contextlib.contextmanager
+def masks_inside(model: nn.Module, batch: Example) -> Iterator[list[str]]:
+    """Gives a list that holds, after a forward on the batch, a line about the first mask that the batch has not.
+
+    A pipeline pads texts and makes their masks itself; nobody can cut its batches.
+    """
+    notes: list[str] = []
+
+    def look(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if notes or not any(name.endswith(MASK) for name in inspect.signature(module.forward).parameters):
+            return
+        for name, kept in _masks({**_named(module, args), **kwargs}).items():
+            if not kept.all():
+                notes.append(
+                    f"calibration: masked positions count, {1 - float(kept.float().mean()):.0%} of those in {path} on "
+                    f"the example, as its {name} is made inside the model and is not in the batch"
+                )
+
+    handles = [
+        module.register_forward_pre_hook(functools.partial(look, path), with_kwargs=True)
+        for path, module in model.named_modules()
+        if path and not _masks(_named(model, batch))
+    ]
+    try:
+        yield notes
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Whole(Exception):
