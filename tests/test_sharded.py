@@ -64,12 +64,12 @@ def test_a_model_in_one_flat_parameter_is_refused(originals: bool, mesh: object)
     def wrapped(model: nn.Module) -> nn.Module:
         return FullyShardedDataParallel(model, use_orig_params=originals, device_id=torch.device("cpu"))
 
-    with pytest.raises(qsim.ModelError, match=r"^1 is wrapped by FullyShardedDataParallel, .* use fully_shard, or the"):
+    with pytest.raises(qsim.ModelError, match=r"^1 is in FullyShardedDataParallel, .* weights; use fully_shard$"):
         qsim.simulate(nn.Sequential(nn.Identity(), wrapped(perceptron())), **RECIPE, example=X)
 
     simulated = perceptron()
     qsim.simulate(simulated, **RECIPE, example=X)
-    with pytest.raises(qsim.QsimError, match=r"^0.weight was a parameter when the model was simulated, and is a part"):
+    with pytest.raises(qsim.QsimError, match=r"^0.weight was a parameter and is part of another tensor now"):
         wrapped(simulated)(X)
 
 
@@ -105,7 +105,7 @@ def test_parameters_that_are_empty_between_forwards_give_the_plain_numbers_if_si
 
 
 def test_parameters_that_are_empty_already_are_refused() -> None:
-    with pytest.raises(qsim.ModelError, match=r"^0 has a parameter \(weight\) that DeepSpeed's ZeRO-3 leaves empty"):
+    with pytest.raises(qsim.ModelError, match=r"^0 has weights that DeepSpeed's ZeRO-3 empties between forwards; sim"):
         qsim.simulate(emptied(perceptron()), **RECIPE, example=X)
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from torch._C._dynamo import eval_frame
 
 UNCOMPILED = "qsim computes to the bit, without a compiler; leave fullgraph=True out"
-"""What torch says of code that it may not compile, where `fullgraph=True` asks for all of it."""
+"""The reason that torch gives where `fullgraph=True` asks it to compile such code."""
 
 Function = TypeVar("Function", bound=Callable[..., Any] | None)
 

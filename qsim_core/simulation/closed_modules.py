@@ -30,20 +30,9 @@ def _why_closed(module: nn.Module) -> str:
     parameters = dict(module.named_parameters(recurse=False))
     if lazy := next((name for name, p in parameters.items() if is_lazy(p)), None):
         return f"is lazy, and its {lazy} has no shape yet; run it once before"
-    if _is_flattened(module):
-        return (
-            "is wrapped by FullyShardedDataParallel, which makes one flat parameter of all its weights; use "
-            "fully_shard, or the plain model"
-        )
-    if empty := next((name for name, p in parameters.items() if hasattr(p, "ds_id")), None):
-        return (
-            f"has a parameter ({empty}) that DeepSpeed's ZeRO-3 leaves empty between forwards; simulate the model "
-            f"before deepspeed.initialize"
-        )
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported for its class alone
+    if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
+        return "is in FullyShardedDataParallel, which makes one flat parameter of all its weights; use fully_shard"
+    if any(hasattr(parameter, "ds_id") for parameter in parameters.values()):
+        return "has weights that DeepSpeed's ZeRO-3 empties between forwards; simulate before deepspeed.initialize"
     return ""
-
-
-def _is_flattened(module: nn.Module) -> bool:
-    """Tell if a module is torch's first `FullyShardedDataParallel`, without importing it."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)

@@ -283,13 +283,11 @@ class Sites:
 
     def _check_in_place(self, frame: Frame, call: Call) -> None:
         """Raise `QsimError` for an operand that stands at the module where a parameter stood before."""
-        left = (name for name, value in vars(frame.module).items() if any(value is x for x in call.operands))
-        for name in map(frame.full, left):
-            if name in self.weights.names:
-                raise QsimError(
-                    f"{name} was a parameter when the model was simulated, and is a part of another tensor now, as "
-                    f"under FullyShardedDataParallel; use fully_shard, which keeps parameters"
-                )
+        left = (frame.full(key) for key, value in vars(frame.module).items() if any(value is x for x in call.operands))
+        if name := next((name for name in left if name in self.weights.names), None):
+            raise QsimError(
+                f"{name} was a parameter and is part of another tensor now (FullyShardedDataParallel?); use fully_shard"
+            )
 
     def _compute(self, call: Call) -> Any:
         frame = self.stack.frames[-1]

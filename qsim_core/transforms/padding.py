@@ -41,30 +41,21 @@ def unpadded(model: nn.Module, batches: Iterable[Example]) -> tuple[list[Example
 def masks_inside(model: nn.Module, batch: Example) -> Iterator[list[str]]:
     """Gives a list that holds, after a forward on the batch, a line about the first mask that the batch has not.
 
-    A pipeline pads texts and makes their masks itself; nobody can cut its batches.
+    A pipeline pads texts and makes their masks itself, so its batches cannot be cut.
     """
     notes: list[str] = []
 
     def look(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if notes or not any(name.endswith(MASK) for name in inspect.signature(module.forward).parameters):
-            return
         for name, kept in _masks({**_named(module, args), **kwargs}).items():
-            if not kept.all():
-                notes.append(
-                    f"calibration: masked positions count, {1 - float(kept.float().mean()):.0%} of those in {path} on "
-                    f"the example, as its {name} is made inside the model and is not in the batch"
-                )
+            if not notes and not kept.all():
+                hidden = f"{1 - float(kept.float().mean()):.0%} of those in {path} on the example"
+                notes.append(f"calibration: masked positions count, {hidden}: its {name} is made inside the model")
 
-    handles = [
-        module.register_forward_pre_hook(functools.partial(look, path), with_kwargs=True)
-        for path, module in model.named_modules()
-        if path and not _masks(_named(model, batch))
-    ]
-    try:
+    inside = [] if _masks(_named(model, batch)) else list(model.named_modules())[1:]
+    with contextlib.ExitStack() as hooks:
+        for path, module in inside:
+            hooks.enter_context(module.register_forward_pre_hook(functools.partial(look, path), with_kwargs=True))
         yield notes
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Whole(Exception):
