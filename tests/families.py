@@ -55,6 +55,8 @@ def _codegen(attention: str = "eager") -> Any:
 
     sizes = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
     config = CodeGenConfig(**sizes, bos_token_id=0, eos_token_id=0)
+    if not CodeGenForCausalLM._supports_sdpa:  # transformers 5.0
+        attention = "eager"
     return CodeGenForCausalLM._from_config(config, attn_implementation=attention)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -242,6 +244,28 @@ def test_an_installed_plugin_that_ends_its_process_ends_no_other_run(
         "unreadable": "qsim_quantizers returned Preset(name='half', text=None, doc='', stands_for_bits=None): the text and "
         "the description of a preset are texts",
     }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the processes are asked of Linux")
+def test_where_a_run_is_killed_its_plugins_end_with_it(install: Install, tmp_path: Path) -> None:
+    install("loops", "import os, time\nopen('started', 'w').write(str(os.getpid()))\nwhile True: time.sleep(0.01)")
+    run = subprocess.Popen(
+        [sys.executable, "-c", "import qsim_core; qsim_core.Host().parse('int4')"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    started = tmp_path / "started"
+    while not (started.exists() and started.read_text()):
+        time.sleep(0.01)
+
+    run.kill()
+
+    run.wait()
+    copy = Path("/proc", started.read_text())
+    for _ in range(1000):
+        if not copy.exists():
+            break
+        time.sleep(0.01)
+    assert not copy.exists()
 
 
 def test_a_plugin_that_nobody_names_is_not_imported_into_the_run(install: Install) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import qsim_core as qsim
+from qsim_core.snapshots import digest
 from qsim_core.transforms.context import Context
 from qsim_core.transforms.offload import at_hand, state
 
@@ -92,3 +93,15 @@ def test_only_what_was_changed_is_held_in_memory(make: Make, tmp_path: Path) -> 
 
     loader = fc1._hf_hook.weights_map.dataset
     assert list(loader.state_dict) == ["model.decoder.layers.0.fc1.weight"]
+
+
+def test_a_digest_reads_weights_in_their_files(make: Make, tmp_path: Path) -> None:
+    here, elsewhere = make("opt"), offload(make("opt"), "disk", tmp_path)
+    before = digest(state(elsewhere))
+    file = tmp_path / "model.decoder.layers.0.fc1.weight.dat"
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+
+    file.write_bytes(damaged)
+
+    assert before == digest(state(here)) != digest(state(elsewhere))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -158,6 +159,34 @@ def test_a_batch_that_cannot_be_cut_is_taken_whole_and_named() -> None:
     assert str(said[0].message) == (
         "calibration batch 0: masked positions count, as patches (7, 4) has no axis of 3 texts"
     )
+
+
+class Pipeline(nn.Module):
+    """A model that pads texts itself, and makes their mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Pooled()
+
+    def forward(self, words: list[Tensor]) -> Tensor:
+        ids = nn.utils.rnn.pad_sequence(words, batch_first=True)
+        return self.encoder(ids, attention_mask=(ids > 0).long())  # type: ignore[no-any-return]
+
+
+MADE_INSIDE = (
+    "calibration: masked positions count, 35% of those in encoder on the example: its attention_mask is made inside "
+    "the model"
+)
+
+
+@pytest.mark.parametrize(("shortest", "said"), [(9, [MADE_INSIDE]), (30, [])])
+def test_a_mask_that_is_made_inside_is_named(shortest: int, said: list[str]) -> None:
+    words = [torch.ones(length, dtype=torch.long) for length in (30, shortest)]
+
+    with warnings.catch_warnings(record=True, action="always") as lines:
+        qsim.simulate(Pipeline().eval(), activations="tensor(int8, static=true)", calibration=[{"words": words}])
+
+    assert [str(line.message) for line in lines] == said
 
 
 def test_batches_without_padding_stay_as_they_are(model: Any) -> None:

@@ -1,4 +1,4 @@
-"""Parameters that are sharded or stored in a format: fully sharded ones give the plain numbers, others are refused."""
+"""Parameters that are sharded or stored in a format: those that stay parameters give the plain numbers."""
 
 from __future__ import annotations
 
@@ -56,6 +56,59 @@ def test_a_fully_sharded_model_has_the_plain_models_numbers(before: bool, mesh: 
         assert torch.equal(sharded(X), plain(X))
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, about one process
+@pytest.mark.parametrize("originals", [True, False])
+def test_a_model_in_one_flat_parameter_is_refused(originals: bool, mesh: object) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    def wrapped(model: nn.Module) -> nn.Module:
+        return FullyShardedDataParallel(model, use_orig_params=originals, device_id=torch.device("cpu"))
+
+    with pytest.raises(qsim.ModelError, match=r"^1 is in FullyShardedDataParallel, .* weights; use fully_shard$"):
+        qsim.simulate(nn.Sequential(nn.Identity(), wrapped(perceptron())), **RECIPE, example=X)
+
+    simulated = perceptron()
+    qsim.simulate(simulated, **RECIPE, example=X)
+    with pytest.raises(qsim.QsimError, match=r"^0.weight was a parameter and is part of another tensor now"):
+        wrapped(simulated)(X)
+
+
+def emptied(model: nn.Sequential) -> nn.Sequential:
+    """Keep the weights elsewhere between forwards, as DeepSpeed's ZeRO-3 does."""
+    for layer in (model[0], model[2]):
+        whole = {parameter: parameter.data for parameter in layer.parameters()}
+
+        def fill(layer: nn.Module, x: object, whole: dict[nn.Parameter, torch.Tensor] = whole) -> None:
+            for parameter, data in whole.items():
+                parameter.data = data.clone()
+
+        def empty(layer: nn.Module, x: object, y: object, whole: dict[nn.Parameter, torch.Tensor] = whole) -> None:
+            for number, parameter in enumerate(whole):
+                parameter.data, parameter.ds_id = torch.empty(0), number  # type: ignore[attr-defined]
+
+        empty(layer, None, None)
+        layer.register_forward_pre_hook(fill)
+        layer.register_forward_hook(empty)
+    return model
+
+
+def test_parameters_that_are_empty_between_forwards_give_the_plain_numbers_if_simulated_before() -> None:
+    plain, sharded = perceptron(), perceptron()
+    for model in (plain, sharded):
+        qsim.simulate(model, **RECIPE, example=X)
+
+    emptied(sharded)
+
+    with torch.no_grad():
+        assert torch.equal(sharded(X), plain(X))
+        assert torch.equal(sharded(X), plain(X))
+
+
+def test_parameters_that_are_empty_already_are_refused() -> None:
+    with pytest.raises(qsim.ModelError, match=r"^0 has weights that DeepSpeed's ZeRO-3 empties between forwards; sim"):
+        qsim.simulate(emptied(perceptron()), **RECIPE, example=X)
+
+
 def test_tensor_parallel_is_refused(mesh: object) -> None:
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -70,7 +123,7 @@ def test_weights_stored_by_torchao_are_refused() -> None:
     model = perceptron()
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
 
-    with pytest.raises(qsim.QsimError, match=r"^a linear in 0 has an operand of class Int8Tensor, whose values are"):
+    with pytest.raises(qsim.QsimError, match=r"^a linear in 0 has an operand of class \w+Tensor, whose values are"):
         qsim.simulate(model, **RECIPE, example=X)
 
 

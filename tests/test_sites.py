@@ -871,6 +871,26 @@ def test_a_product_with_a_sparse_matrix_is_listed(
     assert len(audit.uncovered) == 1
 
 
+SPARSE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "hspmm": lambda adjacency, x: torch.hspmm(adjacency, x).to_dense(),
+    "sspaddmm": lambda adjacency, x: torch.sspaddmm(torch.zeros(5, 8).to_sparse(), adjacency, x),
+    "_sparse_addmm": lambda adjacency, x: torch.sparse.addmm(torch.zeros(5, 8), adjacency, x),
+    "sparse_sampled_addmm": lambda adjacency, x: torch.sparse.sampled_addmm(adjacency.to_sparse_csr(), x, x.T),
+    "_sparse_sparse_matmul": lambda adjacency, x: torch.sparse.mm(adjacency, x.to_sparse()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("operator", SPARSE)
+def test_an_operator_of_sparse_matrices_is_listed(operator: str) -> None:
+    model, adjacency = nn.Sequential(nn.Linear(8, 8)), torch.eye(5).to_sparse()
+    model.forward = lambda x: SPARSE[operator](adjacency, model[0](x))  # type: ignore[method-assign]
+
+    audit = qsim.simulate(model, weights="int8", example=noise(5, 8)).audit()
+
+    assert audit.uncovered == [f":{operator}"]
+
+
 @pytest.mark.parametrize("rows", [5, 50])
 def test_distances_are_listed(rows: int) -> None:
     model = nn.Sequential(nn.Linear(8, 8))

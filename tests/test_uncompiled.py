@@ -74,6 +74,14 @@ def test_one_line_says_so_once() -> None:
     ]
 
 
+def test_a_refusal_says_what_to_leave_out() -> None:
+    model = made()
+    qsim.simulate(model, RECIPE, example=INPUT)
+
+    with pytest.raises(RuntimeError, match="qsim computes to the bit, without a compiler; leave fullgraph=True out"):
+        torch.compile(model, backend=backend, fullgraph=True)(INPUT)
+
+
 @pytest.mark.filterwarnings("ignore:torch.compile leaves")
 def test_after_it_other_code_is_compiled_as_before() -> None:
     model = made()

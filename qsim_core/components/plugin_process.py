@@ -7,6 +7,7 @@ killed after a time limit. Where processes are not copied safely, each question 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -26,6 +27,7 @@ LIMIT = 15.0
 START = 120.0
 """Seconds in which a worker that answers one question has to import the core too."""
 FORKS = sys.platform == "linux"
+PR_SET_PDEATHSIG = 1
 WORKER = (
     "import sys; sys.path[:] = sys.argv[1].split('\\n'); from qsim_core.components.plugin_process import work; work()"
 )
@@ -62,7 +64,8 @@ def _by_worker(name: str, subjects: Sequence[dict[str, Any]], limit: float) -> l
         start_new_session=True,
     )
     try:
-        sent = json.dumps({"question": name, "subjects": list(subjects), "limit": limit}).encode()
+        job = {"question": name, "subjects": list(subjects), "limit": limit, "parent": os.getpid()}
+        sent = json.dumps(job).encode()
         answers: list[dict[str, Any]] = json.loads(worker.communicate(sent, timeout=START + limit * len(subjects))[0])
     except (ValueError, subprocess.TimeoutExpired, BrokenPipeError):
         return [{"fault": _ending(worker.poll(), limit)} for _ in subjects]
@@ -79,6 +82,7 @@ def work() -> None:
     answers = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     job = json.load(sys.stdin)
+    _end_with(job["parent"])
     asked.append(job["question"])
     module, _, function = job["question"].partition(":")
     question: Question = getattr(importlib.import_module(module), function)
@@ -95,8 +99,9 @@ def work() -> None:
 def _of_copy(question: Question, subject: dict[str, Any], limit: float, answers: Any) -> dict[str, Any]:
     """The answer of a copy of this process, which does not hold the pipe `answers` open."""
     reading, writing = os.pipe()
-    copy = os.fork()
+    worker, copy = os.getpid(), os.fork()
     if copy == 0:
+        _end_with(worker)
         os.close(answers.fileno())
         with os.fdopen(writing, "wb") as pipe:
             pipe.write(json.dumps(_answer(question, subject)).encode() + b"\n")
@@ -115,6 +120,14 @@ def _of_copy(question: Question, subject: dict[str, Any], limit: float, answers:
         _end(os.kill, copy)
     status = os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1])
     return json.loads(answer) if answer.endswith(b"\n") else {"fault": _ending(None if late else status, limit)}
+
+
+def _end_with(parent: int) -> None:
+    """Have Linux end this process when its parent is killed."""
+    if FORKS:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 def _answer(question: Question, subject: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,9 @@ from typing import Any, TypeVar
 
 from torch._C._dynamo import eval_frame
 
+UNCOMPILED = "qsim computes to the bit, without a compiler; leave fullgraph=True out"
+"""The reason that torch gives where `fullgraph=True` asks it to compile such code."""
+
 Function = TypeVar("Function", bound=Callable[..., Any] | None)
 
 
@@ -20,13 +23,10 @@ def uncompiled(function: Function, inside: bool = True) -> Function:
     """Mark a function, so that torch.compile leaves its code as it is, and `inside` all the code that it calls."""
     if isinstance(function, FunctionType):
         function._torchdynamo_disable = True  # type: ignore[attr-defined]
-        function._torchdynamo_disable_msg = "qsim computes to the bit, without a compiler"  # type: ignore[attr-defined]
-        if hasattr(eval_frame, "set_code_exec_strategy"):
-            skip, default = eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
-            strategy = eval_frame._FrameExecStrategy(skip, skip if inside else default)
-            eval_frame.set_code_exec_strategy(function.__code__, strategy)
-        else:  # torch 2.6
-            getattr(eval_frame, "skip_code")(function.__code__)  # noqa: B009
+        function._torchdynamo_disable_msg = UNCOMPILED  # type: ignore[attr-defined]
+        skip, default = eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
+        strategy = eval_frame._FrameExecStrategy(skip, skip if inside else default)
+        eval_frame.set_code_exec_strategy(function.__code__, strategy)
     return function
 
 

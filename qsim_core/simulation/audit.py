@@ -27,51 +27,21 @@ from qsim_core.sites.operation_sites import OperationSite
 from qsim_core.sites.site import ATTENTION, Site
 from qsim_core.sites.sites import Sites
 
-PRODUCTS = frozenset(
-    [
-        "mm",
-        "bmm",
-        "addmm",
-        "baddbmm",
-        "addbmm",
-        "mv",
-        "addmv",
-        "dot",
-        "vdot",
-        "linear",
-        "mkldnn_linear",
-        "_addmm_activation",
-        "_int_mm",
-        "_scaled_mm",
-        "_grouped_mm",
-        "_scaled_grouped_mm",
-        "convolution",
-        "_convolution",
-        "convolution_overrideable",
-        "mkldnn_convolution",
-        "cudnn_convolution",
-        "_slow_conv2d_forward",
-        "_trilinear",
-        "conv_tbc",
-        "_sparse_mm",
-        "_sparse_addmm",
-        "hspmm",
-        "sspaddmm",
-        "_cdist_forward",
-        "_euclidean_dist",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_fused_attention_overrideable",
-        "_flash_attention_forward",
-        "_efficient_attention_forward",
-        "_native_multi_head_attention",
-        "_transformer_encoder_layer_fwd",
-        "mkldnn_rnn_layer",
-        "_cudnn_rnn",
-    ]
-)
+PRODUCTS = frozenset([
+    "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot", "linear", "mkldnn_linear",
+    "_addmm_activation", "_foreach_mm", "_int_mm", "_scaled_mm", "_scaled_mm_v2", "_grouped_mm",
+    "_scaled_grouped_mm", "_scaled_grouped_mm_v2", "_mixed_dtypes_linear", "_weight_int8pack_mm",
+    "_weight_int4pack_mm", "_weight_int4pack_mm_for_cpu", "_dyn_quant_matmul_4bit",
+    "convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution", "cudnn_convolution",
+    "_slow_conv2d_forward", "conv_tbc", "_trilinear", "_cdist_forward", "_pdist_forward", "_euclidean_dist",
+    "_sparse_mm", "_sparse_addmm", "hspmm", "sspaddmm", "sparse_sampled_addmm", "_sparse_sparse_matmul",
+    "_sparse_mm_reduce_impl", "_sparse_semi_structured_linear", "_sparse_semi_structured_mm",
+    "_sparse_semi_structured_addmm", "_cslt_sparse_mm",
+    "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable", "_flash_attention_forward", "_efficient_attention_forward",
+    "_native_multi_head_attention", "_transformer_encoder_layer_fwd", "mkldnn_rnn_layer", "_cudnn_rnn",
+])  # fmt: skip
 """The ATen operators that multiply matrices."""
 
 

@@ -27,7 +27,7 @@ from qsim_core.transforms.context import Context
 from qsim_core.transforms.forward import Example, as_in_evaluation, call
 from qsim_core.transforms.offload import at_hand
 from qsim_core.transforms.offload import state as state_of
-from qsim_core.transforms.padding import unpadded
+from qsim_core.transforms.padding import masks_inside, unpadded
 from qsim_core.transforms.report import LayerReport
 from qsim_core.transforms.run import Run
 
@@ -285,9 +285,9 @@ def simulate(
     the sites are put in place and nothing is quantized.
 
     `calibration` holds batches for transforms and static scales, each like an example; positions that an
-    `attention_mask` hides are left out. `structure` declares the weights
-    that read a norm (norm's path -> names of weights), where tracing does not find them. `state`, the `state_dict` of a
-    simulation, holds the static scales. `run` shows progress.
+    `attention_mask` hides are left out. A warning names a mask that the model makes inside, whose positions count.
+    `structure` declares the weights that read a norm (norm's path -> names of weights), where tracing does not find
+    them. `state`, the `state_dict` of a simulation, holds the static scales. `run` shows progress.
 
     An `example` is a mapping of keyword arguments, a tuple of positional ones, or one argument. With it all sites are
     known at once, else after the first forward; a pattern that matches no site is then an error. `keep=False`
@@ -328,7 +328,9 @@ def simulate(
         if example is None and batches:
             example = batches[0]
         if example is not None:
-            simulation._discover(example)
+            with masks_inside(model, example) as notes:
+                simulation._discover(example)
+            simulation.warnings += notes if batches else []
         simulation._transform(batches, run or Run(), structure)
         if state is None:
             simulation._fix(batches, run or Run())

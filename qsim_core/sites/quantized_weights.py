@@ -100,6 +100,8 @@ class Weights:
     """The quantized weights of one model."""
 
     def __init__(self, model: nn.Module, keep: bool) -> None:
+        self.names = frozenset(name for name, _ in _all_parameters(model))
+        """The names of all parameters that the model had when it was simulated."""
         owners = Counter(_storage(parameter) for _, parameter in _all_parameters(model))
         self.tied = frozenset(name for name, parameter in _all_parameters(model) if owners[_storage(parameter)] > 1)
         self.elsewhere = frozenset(name for name, parameter in _all_parameters(model) if parameter.is_meta)

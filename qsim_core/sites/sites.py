@@ -281,6 +281,14 @@ class Sites:
                 f"{kinds[0]}, whose values are sharded or stored in a format; simulate the model with plain tensors"
             )
 
+    def _check_in_place(self, frame: Frame, call: Call) -> None:
+        """Raise `QsimError` for an operand that stands at the module where a parameter stood before."""
+        left = (frame.full(key) for key, value in vars(frame.module).items() if any(value is x for x in call.operands))
+        if name := next((name for name in left if name in self.weights.names), None):
+            raise QsimError(
+                f"{name} was a parameter and is part of another tensor now (FullyShardedDataParallel?); use fully_shard"
+            )
+
     def _compute(self, call: Call) -> Any:
         frame = self.stack.frames[-1]
         constants = [self.constants.find(operand, frame.module) for operand in call.operands]
@@ -289,6 +297,8 @@ class Sites:
         weights = [self._weight_of(*operand) for operand in zip(call.operands, constants, strict=True)]
         if all(weights):  # a parameter times a parameter, such as a learned query: the last one counts as the weight
             weights = [*(None for _ in weights[:-1]), weights[-1]]
+        if call.is_layer and not any(weight and weight.owned for weight in weights):
+            self._check_in_place(frame, call)
         if not any(weights) and call.is_outer and call.operands[0].shape[-2:] not in frame.softmax:
             frame.products += 1  # of a longer axis it may be a matmul in another call
             return self.watch(call.function, call.args, call.kwargs)

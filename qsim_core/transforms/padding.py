@@ -6,8 +6,10 @@ see each text as if it came by itself, at every site: in attention, in experts a
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,6 +35,27 @@ def unpadded(model: nn.Module, batches: Iterable[Example]) -> tuple[list[Example
             found.append(batch)
             notes.append(f"calibration batch {number}: masked positions count, as {reason}")
     return found, notes
+
+
+@contextlib.contextmanager
+def masks_inside(model: nn.Module, batch: Example) -> Iterator[list[str]]:
+    """Gives a list that holds, after a forward on the batch, a line about the first mask that the batch has not.
+
+    A pipeline pads texts and makes their masks itself, so its batches cannot be cut.
+    """
+    notes: list[str] = []
+
+    def look(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for name, kept in _masks({**_named(module, args), **kwargs}).items():
+            if not notes and not kept.all():
+                hidden = f"{1 - float(kept.float().mean()):.0%} of those in {path} on the example"
+                notes.append(f"calibration: masked positions count, {hidden}: its {name} is made inside the model")
+
+    inside = [] if _masks(_named(model, batch)) else list(model.named_modules())[1:]
+    with contextlib.ExitStack() as hooks:
+        for path, module in inside:
+            hooks.enter_context(module.register_forward_pre_hook(functools.partial(look, path), with_kwargs=True))
+        yield notes
 
 
 class _Whole(Exception):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qsim_core import LoadedModel
 from qsim_core.formats.random_bits import at, uniform
+from qsim_evaluators.asking import arguments, logits
 from qsim_evaluators.fitting import device
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
@@ -57,7 +58,7 @@ def _batch(loaded: LoadedModel, prompt: Tensor, rows: range, sampling: Sampling,
     )
 
     ends = _end_tokens(loaded)
-    pad = next((token for token in (loaded.tokenizer.pad_token_id, *ends) if token is not None), 0)
+    pad = next((token for token in (getattr(loaded.tokenizer, "pad_token_id", None), *ends) if token is not None), 0)
 
     def decode(tokens: list[int]) -> str:
         return loaded.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)  # type: ignore[no-any-return]
@@ -86,14 +87,32 @@ def _batch(loaded: LoadedModel, prompt: Tensor, rows: range, sampling: Sampling,
             [TemperatureLogitsWarper(sampling.temperature), TopPLogitsWarper(sampling.top_p), drawn]
         )
     batch = prompt.expand(len(rows), -1)
-    tokens = loaded.model.generate(  # type: ignore[operator]
-        input_ids=batch,
-        attention_mask=torch.ones_like(batch),
-        generation_config=_configuration(sampling, ends, pad),
-        logits_processor=processors,
-        stopping_criteria=StoppingCriteriaList([stopped]),
-    )
+    if not hasattr(loaded.model, "generate"):
+        tokens = _written_out(loaded, batch, processors, stopped, sampling.max_new_tokens, ends, pad)
+    else:
+        tokens = loaded.model.generate(  # type: ignore[operator]
+            input_ids=batch,
+            attention_mask=torch.ones_like(batch),
+            generation_config=_configuration(sampling, ends, pad),
+            logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList([stopped]),
+        )
     return [before_stop(text, sampling.stop) for text in texts(tokens)]
+
+
+def _written_out(
+    loaded: LoadedModel, tokens: Tensor, processors: Any, stopped: Any, most: int, ends: list[int], pad: int
+) -> Tensor:
+    """Do what `generate` does with a model that has logits alone: each new token takes a forward of the whole text."""
+    ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    for _ in range(most):
+        scores = logits(loaded, arguments(loaded, {"input_ids": tokens, "use_cache": False}))[:, -1].float()
+        chosen = processors(tokens, scores).argmax(-1).masked_fill(ended, pad)
+        tokens = torch.cat([tokens, chosen[:, None]], 1)
+        ended |= stopped(tokens, None) | torch.isin(chosen, torch.tensor(ends, device=tokens.device))
+        if ended.all():
+            break
+    return tokens
 
 
 def _configuration(sampling: Sampling, ends: list[int], pad: int) -> Any:
@@ -117,9 +136,8 @@ def gumbel(like: Tensor, site: str, step: int, seed: int) -> Tensor:
 
 def _end_tokens(loaded: LoadedModel) -> list[int]:
     """Return the tokens that end a text: the checkpoint's, or the tokenizer's if the checkpoint has none."""
-    model: Any = loaded.model
-    ends = model.generation_config.eos_token_id
-    ends = loaded.tokenizer.eos_token_id if ends is None else ends
+    ends = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
+    ends = getattr(loaded.tokenizer, "eos_token_id", None) if ends is None else ends
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.evaluation.metrics import Means, rank
+from qsim_evaluators.asking import arguments, logits
 from qsim_evaluators.fitting import check, device, longest
 from qsim_evaluators.text import cut_windows, draw_windows, read_text, tokens_of_corpus
 
@@ -23,9 +24,9 @@ class MaskedLM(Evaluator):
     """exp of the mean negative log-likelihood of masked tokens over windows of the whole text, and their accuracy.
 
     The text is tokenized in one piece and cut into windows. A window has `seqlen` tokens, including the tokenizer's
-    first and last token. A remainder that fills no window is dropped. In each window the same number of tokens, `share`
-    of them, is replaced by the mask token. Only `seed` determines their places. The default is BERT's 15% (arXiv
-    1810.04805).
+    first and last token, where it has them. A remainder that fills no window is dropped. In each window the same number
+    of tokens, `share` of them, is replaced by the mask token. Only `seed` determines their places. The default is
+    BERT's 15% (arXiv 1810.04805).
     """
 
     name = "masked_lm"
@@ -41,13 +42,14 @@ class MaskedLM(Evaluator):
     def calibration(self, loaded: LoadedModel, data: Data, samples: int, length: int | None, seed: int) -> list[Any]:
         """Draw windows at random places of the text, masked as in the evaluation, one in a batch."""
         length = self._length(loaded, length)
-        windows = torch.cat(draw_windows(self._tokens(loaded, data), samples, length - 2, seed, data.name))
+        inner = length - len(_ends(loaded))
+        windows = torch.cat(draw_windows(self._tokens(loaded, data), samples, inner, seed, data.name))
         seen, _ = self._masked(loaded, windows, seed)
         return [self._batch(loaded, window) for window in seen.split(1)]
 
     def training(self, loaded: LoadedModel, data: Data, length: int | None) -> list[dict[str, Tensor]]:
         """Cut the text into windows, masked as in the evaluation. The labels are the masked tokens."""
-        inner = self._length(loaded, length) - 2
+        inner = self._length(loaded, length) - len(_ends(loaded))
         seen, labels = self._masked(loaded, cut_windows(self._tokens(loaded, data), inner, data.name), self.seed)
         wanted = torch.where(labels < 0, IGNORED, labels)
         return [{"input_ids": ids, "labels": of} for ids, of in zip(seen, wanted, strict=True)]
@@ -63,8 +65,8 @@ class MaskedLM(Evaluator):
         found = []
         with torch.no_grad():
             for batch, answers in run.track(batches, len(batches), "masked tokens"):
-                logits = loaded.model(**self._batch(loaded, batch)).logits.float().cpu()
-                wanted = logits[answers >= 0].view(len(batch), -1, logits.shape[-1])
+                scores = logits(loaded, self._batch(loaded, batch)).float().cpu()
+                wanted = scores[answers >= 0].view(len(batch), -1, scores.shape[-1])
                 truth = answers[answers >= 0].view(len(batch), -1)
                 nll = F.cross_entropy(wanted.transpose(1, 2), truth, reduction="none").double()
                 found.append(torch.stack([nll.mean(1), (rank(wanted, truth) == 1).double().mean(1)]))
@@ -85,7 +87,7 @@ class MaskedLM(Evaluator):
 
     def _length(self, loaded: LoadedModel, wanted: int | None = None) -> int:
         check(self.name, loaded)
-        if loaded.tokenizer.mask_token_id is None:
+        if getattr(loaded.tokenizer, "mask_token_id", None) is None:
             raise DataError(f"{self.name} needs a tokenizer with a mask token; perplexity may fit this model")
         most = longest(loaded, LONGEST)
         length = wanted or self.seqlen or min(most, LONGEST)
@@ -99,7 +101,7 @@ class MaskedLM(Evaluator):
 
     def _windows(self, loaded: LoadedModel, data: Data) -> tuple[Tensor, Tensor]:
         """Return tokens `[windows, seqlen]` with masks, and the true tokens, -1 where a token is not masked."""
-        inner, tokens = self._length(loaded) - 2, self._tokens(loaded, data)
+        inner, tokens = self._length(loaded) - len(_ends(loaded)), self._tokens(loaded, data)
         if len(tokens) < inner:
             raise DataError(
                 f"{data.name} has {len(tokens)} tokens, fewer than one window of {inner}; "
@@ -113,9 +115,18 @@ class MaskedLM(Evaluator):
         lots = torch.rand(windows.shape, generator=torch.Generator().manual_seed(seed))
         masked = torch.zeros(windows.shape, dtype=torch.bool).scatter_(1, lots.topk(many).indices, True)
         seen = torch.where(masked, tokenizer.mask_token_id, windows)
-        seen = F.pad(F.pad(seen, (1, 0), value=tokenizer.cls_token_id), (0, 1), value=tokenizer.sep_token_id)
-        return seen, F.pad(torch.where(masked, windows, -1), (1, 1), value=-1)
+        labels = torch.where(masked, windows, -1)
+        for side, token in _ends(loaded):
+            seen, labels = F.pad(seen, side, value=token), F.pad(labels, side, value=-1)
+        return seen, labels
 
     @staticmethod
     def _batch(loaded: LoadedModel, seen: Tensor) -> dict[str, Any]:
-        return {"input_ids": seen.to(device(loaded))}
+        return arguments(loaded, {"input_ids": seen.to(device(loaded))})
+
+
+def _ends(loaded: LoadedModel) -> list[tuple[tuple[int, int], int]]:
+    """Return the tokens around a window that the tokenizer has, each with its side as `F.pad` takes it."""
+    sides = {"cls_token_id": (1, 0), "sep_token_id": (0, 1)}
+    found = ((side, getattr(loaded.tokenizer, name, None)) for name, side in sides.items())
+    return [(side, token) for side, token in found if token is not None]

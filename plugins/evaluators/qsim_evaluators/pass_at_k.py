@@ -16,6 +16,7 @@ from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, QsimErro
 from qsim_core.evaluation.metrics import finite_outputs
 from qsim_core.files import place
 from qsim_evaluators import sandbox
+from qsim_evaluators.asking import arguments
 from qsim_evaluators.completing import STOPS, Sampling, complete
 from qsim_evaluators.fitting import check, device, longest
 from qsim_evaluators.text import draw_windows, holds_lines, opened, read_lines, read_rows, split_opening, tokens_of
@@ -78,12 +79,12 @@ class PassAtK(Evaluator):
         texts = [p + s for p, s in zip(content["prompt"], content["canonical_solution"], strict=True)]
         opening, tokens = split_opening(loaded, tokens_of(loaded, "\n\n".join(texts)))
         windows = draw_windows(tokens, samples, length - len(opening), seed, data.name)
-        return [{"input_ids": opened(opening, w).to(device(loaded)), "use_cache": False} for w in windows]
+        return [_inputs(loaded, opened(opening, window)) for window in windows]
 
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
         """Return the first prompt."""
         tokens = tokens_of(loaded, self._content(loaded, data)["prompt"][0])
-        return {"input_ids": tokens.unsqueeze(0).to(device(loaded)), "use_cache": False}
+        return _inputs(loaded, tokens.unsqueeze(0))
 
     def evaluate(self, loaded: LoadedModel, data: Data, run: Run) -> Metrics:
         """Compute `pass@k` for each k, and the number of `problems`. `outputs` has completions and verdicts."""
@@ -144,6 +145,8 @@ class PassAtK(Evaluator):
 
     def _content(self, loaded: LoadedModel, data: Data) -> dict[str, list[str]]:
         check(self.name, loaded)
+        if not hasattr(loaded.tokenizer, "decode"):
+            raise DataError(f"{self.name} reads what the model writes: give the model a tokenizer that can decode")
         if not isinstance(data.content, dict) or not all(data.content.get(column) for column in NEEDED):
             raise DataError(f"{data.name} has no programming problems; name a file of them with --data")
         return {column: data.content.get(column, [""] * len(data.content["prompt"])) for column in NEEDED + OPTIONAL}
@@ -156,6 +159,10 @@ class PassAtK(Evaluator):
                 f"the model takes {most} tokens at most, not {length} of {content['task_id'][place] or 'a prompt'} "
                 f"and max_new_tokens={self.max_new_tokens}"
             )
+
+
+def _inputs(loaded: LoadedModel, tokens: torch.Tensor) -> dict[str, Any]:
+    return arguments(loaded, {"input_ids": tokens.to(device(loaded)), "use_cache": False})
 
 
 def estimate(n: int, c: int, k: int) -> float:

@@ -22,6 +22,7 @@ class Letters:
     """A tokenizer of letters without padding."""
 
     pad_token_id = 0
+    mask_token_id = 1
 
     def __call__(self, text: Any, **options: Any) -> Any:
         if isinstance(text, str):
@@ -116,6 +117,19 @@ def test_perplexity_is_what_torch_computes(tmp_path: Path, text: Path) -> None:
         losses = nn.functional.cross_entropy(model(windows)[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
     assert result.baseline["nll"] == pytest.approx(losses.item(), rel=1e-6)
     assert result.audit.covered == 1
+
+
+def test_masked_lm_is_what_torch_computes(tmp_path: Path, text: Path) -> None:
+    loaded, masked = ByHand().load("language", torch.float32), qsim.parse("masked_lm(32, share=0.5)")
+    data = masked.read(str(text))
+    seen = masked.example(loaded, data)["tokens"]
+    letters = torch.tensor([ord(letter) for letter in TEXT[:32]])
+    with torch.no_grad():
+        losses = nn.functional.cross_entropy(loaded.model(seen)[seen == 1], letters[seen[0] == 1])
+
+    found = masked.evaluate(loaded, data, qsim.Run(limit=1))
+
+    assert (found["tokens"], found["nll"]) == (16, pytest.approx(losses.item(), rel=1e-6))
 
 
 def test_accuracy_of_texts_is_what_torch_computes(tmp_path: Path, rows: Path) -> None:

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from qsim_evaluators.completing import before_stop, gumbel
 from qsim_evaluators.pass_at_k import estimate, problems
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 import qsim_core as qsim
@@ -163,6 +164,32 @@ def test_the_end_of_a_text_ends_a_completion() -> None:
     found = measure(writer(ADDS | {" b": "</s>", "</s>": " -"}), GREEDY, RIGHT)
 
     assert found.outputs[0]["completion"] == "    return a + b"
+
+
+class Logits(nn.Module):
+    """A model without `generate` and without a configuration."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.inner(tokens).logits  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("options", ["8, temperature=1", "8, temperature=1, top_p=0.5", "1, temperature=0"])
+def test_a_model_that_has_logits_alone_writes_what_generate_writes(options: str) -> None:
+    either = writer(ADDS | {" a": [" +", " -"], " b": ["</s>", "\nprint"], "</s>": " -"})
+    evaluator = f"pass_at_k([1], samples={options}, max_new_tokens=8)"
+
+    found = measure(qsim.LoadedModel(Logits(either.model), either.tokenizer), evaluator, RIGHT)
+
+    assert found.outputs == measure(either, evaluator, RIGHT).outputs
+
+
+def test_a_tokenizer_that_cannot_decode_is_one_line() -> None:
+    with pytest.raises(qsim.DataError, match=r"^pass_at_k reads what the model writes: give the model a tokenizer tha"):
+        measure(qsim.LoadedModel(writer(ADDS).model, lambda text: text), GREEDY, RIGHT)
 
 
 def test_a_checkpoints_own_settings_for_generation_are_left_out() -> None:
