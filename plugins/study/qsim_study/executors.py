@@ -111,6 +111,9 @@ class Dask(Executor):
             }
             for future in distributed.as_completed(submitted):
                 key = submitted[future]
+                if future.cancelled():
+                    left = f"{len(folder.missing())} of {len(folder.cells)} cells are missing"
+                    raise QsimError(f"the Dask scheduler is gone; {left}, and the next run goes on with them")
                 if not folder.is_done(key):
                     reason = one_line(future.exception() or RuntimeError("it ended without a result"))
                     folder.write(key, Entry(cell=folder.cells[key], failure=reason))

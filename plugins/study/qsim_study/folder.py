@@ -36,6 +36,7 @@ class Folder:
         """Make the folder, or go on with it. Raises `QsimError` if it holds another study, or other files."""
         keyed = dict(cell.planned(host) for cell in cells)
         make_work_dir(path)
+        path = path.resolve()  # workers may stand elsewhere
         if (path / STUDY).exists():
             before = _read_plan(path)
             if before["name"] != specification.name and not before["cells"].keys() & keyed.keys():

@@ -14,7 +14,7 @@ from qsim_study.comparison import Comparison, comparisons
 from qsim_study.executors import Executor, InProcess
 from qsim_study.folder import Folder
 from qsim_study.specification import MANY, Specification
-from qsim_study.table import Row, columns, rows
+from qsim_study.table import Row, columns, doubts, rows
 
 FIRST_LOOK = 16
 """Samples of the first look with `until_decided`."""
@@ -91,7 +91,9 @@ def study(
         going = sorted({places[key] for one in open_ for key in (one.first, one.second)})
         if not going or _all_samples_seen(found, limit):
             break
-    notes = [f"undecided after {limit} samples: {len(going)} cells"] if until_decided and going else []
+    notes = doubts(entries.values())
+    if until_decided and going:
+        notes.append(f"undecided after {limit} samples: {len(going)} cells")
     whole = Folder(output, dict(last[place] for place in sorted(last)))
     whole.plan(specification.name)
     renamed = [replace(one, first=last[a][0], second=last[b][0]) for (a, b), one in pairs.items()]

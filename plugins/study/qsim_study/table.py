@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping
+import io
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from qsim_study.cell import Cell, Entry
 from qsim_study.comparison import Comparison, ranks, spreads
 
 Row = dict[str, Any]
+SHOWN_WARNINGS = 4
+"""Warnings that are printed; the others are counted."""
 SPREAD = "spread over "
 """The beginning of the name of a column with standard deviations."""
 
@@ -49,6 +53,7 @@ def rows(cells: Mapping[str, Cell], entries: Mapping[str, Entry], compared: list
             "bits_per_weight": result.audit.bits_per_weight,
             "bits_per_activation": result.audit.bits_per_activation,
             "seconds": entry.seconds,
+            "warnings": "; ".join(result.warnings),
         }
         row |= {SPREAD + one.what: one.deviation for one in spread.get(key, ())}
         row |= {
@@ -58,6 +63,23 @@ def rows(cells: Mapping[str, Cell], entries: Mapping[str, Entry], compared: list
         }
         found.append(row)
     return found
+
+
+def doubts(entries: Iterable[Entry]) -> list[str]:
+    """Lines about cells that were not computed alike: from other weights of a model, or in another environment."""
+    results = [entry.result for entry in entries if entry.result is not None]
+    weights = {(result.model, result.environment.dtype, result.weights) for result in results}
+    changed = Counter((model, dtype) for model, dtype, _ in weights)
+    lines = [
+        f"cells of {model} had different weights: the model changed between them; they are not compared"
+        for (model, _), many in changed.items()
+        if many > 1
+    ]
+    for what in ("threads", "platform"):
+        seen = sorted({str(getattr(result.environment, what)) for result in results})
+        if len(seen) > 1:
+            lines.append(f"cells had different {what} ({', '.join(seen)}): sums may be taken in another order")
+    return lines
 
 
 def _values(cell: Cell) -> Row:
@@ -72,8 +94,6 @@ def columns(found: list[Row]) -> list[str]:
 
 def write_csv(found: list[Row], path: Path) -> None:
     """Write rows as CSV. Raises `QsimError`."""
-    import io
-
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns(found))
     writer.writeheader()
@@ -141,5 +161,10 @@ def _lines(found: list[Row]) -> Iterator[str]:
     failed = [row for row in found if "failure" in row]
     for row in failed:
         yield f"failed: {row['model']}, {row['recipe']}: {row['failure']}"
+    doubts = Counter(row["warnings"] for row in found if row.get("warnings"))
+    for text, many in doubts.most_common(SHOWN_WARNINGS):
+        yield f"warning ({many} cell{'s' if many > 1 else ''}): {text}"
+    if len(doubts) > SHOWN_WARNINGS:
+        yield f"{len(doubts) - SHOWN_WARNINGS} other warnings stand in the rows (--json)"
     if any(row.get("tied") for row in found):
         yield "n=: these samples do not tell the recipes of this rank apart from all better or equal ones (Holm, 5%)"

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 from qsim_study import Processes, Slurm, Specification, Study, study
+from qsim_study.comparison import comparable
 from qsim_study.folder import Folder
-from qsim_study.table import write_csv, write_parquet
+from qsim_study.table import doubts, write_csv, write_parquet
 
 import qsim_core as qsim
 from qsim_core.components.host import installed
@@ -213,3 +214,22 @@ def test_rows_are_written_as_tables(whole: tuple[Path, Study], tmp_path: Path) -
     ]
 
     assert [list(frame["simulated"]) for frame in frames] == [[row["simulated"] for row in whole[1].rows]] * 3
+
+
+def test_cells_of_other_weights_are_said_and_not_compared(tmp_path: Path) -> None:
+    found = study(SMALL | {"vary": {"weights": ["int4", "int8"]}, "limit": 16}, tmp_path)
+    first, second = found.entries.values()
+    assert first.result is not None
+    changed = first.model_copy(update={"result": first.result.model_copy(update={"weights": "another"})})
+
+    assert comparable(first, second)
+    assert not comparable(changed, second)
+    assert "had different weights" in doubts([changed, second])[0]
+
+
+def test_warnings_of_results_stand_in_their_rows(tmp_path: Path) -> None:
+    spec = SMALL | {"recipe": {"activations": "cast(e2m1)"}, "vary": {"weights": ["int8"]}}
+
+    (row,) = study(spec, tmp_path).rows
+
+    assert "cast(e2m1)" in row["warnings"]
