@@ -123,6 +123,7 @@ def test_a_curve_has_its_highest_loss_on_top_and_its_steps_from_left_to_right() 
     assert "a < b" in [text.text for text in drawing.iter("{http://www.w3.org/2000/svg}text")]
 
 
+@pytest.mark.slow
 def test_training_recovers_what_quantization_lost(tmp_path: Path) -> None:
     finetuned = result(
         "vit-tiny", "--plugin", "abfp", "--precision", "w2a4", "--steps", 60, "--lr", "1e-3", "--batch-size", 16,
