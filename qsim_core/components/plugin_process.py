@@ -27,7 +27,6 @@ LIMIT = 15.0
 START = 120.0
 """Seconds in which a worker that answers one question has to import the core too."""
 FORKS = sys.platform == "linux"
-PR_SET_PDEATHSIG = 1
 WORKER = (
     "import sys; sys.path[:] = sys.argv[1].split('\\n'); from qsim_core.components.plugin_process import work; work()"
 )
@@ -125,7 +124,7 @@ def _of_copy(question: Question, subject: dict[str, Any], limit: float, answers:
 def _end_with(parent: int) -> None:
     """Have Linux end this process when its parent is killed."""
     if FORKS:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os._exit(1)
 

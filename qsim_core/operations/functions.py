@@ -20,24 +20,9 @@ from qsim_core.matmuls.layout import LAST
 
 NORMS = ("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm")
 ACTIVATIONS = (
-    "relu",
-    "relu6",
-    "gelu",
-    "silu",
-    "mish",
-    "elu",
-    "selu",
-    "celu",
-    "leaky_relu",
-    "softplus",
-    "softsign",
-    "hardswish",
-    "hardsigmoid",
-    "hardtanh",
-    "sigmoid",
-    "logsigmoid",
-    "tanh",
-)
+    "relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "softplus", "softsign", "hardswish",
+    "hardsigmoid", "hardtanh", "sigmoid", "logsigmoid", "tanh",
+)  # fmt: skip
 OF_ONE_NUMBER = ("exp", "log", "rsqrt", "sqrt", "reciprocal", "erf", "sin", "cos")
 """Functions of one number that other operations are written with."""
 FAMILIES = {

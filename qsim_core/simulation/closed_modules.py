@@ -30,8 +30,7 @@ def _why_closed(module: nn.Module) -> str:
     parameters = dict(module.named_parameters(recurse=False))
     if lazy := next((name for name, p in parameters.items() if is_lazy(p)), None):
         return f"is lazy, and its {lazy} has no shape yet; run it once before"
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported for its class alone
-    if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
+    if isinstance(module, getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())):
         return "is in FullyShardedDataParallel, which makes one flat parameter of all its weights; use fully_shard"
     if any(hasattr(parameter, "ds_id") for parameter in parameters.values()):
         return "has weights that DeepSpeed's ZeRO-3 empties between forwards; simulate before deepspeed.initialize"
