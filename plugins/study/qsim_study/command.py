@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +102,8 @@ def study(ctx: click.Context, /, json_file: str | None, quiet: bool, **options: 
         until_decided=options["until_decided"],
         difference=_difference(options["difference"]),
     )
-    text = json.dumps({"rows": found.rows, "notes": found.notes}, indent=2)
+    compared = [asdict(one) for one in found.comparisons]
+    text = json.dumps({"rows": found.rows, "comparisons": compared, "notes": found.notes}, indent=2)
     if files[0] is not None:
         files[0].write_text(text + "\n", encoding="utf-8")
     if files[1] is not None:
