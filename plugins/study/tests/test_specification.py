@@ -134,3 +134,10 @@ def test_a_wrong_specification_is_an_error_in_one_line(values: dict[str, Any], m
 
 def test_commas_inside_brackets_do_not_split() -> None:
     assert split("abfp(int4, n=64),[gptq, awq],int8") == ["abfp(int4, n=64)", "[gptq, awq]", "int8"]
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[3] / "docs" / "studies").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_a_study_of_the_docs_has_cells(file: Path) -> None:
+    assert len(Specification.read(file).cells(installed())) > 1
