@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from qsim_core.components.host import Host, installed
 from qsim_core.errors import CalibrationWarning, QsimError, RecipeError
+from qsim_core.matmuls.call import Call
 from qsim_core.quantizers.learned_steps import LearnedSteps
 from qsim_core.simulation import site_state, static_calibration
 from qsim_core.simulation.audit import Audit, measured_audit
@@ -21,7 +23,9 @@ from qsim_core.simulation.recipe import Recipe
 from qsim_core.simulation.statistics_cache import statistics_entry
 from qsim_core.simulation.work import Hardware, Product, SiteWork, WorkCounter
 from qsim_core.sites.arithmetic import Auto, ExactArithmetic
-from qsim_core.sites.sites import Sites
+from qsim_core.sites.executor import tried
+from qsim_core.sites.site import Site
+from qsim_core.sites.sites import ResultWatcher, Sites
 from qsim_core.transforms.applying import apply_transforms, left_behind, needed_beside
 from qsim_core.transforms.context import Context
 from qsim_core.transforms.forward import Example, as_in_evaluation, call
@@ -101,6 +105,28 @@ class Simulation:
         finally:
             self.sites.quantizing, self.sites.watcher = True, None
         return counter
+
+    @contextlib.contextmanager
+    def unquantized(self, results: ResultWatcher) -> Iterator[None]:
+        """Forwards of the model as it is inside; `results(site, call, result)` is shown every matmul of the sites.
+
+        The model goes on with the tensor that it gives. `tried(site, call, …)` computes the call under the recipe.
+        """
+        self.sites.quantizing, self.sites.results = False, results
+        try:
+            with self.sites.uncounted():
+                yield
+        finally:
+            self.sites.quantizing, self.sites.results = True, None
+
+    def tried(
+        self, site: Site, call: Call, *, change: Callable[[Any], Any] | None = None, arithmetic: Any = None
+    ) -> Tensor:
+        """Compute a call that `unquantized` shows under the recipe, on its operands as they are.
+
+        `change` gives the quantizer that takes the place of another; `arithmetic` takes the place of the site's.
+        """
+        return tried(site, call, self.sites.weights, change=change, arithmetic=arithmetic)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Gather what the sites hold beside the recipe: static scales, learned steps, zero points, counts of calls.

@@ -127,11 +127,18 @@ def known_scales(weights: Weights, operands: Sequence[Operand]) -> Scales | None
 
 
 def tried(
-    site: Site, call: Call, weights: Weights, roles: Iterable[str] = ("input", "input2", "weight", "output")
+    site: Site,
+    call: Call,
+    weights: Weights,
+    roles: Iterable[str] = ("input", "input2", "weight", "output"),
+    *,
+    change: Callable[[Any], Any] | None = None,
+    arithmetic: Arithmetic | None = None,
 ) -> Tensor:
     """Compute a call that a watcher sees as its site would compute it, without a change to the model.
 
-    Only the given roles are quantized; a product of which an operand is not among them is computed in float32. A weight
+    Only the given roles are quantized; a product of which an operand is not among them is computed in float32. `change`
+    gives the quantizer that takes the place of another, and `arithmetic` takes the place of the site's. A weight
     that a transform has put on its grid is taken as it is. Raises `RecipeError` where a static scale is needed: these
     are found after all transforms.
     """
@@ -147,13 +154,14 @@ def tried(
         planned = site.planned(role)
         if planned is not None and role not in site.fixed and role != "weight" and planned.needs_held_scales(role):
             raise RecipeError(f"{site.name}: the static scale of its {site.named(role)} is found after all transforms")
-        return site.quantizer(role)
+        quantizer = site.quantizer(role)
+        return quantizer if change is None or quantizer is None else change(quantizer)
 
     with torch.no_grad():
         operands = operands_of(site, call, met, quantizer_of)
         whole = wanted >= {operand.role for operand in operands}
-        arithmetic = site.plan.arithmetic if whole else FLOAT32
-        return TriedExecution(site, call, operands, quantizer_of("output"), arithmetic, weights=weights).result()
+        chosen = (arithmetic or site.plan.arithmetic) if whole else FLOAT32
+        return TriedExecution(site, call, operands, quantizer_of("output"), chosen, weights=weights).result()
 
 
 class TriedExecution(Execution):

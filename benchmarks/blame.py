@@ -1,0 +1,63 @@
+"""Time the prediction of `qsim blame` against a forward of the same samples: `python benchmarks/blame.py MODEL…`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from qsim_study.blame.gradient import predict
+from qsim_study.blame.whole import spread
+from timing import machine, seconds
+
+from qsim_core import Bench, Recipe, Run, simulate
+from qsim_core.evaluation.job import Job
+from qsim_core.transforms.forward import as_in_evaluation, call
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "int4, int8": {"weights": "int4", "activations": "int8"},
+    "nvfp4": {"weights": "nvfp4", "activations": "nvfp4"},
+    "int4, int8, outputs bf16": {"weights": "int4", "activations": "int8", "outputs": "bf16"},
+}
+
+
+def row(name: str, title: str, samples: int, device: str) -> tuple[float, float, float]:
+    """Seconds of a forward of the model as it is, of one under the recipe, and of the prediction; the best of three."""
+    bench = Bench(name, device=device)
+    job = Job.at(bench.located, Recipe.of({"model": name, **RECIPES[title]}, bench.host), bench.host)
+    loaded, data = bench.load(), job.data(None)
+    chosen = spread(job.evaluator.training(loaded, data, None), samples)
+    batch = {key: torch.stack([sample[key] for sample in chosen]).to(device) for key in chosen[0]}
+
+    def forward() -> None:
+        with as_in_evaluation(loaded.model):
+            call(loaded.model, batch)
+
+    plain = min(seconds(forward) for _ in range(3))
+    with simulate(loaded.model, job.recipe, example=job.evaluator.example(loaded, data)) as simulation:
+        forward()
+        under = min(seconds(forward) for _ in range(3))
+        run = Run(batch_size=samples)
+        predicted = min(seconds(lambda: predict(simulation, chosen, run)) for _ in range(3))
+    return plain, under, predicted
+
+
+def main() -> None:
+    """Print a row for each model and recipe."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*", default=["opt-tiny", "codegen-tiny", "bert-tiny", "vit-tiny"])
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    print(f"{machine(options.device)}, {options.samples} samples in a batch")
+    print("| model | recipe | forward, s | under the recipe, s | prediction, s | forwards | under the recipe |")
+    print("|---|---|---|---|---|---|---|")
+    for name in options.models:
+        for title in RECIPES:
+            plain, under, found = row(name, title, options.samples, options.device)
+            times = f"{plain:.3f} | {under:.3f} | {found:.3f} | {found / plain:.1f} | {found / under:.1f}"
+            print(f"| {name} | {title} | {times} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

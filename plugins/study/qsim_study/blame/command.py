@@ -1,0 +1,71 @@
+"""`qsim blame`: the command and its options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from qsim_core.cli.options import CALIBRATION, COUNT, FILE, RECIPE, RESULT, SEED, Headed, output_file, with_options
+
+DATA = (
+    click.option("--data", type=FILE, metavar="FILE|NAME", help="Data: a file, or a name for `datasets`."),
+    click.option("--limit", metavar="N", type=COUNT, help="Evaluate so many samples only."),
+    click.option("--seed", metavar="N", type=SEED, default=0, help="Seed of drawn samples."),
+    click.option("--batch-size", metavar="N", type=COUNT, default=8, help="Samples computed at a time."),
+    click.option("--dtype", default="float32", help="Arithmetic of the model and the simulation."),
+    click.option("--device", default="cpu", help="Where to compute: cpu, cuda, …"),
+)
+LOOKING = (
+    click.option("--samples", metavar="N", type=COUNT, default=32, help="Samples of the gradient pass."),
+    click.option(
+        "--verify",
+        metavar="N",
+        type=click.IntRange(0, 2**31 - 1),
+        default=5,
+        help="Measure so many of the sites that are predicted to cost most, each alone.",
+    ),
+    click.option("--leave-one-out", is_flag=True, help="Measure the whole recipe without each of them too."),
+    click.option("--exhaustive", is_flag=True, help="Measure every site."),
+)
+
+
+@click.command(cls=Headed)
+@with_options(RECIPE, "Recipe")
+@with_options(LOOKING, "Prediction and verification")
+@with_options((*DATA, *CALIBRATION), "Data")
+@with_options(RESULT)
+def blame(json_file: str | None, quiet: bool, **options: Any) -> None:
+    """Tell which sites of MODEL cost the metric.
+
+    One gradient pass predicts what each matmul costs, and at it the element, the scale, clipping and the arithmetic.
+    Runs of single sites verify the first of them.
+    """
+    from qsim_core.cli import progress
+    from qsim_core.cli.recipe_options import calibration_of, recipe_of
+    from qsim_core.components.host import Host
+    from qsim_core.transforms.run import Run
+    from qsim_study.blame.table import show
+    from qsim_study.blame.whole import blame as run_blame
+
+    target, host = output_file(json_file), Host()
+    progress.hush_libraries()
+    found = run_blame(
+        recipe_of(options, host),
+        data=options["data"],
+        samples=options["samples"],
+        verify=options["verify"],
+        leave_one_out=options["leave_one_out"],
+        exhaustive=options["exhaustive"],
+        calibration=calibration_of(options),
+        host=host,
+        device=options["device"],
+        dtype=options["dtype"],
+        run=Run(options["batch_size"], options["limit"], options["seed"], **({} if quiet else progress.SHOWN)),
+    )
+    if target is not None:
+        target.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    if json_file == "-":
+        click.echo(found.model_dump_json(indent=2))
+    elif not quiet:
+        show(found)
