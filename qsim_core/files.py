@@ -264,6 +264,8 @@ def check_writable(path: Path) -> None:
         raise QsimError(f"cannot write {path}: there is no directory {path.parent}")
     if not os.access(path.parent, os.W_OK):
         raise QsimError(f"cannot write {path}: {path.parent} is not writable")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise QsimError(f"cannot write {path}: it is write-protected; give another name")
 
 
 def make_work_dir(work_dir: Path) -> None:

@@ -81,13 +81,16 @@ class Job:
         """The data for transforms and static scales, if the recipe has any. Raises `DataError` if none are named."""
         if self.trained_so or (not self.recipe.transforms and not self.recipe.has_static):
             return None
+        return self.calibration_data(given, str([*self.recipe.transforms, "a static scale"][0]))
+
+    def calibration_data(self, given: Calibration, needing: str) -> Data:
+        """The data for calibration. Raises `DataError` if none are named, and says what needs them."""
         if given.source is not None:
             return self.evaluator.read(_name(given.source), split="train")
         if self.located.calibration is not None:
             return self.located.calibration()
         found = self.evaluator.default_data()
         if found is None:
-            needing = self.recipe.transforms[0] if self.recipe.transforms else "a static scale"
             raise DataError(
                 f"{needing} needs calibration data, and {self.located.name} comes without; name some with "
                 f"--calibration-data"
