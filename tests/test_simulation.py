@@ -453,3 +453,17 @@ def test_a_static_scale_is_named_by_its_role_in_attention() -> None:
         held = [site.fixed["input2"] for site in simulation.sites.table.values() if site.fixed]
 
     assert [one.where for one in held] == [":matmul.0 (keys)"]
+
+
+def test_an_observer_of_the_audit_sees_rows_before_and_after_their_quantizer() -> None:
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def observe(site: Any, role: str, before: torch.Tensor, after: torch.Tensor, quantizer: Any) -> None:
+        seen[role] = before, after
+
+    x = torch.tensor([[0.4, 1.0, 7.0]])
+    with qsim.simulate(nn.Linear(3, 2), activations="int4", example=x) as simulation:
+        simulation.audit(observer=observe)
+
+    assert seen["input"][0].equal(x)
+    assert seen["input"][1].tolist() == [[0.0, 1.0, 7.0]]

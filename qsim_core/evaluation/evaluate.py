@@ -25,6 +25,7 @@ from qsim_core.simulation.environment import Environment
 from qsim_core.simulation.recipe import Recipe
 from qsim_core.simulation.simulation import simulate
 from qsim_core.simulation.work import Hardware
+from qsim_core.sites.executor import SiteObserver
 from qsim_core.snapshots import digest
 from qsim_core.transforms.forward import as_in_evaluation, call
 from qsim_core.transforms.offload import state
@@ -77,8 +78,9 @@ class Bench:
         run: Run | None = None,
         on: Sequence[Hardware] = (),
         keep: bool = True,
+        observer: SiteObserver | None = None,
     ) -> Measured:
-        """Measure the model under a recipe; `evaluate` explains the arguments.
+        """Measure the model under a recipe; `evaluate` explains the arguments, and `Simulation.audit` the observer.
 
         The model is as it was afterwards; with `keep=False` it stays under the recipe, and the bench is of no use any
         more. Raises a `QsimError`.
@@ -117,7 +119,7 @@ class Bench:
                 run=run,
             )
         with simulation if keep else nullcontext():
-            audit = simulation.audit(on=on)
+            audit = simulation.audit(on=on, observer=observer)
             before = time.perf_counter()
             compared = replace(run, reference=getattr(baseline, "outputs", None))
             simulated = _metrics(job.evaluator, loaded, dataset, compared, "simulated")

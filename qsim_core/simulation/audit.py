@@ -23,6 +23,7 @@ from qsim_core.matmuls.partial_sums import PartialSums
 from qsim_core.quantizers.standard_schemes import Cast
 from qsim_core.simulation.work import Cost, Hardware, Product, WorkCounter
 from qsim_core.sites.arithmetic import QuantizedRows
+from qsim_core.sites.executor import SiteObserver
 from qsim_core.sites.operation_sites import OperationSite
 from qsim_core.sites.site import ATTENTION, Site
 from qsim_core.sites.sites import Sites
@@ -224,9 +225,10 @@ def _may_multiply(arguments: tuple[Any, ...]) -> bool:
 
 
 class _Watch:
-    """The observer of one audit: gathers sums for each site and role."""
+    """The observer of one audit: gathers sums for each site and role. What it sees, `also` sees too."""
 
-    def __init__(self) -> None:
+    def __init__(self, also: SiteObserver | None = None) -> None:
+        self.also = also
         self.sums: dict[tuple[str, str], _Sums] = defaultdict(_Sums)
         self.operations: dict[tuple[str, str], _Sums] = defaultdict(_Sums)
         self.partial: dict[str, PartialSums] = defaultdict(PartialSums)
@@ -235,6 +237,8 @@ class _Watch:
 
     def __call__(self, site: Site, role: str, before: Tensor, after: Tensor, quantizer: Quantizer | None) -> None:
         self.dtypes[site.name] = after.dtype
+        if self.also is not None:
+            self.also(site, role, before, after, quantizer)
         if quantizer is not None:
             if _rounds_nothing(quantizer, before.shape):
                 self.doubts[site.name][
@@ -266,13 +270,18 @@ def _rounds_nothing(quantizer: Quantizer, shape: torch.Size) -> bool:
 
 
 def measured_audit(
-    sites: Sites, run: Callable[[], Any] | None, on: Iterable[Hardware] = (), dtype: torch.dtype = torch.float32
+    sites: Sites,
+    run: Callable[[], Any] | None,
+    on: Iterable[Hardware] = (),
+    dtype: torch.dtype = torch.float32,
+    observer: SiteObserver | None = None,
 ) -> Audit:
     """Look at one batch, which `run` puts through the model; without it, only at what was met before.
 
-    `on` names hardware that prices the batch; tensors that are not quantized are held in `dtype` there.
+    `on` names hardware that prices the batch; tensors that are not quantized are held in `dtype` there. `observer` sees
+    the tensors of the batch too.
     """
-    watch, outside, counter = _Watch(), _Outside(sites), WorkCounter()
+    watch, outside, counter = _Watch(observer), _Outside(sites), WorkCounter()
     calls = {name: site.calls for table in (sites.table, sites.operations.table) for name, site in table.items()}
     if run is not None:
         sites.observer, sites.watcher, sites.operations.observer = watch, counter, watch.operation

@@ -23,7 +23,7 @@ from qsim_core.simulation.recipe import Recipe
 from qsim_core.simulation.statistics_cache import statistics_entry
 from qsim_core.simulation.work import Hardware, Product, SiteWork, WorkCounter
 from qsim_core.sites.arithmetic import Auto, ExactArithmetic
-from qsim_core.sites.executor import tried
+from qsim_core.sites.executor import SiteObserver, tried
 from qsim_core.sites.site import Site
 from qsim_core.sites.sites import ResultWatcher, Sites
 from qsim_core.transforms.applying import apply_transforms, left_behind, needed_beside
@@ -61,12 +61,15 @@ class Simulation:
             if "extra_repr" not in vars(module):
                 vars(module)["extra_repr"] = ModuleText(self.sites, path, module)
 
-    def audit(self, example: Example = None, on: Iterable[Hardware] = ()) -> Audit:
+    def audit(
+        self, example: Example = None, on: Iterable[Hardware] = (), observer: SiteObserver | None = None
+    ) -> Audit:
         """List every matmul with its quantizers and their error, measured on one batch.
 
         The batch is `example`, or the one that `simulate` was given. Without a batch the audit lists what has been
-        met so far and measures nothing. `on` has hardware, for which the audit says what the batch costs. Raises
-        `QsimError` after `restore`.
+        met so far and measures nothing. `on` has hardware, for which the audit says what the batch costs. `observer`
+        is called with each tensor of the batch: the site, the role, the rows before and after the quantizer, and the
+        quantizer or None. Raises `QsimError` after `restore`.
         """
         if not self._handles:
             raise QsimError("there is nothing to audit: this simulation was restored")
@@ -75,7 +78,9 @@ class Simulation:
             return measured_audit(self.sites, None, on)
         texts, _ = unpadded(self.model, [batch])
         with as_in_evaluation(self.model):
-            return measured_audit(self.sites, lambda: [call(self.model, text) for text in texts], on, self._dtype)
+            return measured_audit(
+                self.sites, lambda: [call(self.model, text) for text in texts], on, self._dtype, observer
+            )
 
     def products(self, example: Example = None) -> dict[str, list[Product]]:
         """Count the products of each site by size, in a forward in which nothing is quantized.

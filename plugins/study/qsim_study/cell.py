@@ -22,6 +22,7 @@ from qsim_core.evaluation.metrics import LeftOut
 from qsim_core.files import place
 from qsim_core.simulation.fingerprint import Unknowable, of_code
 from qsim_core.transforms.checkpoint import sha256
+from qsim_study.histograms import Histogram
 
 
 class _Frozen(BaseModel):
@@ -42,6 +43,7 @@ class Circumstances(_Frozen):
     calibration_seqlen: PositiveInt | None = Field(None, description="tokens of a sample; none: a window's")
     calibration_seed: NonNegativeInt | None = Field(None, description="seed that draws them; none: `seed`")
     on: tuple[str, ...] = Field((), description="hardware that says what a batch costs")
+    histograms: tuple[str, ...] = Field((), description="patterns of sites of which values are counted")
 
     def calibration(self) -> Calibration:
         """The choice of calibration data."""
@@ -177,6 +179,7 @@ class Entry(_Frozen):
     result: Result | None = None
     scores: Scores | None = Field(None, description="the simulated metrics with their samples")
     higher_is_better: bool = False
+    histograms: list[Histogram] = []
     failure: str | None = Field(None, description="the reason in one line")
     seconds: float = 0.0
     worker: str = ""

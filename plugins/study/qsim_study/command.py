@@ -45,6 +45,9 @@ DATA = (
     click.option("--batch-size", metavar="N", type=COUNT, help="Samples computed at a time."),
     click.option("--dtype", help="Arithmetic of the model and the simulation."),
     click.option("--device", help="Where to compute: cpu, cuda, …"),
+    click.option(
+        "--histograms", multiple=True, metavar="SITE", help="Count the values at sites, like *.fc2, for the report."
+    ),
     click.option("--until-decided", is_flag=True, help="Double the samples of cells until each comparison is decided."),
     click.option("--difference", metavar="PERCENT", help="The smallest difference of a ratio that matters, like 0.5%."),
 )
@@ -59,8 +62,13 @@ OUTPUT = (
     click.option("--yes", is_flag=True, help="Allow more than 10,000 cells."),
     click.option("--csv", "csv_file", type=FILE, metavar="FILE", help="Write the rows as CSV."),
     click.option("--parquet", "parquet_file", type=FILE, metavar="FILE", help="Write the rows as Parquet."),
+    click.option("--report/--no-report", default=True, help="Write DIR/report.html, a page for a browser."),
+    click.option(
+        "--plots", type=click.Path(path_type=Path), metavar="DIR", help="Write pictures as SVG and PNG, by matplotlib."
+    ),
     *RESULT,
 )
+REPORT = "report.html"
 
 
 @click.command(cls=Headed)
@@ -79,6 +87,7 @@ def study(ctx: click.Context, /, json_file: str | None, quiet: bool, **options: 
     from qsim_core.cli import progress
     from qsim_core.components.host import Host
     from qsim_core.transforms.run import Run
+    from qsim_study.report import check_plots, write_plots, write_report
     from qsim_study.study import study as run_study
     from qsim_study.table import show, write_csv, write_parquet
 
@@ -91,6 +100,8 @@ def study(ctx: click.Context, /, json_file: str | None, quiet: bool, **options: 
         return
     if options["output"] is None:
         raise click.UsageError("say where results go: --output DIR")
+    if options["plots"] is not None:
+        check_plots()
     progress.hush_libraries()
     found = run_study(
         specification,
@@ -110,10 +121,16 @@ def study(ctx: click.Context, /, json_file: str | None, quiet: bool, **options: 
         write_csv(found.rows, files[1])
     if files[2] is not None:
         write_parquet(found.rows, files[2])
+    said = list(found.notes)
+    if options["report"]:
+        write_report(found, path := options["output"] / REPORT)
+        said.append(f"the report: {path}")
+    if options["plots"] is not None:
+        write_plots(found, options["plots"])
     if json_file == "-":
         click.echo(text)
     elif not quiet:
-        show(found.rows, found.notes)
+        show(found.rows, said)
 
 
 def specification_of(options: dict[str, Any], given: set[str], host: Host) -> Specification:

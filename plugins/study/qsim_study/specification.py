@@ -73,7 +73,9 @@ class Specification(BaseModel):
     def read(cls, path: Path) -> Self:
         """A specification from a YAML file; without a name it has the file's. Raises `RecipeError`."""
         values = read_yaml(read_text(path, RecipeError, LARGEST_FILE))
-        return cls.of({"name": path.stem} | values if isinstance(values, dict) else values)
+        if isinstance(values, dict):  # YAML 1.1 reads the key `on` as true
+            values = {"name": path.stem} | {"on" if key is True else key: value for key, value in values.items()}
+        return cls.of(values)
 
     def said(self) -> dict[str, Any]:
         """Give what was said as plain data, which `of` reads back."""

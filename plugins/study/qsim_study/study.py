@@ -31,6 +31,7 @@ class Study:
     comparisons: list[Comparison]
     """Every two cells of a model that saw the same samples; `first` and `second` are the rows' `key`."""
     notes: list[str] = field(default_factory=list)
+    name: str = "study"
 
     @property
     def rows(self) -> list[Row]:
@@ -97,7 +98,8 @@ def study(
     whole = Folder(output, dict(last[place] for place in sorted(last)))
     whole.plan(specification.name)
     renamed = [replace(one, first=last[a][0], second=last[b][0]) for (a, b), one in pairs.items()]
-    return Study(whole.cells, {key: entries[key] for key in whole.cells if key in entries}, renamed, notes)
+    found = {key: entries[key] for key in whole.cells if key in entries}
+    return Study(whole.cells, found, renamed, notes, specification.name)
 
 
 def _compute(folder: Folder, executor: Executor, host: Host, run: Run) -> None:

@@ -15,6 +15,7 @@ from qsim_core.errors import one_line
 from qsim_core.simulation.environment import version_of
 from qsim_study.cell import Cell, Entry, Scores
 from qsim_study.folder import Folder
+from qsim_study.histograms import Histograms
 
 Place = tuple[str | None, str, str]
 """A model, a device and a dtype."""
@@ -55,9 +56,15 @@ class Worker:
         bench = self._on_bench((cell.model, around.device, around.dtype))
         run = replace(around.run(self.run), work_dir=folder.path / "shared")
         on = hardware_of(around.on, self.host)
+        counted = Histograms(around.histograms)
         try:
             measured = bench.measure(
-                cell.recipe_of(self.host), around.data, calibration=around.calibration(), run=run, on=on
+                cell.recipe_of(self.host),
+                around.data,
+                calibration=around.calibration(),
+                run=run,
+                on=on,
+                observer=counted if around.histograms else None,
             )
         finally:
             if not bench.intact:
@@ -68,6 +75,7 @@ class Worker:
             result=measured.result,
             scores=Scores.of(measured.simulated),
             higher_is_better=evaluator.higher_is_better,
+            histograms=list(counted.found.values()),
         )
 
     def _on_bench(self, place: Place) -> Bench:

@@ -99,6 +99,12 @@ def test_circumstances_vary_too() -> None:
     assert [(one.calibration_seed, one.limit) for one in around] == [(0, 4), (1, 4)]
 
 
+def test_a_file_may_name_hardware(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text("models: [opt-tiny]\non: [h100]\n")  # a key that YAML 1.1 reads as true
+
+    assert Specification.read(tmp_path / "study.yaml").circumstances.on == ("h100",)
+
+
 def test_a_specification_is_read_back_from_what_it_says(tmp_path: Path) -> None:
     file = tmp_path / "formats.yaml"
     file.write_text("models: [opt-tiny]\nvary: {weights: [int4, int8]}\nlimit: 4\nexcept: [{weights: int8}]\n")
