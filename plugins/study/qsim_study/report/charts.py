@@ -18,7 +18,7 @@ from qsim_study.cell import Entry
 from qsim_study.histograms import Histogram
 from qsim_study.report.heat_map import QUANTITIES, HeatMap, Quantity, ends, heat_map
 from qsim_study.report.pareto import Series, costs, series, spans_decades, titles
-from qsim_study.study import Study
+from qsim_study.running import Study
 
 COLOURS = 6
 """Colours of series in the style sheet; more series repeat them with other symbols."""
