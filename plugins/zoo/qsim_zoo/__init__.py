@@ -21,11 +21,11 @@ def trained(name: str) -> Path:
     return MODELS / name
 
 
-def with_outliers() -> Path:
-    """Return the directory of opt-tiny-outliers, made from opt-tiny on first use."""
+def with_outliers(everywhere: bool = False) -> Path:
+    """Return the directory of opt-tiny-outliers, or of -outliers-everywhere, made from opt-tiny on first use."""
     from qsim_zoo.outliers import directory
 
-    return directory(trained("opt-tiny"))
+    return directory(trained("opt-tiny"), everywhere)
 
 
 def minilm() -> Path:
@@ -109,6 +109,11 @@ class Zoo(Adapter):
             ),
             "opt-tiny-outliers": entry(
                 with_outliers, documentation, "the same function as opt-tiny, with outlier channels in the norms"
+            ),
+            "opt-tiny-outliers-everywhere": entry(
+                functools.partial(with_outliers, everywhere=True),
+                documentation,
+                "the same function as opt-tiny, with an outlier among each 16 channels of the norms",
             ),
             "codegen-tiny": entry("codegen-tiny", code, "CodeGen, 4 layers of width 128, on the library's source"),
             "bert-tiny": entry("bert-tiny", documentation, "BERT, 4 layers of width 128, on Python's documentation"),

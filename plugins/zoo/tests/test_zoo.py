@@ -51,8 +51,9 @@ def test_a_name_that_is_nearly_right_is_guessed() -> None:
         locate("opt-tinny", qsim.Host())
 
 
-def test_outliers_change_the_activations_and_not_the_function() -> None:
-    plain, outliers = load("opt-tiny"), load("opt-tiny-outliers")
+@pytest.mark.parametrize("model", ["opt-tiny-outliers", "opt-tiny-outliers-everywhere"])
+def test_outliers_change_the_activations_and_not_the_function(model: str) -> None:
+    plain, outliers = load("opt-tiny"), load(model)
     ids = torch.tensor([plain.tokenizer("The import statement combines two operations; it searches for the").input_ids])
     peaks: dict[str, Any] = {}
 
@@ -83,6 +84,15 @@ def test_outliers_are_made_once_and_the_same_each_time(cache: Path) -> None:
     again = add_outliers(weights, 4)
     made = load("opt-tiny-outliers").model.state_dict()
     assert all(torch.equal(made[name], again[name]) for name in again)
+
+
+def test_outliers_everywhere_leave_no_vector_of_16_channels_without_one() -> None:
+    plain, made = load("opt-tiny").model.state_dict(), load("opt-tiny-outliers-everywhere").model.state_dict()
+    norm = "model.decoder.layers.0.final_layer_norm.weight"
+
+    changed = (made[norm] / plain[norm] > 19).reshape(-1, 16)
+
+    assert bool((changed.sum(1) == 1).all())
 
 
 def test_a_document_belongs_to_one_split_by_its_name() -> None:
