@@ -122,11 +122,15 @@ def _of_copy(question: Question, subject: dict[str, Any], limit: float, answers:
 
 
 def _end_with(parent: int) -> None:
-    """Have Linux end this process when its parent is killed."""
+    """Have Linux end this process when its parent is killed; `parent` asks it, and may already be gone."""
     if FORKS:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
+        try:
+            os.kill(parent, 0)
+        except ProcessLookupError:
             os._exit(1)
+        except PermissionError:  # it lives
+            pass
 
 
 def _answer(question: Question, subject: dict[str, Any]) -> dict[str, Any]:
