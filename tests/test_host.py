@@ -250,7 +250,7 @@ def test_an_installed_plugin_that_ends_its_process_ends_no_other_run(
 def test_where_a_run_is_killed_its_plugins_end_with_it(install: Install, tmp_path: Path) -> None:
     install("loops", "import os, time\nopen('started', 'w').write(str(os.getpid()))\nwhile True: time.sleep(0.01)")
     run = subprocess.Popen(
-        [sys.executable, "-c", "import qsim_core; qsim_core.Host().parse('int4')"],
+        [PYTHON, "-c", "import qsim_core; qsim_core.Host().parse('int4')"],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
     started = tmp_path / "started"
@@ -263,7 +263,7 @@ def test_where_a_run_is_killed_its_plugins_end_with_it(install: Install, tmp_pat
     state = Path("/proc", started.read_text(), "stat")
 
     def ended() -> bool:
-        """Tell if the process has ended; a process that nobody has asked for its exit code yet has."""
+        """Tell if the process has ended; one whose exit code was not asked for yet is a zombie."""
         return not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
     until = time.monotonic() + 10
