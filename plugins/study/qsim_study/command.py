@@ -142,7 +142,7 @@ def specification_of(options: dict[str, Any], given: set[str], host: Host) -> Sp
     from qsim_study.specification import Specification
 
     values: dict[str, Any] = {}
-    if options["model"] is not None and str(options["model"]).endswith((".yaml", ".yml")):
+    if options["model"] is not None and options["model"].endswith((".yaml", ".yml")):
         values = Specification.read(Path(options["model"])).said()
         options = options | {"model": None}
     for text in options["vary"]:
