@@ -339,3 +339,22 @@ def test_the_command_writes_a_recipe_that_evaluates_to_the_same_numbers(tmp_path
     again = json.loads(run("evaluate", "--recipe", recipe, "--data", reported, "--limit", 1, "--json", "-").stdout)
     assert found["result"]["simulated"] == again["simulated"]
     assert len(found["groups"]) == 4
+
+
+@pytest.mark.slow
+def test_the_recipe_that_is_found_for_bert_beats_uniform_int4(tmp_path: Path) -> None:
+    zoo = pytest.importorskip("qsim_zoo.text")
+    (tmp_path / "unseen.txt").write_text(zoo.text("valid"), encoding="utf-8")
+
+    found = search(
+        "bert-tiny",
+        weights=["int2", "int3", "int4", "int5", "int6", "int8"],
+        budget=Budget(bits=4.2039),
+        calibration=qsim.Calibration(str(tmp_path / "unseen.txt"), samples=128),
+        run=qsim.Run(batch_size=32),
+        rounds=1,
+    )
+
+    best = next(uniform for uniform in found.uniform if uniform.fits)
+    assert best.choice["weights"] == "channel(int4)"
+    assert best.verdict(found.higher_is_better) == "better"
