@@ -99,9 +99,7 @@ class Bench:
             dataset, seen = job.data(data), job.calibration(given)
             loaded = self.load()
         example = job.evaluator.example(loaded, dataset)
-        batches, drawn = None, run.seed if given.seed is None else given.seed
-        if seen is not None:
-            batches = job.evaluator.calibration(loaded, seen, given.samples, given.length, drawn)
+        batches = job.batches(loaded, seen, given, run)
         with run.stage("looking for matmuls"):
             _check_fits(job, loaded, example)
         before = time.perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -16,6 +16,7 @@ from qsim_core.evaluation.evaluator import Evaluator
 from qsim_core.evaluation.locate import Located, default_model, locate
 from qsim_core.evaluation.trained import STATE, read_state
 from qsim_core.simulation.recipe import Recipe
+from qsim_core.transforms.run import Run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 LONGEST_NAME = 255
@@ -82,6 +83,13 @@ class Job:
         if self.trained_so or (not self.recipe.transforms and not self.recipe.has_static):
             return None
         return self.calibration_data(given, str([*self.recipe.transforms, "a static scale"][0]))
+
+    def batches(self, loaded: LoadedModel, seen: Data | None, given: Calibration, run: Run) -> list[Any] | None:
+        """The batches of the calibration, drawn by its own seed or the run's; None without data. Raises `DataError`."""
+        if seen is None:
+            return None
+        seed = run.seed if given.seed is None else given.seed
+        return self.evaluator.calibration(loaded, seen, given.samples, given.length, seed)
 
     def calibration_data(self, given: Calibration, needing: str) -> Data:
         """The data for calibration. Raises `DataError` if none are named, and says what needs them."""

@@ -34,9 +34,6 @@ VARIED = (
         metavar="KEY=VALUE,…",
         help="Try each value of a key: weights=int4,e2m1, abfp.n=16,32, model=…; repeatable.",
     ),
-    click.option(
-        "--study", "file", type=click.Path(path_type=Path), metavar="FILE", help="A study in YAML; also as MODEL."
-    ),
 )
 DATA = (
     click.option("--data", type=FILE, metavar="FILE|NAME", help="Data: a file, or a name for `datasets`."),
@@ -139,6 +136,7 @@ def specification_of(options: dict[str, Any], given: set[str], host: Host) -> Sp
     from qsim_core.errors import RecipeError
     from qsim_core.simulation.recipe import read_yaml
     from qsim_study.cell import Circumstances
+    from qsim_study.lists import split
     from qsim_study.specification import Specification
 
     values: dict[str, Any] = {}
@@ -159,22 +157,6 @@ def specification_of(options: dict[str, Any], given: set[str], host: Host) -> Sp
     values["recipe"] = values.get("recipe", {}) | said
     inside = {key: options[key] for key in Circumstances.model_fields if key in given}
     return Specification.of(values | inside)
-
-
-def split(text: str) -> list[str]:
-    """Split at commas outside of brackets.
-
-    >>> split("abfp(int4, n=64),int8,[gptq, awq]")
-    ['abfp(int4, n=64)', 'int8', '[gptq, awq]']
-    """
-    parts, depth = [""], 0
-    for letter in text:
-        depth += (letter in "([{") - (letter in ")]}")
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [part.strip() for part in parts]
 
 
 def executor_of(options: dict[str, Any]) -> Executor:
@@ -208,12 +190,8 @@ def _difference(text: str | None) -> float | None:
 def _list(specification: Specification, host: Host, yes: bool, json_file: str | None) -> None:
     """Print the cells that would be computed."""
     from qsim_core.cli.console import console
-    from qsim_core.errors import QsimError
-    from qsim_study.specification import MANY
 
-    if specification.size > MANY and not yes:
-        raise QsimError(f"{specification.size:,} cells are many; allow them with --yes, or vary less")
-    cells = specification.cells(host)
+    cells = specification.cells(host, yes)
     if json_file == "-":
         click.echo(json.dumps([cell.model_dump(mode="json") for cell in cells], indent=2))
         return

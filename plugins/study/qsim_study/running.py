@@ -13,7 +13,7 @@ from qsim_study.cell import Cell, Entry
 from qsim_study.comparison import Comparison, comparisons
 from qsim_study.executors import Executor, InProcess
 from qsim_study.folder import Folder
-from qsim_study.specification import MANY, Specification
+from qsim_study.specification import Specification
 from qsim_study.table import Row, columns, doubts, rows
 
 FIRST_LOOK = 16
@@ -70,10 +70,8 @@ def study(
         specification = Specification.read(Path(specification))
     elif not isinstance(specification, Specification):
         specification = Specification.of(specification)
-    if specification.size > MANY and not many:
-        raise QsimError(f"{specification.size:,} cells are many; allow them with --yes, or vary less")
     with run.stage("planning"):
-        cells = specification.cells(host)
+        cells = specification.cells(host, many)
     executor = executor or InProcess()
     limits = [FIRST_LOOK << look for look in range(LOOKS)] if until_decided else [None]
     last: dict[int, tuple[str, Cell]] = {}

@@ -99,11 +99,14 @@ class Specification(BaseModel):
     def _named(self) -> list[str]:
         return [*self.recipes] or [""]
 
-    def cells(self, host: Host) -> list[Cell]:
-        """Every cell, those of one model together. Raises `RecipeError` for a cell that is wrong, or stands twice.
+    def cells(self, host: Host, many: bool = False) -> list[Cell]:
+        """Every cell, those of one model together. Raises `RecipeError` for a cell that is wrong, or
+        stands twice, and for more than 10,000 combinations unless `many`.
 
         Models and data are not looked at: where one is missing, its cells fail, and others run.
         """
+        if self.size > MANY and not many:
+            raise RecipeError(f"{self.size:,} cells are many; allow them with --yes, or vary less")
         for key, values in self.vary.items():
             if not values:
                 raise RecipeError(f"vary: {key} has no values")

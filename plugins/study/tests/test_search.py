@@ -13,10 +13,10 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from families import make, tokens
+from qsim_study.lists import split
 from qsim_study.search import Budget, Found, search
 from qsim_study.search.allotting import cheapest_loss
 from qsim_study.search.choices import offered
-from qsim_study.search.command import texts
 from qsim_study.search.found import Uniform
 from qsim_study.search.groups import groups_of
 from torch import Tensor, nn
@@ -296,7 +296,7 @@ def test_an_interval_that_holds_one_is_a_tie(ratio: tuple[float, float] | None, 
 
 
 def test_commas_inside_brackets_do_not_separate_choices() -> None:
-    assert texts("int3, block(int4, n=64),scaled(e2m1, 16, scale=[1, 2])") == [
+    assert split("int3, block(int4, n=64),scaled(e2m1, 16, scale=[1, 2])") == [
         "int3", "block(int4, n=64)", "scaled(e2m1, 16, scale=[1, 2])"
     ]  # fmt: skip
 

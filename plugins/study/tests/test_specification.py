@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from qsim_study import Specification
-from qsim_study.command import split
+from qsim_study.lists import split
 
 import qsim_core as qsim
 from qsim_core.components.host import installed

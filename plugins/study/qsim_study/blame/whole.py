@@ -107,10 +107,8 @@ def _check(job: Job) -> None:
 @contextmanager
 def _simulated(job: Job, bench: Bench, dataset: Data, given: Calibration, run: Run) -> Iterator[Simulation]:
     """The model under the recipe, with static scales as an evaluation has them."""
-    loaded, seen, batches = bench.load(), job.calibration(given), None
-    if seen is not None:
-        seed = run.seed if given.seed is None else given.seed
-        batches = job.evaluator.calibration(loaded, seen, given.samples, given.length, seed)
+    loaded = bench.load()
+    batches = job.batches(loaded, job.calibration(given), given, run)
     example = job.evaluator.example(loaded, dataset)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)  # they are among the notes

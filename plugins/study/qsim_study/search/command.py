@@ -87,13 +87,14 @@ def _found(options: dict[str, Any], host: Host, quiet: bool) -> Found:
     from qsim_core import Run
     from qsim_core.cli import progress
     from qsim_core.cli.recipe_options import calibration_of, hardware_of, recipe_of
+    from qsim_study.lists import split
     from qsim_study.search.choices import KEYS
     from qsim_study.search.found import Budget
     from qsim_study.search.searching import search as allot
 
     progress.hush_libraries()
     warnings.simplefilter("ignore", CalibrationWarning)  # the result has them
-    several = {key: texts(options[key]) for key in KEYS if options[key] is not None}
+    several = {key: split(options[key]) for key in KEYS if options[key] is not None}
     options = {**options, **{key: found[0] for key, found in several.items()}}
     offered = {
         key: [getattr(recipe_of({**options, key: text}, host), key) for text in found] for key, found in several.items()
@@ -119,19 +120,3 @@ def _found(options: dict[str, Any], host: Host, quiet: bool) -> Found:
         on=hardware_of(options["on"], host),
         rounds=options["rounds"],
     )
-
-
-def texts(several: str) -> list[str]:
-    """Split a text at the commas that stand outside brackets.
-
-    >>> texts("int3, block(int4, n=64)")
-    ['int3', 'block(int4, n=64)']
-    """
-    parts, depth = [""], 0
-    for letter in several:
-        depth += (letter in "([") - (letter in ")]")
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [part.strip() for part in parts]

@@ -41,7 +41,7 @@ class Trials:
         ]
         self._calibration = None
         if job.recipe.transforms or job.recipe.has_static:
-            self._calibration = job.evaluator.calibration(loaded, data, given.samples, given.length, seed)
+            self._calibration = job.batches(loaded, data, given, run)
         self._structure = job.located.adapter.structure(loaded.model)
         self._model: Any = loaded.model
         self._example = example
