@@ -128,6 +128,8 @@ def study(ctx: click.Context, /, json_file: str | None, quiet: bool, **options: 
         click.echo(text)
     elif not quiet:
         show(found.rows, said)
+    if all("failure" in row for row in found.rows):
+        ctx.exit(1)
 
 
 def specification_of(options: dict[str, Any], given: set[str], host: Host) -> Specification:

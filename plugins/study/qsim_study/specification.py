@@ -20,6 +20,7 @@ from qsim_core.cli.recipe_options import ROLES, compose, with_setting
 from qsim_core.components.component import explain
 from qsim_core.components.host import Host
 from qsim_core.errors import did_you_mean
+from qsim_core.evaluation.data import check_source
 from qsim_core.evaluation.job import Job
 from qsim_core.files import read_text
 from qsim_core.simulation.recipe import read_yaml
@@ -103,7 +104,7 @@ class Specification(BaseModel):
         """Every cell, those of one model together. Raises `RecipeError` for a cell that is wrong, or
         stands twice, and for more than 10,000 combinations unless `many`.
 
-        Models and data are not looked at: where one is missing, its cells fail, and others run.
+        Models are not looked at: where one is missing, its cells fail, and others run.
         """
         if self.size > MANY and not many:
             raise RecipeError(f"{self.size:,} cells are many; allow them with --yes, or vary less")
@@ -149,6 +150,8 @@ class Specification(BaseModel):
         try:
             recipe = _recipe(values, settings, host)
             around = Circumstances.model_validate(circumstances)
+            for source in filter(None, (around.data, around.calibration_data)):
+                check_source(source)
         except ValidationError as error:
             raise RecipeError(f"{_label(told)}{explain(error)}") from None
         except QsimError as error:

@@ -117,7 +117,7 @@ def write_parquet(found: list[Row], path: Path) -> None:
 def show(found: list[Row], notes: list[str]) -> None:
     """Print a table for each model: recipes by rank, ties said, then what failed."""
     out = console(rows=True)
-    models = list(dict.fromkeys(row["model"] for row in found))
+    models = list(dict.fromkeys(row["model"] for row in found if "failure" not in row))
     for model in models:
         out.print(_table(str(model), [row for row in found if row["model"] == model]))
     for line in (*_lines(found), *notes):

@@ -64,6 +64,7 @@ def test_rows_and_tables_are_written(tmp_path: Path) -> None:
         (["opt-tiny", "--vary", "weights=int4", "-o", "x", "--dask", "local", "--slurm", "2"], "name one of"),
         (["opt-tiny", "--vary", "weights=int4", "-o", "x", "--difference", "half"], "is a share like 0.5%"),
         (["missing.yaml", "--dry-run"], "cannot read missing.yaml"),
+        (["opt-tiny", "--vary", "weights=int4", "-o", "x", "--data", "missing.txt"], "there is no file missing.txt"),
     ],
 )
 def test_a_wrong_command_ends_in_one_line(arguments: list[str], message: str) -> None:
@@ -71,3 +72,11 @@ def test_a_wrong_command_ends_in_one_line(arguments: list[str], message: str) ->
 
     assert run.exit_code != 0
     assert message in run.output.splitlines()[-1]
+
+
+def test_a_study_without_any_result_says_why_and_fails(tmp_path: Path) -> None:
+    run = study(str(tmp_path / "missing"), "--vary", "weights=int4", "--output", str(tmp_path / "out"), "--no-report")
+
+    assert run.exit_code == 1
+    assert "there is no directory" in " ".join(run.output.split())
+    assert "rank" not in run.output
