@@ -14,6 +14,7 @@ from qsim_core import Bench, Recipe, Run, simulate
 from qsim_core.evaluation.job import Job
 from qsim_core.transforms.forward import as_in_evaluation, call
 
+BATCH = 8
 RECIPES: dict[str, dict[str, Any]] = {
     "int4, int8": {"weights": "int4", "activations": "int8"},
     "nvfp4": {"weights": "nvfp4", "activations": "nvfp4"},
@@ -22,22 +23,26 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def row(name: str, title: str, samples: int, device: str) -> tuple[float, float, float]:
-    """Seconds of a forward of the model as it is, of one under the recipe, and of the prediction; the best of three."""
+    """Seconds of the forwards as the model is, of those under the recipe, and of the prediction; the best of three."""
     bench = Bench(name, device=device)
     job = Job.at(bench.located, Recipe.of({"model": name, **RECIPES[title]}, bench.host), bench.host)
     loaded, data = bench.load(), job.data(None)
     chosen = spread(job.evaluator.training(loaded, data, None), samples)
-    batch = {key: torch.stack([sample[key] for sample in chosen]).to(device) for key in chosen[0]}
+    batches = [
+        {key: torch.stack([sample[key] for sample in chosen[start : start + BATCH]]).to(device) for key in chosen[0]}
+        for start in range(0, len(chosen), BATCH)
+    ]
 
     def forward() -> None:
         with as_in_evaluation(loaded.model):
-            call(loaded.model, batch)
+            for batch in batches:
+                call(loaded.model, batch)
 
     plain = min(seconds(forward) for _ in range(3))
     with simulate(loaded.model, job.recipe, example=job.evaluator.example(loaded, data)) as simulation:
         forward()
         under = min(seconds(forward) for _ in range(3))
-        run = Run(batch_size=samples)
+        run = Run(batch_size=BATCH)
         predicted = min(seconds(lambda: predict(simulation, chosen, run)) for _ in range(3))
     return plain, under, predicted
 
@@ -46,10 +51,10 @@ def main() -> None:
     """Print a row for each model and recipe."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=["opt-tiny", "codegen-tiny", "bert-tiny", "vit-tiny"])
-    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    print(f"{machine(options.device)}, {options.samples} samples in a batch")
+    print(f"{machine(options.device)}, {options.samples} samples, {BATCH} in a batch")
     print("| model | recipe | forward, s | under the recipe, s | prediction, s | forwards | under the recipe |")
     print("|---|---|---|---|---|---|---|")
     for name in options.models:

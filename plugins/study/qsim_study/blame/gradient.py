@@ -27,7 +27,7 @@ from qsim_core import DataError, Run, Simulation
 from qsim_core.matmuls.call import Call
 from qsim_core.sites.site import Site
 from qsim_core.transforms.forward import as_in_evaluation, call
-from qsim_study.blame.parts import changes, steps
+from qsim_study.blame.parts import Change, KnownWeight, Step, changes, steps
 
 Sample = Mapping[str, Tensor]
 IGNORED = -100
@@ -72,6 +72,8 @@ class Gradients:
         self.sums: dict[str, Sums] = defaultdict(Sums)
         self.labels = 0
         """The labels of the batch, of which the loss is the mean."""
+        self._weights: dict[tuple[str, str], dict[Any, Tensor]] = defaultdict(dict)
+        """By site and part, the quantized parameters, which every batch multiplies."""
 
     def __call__(self, site: Site, call: Call, result: Tensor) -> Tensor:
         """Give the result with half of its error, and with a gradient."""
@@ -88,16 +90,26 @@ class Gradients:
         """The parts of the error of a call, each with its name."""
         before = exact
         for step in steps(site):
-            after = self.simulation.tried(site, call, change=step.change, arithmetic=step.arithmetic)
-            yield step.part, torch.where(after == before, 0.0, after - before)  # a mask has Inf in both
+            change = self._change(site, call, step)
+            after = self.simulation.tried(site, call, change=change, arithmetic=step.arithmetic)
+            error = after - before
+            yield step.part, torch.where(after == before, 0.0, error) if call.masked else error  # Inf - Inf is NaN
             before = after
+
+    def _change(self, site: Site, call: Call, step: Step) -> Change:
+        """The change of a part, with a parameter quantized once for all batches."""
+        weight = None if call.weight is None else call.operands[call.weight]
+        if not isinstance(weight, nn.Parameter) or step.arithmetic.simulates:
+            return step.change
+        known = self._weights[site.name, step.part]
+        return lambda quantizer: KnownWeight(step.change(quantizer), weight, known)
 
     @torch.no_grad()
     def _weigh(self, site: Site, call: Call, parts: dict[str, Tensor], gradient: Tensor) -> None:
         whole: Any = 0.0
         sums = self.sums[site.name]
         for part, error in parts.items():
-            rows = call.result.rows(error * gradient).sum(-1).double() * self.labels
+            rows = torch.linalg.vecdot(call.result.rows(error), call.result.rows(gradient)).double() * self.labels
             sums.parts[part] += float(rows.sum())
             whole = whole + rows
         sums.squares += float(whole.square().sum())

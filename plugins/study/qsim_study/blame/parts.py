@@ -56,6 +56,32 @@ class Unclipped(SiteQuantizer):
         return self.whole.by_rows
 
 
+@dataclass(frozen=True, eq=False)
+class KnownWeight(SiteQuantizer):
+    """A quantizer that computes the rows of one parameter once. The parameter has to stay as it is."""
+
+    whole: SiteQuantizer
+    weight: Tensor
+    known: dict[Any, Tensor]
+    """The quantized rows by their place in memory: a parameter may be multiplied along several axes."""
+
+    def quantize(self, x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() != self.weight.untyped_storage().data_ptr():
+            return self.whole.quantize(x)
+        place = (x.data_ptr(), x.shape, x.stride())
+        if place not in self.known:
+            self.known[place] = self.whole.quantize(x)
+        return self.known[place]
+
+    @property
+    def granularity(self) -> Granularity | None:
+        return self.whole.granularity
+
+    @property
+    def by_rows(self) -> bool:
+        return self.whole.by_rows
+
+
 def quantizers_of(site: Site) -> list[Any]:
     """The quantizers that a site has, in the order of `ROLES`."""
     roles = (role for role in ROLES if role == "output" or role == "weight" or role in site.input_roles)
