@@ -44,6 +44,7 @@ class Circumstances(_Frozen):
     calibration_seed: NonNegativeInt | None = Field(None, description="seed that draws them; none: `seed`")
     on: tuple[str, ...] = Field((), description="hardware that says what a batch costs")
     histograms: tuple[str, ...] = Field((), description="patterns of sites of which values are counted")
+    blame: NonNegativeInt = Field(0, description="samples from which the cost of each site is predicted; 0: not at all")
 
     def calibration(self) -> Calibration:
         """The choice of calibration data."""
@@ -172,6 +173,13 @@ class Scores(_Frozen):
         return LeftOut(self.values, left_out, self.in_order)
 
 
+class SiteCosts(_Frozen):
+    """The predicted cost of each site in the loss, by part; or the reason why there is none."""
+
+    costs: dict[str, dict[str, float]] = {}
+    reason: str | None = None
+
+
 class Entry(_Frozen):
     """The end of one cell: a result, or the reason why there is none."""
 
@@ -180,6 +188,7 @@ class Entry(_Frozen):
     scores: Scores | None = Field(None, description="the simulated metrics with their samples")
     higher_is_better: bool = False
     histograms: list[Histogram] = []
+    blame: SiteCosts | None = None
     failure: str | None = Field(None, description="the reason in one line")
     seconds: float = 0.0
     worker: str = ""

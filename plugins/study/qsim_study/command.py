@@ -45,6 +45,12 @@ DATA = (
     click.option(
         "--histograms", multiple=True, metavar="SITE", help="Count the values at sites, like *.fc2, for the report."
     ),
+    click.option(
+        "--blame",
+        metavar="N",
+        type=click.IntRange(0, 2**31 - 1),
+        help="Predict the cost of each site from N samples, for the report.",
+    ),
     click.option("--until-decided", is_flag=True, help="Double the samples of cells until each comparison is decided."),
     click.option("--difference", metavar="PERCENT", help="The smallest difference of a ratio that matters, like 0.5%."),
 )

@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from qsim_core import Bench, Evaluator, QsimError, Run
+from qsim_core import Bench, Evaluator, QsimError, Recipe, Run
 from qsim_core.cli.recipe_options import hardware_of
 from qsim_core.components.host import Host
 from qsim_core.errors import one_line
+from qsim_core.evaluation.job import Job
 from qsim_core.simulation.environment import version_of
-from qsim_study.cell import Cell, Entry, Scores
+from qsim_study.blame.whole import predicted
+from qsim_study.cell import Cell, Circumstances, Entry, Scores, SiteCosts
 from qsim_study.folder import Folder
 from qsim_study.histograms import Histograms
 
@@ -52,20 +54,21 @@ class Worker:
         return found.model_copy(update={"seconds": time.perf_counter() - start, "worker": here})
 
     def _measured(self, cell: Cell, folder: Folder) -> Entry:
-        around = cell.circumstances
+        around, recipe = cell.circumstances, cell.recipe_of(self.host)
         bench = self._on_bench((cell.model, around.device, around.dtype))
         run = replace(around.run(self.run), work_dir=folder.path / "shared")
         on = hardware_of(around.on, self.host)
         counted = Histograms(around.histograms)
         try:
             measured = bench.measure(
-                cell.recipe_of(self.host),
+                recipe,
                 around.data,
                 calibration=around.calibration(),
                 run=run,
                 on=on,
                 observer=counted if around.histograms else None,
             )
+            blamed = self._blamed(bench, recipe, around, run) if around.blame else None
         finally:
             if not bench.intact:
                 self._bench = None
@@ -76,7 +79,17 @@ class Worker:
             scores=Scores.of(measured.simulated),
             higher_is_better=evaluator.higher_is_better,
             histograms=list(counted.found.values()),
+            blame=blamed,
         )
+
+    def _blamed(self, bench: Bench, recipe: Recipe, around: Circumstances, run: Run) -> SiteCosts:
+        """The predicted cost of each site; the reason, if the recipe or the model allows no prediction."""
+        job = Job.at(bench.located, recipe, self.host)
+        try:
+            found = predicted(bench, job, job.data(around.data), around.calibration(), around.blame, run)
+        except QsimError as error:
+            return SiteCosts(reason=str(error))
+        return SiteCosts(costs={row.site: row.parts for row in found.rows})
 
     def _on_bench(self, place: Place) -> Bench:
         if self._bench is None or self._bench[0] != place:

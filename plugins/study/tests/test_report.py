@@ -30,6 +30,7 @@ SMALL: dict[str, Any] = {
     "data": TEXT,
     "limit": 24,
     "histograms": ["*.0.fc2", "*.no_such"],
+    "blame": 2,
 }
 
 
@@ -104,8 +105,27 @@ def test_nothing_is_loaded_from_elsewhere(page: Page) -> None:
 def test_each_cell_has_a_heat_map_of_each_quantity(page: Page) -> None:
     figures = json.loads(page.data["figures"])
 
-    assert sorted(figures["sites"]) == ["0,0", "0,1", "0,2", "1,0", "1,1", "1,2"]
+    assert sorted(figures["sites"]) == [f"{cell},{quantity}" for cell in range(2) for quantity in range(4)]
     assert all(len(figure["data"][0]["y"]) == len(figure["data"][0]["z"]) for figure in figures["sites"].values())
+
+
+def test_the_heat_map_of_predicted_costs_has_those_of_blame(found: Study, page: Page) -> None:
+    figure = json.loads(page.data["figures"])["sites"]["0,3"]["data"][0]
+    entry = next(entry for entry in found.entries.values() if entry.cell.varied["weights"] == "int4" and entry.blame)
+
+    assert figure["x"] == ["element"]
+    assert figure["z"] == [[costs["element"]] for costs in entry.blame.costs.values()]
+
+
+def test_a_recipe_that_allows_no_prediction_says_so(tmp_path: Path) -> None:
+    said = SMALL | {
+        "models": ["opt-tiny"],
+        "vary": {},
+        "recipe": SMALL["recipe"] | {"weights": "int4", "transforms": ["smoothquant"]},
+    }
+    write_report(study(said, tmp_path / "study"), path := tmp_path / "report.html")
+
+    assert "no predicted cost of sites: blame tells what" in Page(path.read_text(encoding="utf-8")).text
 
 
 def test_a_pattern_that_names_no_site_is_a_warning(page: Page) -> None:

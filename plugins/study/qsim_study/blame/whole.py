@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from qsim_core import Bench, Calibration, CalibrationWarning, Recipe, RecipeError, Run, Simulation, simulate
@@ -47,42 +48,63 @@ def blame(
     recipe = Recipe.of(recipe, host)
     bench = Bench(recipe.model, host=host, device=device, dtype=dtype)
     job = Job.at(bench.located, recipe, host)
-    _check(job)
     given, dataset = calibration or Calibration(), job.data(data)
-    with run.stage(f"loading {job.located.name}"):
-        training = job.evaluator.training(bench.load(), dataset, None)
-    chosen = spread(training, samples, run.limit)
-    with _simulated(job, bench, dataset, given, run) as simulation:
-        before = time.perf_counter()
-        prediction = predict(simulation, chosen, run)
-        seconds = {"prediction": time.perf_counter() - before}
-        sites = [site for site in simulation.sites.table.values() if changes(site)]
-        notes = [*job.notes(dtype), *simulation.warnings, *_short(line for site in sites for line in unsplit(site))]
-        found = [_row(site, prediction) for site in sites if site.name in prediction.sums]
-        environment = Environment.here(device, dtype, simulation.model)
-    found.sort(key=lambda row: -row.predicted)
-    unmet = [site.name for site in sites if site.name not in prediction.sums]
-    notes += [f"{name}: no gradient reaches it" for name in unmet]
+    costs = predicted(bench, job, dataset, given, samples, run)
     answer = Blame(
         **description(job, bench.load(), dataset, host, ()),
         metric=job.evaluator.metric,
-        sites=found,
-        labels=prediction.labels,
-        samples=len(chosen),
+        sites=costs.rows,
+        labels=costs.labels,
+        samples=costs.samples,
         limit=run.limit,
         seed=run.seed,
         data=data_record(data, dataset),
-        environment=environment,
-        notes=notes,
-        seconds=seconds,
+        environment=costs.environment,
+        notes=costs.notes,
+        seconds={"prediction": costs.seconds},
     )
     if verify or exhaustive:
         before = time.perf_counter()
-        first = len(found) if exhaustive else verify
-        answer = _verified(answer, first, leave_one_out, sites, job, bench, data, given, run)
+        first = len(costs.rows) if exhaustive else verify
+        answer = _verified(answer, first, leave_one_out, costs.sites, job, bench, data, given, run)
         answer.seconds["verification"] = time.perf_counter() - before
     answer.seconds["total"] = time.perf_counter() - start
     return answer
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """The prediction for a model under a recipe, and the circumstances in which it was made."""
+
+    rows: list[SiteBlame]
+    """The highest predicted cost first."""
+    sites: list[Site]
+    labels: int
+    samples: int
+    notes: list[str]
+    environment: Environment
+    seconds: float
+    """The time of the gradient pass."""
+
+
+def predicted(bench: Bench, job: Job, dataset: Data, given: Calibration, samples: int, run: Run) -> Predicted:
+    """Predict what each site costs, from so many samples of a data set. Raises a `QsimError`."""
+    _check(job)
+    with run.stage(f"loading {job.located.name}"):
+        loaded = bench.load()
+        chosen = spread(job.evaluator.training(loaded, dataset, None), samples, run.limit)
+    with _simulated(job, bench, dataset, given, run) as simulation:
+        before = time.perf_counter()
+        prediction = predict(simulation, chosen, run)
+        seconds = time.perf_counter() - before
+        sites = [site for site in simulation.sites.table.values() if changes(site)]
+        notes = [*job.notes(bench.dtype), *simulation.warnings]
+        notes += _short(line for site in sites for line in unsplit(site))
+        rows = [_row(site, prediction) for site in sites if site.name in prediction.sums]
+        environment = Environment.here(bench.device, bench.dtype, simulation.model)
+    rows.sort(key=lambda row: -row.predicted)
+    notes += [f"{site.name}: no gradient reaches it" for site in sites if site.name not in prediction.sums]
+    return Predicted(rows, sites, prediction.labels, len(chosen), notes, environment, seconds)
 
 
 def spread(samples: Sequence[Sample], many: int, limit: int | None = None) -> list[Sample]:

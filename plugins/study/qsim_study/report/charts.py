@@ -16,7 +16,7 @@ from typing import Any
 from qsim_core import Recipe
 from qsim_study.cell import Entry
 from qsim_study.histograms import Histogram
-from qsim_study.report.heat_map import QUANTITIES, HeatMap, Quantity, ends, heat_map
+from qsim_study.report.heat_map import BLAME, QUANTITIES, HeatMap, Quantity, blame_map, ends, heat_map
 from qsim_study.report.pareto import Series, costs, series, spans_decades, titles
 from qsim_study.running import Study
 
@@ -30,6 +30,8 @@ MOST = 300
 """Cells of which the page has heat maps and histograms; each takes some 20 kB or more."""
 ROW = 22
 """Pixels of a row of the heat map."""
+MANY_TICKS = 100
+"""Values of a format from which on their ticks are thin, so that they stay apart on a narrow screen."""
 WIDTH = 60
 """Characters of a line of a hover text."""
 
@@ -129,19 +131,28 @@ def _hover(label: str, entry: Entry) -> str:
 
 def heat_chart(study: Study) -> Iterator[Chart]:
     """The error of each site and role, for the cell and the quantity that are chosen."""
-    measured = {key: entry.result.audit for key, entry in study.entries.items() if entry.result is not None}
+    measured = {key: entry for key, entry in study.entries.items() if entry.result is not None}
     if not measured:
         return
-    audits = dict(islice(measured.items(), MOST))
-    menus = {"cell": _labels(study, audits), "quantity": [one.title for one in QUANTITIES]}
+    shown = dict(islice(measured.items(), MOST))
     caption = "Measured on one batch. The darker or brighter the colour, the worse; it means the same in all cells."
-    caption += _left_out(len(measured))
-    chart = Chart("sites", "Sites", caption, menus)
-    for second, quantity in enumerate(QUANTITIES):
-        maps = [heat_map(audit, quantity) for audit in audits.values()]
-        both = ends(maps)
-        for first, found in enumerate(maps):
-            chart.figures[f"{first},{second}"] = _heat(found, quantity, both)
+    found: dict[Quantity, dict[int, HeatMap]] = {quantity: {} for quantity in QUANTITIES}
+    for cell, entry in enumerate(shown.values()):
+        assert entry.result is not None
+        for quantity in QUANTITIES:
+            found[quantity][cell] = heat_map(entry.result.audit, quantity)
+        if entry.blame is not None and entry.blame.costs:
+            found.setdefault(BLAME, {})[cell] = blame_map(entry.blame)
+    if BLAME in found:
+        caption += (
+            " The predicted cost is that of the gradient pass of `qsim blame`, in the loss; below zero is a gain."
+        )
+    menus = {"cell": _labels(study, shown), "quantity": [one.title for one in found]}
+    chart = Chart("sites", "Sites", caption + _left_out(len(measured)), menus)
+    for second, (quantity, maps) in enumerate(found.items()):
+        both = ends(list(maps.values()))
+        for first, one in maps.items():
+            chart.figures[f"{first},{second}"] = _heat(one, quantity, both)
     yield chart
 
 
@@ -212,13 +223,14 @@ def _histogram(found: Histogram) -> dict[str, Any]:
         "marker": {"color": "var(--series-0)", "line": {"width": 0}},
         "hovertemplate": "%{x:.4~g}: %{y:.3~g} of all<extra></extra>",
     }
+    width_of_ticks = 1 if len(found.grid) < MANY_TICKS else 0.4
     ticks = {
         "type": "scatter",
         "mode": "markers",
         "x": found.grid,
         "y": [0] * len(found.grid),
         "yaxis": "y2",
-        "marker": {"symbol": "line-ns", "size": 16, "line": {"width": 1, "color": "var(--series-1)"}},
+        "marker": {"symbol": "line-ns", "size": 16, "line": {"width": width_of_ticks, "color": "var(--series-1)"}},
         "hovertemplate": "%{x:.6~g}<extra>value of the format</extra>",
     }
     outside = found.below + found.above

@@ -56,6 +56,9 @@ def warnings(study: Study) -> list[str]:
     """Notes of the study, warnings of results with the number of cells, and patterns that named no site."""
     counted = Counter(warning for result in _results(study) for warning in dict.fromkeys(result.warnings))
     found = [f"{warning} ({_count(many, 'cell')})" for warning, many in counted.items()]
+    reasons = (entry.blame.reason for entry in study.entries.values() if entry.blame is not None)
+    refused = Counter(f"no predicted cost of sites: {reason}" for reason in reasons if reason is not None)
+    found += [f"{reason} ({_count(many, 'cell')})" for reason, many in refused.items()]
     return [*study.notes, *found, *dict.fromkeys(_without_site(study))]
 
 

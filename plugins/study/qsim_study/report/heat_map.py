@@ -1,4 +1,4 @@
-"""The effect of quantizing, site by site and role by role, as a matrix."""
+"""The effect of quantizing, site by site and role by role, or part by part, as a matrix."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 
 from qsim_core import Audit
+from qsim_study.blame.parts import PARTS
+from qsim_study.cell import SiteCosts
 
 ROLES = ("input", "queries", "keys", "probabilities", "values", "weight", "output")
 """The order of columns; other roles follow."""
@@ -16,6 +18,7 @@ class Quantity:
     """A number that the audit has for each site and role."""
 
     field: str
+    """The field of the audit's measurement; empty for the predicted cost, which is not of the audit."""
     title: str
     factor: float
     unit: str
@@ -29,11 +32,12 @@ QUANTITIES = (
     Quantity("clipped", "clipped", 100, "%", ".2~g", False),
     Quantity("flushed", "flushed to zero", 100, "%", ".2~g", False),
 )
+BLAME = Quantity("", "predicted cost", 1, "in the loss", ".1~g", False)
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """One number for each site (row) and role (column); None where it is unknown, or there is no such role."""
+    """One number for each site (row) and role or part (column); None where it is unknown, or there is no such role."""
 
     sites: list[str]
     roles: list[str]
@@ -54,6 +58,14 @@ def heat_map(audit: Audit, quantity: Quantity) -> HeatMap:
     roles = [*(role for role in ROLES if role in met), *(role for role in met if role not in ROLES)]
     values = [[_value(found.get(role), quantity) for role in roles] for found in measured.values()]
     return HeatMap([*measured], roles, values)
+
+
+def blame_map(costs: SiteCosts) -> HeatMap:
+    """The matrix of predicted costs, of all parts together and of each part."""
+    parts = [part for part in PARTS if any(part in found for found in costs.costs.values())]
+    columns = parts if len(parts) < 2 else ["all", *parts]
+    sums = {site: {"all": sum(found.values()), **found} for site, found in costs.costs.items()}
+    return HeatMap([*sums], columns, [[found.get(column) for column in columns] for found in sums.values()])
 
 
 def _value(measured: object | None, quantity: Quantity) -> float | None:
