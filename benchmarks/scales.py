@@ -24,7 +24,7 @@ def smallest_normal(scale: str) -> float:
     if not isinstance(found, Format) or mantissa is None:
         return 0.0
     table = found.table()
-    return float(table[table > 0].min()) * 2**mantissa
+    return float(table[table > 0].min()) * 2.0 ** int(mantissa)
 
 
 def main() -> None:

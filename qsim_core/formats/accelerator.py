@@ -27,6 +27,7 @@ class Accelerator(Protocol):
 
     It may have further methods:
 
+        scales(quantizer, x)                  gives `quantizer.scales(x)`, or None
         attend(sites, query, key, value, …)   computes fused attention at its sites, or gives None
         compiled(source, elements)            compiles a C++ source of a plugin for this processor, or gives None
         at_once()                             a context manager: what it compiles is compiled at the first call inside
@@ -80,6 +81,15 @@ def accelerated(quantizer: Any, x: Tensor, scales: Any = None, out: Tensor | Non
     for accelerator in accelerators_by_name().values():
         found = accelerator.quantize(quantizer, x, scales, out)
         if found is not None:
+            return found
+    return None
+
+
+def accelerated_scales(quantizer: Any, x: Tensor) -> Any:
+    """Give the first accelerator's scales and zero points of `x`; None if each declines."""
+    for accelerator in accelerators_by_name().values():
+        find = getattr(accelerator, "scales", None)
+        if find is not None and (found := find(quantizer, x)) is not None:
             return found
     return None
 

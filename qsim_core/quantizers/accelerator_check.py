@@ -89,7 +89,7 @@ def _compared(accelerator: Accelerator, quantizer: Quantizer) -> Iterator[str]:
 
 
 def _ways(quantizer: Any, x: Tensor) -> dict[str, Quantize]:
-    """Give the ways in which a quantizer is used: by itself, and a scheme under scales that are held."""
+    """Give the ways in which a quantizer is used: by itself, and a scheme for scales and under scales that are held."""
     ways: dict[str, Quantize] = {"": lambda: quantizer.quantize(x)}
     if isinstance(quantizer, Scheme) and not isinstance(quantizer.granularity, tuple):
         with accelerated_by():
@@ -97,6 +97,7 @@ def _ways(quantizer: Any, x: Tensor) -> dict[str, Quantize]:
         shape = (1, 1) if quantizer.granularity == "tensor" else (*scale.shape, 1)
         held = scale.view(shape), None if zero is None else zero.view(shape)
         ways[" under held scales"] = lambda: quantizer.quantize_at(x, *held)
+        ways[": scales"] = lambda: torch.cat([part.flatten() for part in quantizer.scales(x) if part is not None])
     return ways
 
 
@@ -115,8 +116,9 @@ def _difference(accelerator: Accelerator, quantize: Quantize, x: Tensor) -> str 
     differs = (found.view(kind) != wanted.view(kind)) & ~(found.isnan() & wanted.isnan())
     if not bool(differs.any()):
         return None
-    before, one, other = (float(tensor[differs][0]) for tensor in (x, found, wanted))
+    one, other = (float(tensor[differs][0]) for tensor in (found, wanted))
+    before = f" for {float(x[differs][0])!r}" if x.shape == found.shape else ""
     return (
-        f"{int(differs.sum())} of {x.numel()} values differ, such as {one!r} for {before!r} in place "
+        f"{int(differs.sum())} of {found.numel()} values differ, such as {one!r}{before} in place "
         f"of {other!r}; an accelerator gives the same bits, or declines"
     )

@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from qsim_accumulators.panels import LANES, padded_to, panels
-from qsim_accumulators.whole_numbers import bound_of, digits_of, exact_product
+from qsim_accumulators.whole_numbers import FLOAT32_WHOLE, bound_of, digits_of, exact_product
 from qsim_core import Accumulator, QsimError, RecipeError
 from qsim_core.formats.accelerator import compiled
 from qsim_core.formats.format import table_of
@@ -66,9 +66,10 @@ class IntegerAccumulator(Accumulator):
     def multiply(self, left: QuantizedRows, right: QuantizedRows) -> Tensor:
         """Multiply rows `[..., M, K]` and `[..., N, K]` to `[..., M, N]`, block by block of common scales."""
         first, second = (2.0 ** digits_of(rows.element) for rows in (left, right))
+        single = first * second * _largest_unit(left) * _largest_unit(right)
         total: Tensor | None = None
         for x, w in left.blocks_with(right):
-            sums = self.add_up(_times(x.units, first), _times(w.units, second))
+            sums = self._added_up(_times(x.units, first), _times(w.units, second), single)
             sums.mul_(x.scale / (first * second)).mul_(w.scale.transpose(-1, -2))
             total = sums if total is None else total.add_(sums)
         assert total is not None
@@ -76,14 +77,22 @@ class IntegerAccumulator(Accumulator):
 
     def add_up(self, left: Tensor, right: Tensor) -> Tensor:
         """Multiply and add up whole numbers `[..., M, n]` and `[..., N, n]` to `[..., M, N]`."""
-        bound = bound_of(left, right)
-        if self.product is not None and not self._fits(_largest(left) * _largest(right), self.product):
-            return self._in_order(left, right)
+        return self._added_up(left, right, _largest(left) * _largest(right))
+
+    def _added_up(self, left: Tensor, right: Tensor, single: float) -> Tensor:
+        """Add up products of which none can exceed `single`; the operands are measured where that is too much."""
+        if self.product is not None and not self._fits(single, self.product):
+            single = _largest(left) * _largest(right)
+            if not self._fits(single, self.product):
+                return self._in_order(left, right)
+        bound = left.shape[-1] * single
+        if not self._fits(bound, self.bits) and (self.overflow != "wrap" or bound >= FLOAT32_WHOLE):
+            bound = min(bound, bound_of(left, right))
         exact = exact_product(left, right, bound)
         if self._fits(bound, self.bits):
             return exact.to(left.dtype)
         if self.overflow == "wrap":
-            inside = self._fits(float(exact.abs().max()), self.bits)
+            inside = self._fits(max(map(abs, torch.stack(exact.aminmax()).tolist())), self.bits)
             return (exact if inside else self._narrowed(exact, self.bits)).to(left.dtype)
         risky = exact_product(left.abs(), right.abs(), bound) > self._highest(self.bits)
         if right.dim() > 2:
@@ -192,6 +201,13 @@ class IntegerAccumulator(Accumulator):
 
 def _times(units: Tensor, factor: float) -> Tensor:
     return units if factor == 1 else units * factor
+
+
+def _largest_unit(rows: QuantizedRows) -> float:
+    """A bound on the magnitude of an operand's units: that of the format, or their own where there are zero points."""
+    if rows.scales is not None and rows.scales.zero is not None:
+        return _largest(rows.units)
+    return float(table_of(rows.element).finite.abs().max())
 
 
 def _largest(rows: Tensor) -> float:

@@ -14,7 +14,7 @@ from qsim_core.sites.sites import Sites
 from qsim_fast.causal_attention import QUERIES, SCORES
 from qsim_fast.compiled import Compiled, compiled
 from qsim_fast.kernels import native
-from qsim_fast.quantizing import cast, quantize
+from qsim_fast.quantizing import cast, quantize, scales
 from qsim_fast.tiled_attention import attend
 
 
@@ -34,6 +34,10 @@ class Fast:
         if isinstance(quantizer, Format):
             return cast(quantizer, x, out)
         return quantize(quantizer, x, scales, result=out)
+
+    def scales(self, scheme: Any, x: Tensor) -> Scales | None:
+        """Give the scales and zero points of `x`, with the reference's bits; None if the kernels cannot."""
+        return scales(scheme, x)
 
     def attend(self, sites: Sites, *args: Any, **kwargs: Any) -> Tensor | None:
         """Compute attention a few heads, or a few queries, at a time; None if its sites do not allow it."""

@@ -106,6 +106,16 @@ def encode(
     return codes, round_into(scheme, x, codes, steps, kernels, static, shift, without="scale")
 
 
+def scales(scheme: Scheme, x: Tensor) -> Scales | None:
+    """Compute `scheme.scales(x)`; None if the reference has to."""
+    if _rounding_rule(scheme.coded, x) is None or not supported(scheme):
+        return None
+    kernels, order = kernels_for(x.numel(), x.device), _memory_order(x)
+    if kernels is None or order != [*range(x.dim())] or not _blocks_fit(scheme, x.shape[-1], kernels):
+        return None
+    return _measured(scheme, _matrix(x, order), _block(scheme, x.shape[-1]), kernels)
+
+
 def without_tensor_scale(scheme: Scheme, x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize x, divided by its tensor scale, in bfloat16; give this scale, a 0-d tensor, too.
 
@@ -201,8 +211,11 @@ def _in_one_pass(scheme: Scheme, columns: int, kernels: Kernels) -> bool:
 
 def _scales_first(scheme: Scheme, x: Tensor, block: int, kernels: Kernels) -> Scales | None:
     """Compute the scales and zero points of x [A, K], [A, B] or [1, 1]; None: the kernels compute them."""
-    if _in_one_pass(scheme, x.shape[1], kernels):
-        return None
+    return None if _in_one_pass(scheme, x.shape[1], kernels) else _measured(scheme, x, block, kernels)
+
+
+def _measured(scheme: Scheme, x: Tensor, block: int, kernels: Kernels) -> Scales:
+    """Compute the scales and zero points of x [A, K], [A, B] or [1, 1], from the extremes of its blocks."""
     low, high = kernels.extremes(x, block, magnitude=scheme.symmetric and scheme.element.min < 0)
     low = -high if low is None else low
     if scheme.symmetric:
