@@ -109,8 +109,9 @@ class Scheme(Quantizer):
         bare = unscaled_format(self.scale)
         if bare is not None and not bare.wide:
             raise ValueError(f"{self.scale} as a scale needs a scale of its own, like scaled({bare}, channel)")
-        if self.scale is not None and self.scale.needs_held_scales("input") and not self.static:
-            raise ValueError(f"the scales of {self.scale} are found anew in each tensor; leave static or lsq out there")
+        held = self.scale is not None and self.scale.needs_held_scales("input") and not self.static
+        if held and (self.learns or self.scale_of_scales is None):
+            raise ValueError(f"{self.scale} as a scale can hold one static scale, that of the tensor, and learns none")
         if not self.symmetric and not element.is_integer:
             raise ValueError(f"a zero point needs an integer format, not {element}; leave symmetric=false out")
         if not self.symmetric and self.rule != "divide":
@@ -140,8 +141,16 @@ class Scheme(Quantizer):
         return self.element.draws or (self.scale is not None and self.scale.draws)
 
     def needs_held_scales(self, role: str) -> bool:
-        """True if the scales are trained, or static and not those of a weight, which does not change."""
-        return self.learns or (self.static and role != "weight")
+        """True if scales are trained, or static and not those of a weight, which does not change."""
+        return self.learns or ((self.static or self.scale_of_scales is not None) and role != "weight")
+
+    @property
+    def scale_of_scales(self) -> Scheme | None:
+        """The quantizer of the scales, if one static scale for all of them is found in calibration data."""
+        inner = self.scale
+        if self.static or not isinstance(inner, Scheme) or not inner.static or inner.learns:
+            return None
+        return inner if inner.granularity == "tensor" and inner.symmetric and inner.scale is None else None
 
     @functools.cached_property
     def coded(self) -> Format:
