@@ -1,0 +1,47 @@
+"""From a path to the reader of the checkpoint that is there."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qsim_core.components.host import Host, installed
+from qsim_core.errors import ModelError, did_you_mean, file_did_you_mean
+from qsim_core.evaluation.configuration import read_configuration
+from qsim_interop.reading.reader import Reader
+from qsim_interop.reading.tensors import Tensors
+
+READERS = {
+    "compressed-tensors": ("compressed_tensors", "CompressedTensors"),
+}
+"""`quant_method` in a configuration -> the module and the class that read such checkpoints."""
+
+
+def open_checkpoint(path: Path | str, host: Host | None = None) -> Reader:
+    """The reader of a quantized checkpoint, with the headers read. Raises `ModelError`."""
+    path = Path(path)
+    if not path.is_dir():
+        what = "is not a directory of a quantized checkpoint" if path.exists() else "does not exist"
+        raise ModelError(f"{path} {what}{file_did_you_mean(path)}")
+    config = quantization_config(path)
+    method = str(config.get("quant_method") or "a method without a name")
+    if method not in READERS:
+        raise ModelError(f"{path} is quantized by {method!r}, which is not read{did_you_mean(method, READERS)}")
+    module, name = READERS[method]
+    of: type[Reader] = getattr(importlib.import_module(f"qsim_interop.reading.{module}"), name)
+    return of(path, Tensors(path), config, host or installed())
+
+
+def quantization_config(directory: Path) -> Mapping[str, Any]:
+    """The part of a checkpoint's configuration on its quantization. Raises `ModelError` if there is none."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{directory} has no config.json; a checkpoint is a directory that save_pretrained wrote")
+    whole = read_configuration(path)
+    for part in (whole, *(part for part in whole.values() if isinstance(part, dict))):
+        found = part.get("quantization_config") or part.get("compression_config")
+        if isinstance(found, dict):
+            return found
+    raise ModelError(f"{directory} is not quantized: its config.json has no quantization_config")

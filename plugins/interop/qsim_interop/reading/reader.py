@@ -1,0 +1,116 @@
+"""The base class of readers. A reader knows how one kind of checkpoint stores its weights."""
+
+from __future__ import annotations
+
+import functools
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from qsim_core.components.host import Host
+from qsim_core.errors import ModelError
+from qsim_core.formats.quantizer import Quantizer
+from qsim_core.quantizers.scheme import Scheme
+from qsim_interop.reading.packed_weight import Layer, PackedWeight
+from qsim_interop.reading.tensors import FLOATS, Tensors
+
+EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe|shared|tok_embeddings)$")
+"""Found in the paths of modules that look rows up: their weights have two axes, and no matmul."""
+
+
+class Reader(ABC):
+    """A checkpoint of one kind: the layers that it has packed, and their values."""
+
+    method: ClassVar[str]
+    """The `quant_method` in the checkpoint's configuration."""
+
+    def __init__(self, path: Path, tensors: Tensors, config: Mapping[str, Any], host: Host) -> None:
+        self.path = path
+        self.tensors = tensors
+        self.config = config
+        self.host = host
+
+    @property
+    def kind(self) -> str:
+        """The kind of the checkpoint, for people."""
+        return self.method
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines about what the checkpoint says and qsim does not compute."""
+        return []
+
+    @abstractmethod
+    def _layers(self) -> Iterator[Layer]:
+        """The packed layers, from configuration and headers."""
+
+    @abstractmethod
+    def _read(self, layer: Layer) -> PackedWeight:
+        """The parts of a layer that has no faults."""
+
+    @abstractmethod
+    def targets(self, module: str) -> bool:
+        """Tell if the configuration wants the weight of this module packed."""
+
+    @functools.cached_property
+    def layers(self) -> list[Layer]:
+        """The packed layers in the order of the checkpoint. Raises `ModelError`."""
+        return list(self._layers())
+
+    @functools.cached_property
+    def plain(self) -> list[str]:
+        """The modules with a weight of two axes that is not packed, and that looks no rows up."""
+        packed = {layer.module for layer in self.layers}
+        found = (name.removesuffix(".weight") for name in self.tensors if self._is_plain(name))
+        return [module for module in found if module not in packed and not EMBEDDING.search(module)]
+
+    @property
+    def left(self) -> list[str]:
+        """The modules that the configuration wants packed, and that are not."""
+        return [module for module in self.plain if self.targets(module)]
+
+    @property
+    def unasked(self) -> list[str]:
+        """The modules that are packed although the configuration leaves them out."""
+        return [layer.module for layer in self.layers if not self.targets(layer.module)]
+
+    def faults(self, layer: Layer) -> Iterator[str]:
+        """Describe what keeps a layer from being read: parts that are missing, or of another shape."""
+        shared, (_, inputs) = layer.weights.granularity, layer.shape
+        if isinstance(shared, int) and inputs % shared:
+            yield f"its groups of {shared} do not divide K = {inputs}"
+            return
+        for part in layer.parts.values():
+            if part.name not in self.tensors:
+                yield f"lacks {part.name.removeprefix(f'{layer.module}.')}"
+            elif (shape := self.tensors[part.name].shape) != part.shape:
+                what = part.name.removeprefix(f"{layer.module}.")
+                yield f"{what} has shape {list(shape)}, and a weight of {list(layer.shape)} needs {list(part.shape)}"
+
+    def read(self, layer: Layer) -> PackedWeight:
+        """The codes, scales and zero points of a layer. Raises `ModelError` for one that has a fault."""
+        for fault in self.faults(layer):
+            raise ModelError(f"{self.path}: {layer.module}: {fault}; fetch or quantize the checkpoint again")
+        return self._read(layer)
+
+    def part(self, layer: Layer, role: str) -> Tensor | None:
+        """The stored tensor of a role, or None if the layer has no such part."""
+        return self.tensors.read(layer.parts[role].name) if role in layer.parts else None
+
+    def scheme(self, text: str) -> Scheme:
+        """The quantizer of a text. Raises `SpecError` if a plugin that it needs is not installed."""
+        found: Scheme = self.host.parse(text, Scheme)
+        return found
+
+    def quantizer(self, text: str) -> Quantizer:
+        """The quantizer of a text. Raises `SpecError` if a plugin that it needs is not installed."""
+        found: Quantizer = self.host.parse(text, Quantizer)
+        return found
+
+    def _is_plain(self, name: str) -> bool:
+        stored = self.tensors[name]
+        return name.endswith(".weight") and stored.dtype in FLOATS and len(stored.shape) == 2

@@ -1,0 +1,102 @@
+"""The tensors of a checkpoint by name. Headers tell shapes and dtypes; values are read one by one."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qsim_core.errors import ModelError, one_line
+from qsim_core.evaluation.configuration import read_configuration
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""The dtypes of weights that are not packed."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The header of one tensor: its dtype as safetensors writes it, its shape and its file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+
+    @property
+    def bits(self) -> int:
+        """The bits that its values take."""
+        width = re.search(r"\d+", self.dtype)
+        return (int(width[0]) if width else 8) * math.prod(self.shape)
+
+
+class Tensors(Mapping[str, Stored]):
+    """The tensors in a directory of safetensors files, and the shards that its index names and that are not there."""
+
+    def __init__(self, directory: Path) -> None:
+        """Read the headers. Raises `ModelError` for a file that is not safetensors, and where there is none."""
+        from safetensors import safe_open
+
+        self.directory = directory
+        self.lost: dict[str, list[str]] = {}
+        """Each missing shard -> the names of the tensors that the index places in it."""
+        self._headers: dict[str, Stored] = {}
+        for file in self._files():
+            with _reading(file), safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - it is not a mapping
+                    part = tensors.get_slice(name)
+                    self._headers[name] = Stored(part.get_dtype(), tuple(part.get_shape()), file)
+
+    def __getitem__(self, name: str) -> Stored:
+        return self._headers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._headers)
+
+    def __len__(self) -> int:
+        return len(self._headers)
+
+    def read(self, name: str) -> Tensor:
+        """The values of a tensor. Raises `ModelError`."""
+        from safetensors import safe_open
+
+        if name not in self._headers:
+            raise ModelError(f"{self.directory} lacks {name}")
+        file = self._headers[name].file
+        with _reading(file), safe_open(file, framework="pt") as tensors:
+            found: Tensor = tensors.get_tensor(name)
+            return found
+
+    def _files(self) -> list[Path]:
+        """The files that the index names, or every safetensors file; shards that are missing go into `lost`."""
+        index = self.directory / "model.safetensors.index.json"
+        if not index.is_file():
+            files = sorted(self.directory.glob("*.safetensors"))
+            if not files:
+                raise ModelError(f"{self.directory} has no weights: expected safetensors files")
+            return files
+        shards: dict[str, list[str]] = {}
+        placed: Any = read_configuration(index).get("weight_map")
+        for name, shard in placed.items() if isinstance(placed, dict) else ():
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise ModelError(f"{index} names {shard!r}, which is not a file beside it")
+            shards.setdefault(shard, []).append(name)
+        self.lost = {shard: names for shard, names in shards.items() if not (self.directory / shard).is_file()}
+        return [self.directory / shard for shard in shards if shard not in self.lost]
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turn the errors of the library into `ModelError`."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"cannot read {file}: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise ModelError(f"{file} is not a safetensors file, or is corrupt: {one_line(error)}") from None
