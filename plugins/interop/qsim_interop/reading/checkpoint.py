@@ -14,7 +14,10 @@ from qsim_interop.reading.reader import Reader
 from qsim_interop.reading.tensors import Tensors
 
 READERS = {
+    "awq": ("awq", "AWQ"),
     "compressed-tensors": ("compressed_tensors", "CompressedTensors"),
+    "fp8": ("fp8", "FP8"),
+    "gptq": ("gptq", "GPTQ"),
 }
 """`quant_method` in a configuration -> the module and the class that read such checkpoints."""
 

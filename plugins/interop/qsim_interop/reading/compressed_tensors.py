@@ -19,13 +19,12 @@ from qsim_core.errors import ModelError
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.quantizers.scheme import Scheme
 from qsim_interop.reading.bit_fields import from_nibbles, from_words, twos_complement
-from qsim_interop.reading.packed_weight import Layer, PackedWeight, Part
+from qsim_interop.reading.packed_weight import Layer, PackedWeight, Part, shape_of_scales
 from qsim_interop.reading.reader import Reader
+from qsim_interop.reading.tensors import SCALE_FORMATS
 
 FLOAT_FORMATS = {4: "e2m1", 6: "e2m3", 8: "e4m3"}
 """The float formats by their bits."""
-SCALE_FORMATS = {"F32": "", "BF16": "bf16", "F16": "fp16", "U8": "e8m0", "F8_E8M0": "e8m0", "F8_E4M3": "e4m3"}
-"""The dtypes of stored scales, and the formats that they stand for; float32 is not rounded."""
 LINEAR = "Linear"
 """The class in the targets of almost every configuration."""
 
@@ -71,7 +70,7 @@ class CompressedTensors(Reader):
         shape = self._shape(module, codes, args)
         symmetric, width = args.get("symmetric", True), args["num_bits"]
         weights = self._weights(module, args)
-        stored = _stored_shape(weights, shape)
+        stored = shape_of_scales(weights, shape)
         parts = {
             "codes": Part(codes, _packed_shape(self.tensors[codes].dtype, shape, width)),
             "scales": Part(f"{module}.weight_scale", stored),
@@ -154,8 +153,7 @@ class CompressedTensors(Reader):
         assert codes is not None and scales is not None
         width, zeros = layer.weights.element.width, self.part(layer, "zero_points")
         if zeros is not None and zeros.dtype == torch.int32:
-            zeros = twos_complement(from_words(zeros.T, width, layer.shape[0]).T, width)
-            zeros = _signed(zeros, width)
+            zeros = from_words(zeros.T, width, layer.shape[0]).T.to(torch.int16) - 2 ** (width - 1)
         return PackedWeight(
             layer.weights,
             _unpacked(codes, width, layer.shape[1]),
@@ -176,28 +174,12 @@ def _unpacked(codes: Tensor, width: int, columns: int) -> Tensor:
     return octets
 
 
-def _signed(codes: Tensor, width: int) -> Tensor:
-    """The numbers of codes in two's complement."""
-    numbers = codes.to(torch.int16)
-    return torch.where(numbers < 2 ** (width - 1), numbers, numbers - 2**width)
-
-
 def _packed_shape(dtype: str, shape: tuple[int, int], width: int) -> tuple[int, int]:
     """The shape of the tensor that holds the codes of a weight."""
     rows, columns = shape
     if dtype == "I32":
         return rows, math.ceil(columns * width / 32)
     return (rows, columns // 2) if dtype == "U8" else shape
-
-
-def _stored_shape(weights: Scheme, shape: tuple[int, int]) -> tuple[int, int]:
-    """The shape of the scales of a weight."""
-    (rows, columns), shared = shape, weights.granularity
-    if isinstance(shared, tuple):
-        return math.ceil(rows / shared[0]), math.ceil(columns / shared[1])
-    if isinstance(shared, int):
-        return rows, math.ceil(columns / shared)
-    return (1, 1) if shared == "tensor" else (rows, 1)
 
 
 def _is_mx(args: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -43,6 +44,16 @@ class Layer:
     def weight(self) -> str:
         """The name of the parameter."""
         return f"{self.module}.weight"
+
+
+def shape_of_scales(quantizer: Scheme, shape: tuple[int, int]) -> tuple[int, int]:
+    """The shape of the scales of a weight [N, K]."""
+    (rows, columns), shared = shape, quantizer.granularity
+    if isinstance(shared, tuple):
+        return math.ceil(rows / shared[0]), math.ceil(columns / shared[1])
+    if isinstance(shared, int):
+        return rows, math.ceil(columns / shared)
+    return (1, 1) if shared == "tensor" else (rows, 1)
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from qsim_core.components.host import Host
-from qsim_core.errors import ModelError
+from qsim_core.errors import ModelError, one_line
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.quantizers.scheme import Scheme
 from qsim_interop.reading.packed_weight import Layer, PackedWeight
@@ -20,6 +21,8 @@ from qsim_interop.reading.tensors import FLOATS, Tensors
 
 EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe|shared|tok_embeddings)$")
 """Found in the paths of modules that look rows up: their weights have two axes, and no matmul."""
+USUALLY_LEFT = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier|gate|router)$")
+"""Found in the paths of heads and routers, which methods leave as they are unless they are told otherwise."""
 
 
 class Reader(ABC):
@@ -59,7 +62,8 @@ class Reader(ABC):
     @functools.cached_property
     def layers(self) -> list[Layer]:
         """The packed layers in the order of the checkpoint. Raises `ModelError`."""
-        return list(self._layers())
+        with self._understood():
+            return list(self._layers())
 
     @functools.cached_property
     def plain(self) -> list[str]:
@@ -70,13 +74,23 @@ class Reader(ABC):
 
     @property
     def left(self) -> list[str]:
-        """The modules that the configuration wants packed, and that are not."""
-        return [module for module in self.plain if self.targets(module)]
+        """The modules that the configuration wants packed, and that are not. Raises `ModelError`."""
+        with self._understood():
+            return [module for module in self.plain if self.targets(module)]
 
     @property
     def unasked(self) -> list[str]:
-        """The modules that are packed although the configuration leaves them out."""
-        return [layer.module for layer in self.layers if not self.targets(layer.module)]
+        """The modules that are packed although the configuration leaves them out. Raises `ModelError`."""
+        with self._understood():
+            return [layer.module for layer in self.layers if not self.targets(layer.module)]
+
+    @contextlib.contextmanager
+    def _understood(self) -> Iterator[None]:
+        """Turn what a wrong configuration brings about into `ModelError`."""
+        try:
+            yield
+        except (re.error, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ModelError(f"{self.path}: its quantization_config cannot be read: {one_line(error)}") from None
 
     def faults(self, layer: Layer) -> Iterator[str]:
         """Describe what keeps a layer from being read: parts that are missing, or of another shape."""
@@ -114,3 +128,8 @@ class Reader(ABC):
     def _is_plain(self, name: str) -> bool:
         stored = self.tensors[name]
         return name.endswith(".weight") and stored.dtype in FLOATS and len(stored.shape) == 2
+
+
+def is_inside(module: str, names: Iterable[str]) -> bool:
+    """Tell if a module is one of those that a list names, by its path or the end or a part of it, or is in one."""
+    return any(f".{name}." in f".{module}." for name in names)

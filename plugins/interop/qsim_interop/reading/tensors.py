@@ -17,6 +17,8 @@ from qsim_core.evaluation.configuration import read_configuration
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes of weights that are not packed."""
+SCALE_FORMATS = {"F32": "", "BF16": "bf16", "F16": "fp16", "U8": "e8m0", "F8_E8M0": "e8m0", "F8_E4M3": "e4m3"}
+"""The dtypes of stored scales, and the formats that they stand for; float32 is not rounded."""
 
 
 @dataclass(frozen=True)
