@@ -1,4 +1,4 @@
-"""Checkpoints of AWQ in the layout `gemm`: codes are packed along the outputs, eight to a word, in an order of their own."""
+"""Checkpoints of AWQ in the layout `gemm`: a word holds the codes of eight outputs, in an order of its own."""
 
 from __future__ import annotations
 
@@ -39,9 +39,8 @@ class AWQ(Reader):
     def _layers(self) -> Iterator[Layer]:
         bits = self.config.get("bits", self.config.get("w_bit", 4))
         if self._layout != "gemm" or bits != 4:
-            raise ModelError(
-                f"{self.path} has {bits} bits in the layout {self._layout!r}; of awq, gemm of 4 bits is read"
-            )
+            has = f"{bits} bits in the layout {self._layout!r}"
+            raise ModelError(f"{self.path} has {has}; of awq, gemm of 4 bits is read")
         for name in self.tensors:
             module, _, last = name.rpartition(".")
             if last == "qweight":
@@ -72,4 +71,5 @@ class AWQ(Reader):
 def _unpacked(words: Tensor) -> Tensor:
     """The codes of all outputs in their order, uint8 [rows, 8 * columns]."""
     codes = from_words(words, 4, 8 * words.shape[1]).unflatten(-1, (-1, 8))
-    return codes[..., list(ORDER)].flatten(-2)
+    ordered: Tensor = codes[..., list(ORDER)].flatten(-2)
+    return ordered

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -38,9 +39,8 @@ class GPTQ(Reader):
 
     def targets(self, module: str) -> bool:
         if (listed := self.config.get("modules_in_block_to_quantize")) is not None:
-            return is_inside(
-                module, (name for names in listed for name in ([names] if isinstance(names, str) else names))
-            )
+            together = ([names] if isinstance(names, str) else names for names in listed)
+            return is_inside(module, itertools.chain.from_iterable(together))
         left = [pattern[2:] for pattern in self.config.get("dynamic") or () if pattern.startswith("-:")]
         if any(re.match(pattern, module) for pattern in left):
             return False

@@ -131,5 +131,5 @@ class Reader(ABC):
 
 
 def is_inside(module: str, names: Iterable[str]) -> bool:
-    """Tell if a module is one of those that a list names, by its path or the end or a part of it, or is in one."""
+    """Tell if a module is, or lies inside, one that a list names by its path or by the end of it."""
     return any(f".{name}." in f".{module}." for name in names)
