@@ -15,6 +15,7 @@ from qsim_core.components.host import Host, installed
 from qsim_core.errors import CalibrationWarning, QsimError, RecipeError
 from qsim_core.matmuls.call import Call
 from qsim_core.quantizers.learned_steps import LearnedSteps
+from qsim_core.quantizers.scales import Scales
 from qsim_core.simulation import site_state, static_calibration
 from qsim_core.simulation.audit import Audit, measured_audit
 from qsim_core.simulation.closed_modules import check_open
@@ -304,6 +305,7 @@ def simulate(
     calibration: Iterable[Example] | None = None,
     structure: Mapping[str, Sequence[str]] | None = None,
     state: Mapping[str, Tensor] | None = None,
+    final: Mapping[str, Scales | None] | None = None,
     keep: bool = True,
     run: Run | None = None,
     host: Any = None,
@@ -318,7 +320,8 @@ def simulate(
     `calibration` holds batches for transforms and static scales, each like an example; positions that an
     `attention_mask` hides are left out. A warning names a mask that the model makes inside, whose positions count.
     `structure` declares the weights that read a norm (norm's path -> names of weights), where tracing does not find
-    them. `state`, the `state_dict` of a simulation, holds the static scales. `run` shows progress.
+    them. `state`, the `state_dict` of a simulation, holds the static scales. `final` names weights that lie on their
+    grids already, with the scales of their rows or None: they are not rounded again. `run` shows progress.
 
     An `example` is a mapping of keyword arguments, a tuple of positional ones, or one argument. With it all sites are
     known at once, else after the first forward; a pattern that matches no site is then an error. `keep=False`
@@ -350,6 +353,8 @@ def simulate(
     simulation = Simulation(model, recipe, keep, exact_arithmetics(recipe, host))
     try:
         simulation._attach()
+        for name, scales in (final or {}).items():
+            simulation.sites.weights.pin(name, model.get_parameter(name), scales)
         if recipe.transforms and keep:
             simulation._before_transforms = {name: parameter.clone() for name, parameter in state_of(model)}
         batches = None

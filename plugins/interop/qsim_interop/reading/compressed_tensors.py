@@ -85,6 +85,8 @@ class CompressedTensors(Reader):
             parts["input_global_scale"] = Part(f"{module}.input_global_scale", (1,))
         elif inputs and not inputs.get("dynamic"):
             parts["input_scale"] = Part(f"{module}.input_scale", (1,))
+            if not inputs.get("symmetric", True):
+                parts["input_zero_point"] = Part(f"{module}.input_zero_point", (1,))
         return Layer(module, shape, weights, self._activations(inputs), self._as_stored(parts))
 
     def _as_stored(self, parts: dict[str, Part]) -> dict[str, Part]:

@@ -38,7 +38,8 @@ class Layer:
     activations: Quantizer | None = None
     """The quantizer of the inputs, as the checkpoint asks for it; None: they are not quantized."""
     parts: Mapping[str, Part] = field(default_factory=dict)
-    """Stored tensors by role: codes, scales, zero_points, global_scale, groups, input_scale, input_global_scale."""
+    """Stored tensors by role: codes, scales, zero_points, global_scale, groups; input_scale, input_zero_point and
+    input_global_scale of static inputs."""
 
     @property
     def weight(self) -> str:

@@ -115,6 +115,15 @@ class Reader(ABC):
         """The stored tensor of a role, or None if the layer has no such part."""
         return self.tensors.read(layer.parts[role].name) if role in layer.parts else None
 
+    def input_scales(self) -> dict[str, Tensor]:
+        """The static scales of the inputs of layers, as `Simulation.state_dict` names them. Raises `ModelError`."""
+        roles = {"input_scale": "scale", "input_zero_point": "zero"}
+        parts = [(layer, role) for layer in self.layers for role in roles if role in layer.parts]
+        return {
+            f"{layer.module}:input.{roles[role]}": self.tensors.read(layer.parts[role].name).float().reshape(1, 1)
+            for layer, role in parts
+        }
+
     def scheme(self, text: str) -> Scheme:
         """The quantizer of a text. Raises `SpecError` if a plugin that it needs is not installed."""
         found: Scheme = self.host.parse(text, Scheme)
