@@ -18,8 +18,12 @@ READERS = {
     "compressed-tensors": ("compressed_tensors", "CompressedTensors"),
     "fp8": ("fp8", "FP8"),
     "gptq": ("gptq", "GPTQ"),
+    "modelopt": ("modelopt", "ModelOpt"),
 }
 """`quant_method` in a configuration -> the module and the class that read such checkpoints."""
+
+BESIDE = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq"}
+"""Files in which methods describe the quantization where config.json does not, and the methods."""
 
 
 def open_checkpoint(path: Path | str, host: Host | None = None) -> Reader:
@@ -47,4 +51,9 @@ def quantization_config(directory: Path) -> Mapping[str, Any]:
         found = part.get("quantization_config") or part.get("compression_config")
         if isinstance(found, dict):
             return found
+    for name, method in BESIDE.items():
+        if (directory / name).is_file():
+            said = read_configuration(directory / name)
+            inner = said.get("quantization")
+            return {"quant_method": method, **(inner if isinstance(inner, dict) else said)}
     raise ModelError(f"{directory} is not quantized: its config.json has no quantization_config")
