@@ -65,7 +65,7 @@ class AWQ(Reader):
         words, scales, zeros = (self.part(layer, role) for role in ("codes", "scales", "zero_points"))
         assert words is not None and scales is not None
         zero = None if zeros is None else _unpacked(zeros).T.to(torch.int16) - 8
-        return PackedWeight(layer.weights, twos_complement(_unpacked(words).T, 4), scales.T, zero)
+        return PackedWeight(layer.scheme, twos_complement(_unpacked(words).T, 4), scales.T, zero)
 
 
 def _unpacked(words: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from qsim_core.components.host import Host, installed
 from qsim_core.errors import ModelError, did_you_mean, file_did_you_mean
 from qsim_core.evaluation.configuration import read_configuration
 from qsim_interop.reading.reader import Reader
-from qsim_interop.reading.tensors import Tensors
+from qsim_interop.reading.tensors import Safetensors
 
 READERS = {
     "awq": ("awq", "AWQ"),
@@ -28,9 +28,13 @@ BESIDE = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq"}
 
 def open_checkpoint(path: Path | str, host: Host | None = None) -> Reader:
     """The reader of a quantized checkpoint, with the headers read. Raises `ModelError`."""
-    path = Path(path)
+    path, host = Path(path), host or installed()
+    if path.suffix == ".gguf" and path.is_file():
+        from qsim_interop.reading.gguf_file import GGUF
+
+        return GGUF(path, host)
     if not path.is_dir():
-        what = "is not a directory of a quantized checkpoint" if path.exists() else "does not exist"
+        what = "is neither a directory of a quantized checkpoint nor a GGUF file" if path.exists() else "does not exist"
         raise ModelError(f"{path} {what}{file_did_you_mean(path)}")
     config = quantization_config(path)
     method = str(config.get("quant_method") or "a method without a name")
@@ -38,7 +42,7 @@ def open_checkpoint(path: Path | str, host: Host | None = None) -> Reader:
         raise ModelError(f"{path} is quantized by {method!r}, which is not read{did_you_mean(method, READERS)}")
     module, name = READERS[method]
     of: type[Reader] = getattr(importlib.import_module(f"qsim_interop.reading.{module}"), name)
-    return of(path, Tensors(path), config, host or installed())
+    return of(path, Safetensors(path), config, host)
 
 
 def quantization_config(directory: Path) -> Mapping[str, Any]:

@@ -24,7 +24,8 @@ SHOWN = 20
 def check(ctx: click.Context, checkpoint: Path, as_json: bool) -> None:
     """Check a quantized checkpoint: what it holds, the recipe it stands for, and what is wrong with it.
 
-    Headers and scales are read; no model is built, and no GPU is needed. The exit code is 1 if anything is wrong.
+    CHECKPOINT is a directory that save_pretrained wrote, or a GGUF file. Headers and scales are read; no model is
+    built, and no GPU is needed. The exit code is 1 if anything is wrong.
     """
     from qsim_interop.reading.checkpoint import open_checkpoint
     from qsim_interop.reading.findings import examine
@@ -46,7 +47,8 @@ def _plain(examined: Examined) -> dict[str, Any]:
             {
                 "module": layer.module,
                 "shape": list(layer.shape),
-                "weights": str(layer.weights),
+                "weights": None if layer.weights is None else str(layer.weights),
+                "form": layer.form or None,
                 "activations": None if layer.activations is None else str(layer.activations),
             }
             for layer in examined.layers
@@ -67,12 +69,13 @@ def _show(examined: Examined) -> None:
 
     out = console()
     out.print(f"{examined.kind}", highlight=False)
-    table = Table("layers", "weights", "weight", "inputs", box=None, pad_edge=False)
-    alike = Counter((str(layer.weights), str(layer.activations or "as they are")) for layer in examined.layers)
-    sizes: Counter[tuple[str, str]] = Counter()
+    table = Table("layers", "weights", "stored as", "inputs", box=None, pad_edge=False)
+    layers, sizes = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for layer in examined.layers:
-        sizes[str(layer.weights), str(layer.activations or "as they are")] += math.prod(layer.shape)
-    for (weights, activations), count in alike.items():
+        key = str(layer.weights or layer.form), str(layer.activations or "as they are")
+        layers[key] += 1
+        sizes[key] += math.prod(layer.shape)
+    for (weights, activations), count in layers.items():
         table.add_row(f"{count}", f"{sizes[weights, activations]:,}", weights, activations)
     out.print(table)
     if examined.bits_per_weight is not None:

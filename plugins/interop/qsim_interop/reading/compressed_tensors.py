@@ -153,16 +153,16 @@ class CompressedTensors(Reader):
     def _read(self, layer: Layer) -> PackedWeight:
         codes, scales = self.part(layer, "codes"), self.part(layer, "scales")
         assert codes is not None and scales is not None
-        width, zeros = layer.weights.element.width, self.part(layer, "zero_points")
+        width, zeros = layer.scheme.element.width, self.part(layer, "zero_points")
         if zeros is not None and zeros.dtype == torch.int32:
             zeros = from_words(zeros.T, width, layer.shape[0]).T.to(torch.int16) - 2 ** (width - 1)
         return PackedWeight(
-            layer.weights,
+            layer.scheme,
             _unpacked(codes, width, layer.shape[1]),
             scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else torch.atleast_2d(scales),
             zeros if zeros is None else torch.atleast_2d(zeros),
             self.part(layer, "global_scale"),
-            divides=True,
+            applied="divide",
         )
 
 

@@ -108,18 +108,12 @@ def _findings(reader: Reader) -> Iterator[Finding]:
 
 def _of_scales(reader: Reader, layer: Layer) -> Iterator[Finding]:
     """Find scales that are not positive numbers."""
-    for role in ("scales", "global_scale", "input_scale", "input_global_scale"):
-        values = reader.part(layer, role)
-        if values is None:
-            continue
-        values, what = values.float(), layer.parts[role].name.removeprefix(f"{layer.module}.")
-        for wrong, found in {
-            "not finite": ~values.isfinite(),
-            "zero": values == 0,
-            "negative": values < 0,
-        }.items():
-            if count := int(found.sum()):
-                yield Finding(layer.module, f"{count} of {values.numel()} values of {what} are {wrong}")
+    for what, stored in reader.scales(layer).items():
+        values = stored.float()
+        wrong = {"not finite": ~values.isfinite(), "zero": values == 0, "negative": values < 0}
+        for how in reader.wrong_scales:
+            if count := int(wrong[how].sum()):
+                yield Finding(layer.module, f"{count} of {values.numel()} values of {what} are {how}")
 
 
 def _of_fused(reader: Reader, layers: list[Layer]) -> Iterator[Finding]:

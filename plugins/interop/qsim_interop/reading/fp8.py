@@ -68,4 +68,4 @@ class FP8(Reader):
         codes, scales = self.part(layer, "codes"), self.part(layer, "scales")
         assert codes is not None and scales is not None
         scales = scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales
-        return PackedWeight(layer.weights, codes.view(torch.uint8), torch.atleast_2d(scales))
+        return PackedWeight(layer.scheme, codes.view(torch.uint8), torch.atleast_2d(scales))

@@ -75,12 +75,12 @@ class GPTQ(Reader):
         parts = (self.part(layer, role) for role in ("codes", "scales", "zero_points", "groups"))
         words, scales, zeros, groups = parts
         assert words is not None and scales is not None and zeros is not None
-        (rows, columns), width = layer.shape, layer.weights.element.width
+        (rows, columns), width = layer.shape, layer.scheme.element.width
         stored = from_words(zeros, width, rows).T.to(torch.int16)
         zero = (stored + LAYOUTS[self._layout]) % 2**width - 2 ** (width - 1)
         codes = twos_complement(from_words(words.T, width, columns), width)
         order = None if groups is None or torch.equal(groups, _in_order(layer)) else groups
-        return PackedWeight(layer.weights, codes, scales.T, zero if bool(zero.any()) else None, groups=order)
+        return PackedWeight(layer.scheme, codes, scales.T, zero if bool(zero.any()) else None, groups=order)
 
 
 def integers(bits: int, size: int, symmetric: bool, dtype: str) -> str:
@@ -94,6 +94,6 @@ def integers(bits: int, size: int, symmetric: bool, dtype: str) -> str:
 
 def _in_order(layer: Layer) -> Tensor:
     """The groups of inputs that lie side by side."""
-    size = layer.weights.granularity
+    size = layer.scheme.granularity
     columns = torch.arange(layer.shape[1], dtype=torch.int32)
     return columns // size if isinstance(size, int) else torch.zeros_like(columns)

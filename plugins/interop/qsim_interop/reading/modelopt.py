@@ -86,4 +86,4 @@ class ModelOpt(Reader):
         codes, scales = self.part(layer, "codes"), self.part(layer, "scales")
         assert codes is not None and scales is not None
         units = from_nibbles(codes) if codes.dtype == torch.uint8 else codes.view(torch.uint8)
-        return PackedWeight(layer.weights, units, torch.atleast_2d(scales), None, self.part(layer, "global_scale"))
+        return PackedWeight(layer.scheme, units, torch.atleast_2d(scales), None, self.part(layer, "global_scale"))

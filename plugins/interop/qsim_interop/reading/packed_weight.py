@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from qsim_core.errors import ModelError
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.quantizers.scales import Scales
 from qsim_core.quantizers.scheme import Scheme
@@ -33,13 +35,23 @@ class Layer:
     """The module's path in the model."""
     shape: tuple[int, int]
     """Outputs and inputs, [N, K]."""
-    weights: Scheme
-    """The quantizer that the weight stands for."""
+    weights: Scheme | None
+    """The quantizer that the weight stands for; None: qsim has none, and the values alone are read."""
     activations: Quantizer | None = None
     """The quantizer of the inputs, as the checkpoint asks for it; None: they are not quantized."""
     parts: Mapping[str, Part] = field(default_factory=dict)
     """Stored tensors by role: codes, scales, zero_points, global_scale, groups; input_scale, input_zero_point and
     input_global_scale of static inputs."""
+
+    form: str = ""
+    """The name of the stored format, where it is not the quantizer's."""
+
+    @property
+    def scheme(self) -> Scheme:
+        """The quantizer that the weight stands for. Raises `ModelError` if qsim has none."""
+        if self.weights is None:
+            raise ModelError(f"{self.module} is of type {self.form}: its values alone are read, by `dequantize`")
+        return self.weights
 
     @property
     def weight(self) -> str:
@@ -62,7 +74,7 @@ class PackedWeight:
     """The codes of a weight [N, K] and everything that gives them a value.
 
     Scales and zero points are stored for blocks: [N or 1 or ceil(N / r), blocks]. The value of an element is
-    (code's value - zero point) * scale, and the scale is multiplied or divided by the global scale first.
+    (code's value - zero point) * scale, with the global scale in the scale.
     """
 
     quantizer: Scheme
@@ -75,8 +87,8 @@ class PackedWeight:
     """Zero points as whole numbers, in the shape of the scales; None for symmetric scales."""
     global_scale: Tensor | None = None
     """One number for the whole tensor; None if the format has none."""
-    divides: bool = False
-    """True if the block scales are divided by the global scale, as compressed-tensors stores it."""
+    applied: Literal["multiply", "divide", "last"] = "multiply"
+    """The block scales are multiplied or divided by the global scale; or the weight is multiplied by it, last."""
     groups: Tensor | None = None
     """The group of each column, [K], where columns were quantized in another order; None: groups lie side by side."""
 
@@ -87,12 +99,12 @@ class PackedWeight:
         if self.global_scale is None:
             return scales
         by = self.global_scale.float().reshape(())
-        return scales / by if self.divides else scales * by
+        return scales / by if self.applied == "divide" else scales * by
 
     @property
     def known_scales(self) -> Scales | None:
         """The scales and zero points by row and block, as a simulation knows them; None for tiles and other orders."""
-        if self.groups is not None or isinstance(self.quantizer.granularity, tuple):
+        if self.groups is not None or isinstance(self.quantizer.granularity, tuple) or self.applied == "last":
             return None
         return Scales(self.effective_scales, None if self.zero_points is None else self.zero_points.float())
 
@@ -101,10 +113,12 @@ class PackedWeight:
         return self.quantizer.element.full().from_codes(self.codes, torch.float32)
 
     def dequantize(self) -> Tensor:
-        """The weight's values in float32, each rounded once at most."""
+        """The weight's values in float32, computed in the order in which the format's own library computes them."""
         units = self.units()
         if self.zero_points is not None:
             units = units - self._spread(self.zero_points.float())
+        if self.global_scale is not None and self.applied == "last":
+            return units * self._spread(self.scales.float()) * self.global_scale.float().reshape(())
         return units * self._spread(self.effective_scales)
 
     def _spread(self, per_block: Tensor) -> Tensor:

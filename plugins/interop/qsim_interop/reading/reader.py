@@ -19,7 +19,7 @@ from qsim_core.quantizers.scheme import Scheme
 from qsim_interop.reading.packed_weight import Layer, PackedWeight
 from qsim_interop.reading.tensors import FLOATS, Tensors
 
-EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe|shared|tok_embeddings)$")
+EMBEDDING = re.compile(r"embe?d|(^|\.)(wte|wpe|shared|tok_embeddings)$")
 """Found in the paths of modules that look rows up: their weights have two axes, and no matmul."""
 USUALLY_LEFT = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier|gate|router)$")
 """Found in the paths of heads and routers, which methods leave as they are unless they are told otherwise."""
@@ -30,6 +30,8 @@ class Reader(ABC):
 
     method: ClassVar[str]
     """The `quant_method` in the checkpoint's configuration."""
+    wrong_scales: ClassVar[tuple[str, ...]] = ("not finite", "zero", "negative")
+    """The scales that are wrong in such a checkpoint."""
 
     def __init__(self, path: Path, tensors: Tensors, config: Mapping[str, Any], host: Host) -> None:
         self.path = path
@@ -94,7 +96,7 @@ class Reader(ABC):
 
     def faults(self, layer: Layer) -> Iterator[str]:
         """Describe what keeps a layer from being read: parts that are missing, or of another shape."""
-        shared, (_, inputs) = layer.weights.granularity, layer.shape
+        shared, (_, inputs) = None if layer.weights is None else layer.weights.granularity, layer.shape
         if isinstance(shared, int) and inputs % shared:
             yield f"its groups of {shared} do not divide K = {inputs}"
             return
@@ -110,6 +112,19 @@ class Reader(ABC):
         for fault in self.faults(layer):
             raise ModelError(f"{self.path}: {layer.module}: {fault}; fetch or quantize the checkpoint again")
         return self._read(layer)
+
+    def dequantize(self, layer: Layer) -> Tensor:
+        """The values of a layer's weight in float32. Raises `ModelError` for one that has a fault."""
+        return self.read(layer).dequantize()
+
+    def scales(self, layer: Layer) -> dict[str, Tensor]:
+        """The scales of a layer by their names, for someone to look at."""
+        roles = ("scales", "global_scale", "input_scale", "input_global_scale")
+        return {
+            layer.parts[role].name.removeprefix(f"{layer.module}."): self.tensors.read(layer.parts[role].name)
+            for role in roles
+            if role in layer.parts
+        }
 
     def part(self, layer: Layer, role: str) -> Tensor | None:
         """The stored tensor of a role, or None if the layer has no such part."""

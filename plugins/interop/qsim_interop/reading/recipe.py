@@ -15,7 +15,7 @@ def recipe_of(layers: Iterable[Layer], plain: Iterable[str], host: Host) -> Reci
 
     Layers that end in the same name, and are all packed in the same way, share a pattern like `*.q_proj`.
     """
-    said = {layer.module: _quantizers(layer) for layer in layers}
+    said = {layer.module: quantizers for layer in layers if (quantizers := _quantizers(layer))}
     known = {**dict.fromkeys(plain), **said}
     overrides: dict[str, Any] = {}
     for module, quantizers in said.items():

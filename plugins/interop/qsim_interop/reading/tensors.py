@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,30 +29,17 @@ class Stored:
     dtype: str
     shape: tuple[int, ...]
     file: Path
-
-    @property
-    def bits(self) -> int:
-        """The bits that its values take."""
-        width = re.search(r"\d+", self.dtype)
-        return (int(width[0]) if width else 8) * math.prod(self.shape)
+    bits: int
+    """The bits that its values take."""
 
 
-class Tensors(Mapping[str, Stored]):
-    """The tensors in a directory of safetensors files, and the shards that its index names and that are not there."""
+class Tensors(Mapping[str, Stored], ABC):
+    """The headers of a checkpoint's tensors by name, and a way to read the values of one."""
 
-    def __init__(self, directory: Path) -> None:
-        """Read the headers. Raises `ModelError` for a file that is not safetensors, and where there is none."""
-        from safetensors import safe_open
-
-        self.directory = directory
-        self.lost: dict[str, list[str]] = {}
-        """Each missing shard -> the names of the tensors that the index places in it."""
-        self._headers: dict[str, Stored] = {}
-        for file in self._files():
-            with _reading(file), safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - it is not a mapping
-                    part = tensors.get_slice(name)
-                    self._headers[name] = Stored(part.get_dtype(), tuple(part.get_shape()), file)
+    def __init__(self, headers: Mapping[str, Stored], lost: Mapping[str, list[str]] | None = None) -> None:
+        self._headers = headers
+        self.lost = lost or {}
+        """Each missing file -> the names of the tensors that should be in it."""
 
     def __getitem__(self, name: str) -> Stored:
         return self._headers[name]
@@ -62,33 +50,62 @@ class Tensors(Mapping[str, Stored]):
     def __len__(self) -> int:
         return len(self._headers)
 
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """The values of a tensor. Raises `ModelError`."""
+
+
+class Safetensors(Tensors):
+    """The tensors in a directory of safetensors files."""
+
+    def __init__(self, directory: Path) -> None:
+        """Read the headers. Raises `ModelError` for a file that is not safetensors, and where there is none."""
+        from safetensors import safe_open
+
+        self.directory = directory
+        files, lost = self._files()
+        headers = {}
+        for file in files:
+            with _reading(file), safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - it is not a mapping
+                    part = tensors.get_slice(name)
+                    dtype, shape = part.get_dtype(), tuple(part.get_shape())
+                    headers[name] = Stored(dtype, shape, file, _width(dtype) * math.prod(shape))
+        super().__init__(headers, lost)
+
     def read(self, name: str) -> Tensor:
         """The values of a tensor. Raises `ModelError`."""
         from safetensors import safe_open
 
-        if name not in self._headers:
+        if name not in self:
             raise ModelError(f"{self.directory} lacks {name}")
-        file = self._headers[name].file
+        file = self[name].file
         with _reading(file), safe_open(file, framework="pt") as tensors:
             found: Tensor = tensors.get_tensor(name)
             return found
 
-    def _files(self) -> list[Path]:
-        """The files that the index names, or every safetensors file; shards that are missing go into `lost`."""
+    def _files(self) -> tuple[list[Path], dict[str, list[str]]]:
+        """The files that the index names, or every safetensors file; and the shards that are missing."""
         index = self.directory / "model.safetensors.index.json"
         if not index.is_file():
             files = sorted(self.directory.glob("*.safetensors"))
             if not files:
                 raise ModelError(f"{self.directory} has no weights: expected safetensors files")
-            return files
+            return files, {}
         shards: dict[str, list[str]] = {}
         placed: Any = read_configuration(index).get("weight_map")
         for name, shard in placed.items() if isinstance(placed, dict) else ():
             if not isinstance(shard, str) or Path(shard).name != shard:
                 raise ModelError(f"{index} names {shard!r}, which is not a file beside it")
             shards.setdefault(shard, []).append(name)
-        self.lost = {shard: names for shard, names in shards.items() if not (self.directory / shard).is_file()}
-        return [self.directory / shard for shard in shards if shard not in self.lost]
+        lost = {shard: names for shard, names in shards.items() if not (self.directory / shard).is_file()}
+        return [self.directory / shard for shard in shards if shard not in lost], lost
+
+
+def _width(dtype: str) -> int:
+    """The bits of an element, which the name of its dtype says."""
+    width = re.search(r"\d+", dtype)
+    return int(width[0]) if width else 8
 
 
 @contextlib.contextmanager
