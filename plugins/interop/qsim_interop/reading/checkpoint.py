@@ -19,6 +19,7 @@ READERS = {
     "fp8": ("fp8", "FP8"),
     "gptq": ("gptq", "GPTQ"),
     "modelopt": ("modelopt", "ModelOpt"),
+    "torchao": ("torchao_tensors", "TorchAO"),
 }
 """`quant_method` in a configuration -> the module and the class that read such checkpoints."""
 
@@ -30,7 +31,7 @@ def open_checkpoint(path: Path | str, host: Host | None = None) -> Reader:
     """The reader of a quantized checkpoint, with the headers read. Raises `ModelError`."""
     path, host = Path(path), host or installed()
     if path.suffix == ".gguf" and path.is_file():
-        from qsim_interop.reading.gguf_file import GGUF
+        from qsim_interop.reading.formats.gguf_file import GGUF
 
         return GGUF(path, host)
     if not path.is_dir():
@@ -41,7 +42,7 @@ def open_checkpoint(path: Path | str, host: Host | None = None) -> Reader:
     if method not in READERS:
         raise ModelError(f"{path} is quantized by {method!r}, which is not read{did_you_mean(method, READERS)}")
     module, name = READERS[method]
-    of: type[Reader] = getattr(importlib.import_module(f"qsim_interop.reading.{module}"), name)
+    of: type[Reader] = getattr(importlib.import_module(f"qsim_interop.reading.formats.{module}"), name)
     return of(path, Safetensors(path), config, host)
 
 

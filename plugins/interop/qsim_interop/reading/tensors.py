@@ -36,10 +36,12 @@ class Stored:
 class Tensors(Mapping[str, Stored], ABC):
     """The headers of a checkpoint's tensors by name, and a way to read the values of one."""
 
-    def __init__(self, headers: Mapping[str, Stored], lost: Mapping[str, list[str]] | None = None) -> None:
+    def __init__(self, headers: Mapping[str, Stored]) -> None:
         self._headers = headers
-        self.lost = lost or {}
+        self.lost: dict[str, list[str]] = {}
         """Each missing file -> the names of the tensors that should be in it."""
+        self.metadata: dict[str, str] = {}
+        """The texts that the headers of the files hold beside the tensors."""
 
     def __getitem__(self, name: str) -> Stored:
         return self._headers[name]
@@ -64,14 +66,17 @@ class Safetensors(Tensors):
 
         self.directory = directory
         files, lost = self._files()
-        headers = {}
+        headers: dict[str, Stored] = {}
+        metadata: dict[str, str] = {}
         for file in files:
             with _reading(file), safe_open(file, framework="pt") as tensors:
+                metadata.update(tensors.metadata() or {})
                 for name in tensors.keys():  # noqa: SIM118 - it is not a mapping
                     part = tensors.get_slice(name)
                     dtype, shape = part.get_dtype(), tuple(part.get_shape())
                     headers[name] = Stored(dtype, shape, file, _width(dtype) * math.prod(shape))
-        super().__init__(headers, lost)
+        super().__init__(headers)
+        self.lost, self.metadata = lost, metadata
 
     def read(self, name: str) -> Tensor:
         """The values of a tensor. Raises `ModelError`."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qsim_core.components.host import Host
 from qsim_core.errors import ModelError, one_line
-from qsim_interop.reading.bit_fields import twos_complement
+from qsim_interop.reading.formats.bit_fields import twos_complement
 from qsim_interop.reading.packed_weight import Layer, PackedWeight, Part
 from qsim_interop.reading.reader import Reader
 from qsim_interop.reading.tensors import FLOATS, Stored, Tensors

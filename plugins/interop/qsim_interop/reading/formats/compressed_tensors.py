@@ -18,7 +18,7 @@ from torch import Tensor
 from qsim_core.errors import ModelError
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.quantizers.scheme import Scheme
-from qsim_interop.reading.bit_fields import from_nibbles, from_words, twos_complement
+from qsim_interop.reading.formats.bit_fields import from_nibbles, from_words, twos_complement
 from qsim_interop.reading.packed_weight import Layer, PackedWeight, Part, shape_of_scales
 from qsim_interop.reading.reader import Reader
 from qsim_interop.reading.tensors import SCALE_FORMATS

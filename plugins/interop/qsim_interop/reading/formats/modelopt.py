@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from qsim_core.errors import ModelError
-from qsim_interop.reading.bit_fields import from_nibbles
+from qsim_interop.reading.formats.bit_fields import from_nibbles
 from qsim_interop.reading.packed_weight import Layer, PackedWeight, Part, shape_of_scales
 from qsim_interop.reading.reader import USUALLY_LEFT, Reader, is_inside
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qsim_core.errors import ModelError
-from qsim_interop.reading.bit_fields import from_words, twos_complement
+from qsim_interop.reading.formats.bit_fields import from_words, twos_complement
 from qsim_interop.reading.packed_weight import Layer, PackedWeight, Part
 from qsim_interop.reading.reader import USUALLY_LEFT, Reader, is_inside
 from qsim_interop.reading.tensors import SCALE_FORMATS
