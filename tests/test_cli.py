@@ -132,7 +132,7 @@ def test_a_result_has_everything_that_its_schema_promises(record: Path) -> None:
     result = json.loads(record.read_text())
 
     assert set(result) == {
-        "schema_version", "model", "adapter", "weights", "recipe", "evaluator", "protocol", "metric", "baseline", "simulated",
+        "schema_version", "model", "adapter", "weights", "recipe", "evaluator", "protocol", "metric", "baseline", "baseline_of", "simulated", "alone",
         "intervals", "samples", "audit", "plugins", "environment", "data", "calibration", "transforms", "warnings", "batch_size", "limit", "seed", "seconds", "cached",
     }  # fmt: skip
     assert result["recipe"] == {

@@ -35,6 +35,9 @@ FREE_BESIDE_A_RECORD = frozenset({"record", "device", "dry_run", "work_dir", "sa
 """The options that a record does not decide. `--allow-code-execution` is one: a record allows nothing."""
 
 
+BASELINE = click.option(
+    "--baseline", metavar="MODEL", help="Compare with this model; default: MODEL as it is, with no quantizer."
+)
 RECORD = click.option(
     "--from", "record", type=click.Path(path_type=Path), metavar="FILE", help="Run a result's record again."
 )
@@ -75,13 +78,13 @@ OUTPUT = (
 
 
 @click.command(cls=Headed)
-@with_options((*RECIPE, RECORD), "Recipe")
+@with_options((*RECIPE, RECORD, BASELINE), "Recipe")
 @with_options((*DATA, *CALIBRATION), "Data")
 @with_options(COMPUTATION, "Computation")
 @with_options(OUTPUT)
 @click.pass_context
 def evaluate(ctx: click.Context, /, json_file: str | None, quiet: bool, **options: Any) -> None:
-    """Measure MODEL as it is and in another precision.
+    """Measure MODEL as it is and in another precision; without a recipe, as it is.
 
     MODEL is a directory, a hub name, or the name of a model that a plugin brings. Default: the model that an installed
     plugin declares as the default.
@@ -128,7 +131,7 @@ def _job(options: dict[str, Any], given: set[str], before: Result | None, host: 
     from qsim_core.evaluation.record import recipe_of as recipe_of_record
 
     if before is None:
-        return recipe_of(options, host), options
+        return recipe_of(options, host, alone=True), options
     device = {"device": options["device"]} if "device" in given else {}
     return recipe_of_record(before, host), options | _recorded(before) | device
 
@@ -143,6 +146,7 @@ def _recorded(before: Result) -> dict[str, Any]:
         "dtype": before.environment.dtype,
         "device": before.environment.device,
         "on": tuple(before.audit.costs),
+        "baseline": before.baseline_of,
     }
     if (looked_at := before.calibration) is not None:
         options["calibration_data"] = looked_at.source
@@ -184,6 +188,7 @@ def _measured(recipe: Recipe, options: dict[str, Any], before: Result | None, ho
         calibration=calibration_of(options),
         samples=options["samples"],
         on=hardware_of(options["on"], host),
+        baseline=options["baseline"],
         run=Run(
             options["batch_size"],
             options["limit"],

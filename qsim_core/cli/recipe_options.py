@@ -57,10 +57,11 @@ HOW_TO_NAME: dict[type[Component], str] = {
 """The options that choose a component which `--plugin` does not choose."""
 
 
-def recipe_of(options: Mapping[str, Any], host: Host) -> Recipe:
+def recipe_of(options: Mapping[str, Any], host: Host, alone: bool = False) -> Recipe:
     """The recipe of a command with the options `RECIPE`. Raises a `QsimError`.
 
-    The evaluator that goes with the model is filled in for `--set`, which may name it.
+    The evaluator that goes with the model is filled in for `--set`, which may name it. With `alone` a model that is
+    named may go without a recipe.
     """
     texts = {role: options[role] for role in ROLES}
     recipe = compose(
@@ -70,8 +71,8 @@ def recipe_of(options: Mapping[str, Any], host: Host) -> Recipe:
         recipe = recipe.model_copy(update={"evaluate": Job.of(recipe, host).evaluator})
     for setting in options["settings"]:
         recipe = with_setting(host, recipe, setting)
-    trained = recipe.model is not None and (place(recipe.model) / RECORD).is_file()
-    if not recipe.quantizes and not recipe.transforms and not trained:
+    said = recipe.model is not None and (alone or (place(recipe.model) / RECORD).is_file())
+    if not recipe.quantizes and not recipe.transforms and not said:
         raise RecipeError("nothing to do: say --plugin, --precision, --weights, --activations or --recipe")
     return recipe
 

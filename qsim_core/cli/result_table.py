@@ -23,9 +23,10 @@ def show(result: Result) -> None:
     table = recipe_table(result)
     table.add_section()
     table.add_row(f"{result.environment.dtype} {result.metric}", measured(result, "baseline"))
-    table.add_row(f"simulated {result.metric}", Text(measured(result, "simulated"), "bold"))
-    if not isnan(result.ratio):
-        table.add_row("ratio", with_interval(result.ratio, _interval(result, "ratio")))
+    if not result.alone:
+        table.add_row(f"simulated {result.metric}", Text(measured(result, "simulated"), "bold"))
+        if not isnan(result.ratio):
+            table.add_row("ratio", with_interval(result.ratio, _interval(result, "ratio")))
     table.add_section()
     table.add_row("matmuls quantized", f"{audit.covered} of {audit.found}")
     table.add_row("bits per weight", bits(audit.bits_per_weight))
@@ -37,7 +38,8 @@ def show(result: Result) -> None:
     table.add_section()
     before_that = " (of an earlier run)" if "baseline" in result.cached else ""
     table.add_row("seconds, baseline", f"{result.seconds['baseline']:.1f}{before_that}")
-    table.add_row("seconds, simulated", f"{result.seconds['simulated']:.1f}")
+    if not result.alone:
+        table.add_row("seconds, simulated", f"{result.seconds['simulated']:.1f}")
     table.add_row("seconds, in all", f"{result.seconds['total']:.1f}")
     out = console()
     out.print(table)
@@ -82,6 +84,8 @@ def _lines(result: Result) -> Iterator[str]:
     for pattern, exception in result.recipe.get("overrides", {}).items():
         said = ", ".join(f"{role} {text or 'as they are'}" for role, text in exception.items())
         yield f"otherwise at {pattern}: {said}"
+    if result.baseline_of is not None:
+        yield f"{result.environment.dtype} {result.metric} is that of {result.baseline_of}"
     if result.metric in result.intervals:
         over = "over the samples, the ratio's over the same ones before and after"
         yield f"in brackets: 95% confidence intervals {over}"
@@ -90,7 +94,7 @@ def _lines(result: Result) -> Iterator[str]:
     others = [key for key in result.simulated if key != result.metric]
     if others:
         yield "; ".join(_change(key, result.baseline.get(key), result.simulated[key]) for key in others)
-    if result.recipe["skip"]:
+    if result.recipe["skip"] and not result.alone:
         yield f"left alone: {', '.join(result.recipe['skip'])} (--skip none quantizes everything)"
     for transform in dict.fromkeys(report.transform for report in result.transforms):
         yield _done(transform, [report for report in result.transforms if report.transform == transform])

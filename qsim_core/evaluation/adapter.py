@@ -5,17 +5,19 @@ from __future__ import annotations
 import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qsim_core.components.component import Component
-from qsim_core.errors import ModelError
+from qsim_core.errors import ModelError, RecipeError
 from qsim_core.evaluation import configuration
 from qsim_core.evaluation.data import Data
+from qsim_core.quantizers.scales import Scales
+from qsim_core.simulation.recipe import Recipe
 from qsim_core.snapshots import stored_as
 from qsim_core.transforms.offload import state
 
@@ -28,6 +30,8 @@ class LoadedModel:
     tokenizer: Any = None
     processor: Any = None
     """Prepares images or sound; of a diffusion model the scheduler."""
+    final: Mapping[str, Scales | None] = field(default_factory=dict)
+    """Weights that were stored quantized, with the scales of their rows where they are known: none is rounded again."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,60 @@ class NamedModel:
     """True if this is the model of a recipe that names none."""
 
 
+@dataclass(frozen=True)
+class StoredQuantization:
+    """The quantization in which a checkpoint stores its weights, and the one that it asks for at their inputs."""
+
+    kind: str
+    """The kind of the checkpoint, like "gptq"."""
+    recipe: Recipe
+    """The quantizers of weights and inputs, as overrides of the layers that are stored so."""
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    """The static scales of the inputs, as `Simulation.state_dict` names them."""
+    notes: tuple[str, ...] = ()
+    """Lines about what the checkpoint asks for and the simulation does otherwise."""
+
+    def beside(self, recipe: Recipe, name: str) -> dict[str, Any]:
+        """The keys of a recipe that change beside the stored weights of a model.
+
+        A recipe without quantizers gets all that the checkpoint says. Another one gets the quantizers of the weights,
+        and says the rest. Raises `RecipeError` for weights and transforms.
+        """
+        own = self.recipe.overrides
+        stored = {pattern: override.weights for pattern, override in own.items()}
+        others = [o.weights for pattern, o in recipe.overrides.items() if stored.get(pattern) != o.weights]
+        if any(weights is not None for weights in (recipe.weights, *others)):
+            raise RecipeError(
+                f"the weights of {name} are quantized already, as {self.kind}; leave weights out, or take the "
+                f"checkpoint that it was made from"
+            )
+        if recipe.transforms:
+            raise RecipeError(
+                f"{recipe.transforms[0]} would change weights of {name}, which are quantized already; apply it to the "
+                f"checkpoint that it was made from"
+            )
+        if not recipe.quantizes:
+            return {"overrides": own}
+        said = {pattern: override.said for pattern, override in recipe.overrides.items()}
+        return {
+            "overrides": {
+                pattern: ({"weights": stored[pattern]} if pattern in stored else {}) | said.get(pattern, {})
+                for pattern in {**stored, **said}
+            }
+        }
+
+    def fits(self, recipe: Recipe) -> bool:
+        """True if a recipe quantizes what the checkpoint says and no more, so that its scales belong to the sites."""
+        return recipe.overrides == self.recipe.overrides and not recipe.quantizers and not recipe.names_operations
+
+
 class Adapter(Component):
     """Knowledge about one model family; its name is the family's `model_type`."""
 
     kind: ClassVar[str] = "adapter"
     hook: ClassVar[str] = "qsim_adapters"
     families: ClassVar[tuple[str, ...]] = ()
-    """Other `model_type`s that it loads."""
+    """Other `model_type`s that it loads. A `quant_method` is one: that of checkpoints whose weights are final."""
     fallback: ClassVar[bool] = False
     """True for an adapter of models whose family no other adapter names. Such an adapter says what it recognizes."""
     evaluator: ClassVar[str | None] = None
@@ -88,6 +139,10 @@ class Adapter(Component):
     def recognizes(self, source: str) -> bool:
         """True if a fallback adapter can load this model. May raise `ModelError` with the reason if not."""
         return False
+
+    def stored_quantization(self, source: str) -> StoredQuantization | None:
+        """The quantization of a checkpoint whose weights are final; none by default. Raises `ModelError`."""
+        return None
 
     def note(self, source: str) -> str | None:
         """A line for the reader of a result about the way a model was loaded; none: there is nothing to say."""

@@ -44,14 +44,26 @@ def _of_modelopt(directory: Path) -> dict[str, Any]:
 
 def quantization(configuration: Mapping[str, Any]) -> str | None:
     """The format in which weights are stored quantized, like "compressed-tensors (pack-quantized)"; None: in none."""
+    found, method = _quantization(configuration), quantization_method(configuration)
+    details = (found.get(key) for key in ("format", "fmt", "quant_algo", "bits"))
+    detail = next((str(value) for value in details if isinstance(value, str | int)), "")
+    return f"{method} ({detail})" if detail else method
+
+
+def quantization_method(configuration: Mapping[str, Any]) -> str | None:
+    """The method by which weights were quantized, like "gptq"; None: they are not quantized."""
+    found = _quantization(configuration)
+    method = found.get("quant_method") or found.get("quant_type_name") or "a format without a name"
+    return str(method) if found else None
+
+
+def _quantization(configuration: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a configuration, or of that of a part of the model, on quantized weights; empty: there is none."""
     for part in (configuration, *(part for part in configuration.values() if isinstance(part, dict))):
         found = part.get("quantization_config") or part.get("compression_config")
         if isinstance(found, dict):
-            method = found.get("quant_method") or found.get("quant_type_name") or "a format without a name"
-            details = (found.get(key) for key in ("format", "fmt", "quant_algo", "bits"))
-            detail = next((str(value) for value in details if isinstance(value, str | int)), "")
-            return f"{method} ({detail})" if detail else str(method)
-    return None
+            return found
+    return {}
 
 
 def family(configuration: Mapping[str, Any]) -> str | None:

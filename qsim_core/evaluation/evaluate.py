@@ -79,32 +79,39 @@ class Bench:
         on: Sequence[Hardware] = (),
         keep: bool = True,
         observer: SiteObserver | None = None,
+        baseline: str | None = None,
     ) -> Measured:
         """Measure the model under a recipe; `evaluate` explains the arguments, and `Simulation.audit` the observer.
 
         The model is as it was afterwards; with `keep=False` it stays under the recipe, and the bench is of no use any
-        more. Raises a `QsimError`.
+        more. A recipe that quantizes nothing measures the model alone, once. Raises a `QsimError`.
         """
         run, start, given = run or Run(), time.perf_counter(), calibration or Calibration()
         recipe = Recipe.of(recipe, self.host)
         if recipe.model is not None and locate(recipe.model, self.host).source != self.located.source:
             raise RecipeError(f"the recipe names the model {recipe.model!r}; this bench has {self.located.name}")
         job = Job.at(self.located, recipe, self.host)
-        if not job.recipe.quantizes and not job.recipe.transforms:
-            raise RecipeError("the recipe quantizes nothing; name weights, activations or outputs")
+        alone = not job.recipe.quantizes and not job.recipe.transforms and baseline is None
         _check_samples(job.evaluator, samples)
         if run.work_dir is not None:
             make_work_dir(run.work_dir)
         with run.stage(f"loading {self.located.name}"):
             dataset, seen = job.data(data), job.calibration(given)
+        before = time.perf_counter()
+        other = None if baseline is None else self._other(baseline, job.evaluator, dataset, run)
+        other_seconds = time.perf_counter() - before
+        with run.stage(f"loading {self.located.name}"):
             loaded = self.load()
         example = job.evaluator.example(loaded, dataset)
         batches = job.batches(loaded, seen, given, run)
         with run.stage("looking for matmuls"):
             _check_fits(job, loaded, example)
         before = time.perf_counter()
-        baseline, cached = self._baseline(job, loaded, dataset, run, lasting=samples is None)
-        baseline_seconds = time.perf_counter() - before
+        if other is None:
+            measured, cached = self._baseline(job, loaded, dataset, run, lasting=samples is None)
+        else:
+            measured, cached = other[1], False
+        baseline_seconds = other_seconds + time.perf_counter() - before
         with run.stage("quantizing weights") if batches is None else nullcontext():  # transforms show their progress
             simulation = simulate(
                 loaded.model,
@@ -113,24 +120,27 @@ class Bench:
                 calibration=batches,
                 structure=job.located.adapter.structure(loaded.model),
                 state=job.state(),
+                final=loaded.final,
                 keep=keep,
                 run=run,
             )
         with simulation if keep else nullcontext():
             audit = simulation.audit(on=on, observer=observer)
             before = time.perf_counter()
-            compared = replace(run, reference=getattr(baseline, "outputs", None))
-            simulated = _metrics(job.evaluator, loaded, dataset, compared, "simulated")
+            compared = replace(run, reference=getattr(measured, "outputs", None))
+            simulated = measured if alone else _metrics(job.evaluator, loaded, dataset, compared, "simulated")
             simulated_seconds = time.perf_counter() - before
         if samples is not None:
-            _save_samples(job.evaluator, baseline, simulated, samples)
+            _save_samples(job.evaluator, measured, simulated, samples)
         result = Result(
             **description(job, loaded, dataset, self.host, on),
             weights=self.weights,
-            metric=job.evaluator.metric or next(iter(baseline)),
-            baseline=baseline,
+            metric=job.evaluator.metric or next(iter(measured)),
+            baseline=measured,
+            baseline_of=None if other is None else other[0],
+            alone=alone,
             simulated=simulated,
-            intervals=intervals(baseline, simulated),
+            intervals=intervals(measured, simulated),
             samples=simulated.size if isinstance(simulated, Metrics) else None,
             audit=audit,
             environment=Environment.here(self.device, self.dtype, loaded.model),
@@ -138,7 +148,7 @@ class Bench:
             calibration=None if seen is None else calibration_record(given, seen),
             transforms=simulation.reports,
             warnings=[
-                *without_score(baseline, "baseline"),
+                *without_score(measured, "baseline"),
                 *without_score(simulated, "simulated"),
                 *job.notes(self.dtype),
                 *simulation.warnings,
@@ -154,7 +164,14 @@ class Bench:
             },
             cached=[*(["baseline"] if cached else []), *simulation.cached],
         )
-        return Measured(result, baseline, simulated)
+        return Measured(result, measured, simulated)
+
+    def _other(self, name: str, evaluator: Evaluator, dataset: Data, run: Run) -> tuple[str, dict[str, float]]:
+        """The name and the metrics of another model as it is; it is in memory only meanwhile."""
+        other = Bench(name, host=self.host, device=self.device, dtype=self.dtype)
+        with run.stage(f"loading {other.located.name}"):
+            loaded = other.load()
+        return other.located.name, _metrics(evaluator, loaded, dataset, run, f"{self.dtype} baseline")
 
     def _baseline(
         self, job: Job, loaded: LoadedModel, dataset: Data, run: Run, lasting: bool
@@ -182,17 +199,21 @@ def evaluate(
     samples: Path | None = None,
     run: Run | None = None,
     on: Sequence[Hardware] = (),
+    baseline: str | None = None,
 ) -> Result:
     """Measure a model as it is and under a recipe; `samples` is a directory for what a person would look at.
 
-    `on` has hardware, for which the audit says what its batch costs under the recipe.
+    `baseline` names another model to compare with, in the place of this one as it is. `on` has hardware, for which the
+    audit says what its batch costs under the recipe. A recipe that quantizes nothing measures the model alone.
+
     Raises a `QsimError` that says what to do.
     """
     host, run, start = host or installed(), run or Run(), time.perf_counter()
     recipe = Recipe.of(recipe, host)
     with run.stage(f"looking for {recipe.model or 'the default model'}"):
         bench = Bench(recipe.model, host=host, device=device, dtype=dtype)
-    result = bench.measure(recipe, data, calibration=calibration, samples=samples, run=run, on=on, keep=False).result
+    more: dict[str, Any] = {"on": on, "keep": False, "baseline": baseline}
+    result = bench.measure(recipe, data, calibration=calibration, samples=samples, run=run, **more).result
     result.seconds["total"] = time.perf_counter() - start
     return result
 
@@ -202,7 +223,8 @@ def _check_fits(job: Job, loaded: LoadedModel, example: Any) -> None:
     if example is None:
         return
     try:
-        simulate(loaded.model, job.recipe.model_copy(update={"transforms": ()}), example=example).restore()
+        recipe = job.recipe.model_copy(update={"transforms": ()})
+        simulate(loaded.model, recipe, example=example).restore()
     except Exception:
         _check_runs(job.evaluator, loaded, example)
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +35,8 @@ class Job:
     evaluator: Evaluator
     trained_so: bool = False
     """True if the model was trained under this recipe: then its directory has the state of the sites."""
+    stored_so: bool = False
+    """True if the recipe is the one of a checkpoint with quantized weights: then that has the scales of the inputs."""
 
     @classmethod
     def of(cls, recipe: Recipe, host: Host) -> Job:
@@ -50,8 +53,12 @@ class Job:
         trained = located.trained
         if trained is not None and not recipe.quantizes and not recipe.transforms:
             filled |= trained.simulated(host)
+        stored = located.stored
+        if stored is not None:
+            filled |= stored.beside(recipe, located.name)
         complete = Recipe.of({**filled, "evaluate": evaluator}, host)
-        return cls(complete, located, evaluator, trained is not None and trained.fits(complete, host))
+        trained_so = trained is not None and trained.fits(complete, host)
+        return cls(complete, located, evaluator, trained_so, stored is not None and stored.fits(complete))
 
     def data(self, source: str | None) -> Data:
         """The data named by `source`, else the evaluator's own, else the model's. Raises `DataError`."""
@@ -67,9 +74,11 @@ class Job:
             raise DataError(f"{self.located.name} comes without data; name some with --data")
         return found
 
-    def state(self) -> dict[str, torch.Tensor] | None:
-        """The state of the sites at the end of the training, if the model was trained under this recipe."""
-        return read_state(Path(self.located.source) / STATE) if self.trained_so else None
+    def state(self) -> Mapping[str, torch.Tensor] | None:
+        """The state of the sites that the model brings for this recipe: of its training, or of its checkpoint."""
+        if self.trained_so:
+            return read_state(Path(self.located.source) / STATE)
+        return self.located.stored.state if self.stored_so and self.located.stored else None
 
     def notes(self, dtype: str) -> list[str]:
         """Lines for the reader of a result: how the model was found and loaded, and in which dtype it is computed."""
@@ -80,7 +89,7 @@ class Job:
 
     def calibration(self, given: Calibration) -> Data | None:
         """The data for transforms and static scales, if the recipe has any. Raises `DataError` if none are named."""
-        if self.trained_so or (not self.recipe.transforms and not self.recipe.has_static):
+        if self.trained_so or self.stored_so or (not self.recipe.transforms and not self.recipe.has_static):
             return None
         return self.calibration_data(given, str([*self.recipe.transforms, "a static scale"][0]))
 

@@ -7,6 +7,7 @@ fallback adapters, which may ask a hub. A directory that has the name of a known
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from qsim_core.components.component import Component
 from qsim_core.components.host import Host
 from qsim_core.errors import ModelError, did_you_mean, file_did_you_mean
 from qsim_core.evaluation import configuration
-from qsim_core.evaluation.adapter import Adapter, NamedModel
+from qsim_core.evaluation.adapter import Adapter, NamedModel, StoredQuantization
 from qsim_core.evaluation.data import Data
 from qsim_core.evaluation.trained import Trained
 from qsim_core.files import place
@@ -38,12 +39,23 @@ class Located:
     trained: Trained | None = None
     """The record of the training, if the model was trained under a recipe."""
 
+    @functools.cached_property
+    def stored(self) -> StoredQuantization | None:
+        """The quantization in which its weights are stored, where its adapter takes them as final."""
+        return self.adapter.stored_quantization(self.source)
+
     def notes(self, dtype: str) -> list[str]:
         """Lines for the reader of a result: how the model was loaded, and in which dtype it is computed."""
         note, stored = self.adapter.note(self.source), self.adapter.stored_dtype(self.source)
         notes = [] if note is None else [note]
         quantized = configuration.quantization(self.adapter.configuration(self.source))
-        if quantized is not None:
+        if self.stored is not None:
+            notes.append(
+                f"its weights are stored quantized, as {self.stored.kind}, and none is rounded again: the baseline is "
+                f"this checkpoint, dequantized, with no quantizer of inputs; --baseline MODEL compares with another"
+            )
+            notes += self.stored.notes
+        elif quantized is not None:
             notes.append(
                 f"its checkpoint is quantized, as {quantized}: the baseline has these values, and the recipe rounds "
                 f"them again; the checkpoint that it was made from has the unrounded ones"
@@ -156,10 +168,10 @@ def _made(offer: Offer, host: Host) -> Adapter:
 
 def _adapter(source: str, name: str, host: Host) -> Adapter:
     """The one adapter that bears the family's name, or has it among its `families`; else a fallback adapter."""
-    family = _family(source, name, host)
+    family = _stored_as(source, host) or _family(source, name, host)
     of_family = family.replace("-", "_")
-    fitting = [offer for offer in _adapters(host) if of_family == offer.name or family in offer.families]
-    fitting = host.preferred(fitting)
+    offers = _adapters(host)
+    fitting = host.preferred([offer for offer in offers if of_family == offer.name or family in offer.families])
     if len(fitting) > 1:
         plugins = " and ".join(str(host.plugins[offer.plugin]) for offer in fitting)
         raise ModelError(f"{name} is a {family!r} model, which {plugins} load; uninstall all but one of them")
@@ -173,6 +185,13 @@ def _adapter(source: str, name: str, host: Host) -> Adapter:
 def _fallbacks(host: Host) -> list[Adapter]:
     """The fallback adapters; no other adapter is imported."""
     return [_made(offer, host) for offer in _adapters(host) if offer.fallback]
+
+
+def _stored_as(source: str, host: Host) -> str | None:
+    """The method by which a directory's weights were quantized, if an adapter takes such weights as final."""
+    directory = Path(source)
+    method = configuration.quantization_method(configuration.read_directory(directory)) if directory.is_dir() else None
+    return method if any(method in offer.families for offer in _adapters(host)) else None
 
 
 def _family(source: str, name: str, host: Host) -> str:

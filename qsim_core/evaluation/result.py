@@ -62,7 +62,9 @@ class Result(_Record):
     protocol: str = Field(description="what exactly was measured, in words")
     metric: str = Field(description="the metric to look at first")
     baseline: dict[str, float] = Field(description="the model as it is, metric by metric")
+    baseline_of: str | None = Field(None, description="another model that the baseline is of; none: this one")
     simulated: dict[str, float] = Field(description="the model under the recipe")
+    alone: bool = Field(False, description="true if the recipe quantizes nothing: the model was measured once")
     intervals: dict[str, Intervals] = Field(default={}, description="95% confidence intervals, metric by metric")
     samples: int | None = Field(None, description="samples that the intervals come from; too few have no intervals")
     audit: Audit

@@ -15,6 +15,7 @@ from qsim_core.components.host import Host, installed
 from qsim_core.errors import CalibrationWarning, QsimError, RecipeError
 from qsim_core.matmuls.call import Call
 from qsim_core.quantizers.learned_steps import LearnedSteps
+from qsim_core.quantizers.scales import Scales
 from qsim_core.simulation import site_state, static_calibration
 from qsim_core.simulation.audit import Audit, measured_audit
 from qsim_core.simulation.closed_modules import check_open
@@ -28,6 +29,7 @@ from qsim_core.sites.site import Site
 from qsim_core.sites.sites import ResultWatcher, Sites
 from qsim_core.transforms.applying import apply_transforms, left_behind, needed_beside
 from qsim_core.transforms.context import Context
+from qsim_core.transforms.encoded_weights import EncodedWeight, WeightEncoder
 from qsim_core.transforms.forward import Example, as_in_evaluation, call
 from qsim_core.transforms.offload import at_hand
 from qsim_core.transforms.offload import state as state_of
@@ -47,7 +49,9 @@ class Simulation:
         self.sites = Sites(model, recipe, keep, exact)
         self._handles: list[RemovableHandle] = []
         self._before_transforms: dict[str, Tensor] = {}
-        self._left = self._needed = ""
+        self._left = ""
+        self.needed_beside = ""
+        """Things that transforms have left, without which the changed weights compute something else; or empty."""
         self.reports: list[LayerReport] = []
         """The reports of the transforms, layer by layer."""
         self.warnings: list[str] = []
@@ -162,14 +166,34 @@ class Simulation:
         also weights that are kept in another memory, and layers that the example does not reach. Raises `QsimError`
         without an example, and if a transform has left rotations or hooks that the weights need.
         """
-        if self._needed:
-            raise QsimError(f"{self._needed}, and the weights need them; they cannot be saved alone")
+        if self.needed_beside:
+            raise QsimError(f"{self.needed_beside}, and the weights need them; they cannot be saved alone")
         if self.example is None:
             raise QsimError("give simulate an example: it tells which weights are multiplied")
         self.refresh()
         with as_in_evaluation(self.model):
             call(self.model, self.example)  # every quantized weight is at hand then
         return self.sites.weights.folded_into(self.model.state_dict(), self._weights_to_quantize())
+
+    def encoded(self) -> dict[str, EncodedWeight]:
+        """Give each weight that the recipe quantizes, by name, as codes, scales and zero points.
+
+        `decode()` of a weight is what its site multiplies, bit for bit: of one that a transform has quantized too, and
+        of the experts of a layer. A weight that cannot be encoded has the reason as `why_not`. Raises `QsimError`
+        without an example.
+        """
+        if self.example is None:
+            raise QsimError("give simulate an example: it tells which weights are multiplied")
+        self.refresh()
+        encoder = WeightEncoder(self.model, self.sites)
+        self.sites.watcher, self.sites.observer = encoder.watch, encoder
+        try:
+            with as_in_evaluation(self.model), self.sites.uncounted():
+                call(self.model, self.example)
+        finally:
+            self.sites.watcher = self.sites.observer = None
+        unmet = self._weights_to_quantize() - encoder.found.keys()
+        return encoder.found | {name: EncodedWeight(name, why_not="the example does not reach it") for name in unmet}
 
     def _weights_to_quantize(self) -> set[str]:
         """Name the weights that the recipe quantizes, those of layers of the same classes that were not met too."""
@@ -245,7 +269,7 @@ class Simulation:
             if name in self._before_transforms and torch.equal(self._before_transforms[name], tensor):
                 del self._before_transforms[name]
         self._left = left_behind(self.sites, len(self._handles) - hooks)
-        self._needed = needed_beside(self.sites, len(self._handles) - hooks)
+        self.needed_beside = needed_beside(self.sites, len(self._handles) - hooks)
         self.reports += [report for context in contexts for report in context.reports]
         self.warnings += [warning for context in contexts for warning in context.warnings]
 
@@ -304,6 +328,7 @@ def simulate(
     calibration: Iterable[Example] | None = None,
     structure: Mapping[str, Sequence[str]] | None = None,
     state: Mapping[str, Tensor] | None = None,
+    final: Mapping[str, Scales | None] | None = None,
     keep: bool = True,
     run: Run | None = None,
     host: Any = None,
@@ -318,7 +343,8 @@ def simulate(
     `calibration` holds batches for transforms and static scales, each like an example; positions that an
     `attention_mask` hides are left out. A warning names a mask that the model makes inside, whose positions count.
     `structure` declares the weights that read a norm (norm's path -> names of weights), where tracing does not find
-    them. `state`, the `state_dict` of a simulation, holds the static scales. `run` shows progress.
+    them. `state`, the `state_dict` of a simulation, holds the static scales. `final` names weights that lie on their
+    grids already, with the scales of their rows or None: they are not rounded again. `run` shows progress.
 
     An `example` is a mapping of keyword arguments, a tuple of positional ones, or one argument. With it all sites are
     known at once, else after the first forward; a pattern that matches no site is then an error. `keep=False`
@@ -350,6 +376,8 @@ def simulate(
     simulation = Simulation(model, recipe, keep, exact_arithmetics(recipe, host))
     try:
         simulation._attach()
+        for name, scales in (final or {}).items():
+            simulation.sites.weights.pin(name, model.get_parameter(name), scales)
         if recipe.transforms and keep:
             simulation._before_transforms = {name: parameter.clone() for name, parameter in state_of(model)}
         batches = None

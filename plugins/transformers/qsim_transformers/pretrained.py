@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qsim_core.errors import ModelError, natural_order, one_line
 from qsim_core.evaluation.adapter import Adapter, LoadedModel, check_finite
@@ -82,14 +82,16 @@ class Pretrained(Adapter):
         return found
 
 
-def load_pretrained(model_class: Any, source: str, dtype: torch.dtype, to: str = "cpu") -> LoadedModel:
-    """A model in eval mode, with its tokenizer or image processor.
+def load_pretrained(
+    model_class: Any, source: str, dtype: torch.dtype, to: str = "cpu", weights: Mapping[str, Tensor] | None = None
+) -> LoadedModel:
+    """A model in eval mode, with its tokenizer or image processor; `weights` as in `load_model`.
 
     Raises `ModelError` as `load_model` does, and for a tokenizer or processor that is missing.
     """
     _check_weights_exist(model_class, source)
     _check_preparation_exists(model_class, source)
-    model = load_model(model_class, source, dtype, to=to)
+    model = load_model(model_class, source, dtype, to=to, weights=weights)
     try:
         with offline_unless_reachable(source):
             return LoadedModel(model, *_preparation(model_class, source))
@@ -97,8 +99,18 @@ def load_pretrained(model_class: Any, source: str, dtype: torch.dtype, to: str =
         raise ModelError(f"what prepares the inputs of {source} cannot be loaded: {one_line(error)}") from None
 
 
-def load_model(model_class: Any, source: str, dtype: torch.dtype, subfolder: str = "", to: str = "cpu") -> Any:
+def load_model(
+    model_class: Any,
+    source: str,
+    dtype: torch.dtype,
+    subfolder: str = "",
+    to: str = "cpu",
+    weights: Mapping[str, Tensor] | None = None,
+) -> Any:
     """A model of transformers or diffusers in eval mode, on the CPU or dispatched ("auto", "disk").
+
+    `weights` has tensors by their names in the checkpoint, in the place of those in its files. That is for models of
+    transformers on the CPU, and leaves aside what the configuration says of quantization.
 
     Raises `ModelError` for weights that are missing, pickled, corrupt, of other shapes than the configuration's, or not
     finite.
@@ -120,8 +132,11 @@ def load_model(model_class: Any, source: str, dtype: torch.dtype, subfolder: str
     try:
         if to == "auto":
             how["device_map"] = _device_map(model_class, source, subfolder, dtype)
+        found: str | None = source
+        if weights is not None:
+            found, how["state_dict"], how["config"] = None, dict(weights), _without_quantization(model_class, source)
         read = functools.partial(
-            model_class.from_pretrained, source, subfolder=subfolder, output_loading_info=True, **how
+            model_class.from_pretrained, found, subfolder=subfolder, output_loading_info=True, **how
         )
         with offline_unless_reachable(source):
             model, report = read()
@@ -137,6 +152,15 @@ def load_model(model_class: Any, source: str, dtype: torch.dtype, subfolder: str
     if folder is not None:
         weakref.finalize(model, folder.cleanup)
     return model.eval()
+
+
+def _without_quantization(model_class: Any, source: str) -> Any:
+    """The configuration of a checkpoint, as if its weights were plain."""
+    with offline_unless_reachable(source):
+        config = model_class.config_class.from_pretrained(source)
+    for part in (config, *(part for part in vars(config).values() if hasattr(part, "to_dict"))):
+        vars(part).pop("quantization_config", None)
+    return config
 
 
 def _check_all_weights_there(report: Any, where: str) -> None:

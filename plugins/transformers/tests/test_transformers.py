@@ -11,11 +11,12 @@ import pytest
 import torch
 from architectures import FAMILIES, build, write
 from click.testing import CliRunner
+from qsim_transformers.generic import Generic
 from safetensors.torch import load_file, save_file
 
 import qsim_core as qsim
 from qsim_core.cli.main import main
-from qsim_core.evaluation.locate import locate
+from qsim_core.evaluation.locate import Located, locate
 from qsim_core.testing import AdapterSuite
 from qsim_core.transforms.forward import as_in_evaluation, call
 
@@ -142,7 +143,7 @@ def test_a_quantized_checkpoint_is_named_beside_the_number(
 ) -> None:
     folder = quantized(tmp_path, {"quantization_config": config}, "_scale")
 
-    (note,) = [note for note in locate(str(folder), qsim.Host()).notes("float32") if "quantized" in note]
+    (note,) = [note for note in Located("model", str(folder), Generic(), ()).notes("float32") if "quantized" in note]
 
     assert note.startswith(f"its checkpoint is quantized, as {named}: the baseline has these values")
 
@@ -151,4 +152,6 @@ def test_modelopts_own_file_names_the_format_too(tmp_path: Path) -> None:
     folder = quantized(tmp_path, {}, "_scale")
     (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
 
-    assert "quantized, as modelopt (FP8): " in "".join(locate(str(folder), qsim.Host()).notes("float32"))
+    notes = Located("model", str(folder), Generic(), ()).notes("float32")
+
+    assert "quantized, as modelopt (FP8): " in "".join(notes)

@@ -1,0 +1,21 @@
+"""Quantized checkpoints: `qsim check` reads one, `qsim evaluate` measures it, and `qsim export` writes one.
+
+from qsim_interop.reading import open_checkpoint
+from qsim_interop.writing import export
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qsim_core import hookimpl
+
+if TYPE_CHECKING:
+    from qsim_core import Adapter
+
+
+@hookimpl
+def qsim_adapters() -> list[type[Adapter]]:
+    from qsim_interop.adapter import Checkpoint
+
+    return [Checkpoint]

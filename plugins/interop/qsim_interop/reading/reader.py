@@ -1,0 +1,159 @@
+"""The base class of readers. A reader knows how one kind of checkpoint stores its weights."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from qsim_core.components.host import Host
+from qsim_core.errors import ModelError, one_line
+from qsim_core.formats.quantizer import Quantizer
+from qsim_core.quantizers.scheme import Scheme
+from qsim_interop.reading.packed_weight import Layer, PackedWeight
+from qsim_interop.reading.tensors import FLOATS, Tensors
+
+EMBEDDING = re.compile(r"embe?d|(^|\.)(wte|wpe|shared|tok_embeddings)$")
+"""Found in the paths of modules that look rows up: their weights have two axes, and no matmul."""
+USUALLY_LEFT = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier|gate|router)$")
+"""Found in the paths of heads and routers, which methods leave as they are unless they are told otherwise."""
+
+
+class Reader(ABC):
+    """A checkpoint of one kind: the layers that it has packed, and their values."""
+
+    method: ClassVar[str]
+    """The `quant_method` in the checkpoint's configuration."""
+    wrong_scales: ClassVar[tuple[str, ...]] = ("not finite", "zero", "negative")
+    """The scales that are wrong in such a checkpoint."""
+
+    def __init__(self, path: Path, tensors: Tensors, config: Mapping[str, Any], host: Host) -> None:
+        self.path = path
+        self.tensors = tensors
+        self.config = config
+        self.host = host
+
+    @property
+    def kind(self) -> str:
+        """The kind of the checkpoint, for people."""
+        return self.method
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines about what the checkpoint says and qsim does not compute."""
+        return []
+
+    @abstractmethod
+    def _layers(self) -> Iterator[Layer]:
+        """The packed layers, from configuration and headers."""
+
+    @abstractmethod
+    def _read(self, layer: Layer) -> PackedWeight:
+        """The parts of a layer that has no faults."""
+
+    @abstractmethod
+    def targets(self, module: str) -> bool:
+        """Tell if the configuration wants the weight of this module packed."""
+
+    @functools.cached_property
+    def layers(self) -> list[Layer]:
+        """The packed layers in the order of the checkpoint. Raises `ModelError`."""
+        with self._understood():
+            return list(self._layers())
+
+    @functools.cached_property
+    def plain(self) -> list[str]:
+        """The modules with a weight of two axes that is not packed, and that looks no rows up."""
+        packed = {layer.module for layer in self.layers}
+        found = (name.removesuffix(".weight") for name in self.tensors if self._is_plain(name))
+        return [module for module in found if module not in packed and not EMBEDDING.search(module)]
+
+    @property
+    def left(self) -> list[str]:
+        """The modules that the configuration wants packed, and that are not. Raises `ModelError`."""
+        with self._understood():
+            return [module for module in self.plain if self.targets(module)]
+
+    @property
+    def unasked(self) -> list[str]:
+        """The modules that are packed although the configuration leaves them out. Raises `ModelError`."""
+        with self._understood():
+            return [layer.module for layer in self.layers if not self.targets(layer.module)]
+
+    @contextlib.contextmanager
+    def _understood(self) -> Iterator[None]:
+        """Turn what a wrong configuration brings about into `ModelError`."""
+        try:
+            yield
+        except (re.error, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ModelError(f"{self.path}: its quantization_config cannot be read: {one_line(error)}") from None
+
+    def faults(self, layer: Layer) -> Iterator[str]:
+        """Describe what keeps a layer from being read: parts that are missing, or of another shape."""
+        shared, (_, inputs) = None if layer.weights is None else layer.weights.granularity, layer.shape
+        if isinstance(shared, int) and inputs % shared:
+            yield f"its groups of {shared} do not divide K = {inputs}"
+            return
+        for part in layer.parts.values():
+            if part.name not in self.tensors:
+                yield f"lacks {part.name.removeprefix(f'{layer.module}.')}"
+            elif (shape := self.tensors[part.name].shape) != part.shape:
+                what = part.name.removeprefix(f"{layer.module}.")
+                yield f"{what} has shape {list(shape)}, and a weight of {list(layer.shape)} needs {list(part.shape)}"
+
+    def read(self, layer: Layer) -> PackedWeight:
+        """The codes, scales and zero points of a layer. Raises `ModelError` for one that has a fault."""
+        for fault in self.faults(layer):
+            raise ModelError(f"{self.path}: {layer.module}: {fault}; fetch or quantize the checkpoint again")
+        return self._read(layer)
+
+    def dequantize(self, layer: Layer) -> Tensor:
+        """The values of a layer's weight in float32. Raises `ModelError` for one that has a fault."""
+        return self.read(layer).dequantize()
+
+    def scales(self, layer: Layer) -> dict[str, Tensor]:
+        """The scales of a layer by their names, for someone to look at."""
+        roles = ("scales", "global_scale", "input_scale", "input_global_scale")
+        return {
+            layer.parts[role].name.removeprefix(f"{layer.module}."): self.tensors.read(layer.parts[role].name)
+            for role in roles
+            if role in layer.parts
+        }
+
+    def part(self, layer: Layer, role: str) -> Tensor | None:
+        """The stored tensor of a role, or None if the layer has no such part."""
+        return self.tensors.read(layer.parts[role].name) if role in layer.parts else None
+
+    def input_scales(self) -> dict[str, Tensor]:
+        """The static scales of the inputs of layers, as `Simulation.state_dict` names them. Raises `ModelError`."""
+        roles = {"input_scale": "scale", "input_zero_point": "zero"}
+        parts = [(layer, role) for layer in self.layers for role in roles if role in layer.parts]
+        return {
+            f"{layer.module}:input.{roles[role]}": self.tensors.read(layer.parts[role].name).float().reshape(1, 1)
+            for layer, role in parts
+        }
+
+    def scheme(self, text: str) -> Scheme:
+        """The quantizer of a text. Raises `SpecError` if a plugin that it needs is not installed."""
+        found: Scheme = self.host.parse(text, Scheme)
+        return found
+
+    def quantizer(self, text: str) -> Quantizer:
+        """The quantizer of a text. Raises `SpecError` if a plugin that it needs is not installed."""
+        found: Quantizer = self.host.parse(text, Quantizer)
+        return found
+
+    def _is_plain(self, name: str) -> bool:
+        stored = self.tensors[name]
+        return name.endswith(".weight") and stored.dtype in FLOATS and len(stored.shape) == 2
+
+
+def is_inside(module: str, names: Iterable[str]) -> bool:
+    """Tell if a module is, or lies inside, one that a list names by its path or by the end of it."""
+    return any(f".{name}." in f".{module}." for name in names)

@@ -1,0 +1,30 @@
+"""The recipe that a checkpoint stands for: quantizers at its packed layers, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from qsim_core.components.host import Host
+from qsim_core.simulation.recipe import Recipe
+from qsim_interop.reading.packed_weight import Layer
+
+
+def recipe_of(layers: Iterable[Layer], plain: Iterable[str], host: Host) -> Recipe:
+    """The recipe of packed layers; `plain` names the modules that stay as they are.
+
+    Layers that end in the same name, and are all packed in the same way, share a pattern like `*.q_proj`.
+    """
+    said = {layer.module: quantizers for layer in layers if (quantizers := _quantizers(layer))}
+    known = {**dict.fromkeys(plain), **said}
+    overrides: dict[str, Any] = {}
+    for module, quantizers in said.items():
+        parent, _, last = module.rpartition(".")
+        alike = all(known[other] == quantizers for other in known if other.endswith(f".{last}"))
+        overrides[f"*.{last}" if parent and alike else module] = quantizers
+    return Recipe.of({"overrides": overrides}, host)
+
+
+def _quantizers(layer: Layer) -> dict[str, str]:
+    found = {"weights": layer.weights, "activations": layer.activations}
+    return {key: str(quantizer) for key, quantizer in found.items() if quantizer is not None}

@@ -1,0 +1,85 @@
+"""Checkpoints of torchao that transformers wrote: each weight is the one that torchao dequantizes, to the bit."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from qsim_interop.reading import open_checkpoint
+from safetensors.torch import save_file
+
+from qsim_core.errors import ModelError
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    ao = pytest.importorskip("torchao.quantization")
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+CONFIGS = {
+    "channel(int(8, narrow=false, convention=gptq))": (ao.Int8WeightOnlyConfig(), None),
+    "block(int(4, narrow=false, convention=gptq), n=32)": (
+        ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(32)), None,
+    ),
+    "block(int3, n=32, symmetric=false)": (
+        ao.Int8DynamicActivationIntxWeightConfig(
+            weight_dtype=torch.int3, weight_granularity=ao.PerGroup(32), weight_mapping_type=ao.MappingType.ASYMMETRIC
+        ),
+        "token(int8, symmetric=false)",
+    ),
+    "channel(e4m3)": (ao.Float8WeightOnlyConfig(), None),
+}  # fmt: skip
+"""The quantizer of the weights -> a configuration of torchao, and the quantizer of the inputs."""
+
+
+def write(directory: Path, config: Any) -> torch.nn.Linear:
+    """A layer that torchao quantized, written as transformers does."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ao.quantize_(model, config)
+        tensors, metadata = flatten_tensor_state_dict(model.state_dict())
+    save_file(tensors, directory / "model.safetensors", metadata)
+    said = {"quant_method": "torchao", "quant_type": {"default": {"_type": type(config).__name__}}}
+    (directory / "config.json").write_text(json.dumps({"quantization_config": said}))
+    layer: torch.nn.Linear = model[0]
+    return layer
+
+
+@pytest.mark.parametrize("text", CONFIGS)
+def test_a_weight_is_the_one_that_torchao_dequantizes(text: str, tmp_path: Path) -> None:
+    config, inputs = CONFIGS[text]
+    module = write(tmp_path, config)
+
+    checkpoint = open_checkpoint(tmp_path)
+    (layer,) = checkpoint.layers
+
+    assert (str(layer.weights), layer.activations and str(layer.activations)) == (text, inputs)
+    assert torch.equal(checkpoint.read(layer).dequantize(), module.weight.dequantize())
+
+
+def test_inputs_in_int8_are_read(tmp_path: Path) -> None:
+    write(tmp_path, ao.Int8DynamicActivationInt8WeightConfig())
+
+    (layer,) = open_checkpoint(tmp_path).layers
+
+    assert str(layer.activations) == "token(int(8, narrow=false, convention=gptq))"
+
+
+def test_a_class_that_is_not_read_is_named(tmp_path: Path) -> None:
+    write(tmp_path, ao.Int8WeightOnlyConfig())
+    said = {"_type": "Int4Tensor", "_data": {}, "_tensor_data_names": ["qdata", "scale"]}
+    save_file(
+        {"0._weight_qdata": torch.zeros(4, 4, dtype=torch.int8)},
+        tmp_path / "model.safetensors",
+        {"0.weight": json.dumps(said)},
+    )
+
+    with pytest.raises(
+        ModelError, match="0 is of class Int4Tensor; of torchao, Int8Tensor, IntxUnpackedToInt8Tensor, Float8"
+    ):
+        _ = open_checkpoint(tmp_path).layers
