@@ -173,7 +173,9 @@ class Simulation:
 
     def _weights_to_quantize(self) -> set[str]:
         """Name the weights that the recipe quantizes, those of layers of the same classes that were not met too."""
-        met = {site.weight: site.quantizer("weight") for site in self.sites.table.values() if site.weight}
+        there = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        sites = (site for site in self.sites.table.values() if site.weight in there)
+        met = {site.weight: site.quantizer("weight") for site in sites if site.weight}
         places = {name: name.rpartition(".") for name in met}
         kinds = {(type(self.model.get_submodule(path)), last) for path, _, last in places.values()}
         kinds -= {(nn.Embedding, "weight")}

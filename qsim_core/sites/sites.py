@@ -390,7 +390,7 @@ class Sites:
                 frame.softmax = ()
             return site
         site = self._named(_site_name(frame, call, weight), call.operation, weight.name)
-        site.computed = weight.computed
+        site.weight, site.computed = weight.name, weight.computed
         return site
 
     def _product(self, frame: Frame, operation: str) -> Site:
