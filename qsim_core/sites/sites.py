@@ -148,9 +148,7 @@ class Sites:
             stack.clear()
         if not stack.frames:
             self.weights.begin()
-            stack.caller = sys._getframe(1)
-            stack.mode = _Mode(self)
-            stack.mode.__enter__()  # type: ignore[no-untyped-call]
+            stack.begin(_Mode(self), sys._getframe(1))
         stack.frames.append(Frame(path, module, compiling=compiling))
 
     @functools.partial(uncompiled, inside=False)
@@ -160,11 +158,11 @@ class Sites:
             return
         while (frame := stack.frames.pop()).module is not module:
             pass
-        resume_compiling(frame.compiling)
         if not stack.frames:
             stack.clear()
-            if path == "" and not self.checked and output is not None:
-                self.check()
+        resume_compiling(frame.compiling)
+        if not stack.frames and path == "" and not self.checked and output is not None:
+            self.check()
 
     def check(self) -> None:
         """Raise `RecipeError` if a pattern of the recipe matches no site, or one of its quantizers reaches none."""
