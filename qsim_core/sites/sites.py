@@ -338,7 +338,8 @@ class Sites:
 
     def _execution(self, site: Site, call: Call, weights: Sequence[Weight | None], module: nn.Module) -> LiveExecution:
         shared = module, self.stack, self.weights, self.exact, self.observer
-        if self.quantizing and all(operand.numel() for operand in call.operands):  # of nothing, nothing is quantized
+        numbers = all(operand.numel() and not operand.is_meta for operand in call.operands)
+        if self.quantizing and numbers:  # where there are none, nothing is quantized
             operands = operands_of(site, call, weights, site.quantizer)
             return LiveExecution(site, call, operands, site.quantizer("output"), *shared)
         check_planned(site, call, weights)
@@ -454,8 +455,8 @@ def _site_name(frame: Frame, call: Call, weight: Weight) -> str:
 
 
 def _is_dense(operand: Tensor) -> bool:
-    """Tell if an operand has rows to quantize: floating-point numbers, and not a sparse matrix."""
-    return operand.is_floating_point() and operand.layout == torch.strided
+    """Tell if an operand has rows to quantize: floating-point numbers, neither sparse nor nested."""
+    return operand.is_floating_point() and operand.layout == torch.strided and not operand.is_nested
 
 
 def _is_batched(operand: Tensor) -> bool:
