@@ -30,7 +30,7 @@ from qsim_core.sites.sites import ResultWatcher, Sites
 from qsim_core.transforms.applying import apply_transforms, left_behind, needed_beside
 from qsim_core.transforms.context import Context
 from qsim_core.transforms.encoded_weights import EncodedWeight, WeightEncoder
-from qsim_core.transforms.forward import Example, as_in_evaluation, call
+from qsim_core.transforms.forward import Example, as_in_evaluation, call, check_numbers
 from qsim_core.transforms.offload import at_hand
 from qsim_core.transforms.offload import state as state_of
 from qsim_core.transforms.padding import masks_inside, unpadded
@@ -197,7 +197,9 @@ class Simulation:
 
     def _weights_to_quantize(self) -> set[str]:
         """Name the weights that the recipe quantizes, those of layers of the same classes that were not met too."""
-        met = {site.weight: site.quantizer("weight") for site in self.sites.table.values() if site.weight}
+        there = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        sites = (site for site in self.sites.table.values() if site.weight in there)
+        met = {site.weight: site.quantizer("weight") for site in sites if site.weight}
         places = {name: name.rpartition(".") for name in met}
         kinds = {(type(self.model.get_submodule(path)), last) for path, _, last in places.values()}
         kinds -= {(nn.Embedding, "weight")}
@@ -243,13 +245,24 @@ class Simulation:
     def _discover(self, example: Example) -> None:
         """Run the example with every quantizer off, so that all sites are known; check the recipe against them."""
         self.example = example
-        self.sites.quantizing = False
+        self.sites.quantizing, self.sites.checked = False, True
         try:
             with as_in_evaluation(self.model), self.sites.uncounted():
                 call(self.model, example)
+            self._check()
         finally:
             self.sites.quantizing = True
-        self.sites.check()
+
+    def _check(self) -> None:
+        """Check the recipe against the sites. Its `RecipeError` names products of the example that have no site."""
+        try:
+            self.sites.check()
+        except RecipeError as error:
+            outside = self.audit().uncovered
+            if not outside:
+                raise
+            more = ", …" if len(outside) > 3 else ""
+            raise RecipeError(f"{error}; products that have no site: {', '.join(outside[:3])}{more}") from None
 
     def _transform(self, batches: list[Example] | None, run: Run, declared: Mapping[str, Sequence[str]] | None) -> None:
         """Apply the recipe's transforms, and keep their reports and warnings."""
@@ -386,6 +399,8 @@ def simulate(
             simulation.warnings += notes
         if example is None and batches:
             example = batches[0]
+        if recipe.transforms or recipe.has_static:
+            check_numbers(example, *(batches or []))
         if example is not None:
             with masks_inside(model, example) as notes:
                 simulation._discover(example)
