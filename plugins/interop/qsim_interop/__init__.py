@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from qsim_core import hookimpl
 
 if TYPE_CHECKING:
-    from qsim_core import Adapter
+    from qsim_core import Adapter, Preset, Quantizer
 
 
 @hookimpl
@@ -19,3 +19,10 @@ def qsim_adapters() -> list[type[Adapter]]:
     from qsim_interop.adapter import Checkpoint
 
     return [Checkpoint]
+
+
+@hookimpl
+def qsim_quantizers() -> list[type[Quantizer] | Preset]:
+    from qsim_interop.stacks import STACKS
+
+    return [*STACKS]
