@@ -264,7 +264,7 @@ _NOTHING = 2.0**-8
 
 
 def _scales_each(quantizer: Quantizer, shape: torch.Size) -> bool:
-    """Tell if blocks have one element. A scale that is no power of two then maps it to the largest of the format."""
+    """Tell if blocks have one element. A scale that is not a power of two then maps it to the largest of the format."""
     block = quantizer.granularity
     if block not in quantizer.sharing or not shape or math.prod(shape) < 2:
         return False
