@@ -116,6 +116,9 @@ class Zoo(Adapter):
                 "the same function as opt-tiny, with an outlier among each 16 channels of the norms",
             ),
             "codegen-tiny": entry("codegen-tiny", code, "CodeGen, 4 layers of width 128, on the library's source"),
+            "llama-tiny": entry("llama-tiny", documentation, "Llama, 4 layers of width 128, on Python's documentation"),
+            "qwen3-tiny": entry("qwen3-tiny", documentation, "Qwen3, 4 layers of width 128, on Python's documentation"),
+            "phi-tiny": entry("phi-tiny", documentation, "Phi, 4 layers of width 128, on Python's documentation"),
             "bert-tiny": entry("bert-tiny", documentation, "BERT, 4 layers of width 128, on Python's documentation"),
             "bert-tiny-classifier": entry(
                 "bert-tiny-classifier", kinds, "the body of bert-tiny; classifies docstrings by the documented object"

@@ -1,4 +1,4 @@
-"""Language models that predict the next token: opt-tiny on documentation, codegen-tiny on source code."""
+"""Language models that predict the next token: OPT in four sizes, and the shapes of CodeGen, Llama, Qwen3 and Phi."""
 
 from __future__ import annotations
 
@@ -9,7 +9,19 @@ from typing import Any, ClassVar
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
-from transformers import CodeGenConfig, CodeGenForCausalLM, GPT2TokenizerFast, OPTConfig, OPTForCausalLM
+from transformers import (
+    CodeGenConfig,
+    CodeGenForCausalLM,
+    GPT2TokenizerFast,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from qsim_zoo.task import Task
 from qsim_zoo.text import source, text
@@ -64,12 +76,12 @@ class Causal(Task):
         return float(sum(losses) / len(windows))
 
 
-class OptTiny(Causal):
-    """OPT with 4 layers of width 256 (3.8 million parameters), initialised as in its paper."""
+class Opt(Causal):
+    """OPT, initialised as in its paper, on Python's documentation."""
 
-    name = "opt-tiny"
-    steps = 3000
-    peak_rate = 1.5e-3
+    width: ClassVar[int]
+    layers: ClassVar[int] = 4
+    heads: ClassVar[int] = 4
     special_tokens = ["<s>", "<pad>", "</s>", "<unk>"]  # with OPT's ids
     special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     left_out = ("lm_head.weight",)
@@ -79,11 +91,11 @@ class OptTiny(Causal):
         model: nn.Module = OPTForCausalLM(
             OPTConfig(
                 vocab_size=VOCABULARY,
-                hidden_size=256,
-                word_embed_proj_dim=256,
-                ffn_dim=1024,
-                num_hidden_layers=4,
-                num_attention_heads=4,
+                hidden_size=self.width,
+                word_embed_proj_dim=self.width,
+                ffn_dim=4 * self.width,
+                num_hidden_layers=self.layers,
+                num_attention_heads=self.heads,
                 max_position_embeddings=self.context,
                 dropout=0.1,
                 pad_token_id=1,
@@ -92,6 +104,44 @@ class OptTiny(Causal):
             )
         )
         return model
+
+
+class OptTiny(Opt):
+    """OPT with 4 layers of width 256 (3.7 million parameters)."""
+
+    name = "opt-tiny"
+    steps = 3000
+    peak_rate = 1.5e-3
+    width = 256
+
+
+class Opt1M(Opt):
+    """OPT with 3 layers of width 128 (0.9 million parameters)."""
+
+    name = "opt-1m"
+    steps = 2000
+    peak_rate = 2e-3
+    width = 128
+    layers = 3
+
+
+class Opt2M(Opt):
+    """OPT with 4 layers of width 192 (2.2 million parameters)."""
+
+    name = "opt-2m"
+    steps = 2000
+    peak_rate = 2e-3
+    width = 192
+
+
+class Opt14M(Opt):
+    """OPT with 4 layers of width 512 (13.8 million parameters)."""
+
+    name = "opt-14m"
+    steps = 1000
+    peak_rate = 1e-3
+    width = 512
+    heads = 8
 
 
 class CodegenTiny(Causal):
@@ -120,4 +170,59 @@ class CodegenTiny(Causal):
                 tie_word_embeddings=False,
             )
         )
+        return model
+
+
+class Shaped(Causal):
+    """A decoder of 4 layers of width 128 with the shapes of a newer family, on Python's documentation."""
+
+    steps = 1500
+    peak_rate = 2e-3
+    batch = 8
+    special_tokens = ["<|endoftext|>"]
+    special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    text = staticmethod(text)
+
+    def shape(self, feed_forward: int) -> dict[str, Any]:
+        """Return the settings that the families share, with the width of the feed-forward layers."""
+        return {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 128,
+            "intermediate_size": feed_forward,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "max_position_embeddings": self.context,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "tie_word_embeddings": False,
+        }
+
+
+class LlamaTiny(Shaped):
+    """Llama: gated feed-forward layers, grouped-query attention, RMSNorm."""
+
+    name = "llama-tiny"
+
+    def make(self) -> nn.Module:
+        model: nn.Module = LlamaForCausalLM(LlamaConfig(**self.shape(320), num_key_value_heads=2))
+        return model
+
+
+class Qwen3Tiny(Shaped):
+    """Qwen3: Llama's shape with a norm of queries and of keys in each head."""
+
+    name = "qwen3-tiny"
+
+    def make(self) -> nn.Module:
+        model: nn.Module = Qwen3ForCausalLM(Qwen3Config(**self.shape(320), num_key_value_heads=2, head_dim=32))
+        return model
+
+
+class PhiTiny(Shaped):
+    """Phi: attention beside the feed-forward layers after one LayerNorm, and rotary positions for half of a head."""
+
+    name = "phi-tiny"
+
+    def make(self) -> nn.Module:
+        model: nn.Module = PhiForCausalLM(PhiConfig(**self.shape(512), partial_rotary_factor=0.5))
         return model

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qsim_core.files import keep, kept
-from qsim_zoo.causal import CodegenTiny, OptTiny
+from qsim_zoo.causal import CodegenTiny, LlamaTiny, Opt1M, Opt2M, Opt14M, OptTiny, PhiTiny, Qwen3Tiny
 from qsim_zoo.classified import BertTinyClassifier
 from qsim_zoo.diffusion import DdpmTiny
 from qsim_zoo.masked import BertTiny
@@ -27,7 +27,21 @@ from qsim_zoo.task import Task
 from qsim_zoo.vision import VitTiny
 
 TASKS: dict[str, Callable[[], Task]] = {
-    task.name: task for task in (OptTiny, CodegenTiny, BertTiny, BertTinyClassifier, VitTiny, DdpmTiny)
+    task.name: task
+    for task in (
+        OptTiny,
+        Opt1M,
+        Opt2M,
+        Opt14M,
+        CodegenTiny,
+        LlamaTiny,
+        Qwen3Tiny,
+        PhiTiny,
+        BertTiny,
+        BertTinyClassifier,
+        VitTiny,
+        DdpmTiny,
+    )
 }
 COLUMNS = (
     TextColumn("{task.description}"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from qsim_zoo import masked, train
+from qsim_zoo.causal import Causal
 from qsim_zoo.outliers import CONSUMERS, add_outliers
 from qsim_zoo.text import SPLITS, split_of, text
 from qsim_zoo.train import TASKS
@@ -137,7 +138,15 @@ def test_the_papers_order_comes_out(model: str, cache: Path) -> None:
         assert found["naive"] > 100 * found["abfp64"]
 
 
-@pytest.mark.parametrize("name", TASKS)
+TRAINED_ALIKE = {
+    name for name, task in TASKS.items() if isinstance(task, type) and issubclass(task, Causal) and name != "opt-tiny"
+}
+"""Models that differ from opt-tiny in their shapes alone, as far as training goes."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in TRAINED_ALIKE)) for name in TASKS]
+)
 def test_training_goes_on_where_it_was_stopped_and_ends_the_same(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

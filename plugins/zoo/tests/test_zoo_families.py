@@ -16,7 +16,16 @@ from qsim_zoo.text import KINDS, kind, labelled, pairs, source
 import qsim_core as qsim
 from qsim_core.cli.main import main
 
-LARGEST = {"vit-tiny": 1, "bert-tiny": 6, "bert-tiny-classifier": 3, "codegen-tiny": 8, "ddpm-tiny": 4}
+LARGEST = {
+    "vit-tiny": 1,
+    "bert-tiny": 6,
+    "bert-tiny-classifier": 3,
+    "codegen-tiny": 8,
+    "ddpm-tiny": 4,
+    "llama-tiny": 3,
+    "qwen3-tiny": 3,
+    "phi-tiny": 3,
+}
 """The largest allowed size of each model in megabytes."""
 MODELS = qsim.parse("zoo").models()
 
@@ -74,6 +83,15 @@ def test_it_predicts_code() -> None:
     exact, eight, four = measure("codegen-tiny", "perplexity", 24, (8, 4))
 
     assert exact["perplexity"] < 60
+    assert exact["perplexity"] * 1.02 > eight["perplexity"]
+    assert four["perplexity"] > eight["perplexity"]
+
+
+@pytest.mark.parametrize("name", ["llama-tiny", "qwen3-tiny", "phi-tiny"])
+def test_models_of_newer_families_predict_documentation(name: str) -> None:
+    exact, eight, four = measure(name, "perplexity", 16, (8, 4))
+
+    assert exact["perplexity"] < 70
     assert exact["perplexity"] * 1.02 > eight["perplexity"]
     assert four["perplexity"] > eight["perplexity"]
 
