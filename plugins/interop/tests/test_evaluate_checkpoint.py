@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from architectures import FAMILIES, build, write
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 import qsim_core as qsim
 from qsim_core.cli.main import main
@@ -47,9 +51,10 @@ def quantized(folder: Path, weights: dict[str, Any], inputs: dict[str, Any] | No
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("input_scale")}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
-    config = {"quant_method": "compressed-tensors", "format": "packed", "ignore": ["lm_head"]}
+    form = "int-quantized" if weights is INT8 else "float-quantized"
+    config = {"quant_method": "compressed-tensors", "format": form, "ignore": ["lm_head"]}
     said = json.loads((folder / "config.json").read_text())
-    said["quantization_config"] = config | {"config_groups": {"group_0": group}}
+    said["quantization_config"] = config | {"quantization_status": "compressed", "config_groups": {"group_0": group}}
     (folder / "config.json").write_text(json.dumps(said))
     return folder
 
@@ -113,6 +118,28 @@ def test_inputs_are_quantized_as_the_checkpoint_says_and_weights_are_not_rounded
         assert torch.equal(call(simulation.model, EXAMPLE)[0], call(expected, EXAMPLE)[0])
 
 
+@pytest.mark.parametrize(
+    ("weights", "inputs"),
+    [(INT8, {**INT8, "strategy": "token", "dynamic": True}), (FP8, {**FP8, "dynamic": False})],
+    ids=["int8", "static fp8"],
+)
+def test_the_logits_are_those_that_compressed_tensors_computes(
+    weights: dict[str, Any], inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("compressed_tensors")
+        located = locate(str(quantized(tmp_path, weights, inputs)), qsim.Host())
+        theirs = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    job = Job.at(located, qsim.Recipe(), qsim.Host())
+    loaded = located.adapter.load(located.source, torch.float32)
+
+    with qsim.simulate(loaded.model, job.recipe, example=EXAMPLE, final=loaded.final, state=job.state()):
+        ours = call(loaded.model, EXAMPLE)[0]
+
+    assert torch.equal(ours, call(theirs, EXAMPLE)[0])
+
+
 def test_static_inputs_have_the_scales_of_the_checkpoint(tmp_path: Path) -> None:
     located = locate(str(quantized(tmp_path, FP8, {**FP8, "dynamic": False})), qsim.Host())
     job = Job.at(located, qsim.Recipe(), qsim.Host())
@@ -135,7 +162,7 @@ def test_the_result_says_what_its_baseline_is(text: Path, tmp_path: Path) -> Non
     assert result["simulated"] == result["baseline"]
     assert result["audit"]["bits_per_weight"] > 8
     assert (
-        "Warning: its weights are stored quantized, as compressed-tensors (packed), and none is rounded again: the baseline "
+        "Warning: its weights are stored quantized, as compressed-tensors (int-quantized), and none is rounded again: the baseline "
         "is this checkpoint, dequantized, with no quantizer of inputs; --baseline MODEL compares with another\n"
     ) in run.stderr
 
@@ -178,7 +205,7 @@ def test_inputs_may_be_quantized_in_another_way(text: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--weights", "int4"], "are quantized already, as compressed-tensors (packed); leave weights out, or take the "
+        (["--weights", "int4"], "are quantized already, as compressed-tensors (int-quantized); leave weights out, or take the "
          "checkpoint that it was made from"),
         (["--plugin", "smoothquant", "--activations", "int8"], "smoothquant(0.5) would change weights of "),
     ],
@@ -202,3 +229,19 @@ def test_a_missing_shard_is_one_line(text: Path, tmp_path: Path) -> None:
     run = evaluate(folder, "--data", text)
 
     assert run.stderr == f"Error: {folder} lacks model-2.safetensors, which holds lm_head.weight; fetch it again\n"
+
+
+def test_the_commands_of_the_readme_run(text: Path, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    commands = re.findall(r"^    qsim (.*?)(?:  +#.*)?$", readme.partition("## `qsim check`")[0], re.MULTILINE)
+    names = {
+        "DIR": quantized(tmp_path / "int8", INT8),
+        "ORIGINAL": write(build("Llama"), tmp_path / "original"),
+        "text.txt": text,
+        "result.json": tmp_path / "result.json",
+    }
+
+    runs = [CliRunner().invoke(main, [str(names.get(w, w)) for w in shlex.split(command)]) for command in commands]
+
+    assert [run.output for run in runs if run.exit_code] == []
+    assert len(runs) == 4

@@ -68,11 +68,15 @@ class Reader(ABC):
             return list(self._layers())
 
     @functools.cached_property
+    def packed(self) -> frozenset[str]:
+        """The modules of the packed layers."""
+        return frozenset(layer.module for layer in self.layers)
+
+    @functools.cached_property
     def plain(self) -> list[str]:
         """The modules with a weight of two axes that is not packed, and that looks no rows up."""
-        packed = {layer.module for layer in self.layers}
         found = (name.removesuffix(".weight") for name in self.tensors if self._is_plain(name))
-        return [module for module in found if module not in packed and not EMBEDDING.search(module)]
+        return [module for module in found if module not in self.packed and not EMBEDDING.search(module)]
 
     @property
     def left(self) -> list[str]:
