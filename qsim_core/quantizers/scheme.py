@@ -109,6 +109,8 @@ class Scheme(Quantizer):
         bare = unscaled_format(self.scale)
         if bare is not None and not bare.wide:
             raise ValueError(f"{self.scale} as a scale needs a scale of its own, like scaled({bare}, channel)")
+        if self.scale is not None and self.scale.needs_held_scales("input") and not self.static:
+            raise ValueError(f"the scales of {self.scale} are found anew in each tensor; leave static or lsq out there")
         if not self.symmetric and not element.is_integer:
             raise ValueError(f"a zero point needs an integer format, not {element}; leave symmetric=false out")
         if not self.symmetric and self.rule != "divide":
