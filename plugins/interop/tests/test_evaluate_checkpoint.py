@@ -96,6 +96,15 @@ def test_the_model_has_the_weights_of_the_checkpoint_to_the_bit(tmp_path: Path) 
     assert all(torch.equal(p, expected.get_parameter(name)) for name, p in loaded.model.named_parameters())
 
 
+def test_the_model_generates_as_the_checkpoint_says(tmp_path: Path) -> None:
+    located = locate(str(quantized(tmp_path, INT8)), qsim.Host())
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 17}')
+
+    loaded: Any = located.adapter.load(located.source, torch.float32)
+
+    assert loaded.model.generation_config.eos_token_id == 17
+
+
 @pytest.mark.parametrize(
     ("weights", "inputs", "text"),
     [
