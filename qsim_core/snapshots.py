@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -96,8 +97,9 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """True if a tensor holds numbers itself: it is not sparse, sharded or coded, nor kept elsewhere."""
-    return not (tensor.is_meta or tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor))
+    """True if a tensor holds numbers itself: it is not sparse, sharded, coded or wrapped, nor kept elsewhere."""
+    wrapped = is_functorch_wrapped_tensor(tensor) or is_traceable_wrapper_subclass(tensor)
+    return not (tensor.is_meta or tensor.layout is not torch.strided or wrapped)
 
 
 def stored_as(tensor: Tensor) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, parametrizations, parametrize, prune, vector_to_parameters
 
 import qsim_core as qsim
 from qsim_core.snapshots import sample
@@ -55,6 +56,8 @@ WAYS: dict[str, Callable[[nn.Sequential], object]] = {
     "numpy": lambda m: m[0].weight.detach().numpy().__imul__(2),
     "another memory": lambda m: setattr(m[0].weight, "data", torch.flip(m[0].weight.data, [0])),
     "the memory itself": lambda m: m[0].weight.untyped_storage().copy_(perceptron(1)[0].weight.untyped_storage()),
+    "views of one vector": lambda m: vector_to_parameters(-parameters_to_vector(m.parameters()), m.parameters()),
+    "another order in memory": lambda m: setattr(m[0].weight, "data", m[0].weight.data.mul(2).t().contiguous().t()),
     "another parameter": lambda m: setattr(m[0], "weight", perceptron(1)[0].weight),
     "load_state_dict": lambda m: m.load_state_dict(perceptron(1).state_dict()),
     "load_state_dict by assignment": lambda m: m.load_state_dict(perceptron(1).state_dict(), assign=True),
@@ -130,6 +133,64 @@ def test_a_sample_has_elements_of_all_rows_and_columns(shape: tuple[int, ...], t
             assert not torch.equal(before, sample(x)), (axis, index)
 
     assert len(seen) <= max(64, 2 * max(shape) + x.numel() // 4)
+
+
+class Language(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(20, 16), nn.Linear(16, 20, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.table(ids))
+        return logits
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_weight_that_is_tied_later_leaves_the_table_as_it_is(keep: bool) -> None:
+    model, ids = Language().eval(), torch.arange(10)[None]
+    simulation = qsim.simulate(model, weights="int3", example=ids, keep=keep)
+    with torch.no_grad():
+        model(ids)
+        expected = model.table(ids) @ qsim.parse("channel(int3)")(model.table.weight).T
+
+        model.head.weight = model.table.weight
+
+        assert all(torch.equal(model(ids), expected) for _ in range(2))
+    assert simulation.folded_state_dict()[1] == ["head.weight"]
+
+
+def test_a_weight_that_is_untied_later_is_folded() -> None:
+    model, ids = Language().eval(), torch.arange(10)[None]
+    model.head.weight = model.table.weight
+    simulation = qsim.simulate(model, weights="int3", example=ids)
+
+    model.head.weight = nn.Parameter(model.table.weight.detach() * 2)
+
+    folded, left = simulation.folded_state_dict()
+    assert torch.equal(folded["head.weight"], qsim.parse("channel(int3)")(model.head.weight.detach()))
+    assert left == []
+
+
+@pytest.mark.parametrize(
+    ("put", "remove"),
+    [
+        (parametrizations.weight_norm, parametrize.remove_parametrizations),
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), prune.remove),
+    ],
+)
+def test_a_weight_that_is_computed_no_more_is_folded(put: Any, remove: Any) -> None:
+    model = perceptron()
+    put(model[0])
+    simulation = qsim.simulate(model, weights="int4", example=X)
+
+    remove(model[0], "weight")
+
+    with torch.no_grad():
+        assert torch.equal(model(X), afresh(model, weights="int4"))
+    folded, left = simulation.folded_state_dict()
+    assert torch.equal(folded["0.weight"], qsim.parse("channel(int4)")(model[0].weight.detach()))
+    assert left == []
 
 
 @pytest.mark.parametrize("way", ["one row", "a fused optimizer"])

@@ -193,6 +193,9 @@ LOOK_UPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "one-hot": lambda table, ids: F.one_hot(ids, 50).to(table.dtype) @ table,
     "a row of its transpose": lambda table, ids: table.t()[:, ids.flatten()].t(),
     "without its gradient": lambda table, ids: F.embedding(ids, table.detach()),
+    "numpy": lambda table, ids: torch.from_numpy(table.detach().numpy()[ids.numpy()]),
+    "a list": lambda table, ids: torch.tensor(table.tolist())[ids],
+    "a number": lambda table, ids: torch.full((5, 5), table[7, 3].item()),
 }
 
 

@@ -73,6 +73,7 @@ def test_the_audit_says_that_such_a_scale_sees_later_tokens() -> None:
     [
         ({"weights": "int4"}, "each element of its weight has a scale of its own: channel(int4) rounds nothing"),
         ({"activations": "block(int8, 1)"}, "each element of its input has a scale of its own: block(int8, n=1) rounds nothing"),
+        ({"activations": "mxfp4"}, None),
         ({"activations": "cast(e4m3)"}, None),
         ({"weights": "tensor(int4)"}, None),
     ],

@@ -21,6 +21,8 @@ SCHEMES = (
     "scaled(int4, 16, scaled(int8, channel))",
     "cast(bf16)",
     "e5m2",
+    "at_scale(int8, 0.02)",
+    "block(e2m1, 16, scale=at_scale(e4m3, 0.002))",
     "int6",
 )
 
@@ -114,7 +116,7 @@ def test_an_element_saturates_under_a_scale_even_if_it_overflows_alone(element: 
         ("tensor(codebook([-3, -2, -1]))", "tensor: codebook([-3.0, -2.0, -1.0]) goes from -3 to -1, and a scale maps the largest magnitude to -1"),
         ("block(codebook([-8, 0.001]), 8)", "block: codebook([-8.0, 0.001]) goes from -8 to 0.001, and a scale maps the largest magnitude to 0.001"),
         ("abfp(int4, scale=cast(int8))", "abfp: cast(int8) as a scale needs a scale of its own, like scaled(int8, channel)"),
-        ("block(e2m1, 16, scale=scaled(e4m3, static=true))", "block: the scales of scaled(e4m3, static=true) are found anew in each tensor; leave static or lsq out there"),
+        ("block(e2m1, 16, scale=channel(e4m3, gradient=lsq))", "block: channel(e4m3, gradient=lsq) as a scale can hold one static scale, that of the tensor, and learns none"),
         ("abfp(int4, scale=int16)", "abfp: int16 as a scale needs a scale of its own, like scaled(int16, channel)"),
         ("abfp(int4, scale=e2m1)", "abfp: e2m1 as a scale needs a scale of its own, like scaled(e2m1, channel)"),
         ("mx(int(4, convention=power_of_two))", "mx: rule floor cannot follow the convention of int(4, convention=power_of_two); leave the convention out"),

@@ -235,3 +235,44 @@ def test_calibration_data_of_two_lengths_gives_blocks_along_tokens_no_static_sca
 
     with pytest.raises(qsim.DataError, match="has static scales for 1 blocks along a row, and here are 2; where le"):
         qsim.simulate(_Values(), activations="block(int8, 4, static=true)", calibration=batches)
+
+
+NVFP4 = "scaled(e2m1, block=16, scale=scaled(e4m3, static=true))"
+
+
+def scaled_input(factor: float) -> torch.Tensor:
+    return factor * torch.randn(6, 64, generator=torch.Generator().manual_seed(3))
+
+
+def test_the_scale_of_block_scales_is_found_once_and_the_block_scales_in_each_tensor() -> None:
+    model = torch.nn.Linear(64, 8)
+    with qsim.simulate(model, activations=NVFP4, calibration=[scaled_input(1.0)]):
+        found = model(scaled_input(0.25))
+
+    whole = scaled_input(1.0).abs().max() / 6 / 448
+    with qsim.simulate(model, activations=f"scaled(e2m1, block=16, scale=at_scale(e4m3, {float(whole)!r}))"):
+        assert torch.equal(found, model(scaled_input(0.25)))
+
+
+def test_on_the_calibration_data_it_is_the_dynamic_scheme() -> None:
+    model, x = torch.nn.Linear(64, 8), scaled_input(1.0)
+    with qsim.simulate(model, activations=NVFP4, calibration=[x]):
+        found = model(x)
+
+    with qsim.simulate(model, activations="scaled(e2m1, block=16, scale=scaled(e4m3))"):
+        assert torch.equal(found, model(x))
+
+
+def test_the_scale_of_block_scales_is_saved_and_loaded() -> None:
+    model, x = torch.nn.Linear(64, 8), scaled_input(0.25)
+    with qsim.simulate(model, activations=NVFP4, calibration=[scaled_input(1.0)]) as simulation:
+        wanted, state = model(x), simulation.state_dict()
+
+    with qsim.simulate(model, activations=NVFP4, example=x, state=state):
+        assert torch.equal(model(x), wanted)
+
+
+def test_without_calibration_data_it_is_an_error() -> None:
+    model = torch.nn.Linear(64, 8)
+    with qsim.simulate(model, activations=NVFP4), pytest.raises(qsim.RecipeError, match="has no scale"):
+        model(scaled_input(1.0))

@@ -60,6 +60,38 @@ def test_a_compiled_simulated_model_gives_the_bits_of_eager(compiled: Callable[[
     assert graphs == []
 
 
+class Calls(nn.Module):
+    """Computes its first layer by a function."""
+
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.function = nn.Linear(96, 32), nn.Linear(32, 4), function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.second(self.function(x, self.first.weight, self.first.bias))
+        return result
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_compiled_function_runs_uncompiled_in_a_simulated_model(fullgraph: bool) -> None:
+    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, weight, bias).relu()
+
+    with torch.no_grad(), qsim.simulate(plain := Calls(product).eval(), RECIPE, example=INPUT):
+        expected = plain(INPUT)
+    model = Calls(torch.compile(product, backend=backend, fullgraph=fullgraph)).eval()
+    simulation = qsim.simulate(model, RECIPE, example=INPUT)
+
+    with torch.no_grad():
+        assert torch.equal(model(INPUT), expected)
+    assert simulation.audit().covered == 2
+    assert graphs == []
+    with torch.no_grad():
+        simulation.restore()(INPUT)
+    assert len(graphs) == 1
+
+
 def test_one_line_says_so_once() -> None:
     model = made()
     qsim.simulate(model, RECIPE, example=INPUT)

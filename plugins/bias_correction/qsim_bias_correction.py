@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -70,7 +71,7 @@ class BiasCorrection(Transform):
                 exact = call.result.rows(call.run(call.operands))
                 quantized = call.result.rows(context.simulated(site, call, roles))
                 if exact.shape[-1:] == shapes[biases[site.name]]:
-                    sums[site.name].add(*(found.reshape(-1, found.shape[-1]) for found in (exact, quantized)))
+                    sums[site.name].add(*(torch.atleast_2d(found).flatten(0, -2) for found in (exact, quantized)))
                 else:
                     in_parts.add(site.name)
 

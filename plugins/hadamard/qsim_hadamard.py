@@ -230,7 +230,7 @@ def _unknown(size: int) -> str | None:
 
 
 def _peak(rows: Tensor) -> float:
-    return float(rows.abs().max() / rows.double().square().mean().sqrt())
+    return float(rows.abs().max() / rows.double().square().mean().sqrt()) if rows.numel() else 0.0
 
 
 @hookimpl

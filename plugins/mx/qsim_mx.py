@@ -50,6 +50,11 @@ OTHERS = [
         "scaled(e2m1, block=16, scale=scaled(e4m3))",
         "NVIDIA NVFP4: blocks of 16, E4M3 scales, one float32 scale for the tensor",
     ),
+    Preset(
+        "nvfp4_static",
+        "scaled(e2m1, block=16, scale=scaled(e4m3, static=true))",
+        "NVFP4 for activations as it is deployed: the tensor's scale is found in calibration data",
+    ),
     Preset("deepseek_weights", "block(e4m3, n=[128, 128])", "DeepSeek-V3, arXiv 2412.19437, 3.3.2: tiles of 128 x 128"),
     Preset("deepseek_activations", "block(e4m3, n=128)", "DeepSeek-V3, arXiv 2412.19437, 3.3.2: tiles of 1 x 128"),
 ]

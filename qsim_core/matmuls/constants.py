@@ -18,6 +18,19 @@ MADE = frozenset({torch.ones, torch.zeros, torch.eye, torch.full})
 """The functions that make a constant of numbers alone."""
 CHOOSE = frozenset({torch.Tensor.__getitem__, torch.index_select, torch.Tensor.index_select})
 """The functions that take matrices out of a stack: the weights of the experts that a token is sent to."""
+VALUES = frozenset(
+    {
+        Tensor.numpy,
+        Tensor.__array__,
+        Tensor.__dlpack__,
+        Tensor.tolist,
+        Tensor.item,
+        Tensor.__float__,
+        Tensor.__int__,
+        Tensor.__bool__,
+    }
+)
+"""The functions that give a tensor's values to code outside of torch."""
 _NUMBERS = torch.empty(0)
 """The origin of such a constant."""
 
@@ -69,13 +82,15 @@ class Constants:
         elif self._made:
             for x in results:
                 self._made.pop(id(x), None)
+        if function not in VALUES and not results:
+            return ()
         return [one.origin for one in found if self._is_read_first(one.origin, results)]
 
     def _is_read_first(self, origin: Tensor, results: list[Tensor]) -> bool:
         """Tell if results hold values of a parameter that was not known to be read; note that it is."""
         if not isinstance(origin, nn.Parameter) or self._was_read(origin):
             return False
-        if all(x.is_meta or _share(x, origin) for x in results):  # offloading makes meta tensors of weights
+        if results and all(x.is_meta or _share(x, origin) for x in results):  # offloading makes meta tensors of weights
             return False
         self._read[id(origin)] = weakref.ref(origin)
         return True

@@ -1,12 +1,14 @@
 """The schemes of the core. They differ in the elements that share a scale.
 
 `scaled(F, block)` is the general scheme. `tensor(F)`, `channel(F)`, `token(F)` and `block(F, n)` are its usual cases.
-`cast(F)` rounds without a scale. A `channel` is a row of a weight, and a `token` is a row of an activation. Both have
-one scale for each row along the matmul's reduction axis, so the scale factors out of the sum.
+`at_scale(F, s)` has a scale that is given, and `cast(F)` rounds without a scale. A `channel` is a row of a weight, and
+a `token` is a row of an activation. Both have one scale for each row along the matmul's reduction axis, so the scale
+factors out of the sum.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -15,7 +17,9 @@ from torch import Tensor
 
 from qsim_core.formats.codes import Encoded
 from qsim_core.formats.format import Format
-from qsim_core.formats.quantizer import Granularity, Quantizer
+from qsim_core.formats.quantizer import Granularity, Quantizer, laid_out_as
+from qsim_core.formats.rounding import working, working_dtype
+from qsim_core.quantizers.scales import Scales
 from qsim_core.quantizers.scheme import Scheme
 
 ROW_SCALES = ("tensor", "channel", "token")
@@ -98,6 +102,54 @@ class Block(Scheme):
     @property
     def granularity(self) -> Granularity:
         return self.n
+
+
+class AtScale(Quantizer):
+    """Round to the values of a format times one scale, which is given: static scales, and the scale of block scales.
+
+    `x` is divided by the scale, rounded as the format rounds, and multiplied by it, in float32. The scale is rounded to
+    float32 first. NaN stays NaN.
+    """
+
+    name = "at_scale"
+    element: Format = Field(description="the number format of the values in units of the scale")
+    scale: float = Field(gt=0, allow_inf_nan=False, description="the scale, one for all data")
+
+    def quantize(self, x: Tensor) -> Tensor:
+        exact = working(x)
+        return laid_out_as(x, (self.element.quantize(exact / self.scale) * self.scale).to(x.dtype))
+
+    def passes(self, x: Tensor) -> Tensor | None:
+        return self.element.passes(working(x) / self.scale)
+
+    def encode(self, x: Tensor) -> Encoded:
+        return replace(self.element.encode(working(x) / self.scale), dtype=x.dtype)
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        units = self.element.decode(replace(encoded, dtype=working_dtype(encoded.dtype)))
+        return (units * self.scale).to(encoded.dtype)
+
+    def scales(self, x: Tensor) -> Scales:
+        return Scales(torch.full((1, 1), self.scale, dtype=working(x).dtype, device=x.device), None)
+
+    def bits_per_element(self, shape: torch.Size) -> float:
+        return self.element.bits_per_element(shape)
+
+    @property
+    def granularity(self) -> Granularity:
+        return "element"
+
+    @property
+    def by_rows(self) -> bool:
+        return True
+
+    @property
+    def draws(self) -> bool:
+        return self.element.draws
+
+    @property
+    def rounds_to(self) -> Format:
+        return self.element
 
 
 class Cast(Quantizer):

@@ -240,7 +240,7 @@ class _Watch:
         if self.also is not None:
             self.also(site, role, before, after, quantizer)
         if quantizer is not None:
-            if _rounds_nothing(quantizer, before.shape):
+            if _scales_each(quantizer, before.shape) and torch.allclose(after, before, rtol=_NOTHING, atol=0.0):
                 self.doubts[site.name][
                     f"each element of its {role} has a scale of its own: {quantizer} rounds nothing"
                 ] = None
@@ -259,8 +259,12 @@ class _Watch:
         self.operations[site.name, role].add(before, after, quantizer)
 
 
-def _rounds_nothing(quantizer: Quantizer, shape: torch.Size) -> bool:
-    """Tell if blocks have one element, so that a scale maps each value to the largest of the format."""
+_NOTHING = 2.0**-8
+"""The relative error that a scale in bfloat16 makes of a value that has it alone."""
+
+
+def _scales_each(quantizer: Quantizer, shape: torch.Size) -> bool:
+    """Tell if blocks have one element. A scale that is not a power of two then maps it to the largest of the format."""
     block = quantizer.granularity
     if block not in quantizer.sharing or not shape or math.prod(shape) < 2:
         return False

@@ -29,7 +29,8 @@ from qsim_core.sites.site import Site
 from qsim_core.sites.sites import ResultWatcher, Sites
 from qsim_core.transforms.applying import apply_transforms, left_behind, needed_beside
 from qsim_core.transforms.context import Context
-from qsim_core.transforms.forward import Example, as_in_evaluation, call
+from qsim_core.transforms.encoded_weights import EncodedWeight, WeightEncoder
+from qsim_core.transforms.forward import Example, as_in_evaluation, call, check_numbers
 from qsim_core.transforms.offload import at_hand
 from qsim_core.transforms.offload import state as state_of
 from qsim_core.transforms.padding import masks_inside, unpadded
@@ -48,7 +49,9 @@ class Simulation:
         self.sites = Sites(model, recipe, keep, exact)
         self._handles: list[RemovableHandle] = []
         self._before_transforms: dict[str, Tensor] = {}
-        self._left = self._needed = ""
+        self._left = ""
+        self.needed_beside = ""
+        """Things that transforms have left, without which the changed weights compute something else; or empty."""
         self.reports: list[LayerReport] = []
         """The reports of the transforms, layer by layer."""
         self.warnings: list[str] = []
@@ -163,8 +166,8 @@ class Simulation:
         also weights that are kept in another memory, and layers that the example does not reach. Raises `QsimError`
         without an example, and if a transform has left rotations or hooks that the weights need.
         """
-        if self._needed:
-            raise QsimError(f"{self._needed}, and the weights need them; they cannot be saved alone")
+        if self.needed_beside:
+            raise QsimError(f"{self.needed_beside}, and the weights need them; they cannot be saved alone")
         if self.example is None:
             raise QsimError("give simulate an example: it tells which weights are multiplied")
         self.refresh()
@@ -172,9 +175,31 @@ class Simulation:
             call(self.model, self.example)  # every quantized weight is at hand then
         return self.sites.weights.folded_into(self.model.state_dict(), self._weights_to_quantize())
 
+    def encoded(self) -> dict[str, EncodedWeight]:
+        """Give each weight that the recipe quantizes, by name, as codes, scales and zero points.
+
+        `decode()` of a weight is what its site multiplies, bit for bit: of one that a transform has quantized too, and
+        of the experts of a layer. A weight that cannot be encoded has the reason as `why_not`. Raises `QsimError`
+        without an example.
+        """
+        if self.example is None:
+            raise QsimError("give simulate an example: it tells which weights are multiplied")
+        self.refresh()
+        encoder = WeightEncoder(self.model, self.sites)
+        self.sites.watcher, self.sites.observer = encoder.watch, encoder
+        try:
+            with as_in_evaluation(self.model), self.sites.uncounted():
+                call(self.model, self.example)
+        finally:
+            self.sites.watcher = self.sites.observer = None
+        unmet = self._weights_to_quantize() - encoder.found.keys()
+        return encoder.found | {name: EncodedWeight(name, why_not="the example does not reach it") for name in unmet}
+
     def _weights_to_quantize(self) -> set[str]:
         """Name the weights that the recipe quantizes, those of layers of the same classes that were not met too."""
-        met = {site.weight: site.quantizer("weight") for site in self.sites.table.values() if site.weight}
+        there = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        sites = (site for site in self.sites.table.values() if site.weight in there)
+        met = {site.weight: site.quantizer("weight") for site in sites if site.weight}
         places = {name: name.rpartition(".") for name in met}
         kinds = {(type(self.model.get_submodule(path)), last) for path, _, last in places.values()}
         kinds -= {(nn.Embedding, "weight")}
@@ -220,13 +245,24 @@ class Simulation:
     def _discover(self, example: Example) -> None:
         """Run the example with every quantizer off, so that all sites are known; check the recipe against them."""
         self.example = example
-        self.sites.quantizing = False
+        self.sites.quantizing, self.sites.checked = False, True
         try:
             with as_in_evaluation(self.model), self.sites.uncounted():
                 call(self.model, example)
+            self._check()
         finally:
             self.sites.quantizing = True
-        self.sites.check()
+
+    def _check(self) -> None:
+        """Check the recipe against the sites. Its `RecipeError` names products of the example that have no site."""
+        try:
+            self.sites.check()
+        except RecipeError as error:
+            outside = self.audit().uncovered
+            if not outside:
+                raise
+            more = ", …" if len(outside) > 3 else ""
+            raise RecipeError(f"{error}; products that have no site: {', '.join(outside[:3])}{more}") from None
 
     def _transform(self, batches: list[Example] | None, run: Run, declared: Mapping[str, Sequence[str]] | None) -> None:
         """Apply the recipe's transforms, and keep their reports and warnings."""
@@ -246,7 +282,7 @@ class Simulation:
             if name in self._before_transforms and torch.equal(self._before_transforms[name], tensor):
                 del self._before_transforms[name]
         self._left = left_behind(self.sites, len(self._handles) - hooks)
-        self._needed = needed_beside(self.sites, len(self._handles) - hooks)
+        self.needed_beside = needed_beside(self.sites, len(self._handles) - hooks)
         self.reports += [report for context in contexts for report in context.reports]
         self.warnings += [warning for context in contexts for warning in context.warnings]
 
@@ -363,6 +399,8 @@ def simulate(
             simulation.warnings += notes
         if example is None and batches:
             example = batches[0]
+        if recipe.transforms or recipe.has_static:
+            check_numbers(example, *(batches or []))
         if example is not None:
             with masks_inside(model, example) as notes:
                 simulation._discover(example)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qsim_core.errors import QsimError
 from qsim_core.quantizers.learned_steps import LearnedScheme, LearnedSteps
 from qsim_core.quantizers.scheme import Scheme
+from qsim_core.quantizers.standard_schemes import AtScale
 from qsim_core.quantizers.static_scale import StaticScheme
 from qsim_core.sites.site import Site
 from qsim_core.sites.sites import Sites
@@ -26,6 +27,9 @@ def gather(sites: Sites) -> dict[str, Tensor]:
     for site in sites.table.values():
         tensors[f"{site.name}:calls"] = torch.tensor(site.calls)
         for role, fixed in site.fixed.items():
+            if isinstance(fixed, Scheme) and isinstance(fixed.scale, AtScale):
+                tensors[f"{site.name}:{role}.scale"] = torch.tensor([[fixed.scale.scale]])
+                continue
             if not isinstance(fixed, StaticScheme):
                 raise QsimError(
                     f"{site.name} ({site.named(role)}): what a transform has put there, {fixed}, cannot be saved"
@@ -79,11 +83,19 @@ def _give(model: nn.Module, site: Site, role: str, scheme: Scheme, scale: Tensor
             held.zero.copy_(zero)
 
 
-def hold(model: nn.Module, site: Site, role: str, scheme: Scheme, scale: Tensor, zero: Tensor | None) -> StaticScheme:
+def hold(
+    model: nn.Module, site: Site, role: str, scheme: Scheme, scale: Tensor, zero: Tensor | None
+) -> StaticScheme | Scheme:
     """Put a scheme with its scales [B, 1], or [..., B, 1] for a weight, at a site of a model.
 
-    A scheme that learns its scales starts its training from these.
+    A scheme that learns its scales starts its training from these. Of a scheme whose scales have a static scale
+    themselves, `scale` is that one. Where it is zero, all block scales were, and it becomes the smallest normal number.
     """
+    if (inner := scheme.scale_of_scales) is not None:
+        least = torch.finfo(torch.float32).tiny
+        found = scheme.replace(scale=AtScale(element=inner.element, scale=max(float(scale), least)))
+        site.fixed[role] = found
+        return found
     where = f"{site.name} ({site.named(role)})"
     with torch.inference_mode(False):  # a training may follow
         scale, zero = scale.detach().clone(), None if zero is None else zero.detach().clone()

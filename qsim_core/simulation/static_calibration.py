@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qsim_core.errors import DataError, RecipeError
-from qsim_core.formats.quantizer import Quantizer
+from qsim_core.formats.quantizer import Quantizer, SiteQuantizer
 from qsim_core.quantizers.learned_steps import of_weight
 from qsim_core.quantizers.observers import Observer
 from qsim_core.quantizers.scheme import Scheme
@@ -48,6 +48,7 @@ class Fitter:
         if role == "weight":
             self.weights.setdefault(site.name, (site, scheme, *of_weight(scheme, before)))
             return
+        scheme, before = _found_for(scheme, before)
         if not (scheme.granularity == "tensor" or isinstance(scheme.granularity, int)):
             raise RecipeError(
                 f"{site.name} ({site.named(role)}): {scheme} learns a scale for the tensor or for n along the row, "
@@ -75,9 +76,12 @@ def wanted(sites: Iterable[Site]) -> Wanted:
     """List the places that still need static scales, each with an observer that has seen nothing."""
     found = ((site, role, _wants(site, role)) for site in sites for role in ("input", "input2", "output"))
     return {
-        (site.name, role, repr(scheme.granularity)): scheme.range.observer()
+        (site.name, role, repr(scheme.granularity) if inner is None else f"scales of {scheme}"): (
+            inner or scheme
+        ).range.observer()
         for site, role, scheme in found
         if scheme is not None
+        for inner in [scheme.scale_of_scales]
     }
 
 
@@ -90,7 +94,7 @@ def fix(model: nn.Module, sites: Mapping[str, Site], statistics: Statistics, wei
         site = sites[name]
         wants = _wants(site, role)
         assert wants is not None
-        fixed = hold(model, site, role, wants, *wants.fit(values, counts))
+        fixed = hold(model, site, role, wants, *(wants.scale_of_scales or wants).fit(values, counts))
         suspicions += [f"{name} ({site.named(role)}) {what}" for what in _suspicions(fixed, values, counts)]
     missing = [(site, role) for site in sites.values() for role in (*site.input_roles, "output") if _wants(site, role)]
     suspicions += [
@@ -107,12 +111,20 @@ def _wants(site: Site, role: str) -> Scheme | None:
     return scheme if scheme.needs_held_scales(role) else None
 
 
-def _suspicions(fixed: StaticScheme, values: Tensor, counts: Tensor | None) -> Iterator[str]:
+def _found_for(scheme: Scheme, x: Tensor) -> tuple[Scheme, Tensor]:
+    """The scheme whose static scales are found, and the values that it rounds: the scales of `x`, or `x` itself."""
+    inner = scheme.scale_of_scales
+    return (scheme, x) if inner is None else (inner, scheme.measured(x)[1].reshape(1, -1))
+
+
+def _suspicions(fixed: SiteQuantizer, values: Tensor, counts: Tensor | None) -> Iterator[str]:
     """Give the doubts about a scale, for values [B, n] that stand for `counts` each."""
-    scale = fixed.scale.detach()
     if not bool((values != 0).any()):
         yield "saw only zeros in the calibration data"
         return
+    if not isinstance(fixed, StaticScheme):
+        return
+    scale = fixed.scale.detach()
     positive = scale[scale > 0]
     if len(positive) and float(positive.max() / positive.min()) > SPAN:
         yield f"has scales from {positive.min():.2g} to {positive.max():.2g}"

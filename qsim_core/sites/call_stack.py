@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._C import _len_torch_function_stack
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
+from qsim_core.formats.uncompiled import compilers
 from qsim_core.matmuls.layout import LAST, Layout
 from qsim_core.sites.site import Site
 from qsim_core.sites.workspace import Memory, Workspace, like
@@ -117,6 +118,7 @@ class CallStack(threading.local):
     def __init__(self) -> None:
         self.frames: list[Frame] = []
         self.mode: TorchFunctionMode | None = None
+        """The mode that sees every call of torch while the outermost module runs."""
         self.caller: FrameType | None = None
         """The Python frame that called the outermost module."""
         self.inside = False
@@ -126,6 +128,12 @@ class CallStack(threading.local):
         self.rotated: Reusable | None = None
         self.workspace = Workspace()
 
+    def begin(self, mode: TorchFunctionMode, caller: FrameType) -> None:
+        """Enter the outermost module."""
+        self.mode, self.caller = mode, caller
+        compilers.hold()
+        mode.__enter__()
+
     def clear(self) -> None:
         """Leave all modules, and forget the kept tensors."""
         self.frames, self.caller, self.inside = [], None, False
@@ -134,6 +142,7 @@ class CallStack(threading.local):
         mode, self.mode = self.mode, None
         if mode is not None:
             leave(mode)
+            compilers.release()
 
     def share_nothing(self) -> None:
         """Forget the tensors that calls share."""

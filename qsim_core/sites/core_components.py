@@ -5,13 +5,13 @@ from __future__ import annotations
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.hookspecs import hookimpl
 from qsim_core.quantizers.calibrators import MSE, AbsMax, Calibrator, MinMax, Percentile
-from qsim_core.quantizers.standard_schemes import Block, Cast, Channel, Scaled, Tensorwise, Token
+from qsim_core.quantizers.standard_schemes import AtScale, Block, Cast, Channel, Scaled, Tensorwise, Token
 from qsim_core.sites.arithmetic import Arithmetic, Auto, Float32
 
 
 @hookimpl
 def qsim_quantizers() -> list[type[Quantizer]]:
-    return [Scaled, Tensorwise, Channel, Token, Block, Cast]
+    return [Scaled, Tensorwise, Channel, Token, Block, AtScale, Cast]
 
 
 @hookimpl

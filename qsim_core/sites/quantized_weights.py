@@ -94,6 +94,8 @@ class _Pinned:
     seen: Snapshot
     dtype: torch.dtype
     scales: Scales | None
+    of_scales: Scales | None = None
+    """The scales of the scales."""
 
 
 class Weights:
@@ -102,11 +104,11 @@ class Weights:
     def __init__(self, model: nn.Module, keep: bool) -> None:
         self.names = frozenset(name for name, _ in _all_parameters(model))
         """The names of all parameters that the model had when it was simulated."""
-        owners = Counter(_storage(parameter) for _, parameter in _all_parameters(model))
-        self.tied = frozenset(name for name, parameter in _all_parameters(model) if owners[_storage(parameter)] > 1)
+        self.model = model
+        self._tied: frozenset[str] | None = None
         self.elsewhere = frozenset(name for name, parameter in _all_parameters(model) if parameter.is_meta)
         self.keep = keep
-        self.folded: dict[tuple[Any, ...], _Quantized] = {}
+        self.folded: dict[tuple[str, str, Part | None], _Quantized] = {}
         self.moves: Counter[str] = Counter()
         self.uses: dict[str, set[str]] = {}
         """The layouts in which each weight is multiplied: with two different ones it cannot be overwritten."""
@@ -127,9 +129,17 @@ class Weights:
         """The names of weights that a transform has quantized: they are final, and are not rounded again."""
         return self._pins.keys()
 
+    @property
+    def tied(self) -> frozenset[str]:
+        """The names of parameters that share their memory in this forward; code may tie them at any time."""
+        if self._tied is None:
+            self._tied = _sharing_memory(_all_parameters(self.model))
+        return self._tied
+
     def begin(self) -> None:
         """Compare the weights on a device with what they were, at the start of a forward."""
         with self.lock:
+            self._tied = None
             Snapshot.compare(self._seen())
 
     def refresh(self) -> None:
@@ -154,13 +164,13 @@ class Weights:
             if any(key[0] == name and folded.in_place for key, folded in self.folded.items()):
                 raise _second_use(name, "also read by other code than a matmul")
 
-    def pin(self, name: str, parameter: Tensor, scales: Scales | None) -> None:
+    def pin(self, name: str, parameter: Tensor, scales: Scales | None, of_scales: Scales | None = None) -> None:
         """Take a weight as final: its values are quantized. `scales` are those of its rows, [N, B]; None: unknown."""
-        self._pins[name] = _Pinned(Snapshot(parameter, whole=True), parameter.dtype, scales)
+        self._pins[name] = _Pinned(Snapshot(parameter, whole=True), parameter.dtype, scales, of_scales)
 
-    def pinned_scales(self) -> dict[str, Scales]:
-        """The scales of the pinned weights by name, as far as they are known."""
-        return {name: pin.scales for name, pin in self._pins.items() if pin.scales is not None}
+    def known(self, name: str) -> tuple[Scales | None, Scales | None]:
+        """The scales of a pinned weight, and the scales of these, as far as they are known."""
+        return self._pins[name].scales, self._pins[name].of_scales
 
     def final(self, weight: Weight) -> _Pinned | None:
         """Find the record of a weight that a transform has quantized; what is computed from such a weight has none.
@@ -284,8 +294,8 @@ class Weights:
             rows = layout.rows(operand.detach())
             lowered = lowering.new(rows) if lowering is not None else None
             quantized: Any = quantizer.quantize(rows) if lowered is None else None
-            only_use = weight.name not in self.tied | self.elsewhere and len(self.uses[weight.name]) == 1
-            in_place = not self.keep and weight.owned and only_use
+            only_use = len(self.uses[weight.name]) == 1 and weight.name not in self.elsewhere
+            in_place = not self.keep and weight.owned and only_use and weight.name not in self.tied
             scales = quantizer.scales(rows) if in_place and keep_scales else None
             if in_place:
                 parameter.data.copy_(layout.back(quantized if lowered is None else lowered.values()))
@@ -310,9 +320,9 @@ class Weights:
         left = wanted - {key[0] for key in self.folded} - self.pinned
         left |= {key[0] for key, _ in copies if key[0] in self.tied or len(self.uses[key[0]]) > 1}
         found = copy.deepcopy(dict(state))
-        for (name, _, offset, shape, stride), folded in copies:
+        for (name, _, part), folded in copies:
             if name not in left:
-                found[name].as_strided(shape, stride, offset).copy_(folded.values())
+                _part_of(found[name], part).copy_(folded.values())
         return found, sorted(left, key=natural_order)
 
 
@@ -323,9 +333,24 @@ def _second_use(name: str, how: str) -> QsimError:
     )
 
 
-def _key(weight: Weight, operand: Tensor, layout: Layout) -> tuple[Any, ...]:
-    """A key for an operand: the parameter, the part of it, and the layout."""
-    return weight.name, layout.name, operand.storage_offset(), tuple(operand.shape), operand.stride()
+Part = tuple[int, tuple[int, ...], tuple[int, ...]]
+"""The part of a parameter that an operand is: where it begins, its shape and its strides."""
+
+
+def _key(weight: Weight, operand: Tensor, layout: Layout) -> tuple[str, str, Part | None]:
+    """A key for an operand: the parameter, the layout, and the part of the parameter; None: all of it, as it is."""
+    if operand is weight.parameter:
+        return weight.name, layout.name, None
+    begin = int(operand.storage_offset() - weight.parameter.storage_offset())
+    return weight.name, layout.name, (begin, tuple(operand.shape), operand.stride())
+
+
+def _part_of(parameter: Tensor, part: Part | None) -> Tensor:
+    """The part of a parameter, as a view."""
+    if part is None:
+        return parameter
+    begin, shape, stride = part
+    return parameter.as_strided(shape, stride, parameter.storage_offset() + begin)
 
 
 def _return_freed_memory() -> None:
@@ -335,10 +360,25 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def _storage(parameter: Tensor) -> int:
-    """An identifier that tied parameters share: the address of their memory, or the object's id if it has none."""
-    address = parameter.untyped_storage().data_ptr() if has_memory(parameter) else 0
-    return address or id(parameter)
+def _sharing_memory(parameters: list[tuple[str, nn.Parameter]]) -> frozenset[str]:
+    """The names of parameters that lie, in part at least, in the memory of another one."""
+    shared: set[str] = set()
+    end, last = 0, ""
+    for (begin, stop), name in sorted((_extent(parameter), name) for name, parameter in parameters):
+        if begin < end:
+            shared |= {name, last}
+        if stop > end:
+            end, last = stop, name
+    return frozenset(shared)
+
+
+def _extent(parameter: Tensor) -> tuple[int, int]:
+    """The first address of a parameter's memory and the one after it; the object's id, if it has no memory."""
+    begin = parameter.data_ptr() if has_memory(parameter) else 0
+    if begin == 0:
+        return id(parameter), id(parameter) + 1
+    span = 1 + sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+    return begin, begin + span * parameter.element_size()
 
 
 def _all_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
@@ -34,7 +35,7 @@ from qsim_core.formats.rounding import working
 from qsim_core.formats.uncompiled import resume_compiling, stop_compiling, uncompiled
 from qsim_core.matmuls.attention import EXPLICIT, SOFTMAX, explicit_attention
 from qsim_core.matmuls.call import Call
-from qsim_core.matmuls.constants import Constant, Constants
+from qsim_core.matmuls.constants import VALUES, Constant, Constants
 from qsim_core.matmuls.layout import POSITIONS, Layout
 from qsim_core.matmuls.operators import OPS, read_call
 from qsim_core.operations.functions import PRODUCTS
@@ -147,9 +148,7 @@ class Sites:
             stack.clear()
         if not stack.frames:
             self.weights.begin()
-            stack.caller = sys._getframe(1)
-            stack.mode = _Mode(self)
-            stack.mode.__enter__()  # type: ignore[no-untyped-call]
+            stack.begin(_Mode(self), sys._getframe(1))
         stack.frames.append(Frame(path, module, compiling=compiling))
 
     @functools.partial(uncompiled, inside=False)
@@ -159,11 +158,11 @@ class Sites:
             return
         while (frame := stack.frames.pop()).module is not module:
             pass
-        resume_compiling(frame.compiling)
         if not stack.frames:
             stack.clear()
-            if path == "" and not self.checked and output is not None:
-                self.check()
+        resume_compiling(frame.compiling)
+        if not stack.frames and path == "" and not self.checked and output is not None:
+            self.check()
 
     def check(self) -> None:
         """Raise `RecipeError` if a pattern of the recipe matches no site, or one of its quantizers reaches none."""
@@ -257,7 +256,8 @@ class Sites:
         """Call a function that is not a matmul; note the weights that it computes, and the parameters that it reads."""
         result = function(*args, **kwargs)
         frames = self.stack.frames
-        if type(result) in _NOTED and frames and not torch.compiler.is_compiling():
+        noted = type(result) in _NOTED or function in VALUES
+        if noted and frames and not torch.compiler.is_compiling():
             for parameter in self.constants.note(function, args, kwargs, result, frames[-1].module):
                 self.weights.read(self._name_of(parameter) or "")
         return result
@@ -280,6 +280,11 @@ class Sites:
 
     def _check_plain(self, call: Call) -> None:
         """Raise `QsimError` for an operand that holds other tensors in the place of values."""
+        if any(map(_is_batched, call.operands)):
+            raise QsimError(
+                f"a {call.operation} in {self.stack.frames[-1].path or 'the model'} runs under torch.func.vmap, which "
+                f"hides its operands; compute it for each element in a loop, or for all by torch.bmm"
+            )
         kinds = [type(operand.data).__name__ for operand in call.operands if is_traceable_wrapper_subclass(operand)]
         if kinds:
             raise QsimError(
@@ -333,7 +338,8 @@ class Sites:
 
     def _execution(self, site: Site, call: Call, weights: Sequence[Weight | None], module: nn.Module) -> LiveExecution:
         shared = module, self.stack, self.weights, self.exact, self.observer
-        if self.quantizing and all(operand.numel() for operand in call.operands):  # of nothing, nothing is quantized
+        numbers = all(operand.numel() and not operand.is_meta for operand in call.operands)
+        if self.quantizing and numbers:  # where there are none, nothing is quantized
             operands = operands_of(site, call, weights, site.quantizer)
             return LiveExecution(site, call, operands, site.quantizer("output"), *shared)
         check_planned(site, call, weights)
@@ -390,7 +396,7 @@ class Sites:
                 frame.softmax = ()
             return site
         site = self._named(_site_name(frame, call, weight), call.operation, weight.name)
-        site.computed = weight.computed
+        site.weight, site.computed = weight.name, weight.computed
         return site
 
     def _product(self, frame: Frame, operation: str) -> Site:
@@ -449,8 +455,17 @@ def _site_name(frame: Frame, call: Call, weight: Weight) -> str:
 
 
 def _is_dense(operand: Tensor) -> bool:
-    """Tell if an operand has rows to quantize: floating-point numbers, and not a sparse matrix."""
-    return operand.is_floating_point() and operand.layout == torch.strided
+    """Tell if an operand has rows to quantize: floating-point numbers, neither sparse nor nested."""
+    return operand.is_floating_point() and operand.layout == torch.strided and not operand.is_nested
+
+
+def _is_batched(operand: Tensor) -> bool:
+    """Tell if an operand is one of many, which `torch.func.vmap` computes at once."""
+    while is_functorch_wrapped_tensor(operand):
+        if is_batchedtensor(operand):
+            return True
+        operand = get_unwrapped(operand)
+    return False
 
 
 def functional(sites: Sites, path: str) -> Iterator[Site]:

@@ -54,6 +54,12 @@ def call(model: nn.Module, example: Example) -> Any:
         return model(*given)
 
 
+def check_numbers(*batches: Example) -> None:
+    """Raise `DataError` for batches on torch's `meta` device, of which nothing can be measured."""
+    if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(batches)):
+        raise DataError("a batch is on the meta device, which holds no numbers; transforms and static scales need them")
+
+
 def _check_number(model: nn.Module, given: tuple[Any, ...]) -> None:
     """Raise `DataError` for a batch of more arguments than the model takes, as a loader with labels gives."""
     taken = inspect.signature(model.forward).parameters.values()
@@ -108,7 +114,7 @@ class _Copier:
 def _copied(tensor: Tensor) -> Tensor:
     """Copy a tensor; axes along which it is expanded stay so."""
     narrow = tensor
-    if tensor.layout == torch.strided:
+    if tensor.layout == torch.strided and not tensor.is_nested:
         for axis in range(tensor.dim()):
             if tensor.stride(axis) == 0 and tensor.shape[axis]:
                 narrow = narrow.narrow(axis, 0, 1)

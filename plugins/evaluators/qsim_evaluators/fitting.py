@@ -87,6 +87,6 @@ def longest(loaded: LoadedModel, otherwise: int) -> int:
         int(table.padding_idx) + 1
         for name, table in loaded.model.named_modules()
         if "position" in name.rpartition(".")[2] and getattr(table, "padding_idx", None) is not None
-        if table.num_embeddings == most
+        if any(len(values) == most for values in (*table.parameters(), *table.buffers()) if values.dim() == 2)
     )
     return most - max(unused, default=0)

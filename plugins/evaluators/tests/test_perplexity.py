@@ -158,6 +158,21 @@ def test_a_model_takes_as_many_tokens_as_it_has_positions(config: Any, most: int
     assert longest(qsim.LoadedModel(model, letters), 2048) == most
 
 
+def test_a_table_of_positions_may_be_of_any_class() -> None:
+    class Positions(nn.Module):
+        def __init__(self, rows: int) -> None:
+            super().__init__()
+            self.weight, self.padding_idx = nn.Parameter(torch.zeros(rows, 1)), 1
+
+    takes = []
+    for rows in (10, 12):  # a table of 12 rows has two more than the model takes tokens
+        model = Bigram()
+        model.position_embeddings, model.config = Positions(rows), SimpleNamespace(max_position_embeddings=10)
+        takes.append(longest(qsim.LoadedModel(model, letters), 2048))
+
+    assert takes == [8, 10]
+
+
 def test_the_window_is_what_the_model_takes(loaded: qsim.LoadedModel) -> None:
     assert qsim.parse("perplexity").protocol(loaded) == (
         "perplexity per token over non-overlapping windows of 64 tokens of the concatenated text"

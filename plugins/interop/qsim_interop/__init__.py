@@ -1,6 +1,7 @@
-"""Quantized checkpoints: `qsim check` reads one, and `qsim evaluate` measures what it holds.
+"""Quantized checkpoints: `qsim check` reads one, `qsim evaluate` measures it, and `qsim export` writes one.
 
 from qsim_interop.reading import open_checkpoint
+from qsim_interop.writing import export
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from qsim_core import hookimpl
 
 if TYPE_CHECKING:
-    from qsim_core import Adapter
+    from qsim_core import Adapter, Preset, Quantizer
 
 
 @hookimpl
@@ -18,3 +19,10 @@ def qsim_adapters() -> list[type[Adapter]]:
     from qsim_interop.adapter import Checkpoint
 
     return [Checkpoint]
+
+
+@hookimpl
+def qsim_quantizers() -> list[type[Quantizer] | Preset]:
+    from qsim_interop.stacks import STACKS
+
+    return [*STACKS]

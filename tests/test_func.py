@@ -1,0 +1,72 @@
+"""`torch.func` on a simulated model: gradients are its own, and `vmap` is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, stack_module_state, vmap
+
+import qsim_core as qsim
+
+X = torch.linspace(-1, 1, 4 * 16).reshape(4, 16)
+RECIPE = {"weights": "int4", "activations": "int8"}
+
+
+def perceptron() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_grad_gives_the_gradients_of_backward(training: bool) -> None:
+    model = perceptron().train(training)
+    qsim.simulate(model, **RECIPE, example=X)
+
+    found = grad(lambda held: functional_call(model, held, (X,)).square().mean())(parameters(model))
+    model(X).square().mean().backward()
+
+    assert all(torch.equal(found[name], parameter.grad) for name, parameter in model.named_parameters())
+
+
+class Stacked(nn.Module):
+    """Multiplies by a weight for each of several experts under `vmap`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.head = nn.Parameter(torch.ones(3, 16, 16)), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        each: Tensor = vmap(lambda expert: x @ expert)(self.experts)
+        logits: Tensor = self.head(each.sum(0))
+        return logits
+
+
+def ensemble(model: nn.Module) -> None:
+    states, _ = stack_module_state([perceptron(), perceptron()])
+    vmap(lambda held: functional_call(model, held, (X,)))(states)
+
+
+def gradients_of_samples(model: nn.Module) -> None:
+    loss = grad(lambda held, x: functional_call(model, held, (x,)).square().mean())
+    vmap(loss, in_dims=(None, 0))(parameters(model), X[:, None])
+
+
+@pytest.mark.parametrize("way", [ensemble, gradients_of_samples])
+def test_vmap_of_a_simulated_model_is_refused(way: Callable[[nn.Module], None]) -> None:
+    model = perceptron()
+    qsim.simulate(model, **RECIPE, example=X)
+
+    with pytest.raises(qsim.QsimError, match=r"^a linear in 0 runs under torch.func.vmap, which hides its operands"):
+        way(model)
+
+
+def test_vmap_inside_a_model_is_refused_before_anything_is_quantized() -> None:
+    with pytest.raises(qsim.QsimError, match=r"^a matmul in the model runs under torch.func.vmap"):
+        qsim.simulate(Stacked(), weights="int4", example=X)
