@@ -26,6 +26,7 @@ from qsim_core.transforms.forward import as_in_evaluation, call
 
 INT8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
 FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
+NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
 EXAMPLE = FAMILIES["Llama"].example
 
 
@@ -40,10 +41,21 @@ def fp8(weight: Tensor) -> dict[str, Tensor]:
     return {"weight": codes, "weight_scale": scale.view(1), "input_scale": torch.tensor([0.02])}
 
 
+def nvfp4(weight: Tensor) -> dict[str, Tensor]:
+    rows, columns = weight.shape
+    return {
+        "weight_packed": torch.full((rows, columns // 2), 0x21, dtype=torch.uint8),
+        "weight_scale": torch.ones(rows, columns // 16).to(torch.float8_e4m3fn),
+        "weight_global_scale": torch.tensor([100.0]),
+        "input_global_scale": torch.tensor([50.0]),
+    }
+
+
 def quantized(folder: Path, weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> Path:
     """A tiny Llama of which compressed-tensors would have packed each linear layer but the head."""
     write(build("Llama"), folder)
-    tensors, pack = load_file(folder / "model.safetensors"), int8 if weights is INT8 else fp8
+    tensors, pack = load_file(folder / "model.safetensors"), {8: fp8, 4: nvfp4}[weights["num_bits"]]
+    pack = int8 if weights is INT8 else pack
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         module, weight = name.removesuffix(".weight"), tensors.pop(name)
         tensors |= {f"{module}.{last}": tensor for last, tensor in pack(weight).items()}
@@ -159,6 +171,18 @@ def test_static_inputs_have_the_scales_of_the_checkpoint(tmp_path: Path) -> None
     held = {name: float(scale) for name, scale in simulation.state_dict().items() if name.endswith(".scale")}
     assert set(held.values()) == {float(torch.tensor(0.02))}
     assert len(held) == len(loaded.final)
+
+
+def test_the_global_scale_of_nvfp4s_inputs_is_that_of_the_checkpoint(tmp_path: Path) -> None:
+    located = locate(str(quantized(tmp_path, NVFP4, {**NVFP4, "dynamic": "local"})), qsim.Host())
+    job = Job.at(located, qsim.Recipe(), qsim.Host())
+    loaded = located.adapter.load(located.source, torch.float32)
+
+    simulation = qsim.simulate(loaded.model, job.recipe, example=EXAMPLE, final=loaded.final, state=job.state())
+
+    held = {float(scale) for name, scale in simulation.state_dict().items() if name.endswith(".scale")}
+    assert held == {float(torch.tensor(0.02))}
+    assert call(simulation.model, EXAMPLE)[0].isfinite().all()
 
 
 def test_the_result_says_what_its_baseline_is(text: Path, tmp_path: Path) -> None:
