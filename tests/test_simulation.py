@@ -49,6 +49,17 @@ def test_restore_is_bit_identical_and_leaves_nothing(make: Make, ids: Tensor) ->
     assert not any(m._forward_hooks or m._forward_pre_hooks or "extra_repr" in vars(m) for m in model.modules())
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_final_weights_are_not_rounded_again(keep: bool) -> None:
+    model, w4 = perceptron(), qsim.parse("channel(int4)")
+    by_hand = model[2](model[1](nn.functional.linear(X, w4(model[0].weight), model[0].bias)))
+
+    simulation = qsim.simulate(model, weights="int4", final={"2.weight": None}, example=X, keep=keep)
+
+    assert torch.equal(model(X), by_hand)
+    assert simulation.audit().covered == 2
+
+
 def test_as_a_context_it_restores_by_itself() -> None:
     model = perceptron()
     before = model(X)

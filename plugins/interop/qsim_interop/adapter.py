@@ -45,13 +45,8 @@ class Checkpoint(Pretrained):
     def stored_quantization(self, source: str) -> StoredQuantization:
         """The recipe that the checkpoint stands for, and the scales of its inputs. Raises `ModelError`."""
         reader = open_checkpoint(source)
-        notes = [*reader.notes]
-        if any("input_global_scale" in layer.parts for layer in reader.layers):
-            notes.append(
-                "the checkpoint has global scales of inputs, found beforehand; here they are found in each tensor"
-            )
         recipe = recipe_of(reader.layers, reader.plain, reader.host)
-        return StoredQuantization(reader.kind, recipe, reader.input_scales(), tuple(notes))
+        return StoredQuantization(reader.kind, recipe, reader.input_scales(), tuple(reader.notes))
 
 
 def _dequantized(reader: Reader) -> tuple[dict[str, Tensor], dict[str, Scales | None]]:

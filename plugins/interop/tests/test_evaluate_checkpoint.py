@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from architectures import FAMILIES, build, write
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 import qsim_core as qsim
 from qsim_core.cli.main import main
@@ -22,6 +26,7 @@ from qsim_core.transforms.forward import as_in_evaluation, call
 
 INT8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
 FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
+NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
 EXAMPLE = FAMILIES["Llama"].example
 
 
@@ -36,10 +41,21 @@ def fp8(weight: Tensor) -> dict[str, Tensor]:
     return {"weight": codes, "weight_scale": scale.view(1), "input_scale": torch.tensor([0.02])}
 
 
+def nvfp4(weight: Tensor) -> dict[str, Tensor]:
+    rows, columns = weight.shape
+    return {
+        "weight_packed": torch.full((rows, columns // 2), 0x21, dtype=torch.uint8),
+        "weight_scale": torch.ones(rows, columns // 16).to(torch.float8_e4m3fn),
+        "weight_global_scale": torch.tensor([100.0]),
+        "input_global_scale": torch.tensor([50.0]),
+    }
+
+
 def quantized(folder: Path, weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> Path:
     """A tiny Llama of which compressed-tensors would have packed each linear layer but the head."""
     write(build("Llama"), folder)
-    tensors, pack = load_file(folder / "model.safetensors"), int8 if weights is INT8 else fp8
+    tensors, pack = load_file(folder / "model.safetensors"), {8: fp8, 4: nvfp4}[weights["num_bits"]]
+    pack = int8 if weights is INT8 else pack
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         module, weight = name.removesuffix(".weight"), tensors.pop(name)
         tensors |= {f"{module}.{last}": tensor for last, tensor in pack(weight).items()}
@@ -47,9 +63,10 @@ def quantized(folder: Path, weights: dict[str, Any], inputs: dict[str, Any] | No
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("input_scale")}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
-    config = {"quant_method": "compressed-tensors", "format": "packed", "ignore": ["lm_head"]}
+    form = "int-quantized" if weights is INT8 else "float-quantized"
+    config = {"quant_method": "compressed-tensors", "format": form, "ignore": ["lm_head"]}
     said = json.loads((folder / "config.json").read_text())
-    said["quantization_config"] = config | {"config_groups": {"group_0": group}}
+    said["quantization_config"] = config | {"quantization_status": "compressed", "config_groups": {"group_0": group}}
     (folder / "config.json").write_text(json.dumps(said))
     return folder
 
@@ -91,6 +108,15 @@ def test_the_model_has_the_weights_of_the_checkpoint_to_the_bit(tmp_path: Path) 
     assert all(torch.equal(p, expected.get_parameter(name)) for name, p in loaded.model.named_parameters())
 
 
+def test_the_model_generates_as_the_checkpoint_says(tmp_path: Path) -> None:
+    located = locate(str(quantized(tmp_path, INT8)), qsim.Host())
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 17}')
+
+    loaded: Any = located.adapter.load(located.source, torch.float32)
+
+    assert loaded.model.generation_config.eos_token_id == 17
+
+
 @pytest.mark.parametrize(
     ("weights", "inputs", "text"),
     [
@@ -113,6 +139,28 @@ def test_inputs_are_quantized_as_the_checkpoint_says_and_weights_are_not_rounded
         assert torch.equal(call(simulation.model, EXAMPLE)[0], call(expected, EXAMPLE)[0])
 
 
+@pytest.mark.parametrize(
+    ("weights", "inputs"),
+    [(INT8, {**INT8, "strategy": "token", "dynamic": True}), (FP8, {**FP8, "dynamic": False})],
+    ids=["int8", "static fp8"],
+)
+def test_the_logits_are_those_that_compressed_tensors_computes(
+    weights: dict[str, Any], inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("compressed_tensors")
+        located = locate(str(quantized(tmp_path, weights, inputs)), qsim.Host())
+        theirs = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    job = Job.at(located, qsim.Recipe(), qsim.Host())
+    loaded = located.adapter.load(located.source, torch.float32)
+
+    with qsim.simulate(loaded.model, job.recipe, example=EXAMPLE, final=loaded.final, state=job.state()):
+        ours = call(loaded.model, EXAMPLE)[0]
+
+    assert torch.equal(ours, call(theirs, EXAMPLE)[0])
+
+
 def test_static_inputs_have_the_scales_of_the_checkpoint(tmp_path: Path) -> None:
     located = locate(str(quantized(tmp_path, FP8, {**FP8, "dynamic": False})), qsim.Host())
     job = Job.at(located, qsim.Recipe(), qsim.Host())
@@ -125,6 +173,18 @@ def test_static_inputs_have_the_scales_of_the_checkpoint(tmp_path: Path) -> None
     assert len(held) == len(loaded.final)
 
 
+def test_the_global_scale_of_nvfp4s_inputs_is_that_of_the_checkpoint(tmp_path: Path) -> None:
+    located = locate(str(quantized(tmp_path, NVFP4, {**NVFP4, "dynamic": "local"})), qsim.Host())
+    job = Job.at(located, qsim.Recipe(), qsim.Host())
+    loaded = located.adapter.load(located.source, torch.float32)
+
+    simulation = qsim.simulate(loaded.model, job.recipe, example=EXAMPLE, final=loaded.final, state=job.state())
+
+    held = {float(scale) for name, scale in simulation.state_dict().items() if name.endswith(".scale")}
+    assert held == {float(torch.tensor(0.02))}
+    assert call(simulation.model, EXAMPLE)[0].isfinite().all()
+
+
 def test_the_result_says_what_its_baseline_is(text: Path, tmp_path: Path) -> None:
     folder = quantized(tmp_path / "model", INT8)
 
@@ -135,7 +195,7 @@ def test_the_result_says_what_its_baseline_is(text: Path, tmp_path: Path) -> Non
     assert result["simulated"] == result["baseline"]
     assert result["audit"]["bits_per_weight"] > 8
     assert (
-        "Warning: its weights are stored quantized, as compressed-tensors (packed), and none is rounded again: the baseline "
+        "Warning: its weights are stored quantized, as compressed-tensors (int-quantized), and none is rounded again: the baseline "
         "is this checkpoint, dequantized, with no quantizer of inputs; --baseline MODEL compares with another\n"
     ) in run.stderr
 
@@ -178,7 +238,7 @@ def test_inputs_may_be_quantized_in_another_way(text: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--weights", "int4"], "are quantized already, as compressed-tensors (packed); leave weights out, or take the "
+        (["--weights", "int4"], "are quantized already, as compressed-tensors (int-quantized); leave weights out, or take the "
          "checkpoint that it was made from"),
         (["--plugin", "smoothquant", "--activations", "int8"], "smoothquant(0.5) would change weights of "),
     ],
@@ -202,3 +262,19 @@ def test_a_missing_shard_is_one_line(text: Path, tmp_path: Path) -> None:
     run = evaluate(folder, "--data", text)
 
     assert run.stderr == f"Error: {folder} lacks model-2.safetensors, which holds lm_head.weight; fetch it again\n"
+
+
+def test_the_commands_of_the_readme_run(text: Path, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    commands = re.findall(r"^    qsim (.*?)(?:  +#.*)?$", readme.partition("## `qsim check`")[0], re.MULTILINE)
+    names = {
+        "DIR": quantized(tmp_path / "int8", INT8),
+        "ORIGINAL": write(build("Llama"), tmp_path / "original"),
+        "text.txt": text,
+        "result.json": tmp_path / "result.json",
+    }
+
+    runs = [CliRunner().invoke(main, [str(names.get(w, w)) for w in shlex.split(command)]) for command in commands]
+
+    assert [run.output for run in runs if run.exit_code] == []
+    assert len(runs) == 4

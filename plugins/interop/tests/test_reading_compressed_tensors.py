@@ -32,7 +32,7 @@ FORMATS = {
     "FP8_DYNAMIC": ("float-quantized", "channel(e4m3)", "token(e4m3)"),
     "FP8": ("float-quantized", "tensor(e4m3)", "tensor(e4m3, static=true)"),
     "FP8_BLOCK": ("float-quantized", "block(e4m3, n=[128, 128])", "block(e4m3, n=128)"),
-    "NVFP4": ("nvfp4-pack-quantized", "nvfp4", "nvfp4"),
+    "NVFP4": ("nvfp4-pack-quantized", "nvfp4", "scaled(e2m1, block=16, scale=scaled(e4m3, static=true))"),
     "MXFP4": ("mxfp4-pack-quantized", "mxfp4", "mxfp4"),
     "MXFP8": ("mxfp8-quantized", "mxfp8_e4m3", "mxfp8_e4m3"),
 }
@@ -110,3 +110,10 @@ def test_a_weight_is_the_one_that_the_library_decompresses(preset: str, tmp_path
     expected = decompressed(state, scheme, compressor)
     assert (str(layer.weights), layer.activations and str(layer.activations)) == (weights, activations)
     assert torch.equal(found, expected)
+
+
+def test_the_global_scale_of_inputs_is_the_inverse_of_the_stored_one(tmp_path: Path) -> None:
+    state, scheme, _ = compressed(torch.ones(32, 32), "NVFP4")
+    write(tmp_path, {f"fc.{name}": tensor for name, tensor in state.items()}, scheme, "nvfp4-pack-quantized")
+
+    assert open_checkpoint(tmp_path).input_scales() == {"fc:input.scale": torch.tensor([[1 / 100]])}

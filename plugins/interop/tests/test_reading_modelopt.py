@@ -46,7 +46,8 @@ def test_nvfp4_is_what_torchao_dequantizes(tmp_path: Path) -> None:
     theirs = tensors.NVFP4Tensor(
         stored["fc.weight"], stored["fc.weight_scale"], 16, torch.float32, per_tensor_scale=stored["fc.weight_scale_2"]
     )
-    assert (str(layer.weights), str(layer.activations), layer.shape) == ("nvfp4", "nvfp4", (16, 64))
+    assert (str(layer.weights), str(layer.activations), layer.shape) == ("nvfp4", "nvfp4_static", (16, 64))
+    assert checkpoint.input_scales() == {"fc:input.scale": torch.tensor([[0.004]])}
     assert torch.equal(found, theirs.dequantize(torch.float32))
 
 

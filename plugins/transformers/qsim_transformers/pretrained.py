@@ -26,6 +26,8 @@ from qsim_transformers.hub import offline_unless_reachable
 TOKENIZERS = ("tokenizer.json", "*vocab*", "*.model", "merges.txt", "tekken.json")
 SCALES = r"(_scale|_scales|_scale_inv|_scale_2|qweight|qzeros|weight_packed|absmax|quant_state\.\w+)$"
 """Endings of the names of tensors that quantized checkpoints hold beside weights."""
+GENERATION = "generation_config.json"
+"""The file of the settings of `generate`, which the library does not read beside weights that it is given."""
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -149,6 +151,8 @@ def load_model(
     _check_all_weights_there(report, where)
     _check_scales_were_read(report, where)
     check_finite(model)
+    if weights is not None and (Path(source) / GENERATION).is_file() and model.can_generate():
+        model.generation_config = model.generation_config.from_pretrained(source)
     if folder is not None:
         weakref.finalize(model, folder.cleanup)
     return model.eval()

@@ -30,6 +30,8 @@ class Reader(ABC):
 
     method: ClassVar[str]
     """The `quant_method` in the checkpoint's configuration."""
+    divides: ClassVar[bool] = False
+    """True if global scales are divisors of the scales of blocks, and not factors."""
     wrong_scales: ClassVar[tuple[str, ...]] = ("not finite", "zero", "negative")
     """The scales that are wrong in such a checkpoint."""
 
@@ -68,11 +70,15 @@ class Reader(ABC):
             return list(self._layers())
 
     @functools.cached_property
+    def packed(self) -> frozenset[str]:
+        """The modules of the packed layers."""
+        return frozenset(layer.module for layer in self.layers)
+
+    @functools.cached_property
     def plain(self) -> list[str]:
         """The modules with a weight of two axes that is not packed, and that looks no rows up."""
-        packed = {layer.module for layer in self.layers}
         found = (name.removesuffix(".weight") for name in self.tensors if self._is_plain(name))
-        return [module for module in found if module not in packed and not EMBEDDING.search(module)]
+        return [module for module in found if module not in self.packed and not EMBEDDING.search(module)]
 
     @property
     def left(self) -> list[str]:
@@ -132,12 +138,14 @@ class Reader(ABC):
 
     def input_scales(self) -> dict[str, Tensor]:
         """The static scales of the inputs of layers, as `Simulation.state_dict` names them. Raises `ModelError`."""
-        roles = {"input_scale": "scale", "input_zero_point": "zero"}
-        parts = [(layer, role) for layer in self.layers for role in roles if role in layer.parts]
-        return {
-            f"{layer.module}:input.{roles[role]}": self.tensors.read(layer.parts[role].name).float().reshape(1, 1)
-            for layer, role in parts
-        }
+        roles = {"input_scale": "scale", "input_zero_point": "zero", "input_global_scale": "scale"}
+        found = {}
+        for layer in self.layers:
+            for role in roles.keys() & layer.parts.keys():
+                value = self.tensors.read(layer.parts[role].name).float().reshape(1, 1)
+                inverse = role == "input_global_scale" and self.divides
+                found[f"{layer.module}:input.{roles[role]}"] = 1 / value if inverse else value
+        return found
 
     def scheme(self, text: str) -> Scheme:
         """The quantizer of a text. Raises `SpecError` if a plugin that it needs is not installed."""

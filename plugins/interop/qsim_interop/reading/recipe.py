@@ -16,11 +16,13 @@ def recipe_of(layers: Iterable[Layer], plain: Iterable[str], host: Host) -> Reci
     Layers that end in the same name, and are all packed in the same way, share a pattern like `*.q_proj`.
     """
     said = {layer.module: quantizers for layer in layers if (quantizers := _quantizers(layer))}
-    known = {**dict.fromkeys(plain), **said}
+    by_end: dict[str, list[dict[str, str] | None]] = {}
+    for module in {**dict.fromkeys(plain), **said}:
+        by_end.setdefault(module.rpartition(".")[2], []).append(said.get(module))
     overrides: dict[str, Any] = {}
     for module, quantizers in said.items():
         parent, _, last = module.rpartition(".")
-        alike = all(known[other] == quantizers for other in known if other.endswith(f".{last}"))
+        alike = all(other == quantizers for other in by_end[last])
         overrides[f"*.{last}" if parent and alike else module] = quantizers
     return Recipe.of({"overrides": overrides}, host)
 

@@ -33,6 +33,7 @@ class CompressedTensors(Reader):
     """Every scheme of weights of compressed-tensors, but packed 6-bit floats."""
 
     method: ClassVar[str] = "compressed-tensors"
+    divides: ClassVar[bool] = True
 
     @property
     def kind(self) -> str:
@@ -136,6 +137,8 @@ class CompressedTensors(Reader):
             return "mxfp4"
         if scale == "e8m0" and element == "e4m3" and size == 32:
             return "mxfp8_e4m3"
+        if strategy == "tensor_group" and args.get("dynamic") == "local":
+            return f"scaled({element}, {size}, scale=scaled(e4m3, static=true))"
         if strategy == "tensor_group":
             return "nvfp4" if size == 16 else f"scaled({element}, {size}, scale=scaled(e4m3))"
         if scale:

@@ -90,7 +90,7 @@ class GGUF(Reader):
         return ["the names are llama.cpp's, not those of a model of transformers", *([values] if other else [])]
 
     def targets(self, module: str) -> bool:
-        return any(layer.module == module for layer in self.layers)
+        return module in self.packed
 
     @property
     def left(self) -> list[str]:

@@ -73,7 +73,7 @@ class ModelOpt(Reader):
         if f"{module}.input_scale" in self.tensors:
             role = "input_global_scale" if four else "input_scale"
             parts[role] = self._single(f"{module}.input_scale", (1, 1))
-            inputs = self.quantizer("nvfp4" if four else "tensor(e4m3, static=true)")
+            inputs = self.quantizer("nvfp4_static" if four else "tensor(e4m3, static=true)")
         return Layer(module, shape, weights, inputs, parts)
 
     def _single(self, name: str, shape: tuple[int, int]) -> Part:

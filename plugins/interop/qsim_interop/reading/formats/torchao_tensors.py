@@ -37,7 +37,7 @@ class TorchAO(Reader):
         return f"{self.method} ({default.get('_type')})"
 
     def targets(self, module: str) -> bool:
-        if any(layer.module == module for layer in self.layers):
+        if module in self.packed:
             return True
         everywhere = "WeightConfig" in self.kind or "WeightOnlyConfig" in self.kind
         left = self.config.get("modules_to_not_convert") or ()
