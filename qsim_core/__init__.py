@@ -45,6 +45,7 @@ _HOME = {
     "Run": "transforms.run",
     "Calibration": "evaluation.data",
     "Context": "transforms.context",
+    "EncodedWeight": "transforms.encoded_weights",
     "Hardware": "simulation.work",
     "SiteWork": "simulation.work",
     "Cost": "simulation.work",
@@ -119,6 +120,7 @@ if TYPE_CHECKING:
     from qsim_core.sites.arithmetic import ExactArithmetic as ExactArithmetic
     from qsim_core.sites.arithmetic import QuantizedRows as QuantizedRows
     from qsim_core.transforms.context import Context as Context
+    from qsim_core.transforms.encoded_weights import EncodedWeight as EncodedWeight
     from qsim_core.transforms.run import Run as Run
     from qsim_core.transforms.transform import Transform as Transform
 

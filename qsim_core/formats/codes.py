@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +32,17 @@ class Encoded:
         """Pack the codes alone, `width` bits each, into bytes: the first code is in the first byte's lowest bits."""
         return pack(self.codes, self.width)
 
+    @classmethod
+    def stack(cls, parts: Sequence[Encoded]) -> Encoded:
+        """Stack tensors of one shape that a quantizer has encoded one by one."""
+        names = ("codes", "scales", "zero_points")
+        return replace(parts[0], **{name: _stack([getattr(part, name) for part in parts]) for name in names})
+
+    def __getitem__(self, place: int) -> Encoded:
+        """One of the stacked tensors."""
+        scales, zeros = (None if part is None else part[place] for part in (self.scales, self.zero_points))
+        return replace(self, codes=self.codes[place], scales=scales, zero_points=zeros)  # type: ignore[arg-type]
+
     @property
     def bits(self) -> int:
         """The number of bits of the codes, the zero points and the scales; a scale that is not rounded has 32 bits."""
@@ -42,6 +55,12 @@ class Encoded:
         if self.scales is not None:
             return bits + 32 * self.scales.numel()
         return bits
+
+
+def _stack(parts: list[Any]) -> Any:
+    if isinstance(parts[0], Encoded):
+        return Encoded.stack(parts)
+    return None if parts[0] is None else torch.stack(parts)
 
 
 def as_codes(codes: Tensor, width: int) -> Tensor:

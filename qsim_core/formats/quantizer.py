@@ -147,6 +147,10 @@ class Quantizer(SiteQuantizer, Component):
         """Turn `x` into codes and scales. Raises `QsimError` for a value without a code, or if there are no codes."""
         raise QsimError(f"{self} has no codes: it says how values are rounded, not how they are stored")
 
+    def encode_at(self, values: Tensor, known: Any, of_scales: Any = None) -> Encoded:
+        """Encode values that were rounded under known `Scales`, and these under theirs; without scales as `encode`."""
+        return self.encode(values)
+
     def decode(self, encoded: Encoded) -> Tensor:
         """Turn codes back into quantized values: `decode(encode(x))` is `quantize(x)`, bit for bit."""
         raise QsimError(f"{self} has no codes: it says how values are rounded, not how they are stored")

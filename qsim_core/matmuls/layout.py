@@ -114,7 +114,8 @@ def layout_of(parameter: Tensor, operand: Tensor, layout: Layout) -> Layout | No
     None if the operand has a part of the columns only, or columns along another axis.
     """
     rows = layout.rows(operand)
-    for candidate in (layout, LAST, SECOND_LAST):
+    own: tuple[Layout, ...] = (layout,) if operand.dim() == parameter.dim() else ()
+    for candidate in (*own, LAST, SECOND_LAST):
         whole = candidate.rows(parameter)
         if whole.shape[-1] == rows.shape[-1] and whole.stride(-1) == rows.stride(-1):
             return candidate

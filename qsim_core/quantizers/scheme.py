@@ -183,22 +183,43 @@ class Scheme(Quantizer):
 
         The codes of a block whose scale is NaN have no meaning.
         """
-        element = self.coded
         if floating(x).numel() == 0:
-            return Encoded(as_codes(x, element.width), element.width, x.dtype)
-        blocks, exact, zero = self.measured(x)
-        scale = self.rounded_scale(exact).unsqueeze(-1)
-        units = torch.where(scale.isnan(), element.max, self.units(blocks, scale, zero))
+            return Encoded(as_codes(x, self.coded.width), self.coded.width, x.dtype)
+        _, exact, zero = self.measured(x)
+        scales = exact if self.scale is None else self.scale.encode(self._limited(exact))
+        return self._encoded(x, self.rounded_scale(exact), zero, scales)
+
+    def encode_at(self, values: Tensor, known: Scales, of_scales: Scales | None = None) -> Encoded:
+        """Encode values that were rounded under known scales: of each row, [A or 1, B or 1], or of each element.
+
+        `of_scales` are the scales of the scales, in the same form; None: the scales are encoded as `encode` does.
+        """
+        nearest = self.replace(element=self.element.replace(rounding="even"))  # a quotient may be a little off
+        scale, zero = (None if part is None else self._by_block(part, values) for part in known)
+        assert scale is not None
+        scales: Tensor | Encoded = scale
+        if isinstance(self.scale, Scheme) and of_scales is not None:
+            scales = self.scale.encode_at(scale, of_scales)
+        elif self.scale is not None:
+            scales = self.scale.encode(scale)
+        return nearest._encoded(values, scale, None if zero is None else zero.unsqueeze(-1), scales)
+
+    def _by_block(self, known: Tensor, like: Tensor) -> Tensor:
+        """Bring what rows or elements have, [A or 1, B, K or 1], into the form of blocks [..., B]."""
+        length = like.shape[-1]
+        each = known if known.shape[-1] == length else known.repeat_interleave(self._block(like.shape)[1], -1)
+        each = each[:, :length].expand(like.shape[:-1].numel(), length)
+        return self.split(each.reshape(like.shape))[..., 0]
+
+    def _encoded(self, x: Tensor, scale: Tensor, zero: Tensor | None, scales: Tensor | Encoded) -> Encoded:
+        """Encode `x` under scales [..., B], which are `scales` in their stored form, and zero points [..., B, 1]."""
+        element, scale = self.coded, scale.unsqueeze(-1)
+        units = torch.where(scale.isnan(), element.max, self.units(self.split(working(x)), scale, zero))
         if zero is not None:
             zero = torch.where(scale.isnan(), 0.0, zero)
             units = units + zero
-        return Encoded(
-            codes=self.join(element.to_codes(units), x),
-            width=element.width,
-            dtype=x.dtype,
-            scales=exact if self.scale is None else self.scale.encode(self._limited(exact)),
-            zero_points=None if zero is None else element.to_codes(zero.squeeze(-1)),
-        )
+        zeros = None if zero is None else element.to_codes(zero.squeeze(-1))
+        return Encoded(self.join(element.to_codes(units), x), element.width, x.dtype, scales, zeros)
 
     def decode(self, encoded: Encoded) -> Tensor:
         """Compute (code - zero point) * scale, in the dtype of the tensor that was encoded.

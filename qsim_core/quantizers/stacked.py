@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qsim_core.formats.codes import Encoded
 from qsim_core.formats.quantizer import Granularity, Quantizer
 from qsim_core.quantizers.scales import Scales
 
@@ -20,6 +21,18 @@ class Stacked(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         return torch.stack([self.each.quantize(matrix) for matrix in x])
+
+    def encode(self, x: Tensor) -> Encoded:
+        """Encode each matrix; codes, scales and zero points are stacked."""
+        return Encoded.stack([self.each.encode(matrix) for matrix in x])
+
+    def encode_at(self, values: Tensor, known: Scales, of_scales: Scales | None = None) -> Encoded:
+        """Encode each matrix under the known scales of its rows, which stand one below the other."""
+        parts = [_of_each(part, len(values)) for part in (known, of_scales)]
+        return Encoded.stack([self.each.encode_at(*one) for one in zip(values, *parts, strict=True)])
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        return torch.stack([self.each.decode(encoded[place]) for place in range(len(encoded.codes))])
 
     def passes(self, x: Tensor) -> Tensor | None:
         return _stacked([self.each.passes(matrix) for matrix in x])
@@ -56,6 +69,14 @@ class Stacked(Quantizer):
     @property
     def rounds_to(self) -> Any:
         return self.each.rounds_to
+
+
+def _of_each(known: Scales | None, count: int) -> list[Scales | None]:
+    """Split the scales of all rows into those of each matrix."""
+    if known is None:
+        return [None] * count
+    scale, zero = ([None] * count if part is None else part.chunk(count) for part in known)
+    return [Scales(*one) for one in zip(scale, zero, strict=True)]  # type: ignore[arg-type]
 
 
 def _stacked(parts: list[Tensor | None]) -> Tensor | None:

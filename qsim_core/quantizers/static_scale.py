@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qsim_core.errors import DataError
+from qsim_core.formats.codes import Encoded
 from qsim_core.formats.format import Format
 from qsim_core.formats.quantizer import Granularity, SiteQuantizer
 from qsim_core.quantizers.scales import Scales
@@ -32,6 +33,14 @@ class StaticScheme(SiteQuantizer):
 
     def quantize_into(self, x: Tensor, out: Tensor | None) -> Tensor:
         return self.scheme.quantize_at(x, *self.held_for(x), out=out)
+
+    def encode(self, x: Tensor) -> Encoded:
+        """Turn `x` into codes and the scales that are held."""
+        return self.scheme.encode_at(self.quantize(x), self.scales(x))
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """Turn codes and scales back into quantized values."""
+        return self.scheme.decode(encoded)
 
     def passes(self, x: Tensor) -> Tensor:
         return self.scheme.passes_at(x, *self.held_for(x))

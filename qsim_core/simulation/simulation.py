@@ -29,6 +29,7 @@ from qsim_core.sites.site import Site
 from qsim_core.sites.sites import ResultWatcher, Sites
 from qsim_core.transforms.applying import apply_transforms, left_behind, needed_beside
 from qsim_core.transforms.context import Context
+from qsim_core.transforms.encoded_weights import EncodedWeight, WeightEncoder
 from qsim_core.transforms.forward import Example, as_in_evaluation, call
 from qsim_core.transforms.offload import at_hand
 from qsim_core.transforms.offload import state as state_of
@@ -171,6 +172,26 @@ class Simulation:
         with as_in_evaluation(self.model):
             call(self.model, self.example)  # every quantized weight is at hand then
         return self.sites.weights.folded_into(self.model.state_dict(), self._weights_to_quantize())
+
+    def encoded(self) -> dict[str, EncodedWeight]:
+        """Give each weight that the recipe quantizes, by name, as codes, scales and zero points.
+
+        `decode()` of a weight is what its site multiplies, bit for bit: of one that a transform has quantized too, and
+        of the experts of a layer. A weight that cannot be encoded has the reason as `why_not`. Raises `QsimError`
+        without an example.
+        """
+        if self.example is None:
+            raise QsimError("give simulate an example: it tells which weights are multiplied")
+        self.refresh()
+        encoder = WeightEncoder(self.model, self.sites)
+        self.sites.watcher, self.sites.observer = encoder.watch, encoder
+        try:
+            with as_in_evaluation(self.model), self.sites.uncounted():
+                call(self.model, self.example)
+        finally:
+            self.sites.watcher = self.sites.observer = None
+        unmet = self._weights_to_quantize() - encoder.found.keys()
+        return encoder.found | {name: EncodedWeight(name, why_not="the example does not reach it") for name in unmet}
 
     def _weights_to_quantize(self) -> set[str]:
         """Name the weights that the recipe quantizes, those of layers of the same classes that were not met too."""

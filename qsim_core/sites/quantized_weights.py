@@ -94,6 +94,8 @@ class _Pinned:
     seen: Snapshot
     dtype: torch.dtype
     scales: Scales | None
+    of_scales: Scales | None = None
+    """The scales of the scales."""
 
 
 class Weights:
@@ -154,13 +156,13 @@ class Weights:
             if any(key[0] == name and folded.in_place for key, folded in self.folded.items()):
                 raise _second_use(name, "also read by other code than a matmul")
 
-    def pin(self, name: str, parameter: Tensor, scales: Scales | None) -> None:
+    def pin(self, name: str, parameter: Tensor, scales: Scales | None, of_scales: Scales | None = None) -> None:
         """Take a weight as final: its values are quantized. `scales` are those of its rows, [N, B]; None: unknown."""
-        self._pins[name] = _Pinned(Snapshot(parameter, whole=True), parameter.dtype, scales)
+        self._pins[name] = _Pinned(Snapshot(parameter, whole=True), parameter.dtype, scales, of_scales)
 
-    def pinned_scales(self) -> dict[str, Scales]:
-        """The scales of the pinned weights by name, as far as they are known."""
-        return {name: pin.scales for name, pin in self._pins.items() if pin.scales is not None}
+    def known(self, name: str) -> tuple[Scales | None, Scales | None]:
+        """The scales of a pinned weight, and the scales of these, as far as they are known."""
+        return self._pins[name].scales, self._pins[name].of_scales
 
     def final(self, weight: Weight) -> _Pinned | None:
         """Find the record of a weight that a transform has quantized; what is computed from such a weight has none.

@@ -145,8 +145,8 @@ class Context:
         said = None if self._checkpoint is None else self._checkpoint.restore(index, block)
         if said is not None:
             for name in said["pinned"]:
-                scales = Scales(*said["scales"][name]) if name in said["scales"] else None
-                self.sites.weights.pin(name, self.model.get_parameter(name), scales)
+                scales = (None if known is None else Scales(*known) for known in said["scales"][name])
+                self.sites.weights.pin(name, self.model.get_parameter(name), *scales)
             self.reports = [LayerReport.model_validate(report) for report in said["reports"]]
             self.warnings = said["warnings"]
         return said is not None
@@ -156,7 +156,7 @@ class Context:
         if self._checkpoint is not None:
             reports = [report.model_dump() for report in self.reports]
             weights = self.sites.weights
-            scales = {name: tuple(known) for name, known in weights.pinned_scales().items()}
+            scales = {name: [known and tuple(known) for known in weights.known(name)] for name in weights.pinned}
             said = {"pinned": sorted(weights.pinned), "scales": scales, "reports": reports, "warnings": self.warnings}
             self._checkpoint.save(index, block, said)
 
@@ -169,12 +169,13 @@ class Context:
         texts = self.sites.recipe.to_yaml(), self.name, repr(self.declared)
         return Checkpoint.of(self.run.work_dir, self.model, seen, *texts)
 
-    def pin(self, weight: MatmulWeight, scales: Scales | None = None) -> None:
+    def pin(self, weight: MatmulWeight, scales: Scales | None = None, of_scales: Scales | None = None) -> None:
         """Declare that a weight lies on its quantizer's grid: it is final and is not rounded again.
 
-        With the scales, and zero points, of its rows [N, B] its products take the faster paths too.
+        With the scales, and zero points, of its rows [N, B] its products take the faster paths too, and it can be
+        encoded. `of_scales` are the scales of these scales.
         """
-        self.sites.weights.pin(weight.name, weight.parameter, scales)
+        self.sites.weights.pin(weight.name, weight.parameter, scales, of_scales)
 
     def report(self, layer: str, **what: Any) -> None:
         """Say what was done to a layer; it goes into the result."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from operator import itemgetter
+from typing import NamedTuple, cast
 
 import torch
 from pydantic import Field, PositiveInt
@@ -19,7 +20,7 @@ from qsim_core.transforms.blocks import MatmulWatcher, block_paths
 from qsim_core.transforms.context import Context, MatmulWeight
 from qsim_core.transforms.offload import at_hand
 from qsim_gptq.feedback import Factor, factorize, feed_back
-from qsim_gptq.grids import grids, why_not_by_column, why_scales_are_fixed
+from qsim_gptq.grids import ColumnGrid, Known, grids, why_not_by_column, why_scales_are_fixed
 from qsim_gptq.hessians import Gathered, Gatherer, Part
 from qsim_gptq.inputs import Unseen
 
@@ -104,13 +105,17 @@ class GPTQ(Transform):
             parts = [expert for part in parts for expert in part.experts()]
         with context.run.stage(f"gptq {name}"), context.timed() as seconds:
             outcomes: list[_Outcome] = []
+            scales: list[tuple[int, list[Known]]] = []
             for index, part in enumerate(parts):
                 place = f"{name}:weight" if len(parts) == 1 else f"{name}:weight:{index}"
                 try:
-                    outcomes += self._round(part, quantizer, place, factors)
+                    found, known = self._round(part, quantizer, place, factors)
+                    outcomes += found
+                    scales.append((int(part.operand.storage_offset()), known))
                 except DataError as error:
                     raise DataError(f"{context.name} at {name}: {error}") from None
-            context.pin(weight, outcomes[0].scales if len(outcomes) == 1 else None)
+            in_order = [one for _, known in sorted(scales, key=itemgetter(0)) for one in known]
+            context.pin(weight, *map(_below_each_other, zip(*in_order, strict=True)))
         notes = list(_without_tokens(parts))
         for few in _too_few(parts):
             context.warn(name, few)
@@ -126,28 +131,37 @@ class GPTQ(Transform):
     def _refits(self) -> bool:
         return not (self.static_groups or self.act_order)
 
-    def _round(self, part: Part, quantizer: Quantizer, place: str, factors: _Factors) -> list[_Outcome]:
-        """Write the quantized part into its parameter, and return the outcome of each of its matrices."""
+    def _round(
+        self, part: Part, quantizer: Quantizer, place: str, factors: _Factors
+    ) -> tuple[list[_Outcome], list[Known]]:
+        """Write the quantized part into its parameter, and return the outcomes and the scales of its matrices."""
         rows, outcomes = part.rows, []
+        factored: list[Factor | None] = [None] * len(part.tokens)
+        columns: list[ColumnGrid] = []
         with at(place, 0):
             rounded = quantizer.quantize(rows)
         if part.hessians is not None:
             weights, rounds = (working(t).reshape(len(part.tokens), -1, rows.shape[-1]) for t in (rows, rounded))
-            found = [factors.of(hessian) for hessian in part.hessians]
+            factored = [factors.of(hessian) for hessian in part.hessians]
             whole_rows = isinstance(quantizer.granularity, str)
             with at(place, 0):
-                seen = rows if whole_rows else _without_dead(rows, found)
-                columns = grids(quantizer, seen, len(found), self._refits, place)
+                seen = rows if whole_rows else _without_dead(rows, factored)
+                columns = grids(quantizer, seen, len(factored), self._refits, place)
             results = []
-            for w, n, hessian, factor, grid in zip(weights, rounds, part.hessians, found, columns, strict=True):
+            for w, n, hessian, factor, grid in zip(weights, rounds, part.hessians, factored, columns, strict=True):
                 q = n if factor is None else feed_back(w, factor, grid, self.block)
                 results.append(q)
                 whole, nearest, after = _energies(torch.stack([w, n - w, q - w]), hessian)
                 notes = () if factor is None else factor.notes
-                outcomes.append(_Outcome(whole, nearest, after, notes, grid.scales))
+                outcomes.append(_Outcome(whole, nearest, after, notes))
             rounded = torch.stack(results).reshape(rows.shape)
+        if None in factored:  # these matrices are rounded to nearest
+            with at(place, 0):
+                own = grids(quantizer, rows, len(factored), False, place)
+            columns = [n if factor is None else g for n, g, factor in zip(own, columns or own, factored, strict=True)]
+        known = [grid.known for grid in columns]
         part.operand.copy_(part.layout.back(rounded))
-        return outcomes
+        return outcomes, known
 
 
 class _Outcome(NamedTuple):
@@ -157,8 +171,14 @@ class _Outcome(NamedTuple):
     nearest: float
     fed_back: float
     notes: tuple[str, ...]
-    scales: Scales | None
-    """The scales of the matrix's rows and groups; None: its quantizer has no scales."""
+
+
+def _below_each_other(scales: tuple[Scales | None, ...]) -> Scales | None:
+    """Join the scales of matrices that stand one below the other; None if they have none."""
+    if None in scales:
+        return None
+    scale, zero = zip(*cast(tuple[Scales, ...], scales), strict=True)
+    return Scales(torch.cat(scale), None if zero[0] is None else torch.cat(zero))
 
 
 class _Factors:

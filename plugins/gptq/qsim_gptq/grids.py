@@ -23,6 +23,10 @@ SOURCE = Path(__file__).parent / "feedback.cpp"
 """The loop over a run of columns, in C++."""
 
 
+Known = tuple[Scales | None, Scales | None]
+"""The scales of a matrix, and the scales of these; None: there are none."""
+
+
 @dataclass(frozen=True)
 class ColumnGrid:
     """The values that the columns of one matrix [N, K] may take."""
@@ -49,11 +53,12 @@ class ColumnGrid:
         object.__setattr__(self, "divisor", None if self.scale is None else divisor_of(self.scale))
 
     @property
-    def scales(self) -> Scales | None:
-        """The scales and zero points of each row and group, [N, groups]."""
+    def known(self) -> Known:
+        """The scales and zero points of each row and group, [N, groups], and the scales of these scales."""
         if self.scale is None:
-            return None
-        return Scales(self.scale.T.contiguous(), None if self.zero is None else self.zero.T.contiguous())
+            return None, None
+        scales = Scales(self.scale.T.contiguous(), None if self.zero is None else self.zero.T.contiguous())
+        return scales, None if self.second is None else Scales(*self.second)
 
     def in_order(self, order: Tensor | None) -> ColumnGrid:
         """Return the same grid for columns in another order."""
@@ -129,7 +134,7 @@ def grids(quantizer: Quantizer, rows: Tensor, count: int, refit: bool, place: st
         scales, zeros = quantizer.scale_map(rows)
         scales, zeros = scales[..., ::n], None if zeros is None else zeros[..., ::n]
     second: tuple[Tensor, Tensor | None] | None = None
-    if refits and isinstance(quantizer.scale, Scheme):
+    if isinstance(quantizer.scale, Scheme):
         exact, _ = quantizer.replace(scale=None).scale_map(rows)
         second = quantizer.scale.scale_map(exact[..., ::n])
 

@@ -1,0 +1,113 @@
+"""The weights of a model as codes and scales, which decode to the values that the sites multiply, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsim_core.errors import QsimError
+from qsim_core.formats.codes import Encoded
+from qsim_core.formats.random_bits import at
+from qsim_core.matmuls.call import Call
+from qsim_core.matmuls.layout import Layout, holds_experts, layout_of
+from qsim_core.quantizers.stacked import Stacked
+from qsim_core.sites.site import Site
+from qsim_core.sites.sites import Sites
+
+
+@dataclass(frozen=True)
+class EncodedWeight:
+    """A weight as it would be stored, or the reason why it has no stored form."""
+
+    name: str
+    """The parameter's full name."""
+    quantizer: Any = None
+    """The quantizer, with the number format (`rounds_to`) and the elements that share a scale (`granularity`)."""
+    layout: Layout | None = None
+    """The view of the parameter as rows [..., K], whose columns share scales; codes and scales are those of rows."""
+    stored: Encoded | None = None
+    why_not: str = ""
+    """The reason why the weight cannot be encoded; empty if it can."""
+
+    @property
+    def encoded(self) -> Encoded:
+        """The codes, the scales and the zero points. Raises `QsimError` with the reason if there are none."""
+        if self.stored is None:
+            raise QsimError(f"{self.name} cannot be encoded: {self.why_not}")
+        return self.stored
+
+    def decode(self) -> Tensor:
+        """Compute the weight that the site multiplies, in the parameter's shape and dtype. Raises `QsimError`."""
+        encoded = self.encoded
+        rows: Tensor = self.quantizer.decode(encoded)
+        return rows if self.layout is None else self.layout.back(rows)
+
+
+@dataclass
+class WeightEncoder:
+    """Encodes every weight of a forward. It is the watcher and the observer of the sites meanwhile."""
+
+    model: nn.Module
+    sites: Sites
+    found: dict[str, EncodedWeight] = field(default_factory=dict)
+    """The weights met so far, by name."""
+    call: Call | None = None
+
+    def watch(self, site: Site, call: Call) -> None:
+        """Note the call that is computed next."""
+        self.call = call
+
+    def __call__(self, site: Site, role: str, before: Tensor, after: Tensor, quantizer: Any) -> None:
+        """Encode a weight when it is met first; each time, compare what it decodes to with the rows `after`."""
+        if role != "weight" or quantizer is None or site.weight is None:
+            return
+        name = site.weight
+        known = self.found.get(name)
+        if known is not None and known.why_not:
+            return
+        try:
+            self.found[name] = self._checked(known, site, before, after, quantizer)
+        except QsimError as error:
+            self.found[name] = EncodedWeight(name, why_not=str(error))
+
+    def _checked(
+        self, known: EncodedWeight | None, site: Site, before: Tensor, after: Tensor, quantizer: Any
+    ) -> EncodedWeight:
+        assert self.call is not None and self.call.weight is not None and site.weight is not None
+        operand, layout = self.call.operands[self.call.weight].detach(), self.call.layouts[self.call.weight]
+        parameter = self.model.get_parameter(site.weight).detach()
+        whole = None if site.computed or "weight" in site.rotations else layout_of(parameter, operand, layout)
+        if whole is None:
+            raise QsimError("it is computed from the parameter in each forward, or a part of its columns is multiplied")
+        if operand.numel() < parameter.numel():
+            before = whole.rows(parameter)
+            if not quantizer.by_rows and not isinstance(quantizer, Stacked) and holds_experts(parameter, whole):
+                quantizer = Stacked(each=quantizer)
+        if known is None:
+            with at(f"{site.name}:weight", 0):
+                rows = before.reshape(whole.rows(parameter).shape)
+                known = EncodedWeight(site.weight, quantizer, whole, self._encoded(site.weight, rows, quantizer))
+        if known.layout is None or (known.layout.name, known.quantizer) != (whole.name, quantizer):
+            raise QsimError("it is multiplied along two axes, or under two quantizers")
+        decoded = torch.empty_like(parameter).copy_(known.decode())
+        part = decoded.as_strided(
+            operand.shape, operand.stride(), operand.storage_offset() - parameter.storage_offset()
+        )
+        if not torch.equal(layout.rows(part), after):
+            raise QsimError("no codes give its values: the originals are overwritten (keep=False), or drawn in parts")
+        return known
+
+    def _encoded(self, name: str, rows: Tensor, quantizer: Any) -> Encoded:
+        if name not in self.sites.weights.pinned:
+            encoded: Encoded = quantizer.encode(rows)
+            return encoded
+        scales, of_scales = self.sites.weights.known(name)
+        if scales is None and quantizer.granularity != "element":
+            raise QsimError("a transform has quantized it and has not given its scales")
+        if scales is not None and len(scales.scale) not in (1, rows.shape[:-1].numel()):
+            raise QsimError("a transform has quantized it in parts of its columns")
+        found: Encoded = quantizer.encode(rows) if scales is None else quantizer.encode_at(rows, scales, of_scales)
+        return found
