@@ -49,7 +49,9 @@ class Simulation:
         self.sites = Sites(model, recipe, keep, exact)
         self._handles: list[RemovableHandle] = []
         self._before_transforms: dict[str, Tensor] = {}
-        self._left = self._needed = ""
+        self._left = ""
+        self.needed_beside = ""
+        """Things that transforms have left, without which the changed weights compute something else; empty: nothing."""
         self.reports: list[LayerReport] = []
         """The reports of the transforms, layer by layer."""
         self.warnings: list[str] = []
@@ -164,8 +166,8 @@ class Simulation:
         also weights that are kept in another memory, and layers that the example does not reach. Raises `QsimError`
         without an example, and if a transform has left rotations or hooks that the weights need.
         """
-        if self._needed:
-            raise QsimError(f"{self._needed}, and the weights need them; they cannot be saved alone")
+        if self.needed_beside:
+            raise QsimError(f"{self.needed_beside}, and the weights need them; they cannot be saved alone")
         if self.example is None:
             raise QsimError("give simulate an example: it tells which weights are multiplied")
         self.refresh()
@@ -267,7 +269,7 @@ class Simulation:
             if name in self._before_transforms and torch.equal(self._before_transforms[name], tensor):
                 del self._before_transforms[name]
         self._left = left_behind(self.sites, len(self._handles) - hooks)
-        self._needed = needed_beside(self.sites, len(self._handles) - hooks)
+        self.needed_beside = needed_beside(self.sites, len(self._handles) - hooks)
         self.reports += [report for context in contexts for report in context.reports]
         self.warnings += [warning for context in contexts for warning in context.warnings]
 

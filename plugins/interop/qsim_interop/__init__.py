@@ -1,6 +1,7 @@
-"""Quantized checkpoints: `qsim check` reads one, and `qsim evaluate` measures what it holds.
+"""Quantized checkpoints: `qsim check` reads one, `qsim evaluate` measures it, and `qsim export` writes one.
 
 from qsim_interop.reading import open_checkpoint
+from qsim_interop.writing import export
 """
 
 from __future__ import annotations

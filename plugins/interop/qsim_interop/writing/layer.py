@@ -1,0 +1,105 @@
+"""One layer of an export: the codes of its weight, the scales, and the quantizer of its inputs."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from qsim_core.errors import RecipeError
+from qsim_core.formats.codes import Encoded
+from qsim_core.formats.format import Format
+from qsim_core.quantizers.scheme import Scheme
+from qsim_core.transforms.encoded_weights import EncodedWeight
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer whose weight [N, K] is encoded."""
+
+    module: str
+    """The module's path in the model."""
+    weight: EncodedWeight
+    inputs: Any = None
+    """The quantizer of the inputs, with its static scales; None: they are not quantized."""
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme of the weight. Raises `RecipeError` for a quantizer without scales."""
+        scheme: Any = self.weight.quantizer.plain
+        if not isinstance(scheme, Scheme):
+            raise RecipeError(f"{self.module}: {scheme} has no scales; say channel({scheme}) or block({scheme}, 32)")
+        return scheme
+
+    @property
+    def element(self) -> Format:
+        """The number format of the codes."""
+        return self.scheme.coded
+
+    @property
+    def codes(self) -> Tensor:
+        """The bit patterns, uint8 [N, K]."""
+        return self.weight.encoded.codes.cpu()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs, [N, K]."""
+        rows, columns = self.codes.shape
+        return rows, columns
+
+    @property
+    def numbers(self) -> Tensor:
+        """The integers that the codes stand for, float32 [N, K]."""
+        return self.element.from_codes(self.codes)
+
+    @property
+    def zero_points(self) -> Tensor | None:
+        """The integers that stand for zero, in the shape of the scales; None for symmetric scales."""
+        zeros = self.weight.encoded.zero_points
+        return None if zeros is None else self._by_rows(self.element.from_codes(zeros.cpu()))
+
+    @functools.cached_property
+    def scales(self) -> Tensor:
+        """The scales in float32: [1] for the tensor, [N, 1], [N, blocks], or [tiles, tiles]."""
+        return self._by_rows(self._stored(self.weight.encoded.scales))
+
+    @property
+    def scale_codes(self) -> Tensor:
+        """The bit patterns of the scales, of a scheme that rounds them to a format."""
+        scales = self.weight.encoded.scales
+        assert isinstance(scales, Encoded)
+        return scales.codes.cpu()
+
+    @property
+    def global_scale(self) -> Tensor:
+        """The scale of the scales, float32 [1]. Raises `RecipeError` unless there is one for the whole weight."""
+        found = getattr(self.weight.encoded.scales, "scales", None)
+        if not isinstance(found, Tensor) or found.numel() != 1:
+            raise RecipeError(f"{self.module}: {self.scheme} has no single scale for the whole weight")
+        return found.reshape(1).float().cpu()
+
+    @property
+    def block(self) -> int | None:
+        """The number of columns that share a scale, where it divides K; None: all of a row does.
+
+        Raises `RecipeError` for blocks that do not divide K.
+        """
+        shared = self.scheme.granularity
+        if not isinstance(shared, int) or shared >= self.shape[1]:
+            return None
+        if self.shape[1] % shared:
+            raise RecipeError(
+                f"{self.module}: blocks of {shared} do not divide its {self.shape[1]} inputs; "
+                f"{math.gcd(shared, self.shape[1])} would"
+            )
+        return shared
+
+    def _stored(self, scales: Any) -> Tensor:
+        found: Tensor = self.scheme.scale.decode(scales) if isinstance(scales, Encoded) else scales  # type: ignore[union-attr]
+        return found.float().cpu()
+
+    def _by_rows(self, per_block: Tensor) -> Tensor:
+        return per_block.reshape(1) if self.scheme.granularity == "tensor" else per_block.contiguous()

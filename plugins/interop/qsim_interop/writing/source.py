@@ -1,0 +1,99 @@
+"""The content of an export: a simulated model as encoded layers and the rest. What no file holds is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from qsim_core.errors import RecipeError
+from qsim_core.evaluation.adapter import LoadedModel
+from qsim_core.simulation.simulation import Simulation
+from qsim_core.sites.site import Site
+from qsim_interop.writing.layer import Layer
+
+
+@dataclass(frozen=True)
+class Source:
+    """A simulated model, as a file may hold it."""
+
+    loaded: LoadedModel
+    simulation: Simulation
+    layers: list[Layer]
+    """The layers whose weights are encoded, in the order in which they were met."""
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, simulation: Simulation) -> Source:
+        """Encode the weights. Raises `RecipeError` for anything that is not in weights and inputs of layers."""
+        for line in _beside(simulation):
+            raise RecipeError(line)
+        sites = {site.weight: site for site in simulation.sites.table.values() if site.weight is not None}
+        layers = []
+        for name, weight in simulation.encoded().items():
+            module, _, last = name.rpartition(".")
+            if weight.why_not:
+                raise RecipeError(f"{name} cannot be encoded: {weight.why_not}; leave it out with --skip {module}")
+            if last != "weight" or not isinstance(loaded.model.get_submodule(module), nn.Linear):
+                kind = type(loaded.model.get_submodule(module)).__name__
+                raise RecipeError(f"{name} belongs to a {kind}; files hold codes of Linear: --skip {module}")
+            if name in simulation.sites.weights.tied:
+                raise RecipeError(f"{name} is tied to another parameter, which stays as it is; --skip {module}")
+            layers.append(Layer(module, weight, sites[name].standing("input")))
+        if not layers:
+            raise RecipeError("the recipe quantizes no weight, so there is nothing to pack")
+        return cls(loaded, simulation, layers)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, with the weights as transforms have left them."""
+        return self.simulation.model
+
+    @property
+    def plain(self) -> list[str]:
+        """The paths of the linear layers that are not packed."""
+        packed = {layer.module for layer in self.layers}
+        linear = (name for name, module in self.model.named_modules() if isinstance(module, nn.Linear))
+        return [name for name in linear if name not in packed]
+
+    def rest(self) -> dict[str, Tensor]:
+        """The tensors of the model's `state_dict` without the packed weights."""
+        packed = {layer.weight.name for layer in self.layers}
+        return {name: tensor.cpu() for name, tensor in self.model.state_dict().items() if name not in packed}
+
+
+def _beside(simulation: Simulation) -> Iterator[str]:
+    """Give a line for each part of a simulation that is not a weight of a layer or the inputs of one."""
+    for site in simulation.sites.table.values():
+        if site.rotations:
+            role, rotation = next(iter(site.rotations.items()))
+            yield (
+                f"a transform rotates the {role} of {site.name} in each forward ({rotation}); no file holds that, and "
+                f"no transform here folds it into the weights before: leave the transform out"
+            )
+    if simulation.needed_beside:
+        yield f"{simulation.needed_beside}, and the weights need them; no file holds that"
+    for site in simulation.sites.table.values():
+        yield from _beyond_weights(site)
+    for operation in simulation.sites.operations.table.values():
+        if operation.plan.changes:
+            yield f"{operation.name} is not torch's own operation; no file holds that: leave `operations` out"
+
+
+def _beyond_weights(site: Site) -> Iterator[str]:
+    if site.plan.arithmetic.simulates:
+        yield f"{site.name} is computed in {site.plan.arithmetic}; a file does not choose the arithmetic: leave it out"
+    if site.standing("output") is not None:
+        yield f"the output of {site.name} is quantized by {site.standing('output')}; files hold weights and inputs only"
+    if site.weight is None and site.inputs:
+        roles = sorted({site.named(role) for role in site.input_roles if site.standing(role) is not None})
+        yield (
+            f"{site.aliases[0] if site.aliases else site.name}: its {' and '.join(roles)} are quantized, and files "
+            f"hold the inputs of layers only; say {', '.join(f'{role}: none' for role in roles)} in the recipe"
+        )
+
+
+def state_of(loaded: LoadedModel) -> Any:
+    """The tokenizer and the processor, those of them that there are."""
+    return [part for part in (loaded.tokenizer, loaded.processor) if part is not None]
