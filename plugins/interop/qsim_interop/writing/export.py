@@ -16,8 +16,9 @@ from qsim_interop.writing.target import Target
 def formats() -> dict[str, Target]:
     """The formats by name."""
     from qsim_interop.writing.compressed_tensors import CompressedTensors
+    from qsim_interop.writing.gguf_file import GGUF
 
-    return {target.name: target for target in (CompressedTensors(),)}
+    return {target.name: target for target in (CompressedTensors(), GGUF())}
 
 
 def format_of(name: str) -> Target:
