@@ -17,8 +17,9 @@ def formats() -> dict[str, Target]:
     """The formats by name."""
     from qsim_interop.writing.compressed_tensors import CompressedTensors
     from qsim_interop.writing.gguf_file import GGUF
+    from qsim_interop.writing.onnx_model import ONNX
 
-    return {target.name: target for target in (CompressedTensors(), GGUF())}
+    return {target.name: target for target in (CompressedTensors(), GGUF(), ONNX())}
 
 
 def format_of(name: str) -> Target:

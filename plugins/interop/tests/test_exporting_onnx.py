@@ -1,0 +1,131 @@
+"""ONNX models: their runtimes compute the weights and the results of the simulation."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import make, tokens
+from numpy.typing import NDArray
+from qsim_interop.writing import export
+from torch import Tensor, nn
+
+import qsim_core as qsim
+
+onnx = pytest.importorskip("onnx")
+runtime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+X = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+STATIC = {
+    "channel(int8)": ("tensor(int8, static=true)", 18),
+    "tensor(int8, symmetric=false)": ("tensor(uint8, symmetric=false, static=true)", 18),
+    "channel(e4m3)": ("tensor(e4m3, static=true)", 19),
+    "block(int3, 16)": (None, 21),
+    "block(uint4, 16, symmetric=false, scale=bf16)": (None, 21),
+}
+"""Quantizers of weights that onnxruntime computes on CPUs -> a quantizer of the inputs, and the opset."""
+
+
+def perceptron() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16, bias=False)).eval()
+
+
+def exported(simulation: qsim.Simulation, directory: Path) -> Any:
+    export(simulation, qsim.LoadedModel(simulation.model), "onnx", directory)
+    return onnx.load(directory / "model.onnx")
+
+
+def with_outputs(model: Any, names: list[str]) -> Any:
+    """The model, which gives these inner tensors too."""
+    model = copy.deepcopy(model)
+    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
+    return model
+
+
+def computed(model: Any, x: Tensor) -> list[NDArray[Any]]:
+    """The outputs by onnxruntime, which computes the nodes as they are."""
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    found: list[NDArray[Any]] = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    return found
+
+
+@pytest.mark.parametrize("weights", STATIC)
+def test_onnxruntime_computes_weights_and_results(weights: str, tmp_path: Path) -> None:
+    activations, opset = STATIC[weights]
+    simulation = qsim.simulate(perceptron(), weights=weights, activations=activations, calibration=[X * 0.7], example=X)
+
+    model = exported(simulation, tmp_path / "out")
+
+    encoded = simulation.encoded()
+    result, *values = computed(with_outputs(model, list(encoded)), X[:3])
+    assert model.opset_import[0].version == opset
+    assert all(np.array_equal(value, one.decode()) for value, one in zip(values, encoded.values(), strict=True))
+    np.testing.assert_allclose(result, simulation.model(X[:3]).detach(), atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", ["nvfp4", "mxfp4"])
+def test_the_reference_computes_four_bit_floats(weights: str, tmp_path: Path) -> None:
+    from onnx.reference import ReferenceEvaluator
+
+    simulation = qsim.simulate(perceptron(), weights=weights, skip=["2"], example=X)
+
+    model = exported(simulation, tmp_path / "out")
+
+    result, weight = ReferenceEvaluator(with_outputs(model, ["0.weight"])).run(
+        None, {model.graph.input[0].name: X.numpy()}
+    )
+    assert model.opset_import[0].version == 23
+    assert np.array_equal(weight, simulation.encoded()["0.weight"].decode())
+    np.testing.assert_allclose(result, simulation.model(X).detach(), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_language_model_takes_texts_of_any_length(tmp_path: Path) -> None:
+    ids = tokens()
+    simulation = qsim.simulate(make("llama"), weights="block(int4, 32)", skip=["lm_head"], example={"input_ids": ids})
+
+    model = exported(simulation, tmp_path / "out")
+
+    np.testing.assert_allclose(computed(model, ids[:, :9])[0], simulation.model(ids[:, :9]).logits.detach(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"weights": "block(e4m3, [8, 8])"}, "does not hold .* exactly .it has no tiles."),
+        ({"weights": "channel(int12)"}, "it holds integers of 2 to 8 bits, e4m3 and e2m1"),
+        ({"weights": "int8", "activations": "int8"}, r"does not compute token\(int8\) exactly; .*static=true"),
+        ({"weights": "block(int8, 20)"}, "blocks of 20 do not divide its 32 inputs; 4 would"),
+    ],
+)
+def test_a_recipe_without_such_nodes_is_refused(recipe: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(qsim.RecipeError, match=message):
+        exported(qsim.simulate(perceptron(), **recipe, example=X), tmp_path / "out")
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y if float(y.sum()) > 0 else -y
+
+
+def test_a_model_that_torch_cannot_trace_is_an_error_in_one_line(tmp_path: Path) -> None:
+    simulation = qsim.simulate(Branching(), weights="int8", example=X)
+
+    with pytest.raises(qsim.ModelError, match=r"^torch\.onnx cannot write this model: [^\n]+$"):
+        exported(simulation, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
