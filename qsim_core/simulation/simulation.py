@@ -51,7 +51,7 @@ class Simulation:
         self._before_transforms: dict[str, Tensor] = {}
         self._left = ""
         self.needed_beside = ""
-        """Things that transforms have left, without which the changed weights compute something else; empty: nothing."""
+        """Things that transforms have left, without which the changed weights compute something else; or empty."""
         self.reports: list[LayerReport] = []
         """The reports of the transforms, layer by layer."""
         self.warnings: list[str] = []
