@@ -30,7 +30,7 @@ DATA = (
     click.option("--seed", metavar="N", type=SEED, default=0, help="Seed of drawn samples."),
 )
 OUTPUT = (
-    click.option("--to", metavar="FORMAT", required=True, help="compressed-tensors, gguf or onnx."),
+    click.option("--to", metavar="FORMAT", required=True, help="compressed-tensors, gguf, onnx or torchao."),
     click.option(
         "--output", type=click.Path(path_type=Path), metavar="DIR", required=True, help="An empty or new directory."
     ),

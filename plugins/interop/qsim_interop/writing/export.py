@@ -18,8 +18,9 @@ def formats() -> dict[str, Target]:
     from qsim_interop.writing.compressed_tensors import CompressedTensors
     from qsim_interop.writing.gguf_file import GGUF
     from qsim_interop.writing.onnx_model import ONNX
+    from qsim_interop.writing.torchao_model import TorchAO
 
-    return {target.name: target for target in (CompressedTensors(), GGUF(), ONNX())}
+    return {target.name: target for target in (CompressedTensors(), GGUF(), ONNX(), TorchAO())}
 
 
 def format_of(name: str) -> Target:

@@ -1,0 +1,113 @@
+"""Directories of transformers whose weights are tensor classes of torchao, taken apart into safetensors.
+
+`from_pretrained` makes the tensors again from the metadata of the file. Their `dequantize` multiplies as the
+simulation does.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qsim_core.errors import ModelError, RecipeError
+from qsim_interop.writing.bit_patterns import is_format
+from qsim_interop.writing.layer import Layer
+from qsim_interop.writing.source import Source, state_of
+from qsim_interop.writing.target import Target
+
+
+class TorchAO(Target):
+    """Integers of 2 to 8 bits, and E4M3."""
+
+    name: ClassVar[str] = "torchao"
+    library: ClassVar[str | None] = "torchao"
+    holds: ClassVar[str] = "integers of 2 to 8 bits by tensor, channel, block(F, n) or tiles, e4m3 by tensor or channel"
+
+    def check(self, source: Source) -> list[str]:
+        if not hasattr(source.model, "save_pretrained"):
+            raise ModelError(f"{type(source.model).__name__} is not a model of transformers, which this format is for")
+        for layer in source.layers:
+            if layer.inputs is not None:
+                raise RecipeError(f"{layer.module}: torchao is written with weights only; leave activations out")
+            self._check_weight(layer)
+        return []
+
+    def write(self, source: Source, directory: Path) -> None:
+        from safetensors.torch import save_file
+        from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+        model: Any = source.model
+        seen: set[int] = set()
+        tensors: dict[str, Any] = {}
+        for name, tensor in source.rest().items():
+            if tensor.data_ptr() not in seen:  # transformers ties the other one again
+                tensors[name] = tensor.contiguous()
+            seen.add(tensor.data_ptr())
+        tensors |= {layer.weight.name: _tensor(layer) for layer in source.layers}
+        flat, metadata = flatten_tensor_state_dict(tensors)
+        save_file(flat, directory / "model.safetensors", metadata={**metadata, "format": "pt"})
+        model.config.save_pretrained(directory)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(directory)
+        for part in state_of(source.loaded):
+            part.save_pretrained(directory)
+        path = directory / "config.json"
+        config = json.loads(path.read_text()) | {"quantization_config": _configuration(source)}
+        path.write_text(json.dumps(config, indent=2) + "\n")
+
+    def _check_weight(self, layer: Layer) -> None:
+        """Raise `RecipeError` unless a tensor class holds the weight."""
+        element, shared = layer.element, layer.scheme.granularity
+        if element.is_integer and element.width <= 8 and (element.min < 0 or not layer.scheme.symmetric):
+            if isinstance(shared, tuple) and any(side % part for side, part in zip(layer.shape, shared, strict=True)):
+                raise self.refused(layer, f"tiles of {list(shared)} do not divide its weight {list(layer.shape)}")
+            _ = layer.block
+        elif not (is_format(element, "e4m3") and shared in ("tensor", "channel")):
+            raise self.refused(layer)
+
+
+def _block_size(layer: Layer) -> list[int]:
+    """The rows and columns that share a scale."""
+    (rows, columns), shared = layer.shape, layer.scheme.granularity
+    if isinstance(shared, tuple):
+        return list(shared)
+    return [rows if shared == "tensor" else 1, layer.block or columns]
+
+
+def _tensor(layer: Layer) -> Tensor:
+    """A weight in the tensor class of torchao that holds it."""
+    from torchao.quantization import Float8Tensor, IntxUnpackedToInt8Tensor
+
+    size = _block_size(layer)
+    scale = layer.scales.reshape(layer.shape[0] // size[0], layer.shape[1] // size[1])
+    if not layer.element.is_integer:
+        codes = layer.codes.view(torch.float8_e4m3fn)
+        packed: Tensor = Float8Tensor(codes, scale, block_size=size, dtype=torch.float32)
+        return packed
+    width = layer.element.width
+    middle = 0 if layer.element.min < 0 else 2 ** (width - 1)
+    zeros = layer.zero_points
+    zero = torch.zeros_like(scale) if zeros is None else zeros.reshape(scale.shape) - middle
+    kind = getattr(torch, f"int{width}")
+    numbers = (layer.numbers - middle).to(torch.int8)
+    held: Tensor = IntxUnpackedToInt8Tensor(numbers, scale, zero.to(torch.int8), kind, tuple(size), torch.float32, None)
+    return held
+
+
+def _configuration(source: Source) -> dict[str, Any]:
+    """The `quantization_config`, after the first layer; each tensor of the file says its own."""
+    from torchao.quantization import Float8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis, PerGroup
+    from transformers import TorchAoConfig
+
+    layer = source.layers[0]
+    if layer.element.is_integer:
+        granularity = PerAxis(0) if layer.block is None else PerGroup(layer.block)
+        kind: Any = IntxWeightOnlyConfig(getattr(torch, f"int{layer.element.width}"), granularity)
+    else:
+        kind = Float8WeightOnlyConfig()
+    described: dict[str, Any] = TorchAoConfig(kind, modules_to_not_convert=source.plain).to_dict()
+    return described
