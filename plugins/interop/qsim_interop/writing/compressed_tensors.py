@@ -109,7 +109,7 @@ class CompressedTensors(Target):
         of_ocp = block == 32 and is_format(scale, "e8m0")
         if is_format(element, "e2m1") and of_ocp:
             return "mxfp4-pack-quantized", {**arguments, "scale_dtype": "torch.uint8"}
-        if is_format(element, "e2m1") and block == 16 and is_format(scale, "e4m3"):
+        if is_format(element, "e2m1") and block == 16 and layer.has_nested_scales:
             return "nvfp4-pack-quantized", {
                 **arguments,
                 "strategy": "tensor_group",

@@ -94,7 +94,7 @@ class GGUF(Target):
             found = {4: Q4_0, 8: Q8_0}.get(element.width)
         elif is_format(element, "e2m1") and scheme.granularity == 32 and is_format(scale, "e8m0"):
             found = MXFP4
-        elif is_format(element, "e2m1") and scheme.granularity == 16 and is_format(scale, "e4m3"):
+        elif is_format(element, "e2m1") and scheme.granularity == 16 and layer.has_nested_scales:
             found = NVFP4
             self._check_factors(layer)
         else:

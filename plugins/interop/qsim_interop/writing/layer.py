@@ -14,6 +14,7 @@ from qsim_core.formats.codes import Encoded
 from qsim_core.formats.format import Format
 from qsim_core.quantizers.scheme import Scheme
 from qsim_core.transforms.encoded_weights import EncodedWeight
+from qsim_interop.writing.bit_patterns import is_format
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,13 @@ class Layer:
         if not isinstance(found, Tensor) or found.numel() != 1:
             raise RecipeError(f"{self.module}: {self.scheme} has no single scale for the whole weight")
         return found.reshape(1).float().cpu()
+
+    @property
+    def has_nested_scales(self) -> bool:
+        """True for scales in E4M3 under one scale for the whole weight, as NVFP4 has them."""
+        scheme = self.scheme.scale
+        nested = getattr(scheme, "granularity", None) == "tensor" and getattr(scheme, "symmetric", False)
+        return nested and is_format(getattr(scheme, "rounds_to", None), "e4m3")
 
     @property
     def block(self) -> int | None:
