@@ -90,6 +90,16 @@ class Layer:
         return nested and is_format(getattr(scheme, "rounds_to", None), "e4m3")
 
     @property
+    def is_nvfp4(self) -> bool:
+        """True for E2M1 in blocks of 16 under such scales."""
+        return is_format(self.element, "e2m1") and self.block == 16 and self.has_nested_scales
+
+    @property
+    def scale_format(self) -> Any:
+        """The number format that the scales are rounded to without a scale of their own; None: there is none."""
+        return None if self.scheme.scale is None else self.scheme.scale.unscaled
+
+    @property
     def block(self) -> int | None:
         """The number of columns that share a scale, where it divides K; None: all of a row does.
 

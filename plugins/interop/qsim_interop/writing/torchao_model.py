@@ -68,9 +68,7 @@ class TorchAO(Target):
             if isinstance(shared, tuple) and any(side % part for side, part in zip(layer.shape, shared, strict=True)):
                 raise self.refused(layer, f"tiles of {list(shared)} do not divide its weight {list(layer.shape)}")
             _ = layer.block
-        elif is_format(element, "e2m1") and shared == 16 and layer.has_nested_scales:
-            _ = layer.block
-        elif not (is_format(element, "e4m3") and shared in ("tensor", "channel")):
+        elif not layer.is_nvfp4 and not (is_format(element, "e4m3") and shared in ("tensor", "channel")):
             raise self.refused(layer)
 
 
@@ -87,7 +85,7 @@ def _tensor(layer: Layer) -> Tensor:
     from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
     from torchao.quantization import Float8Tensor, IntxUnpackedToInt8Tensor
 
-    if layer.has_nested_scales:
+    if layer.is_nvfp4:
         scale = layer.scale_codes.view(torch.float8_e4m3fn)
         four: Tensor = NVFP4Tensor(nibbles(layer.codes), scale, 16, torch.float32, layer.global_scale.reshape(()))
         return four
@@ -118,6 +116,6 @@ def _configuration(source: Source) -> dict[str, Any]:
         granularity = PerAxis(0) if layer.block is None else PerGroup(layer.block)
         kind: Any = IntxWeightOnlyConfig(getattr(torch, f"int{layer.element.width}"), granularity)
     else:
-        kind = NVFP4WeightOnlyConfig() if layer.has_nested_scales else Float8WeightOnlyConfig()
+        kind = NVFP4WeightOnlyConfig() if layer.is_nvfp4 else Float8WeightOnlyConfig()
     described: dict[str, Any] = TorchAoConfig(kind, modules_to_not_convert=source.plain).to_dict()
     return described
