@@ -121,6 +121,17 @@ def test_the_codes_of_gptq_are_exported_as_they_are(weights: str, tmp_path: Path
     )
 
 
+@pytest.mark.parametrize("transforms", [["smoothquant", "gptq"], ["awq"], ["bias_correction"]])
+def test_the_model_is_the_one_that_transforms_have_left(transforms: list[str], tmp_path: Path) -> None:
+    for transform in transforms:
+        pytest.importorskip(f"qsim_{transform}")
+    simulation = simulated(make("opt"), weights="block(int4, 16)", transforms=transforms)
+
+    exported(simulation, tmp_path / "out")
+
+    torch.testing.assert_close(logits(loaded(tmp_path / "out")), logits(simulation.model), atol=1e-6, rtol=0)
+
+
 def test_layers_that_differ_are_groups_by_name(tmp_path: Path) -> None:
     overrides = {"*.mlp.*": {"weights": "channel(int8)"}}
 
@@ -150,12 +161,13 @@ def test_layers_that_differ_are_groups_by_name(tmp_path: Path) -> None:
             "a file does not choose the arithmetic",
         ),
         ({"weights": "int8", "transforms": ["hadamard"]}, "a transform rotates the input of .* in each forward"),
+        ({"weights": "int8", "activations": "int8", "transforms": ["rptq"]}, "has left 4 hooks on the model.*no file"),
         ({"weights": "int8", "skip": []}, "lm_head.weight is tied to another parameter, .*--skip lm_head"),
         ({"activations": "int8"}, "the recipe quantizes no weight"),
     ],
 )
 def test_a_file_that_cannot_hold_the_recipe_is_refused(recipe: dict[str, Any], message: str, tmp_path: Path) -> None:
-    for plugin in ("accumulators", "hadamard"):
+    for plugin in ("accumulators", "hadamard", "rptq"):
         pytest.importorskip(f"qsim_{plugin}")
     simulation = simulated(make("opt"), **recipe)
 

@@ -125,6 +125,7 @@ def test_the_file_describes_the_model(tmp_path: Path) -> None:
             r"does not hold block\(int4, n=32\) exactly; it holds block\(int4, 32, scale=fp16\)",
         ),
         ({"weights": "block(int4, 32, symmetric=false, scale=fp16)"}, "it holds .* without zero points"),
+        ({"weights": "block(int4, 32, scale=scaled(fp16))"}, "does not hold .* exactly"),
         ({"weights": "channel(int8)"}, "does not hold channel"),
         ({"weights": "nvfp4"}, "multiplies by the global scale last"),
         (

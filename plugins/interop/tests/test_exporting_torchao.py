@@ -25,6 +25,8 @@ WEIGHTS = [
     "block(int8, [32, 16])",
     "channel(e4m3)",
     "tensor(e4m3)",
+    "nvfp4",
+    "block(int4, 16, scale=scaled(e4m3))",
 ]
 
 
@@ -50,7 +52,7 @@ def test_transformers_loads_the_same_bits(weights: str, tmp_path: Path) -> None:
     assert all(torch.equal(model.get_parameter(name).dequantize(), one.decode()) for name, one in encoded.items())
 
 
-@pytest.mark.parametrize("weights", ["block(int4, 32)", "channel(int8)"])
+@pytest.mark.parametrize("weights", ["block(int4, 32)", "channel(int8)", "nvfp4"])
 def test_the_model_computes_what_the_simulation_does(weights: str, tmp_path: Path) -> None:
     simulation = exported(tmp_path / "out", weights=weights)
 

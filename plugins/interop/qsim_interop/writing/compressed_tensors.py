@@ -91,7 +91,6 @@ class CompressedTensors(Target):
     def _weights(self, layer: Layer) -> tuple[str, dict[str, Any]]:
         """The format of a layer, and the arguments of its weight. Raises `RecipeError`."""
         element, scheme, block = layer.element, layer.scheme, layer.block
-        scale = None if scheme.scale is None else scheme.scale.rounds_to
         arguments = {
             "num_bits": element.width,
             "symmetric": scheme.symmetric,
@@ -106,10 +105,10 @@ class CompressedTensors(Target):
             whole = element.width == 8 and layer.inputs is not None
             return "int-quantized" if whole else "pack-quantized", {**arguments, "type": "int"}
         arguments["type"] = "float"
-        of_ocp = block == 32 and is_format(scale, "e8m0")
+        of_ocp = block == 32 and is_format(layer.scale_format, "e8m0")
         if is_format(element, "e2m1") and of_ocp:
             return "mxfp4-pack-quantized", {**arguments, "scale_dtype": "torch.uint8"}
-        if is_format(element, "e2m1") and block == 16 and is_format(scale, "e4m3"):
+        if layer.is_nvfp4:
             return "nvfp4-pack-quantized", {
                 **arguments,
                 "strategy": "tensor_group",

@@ -87,14 +87,14 @@ class GGUF(Target):
     def _type(self, layer: Layer) -> BlockType:
         """The type of blocks that holds a layer exactly. Raises `RecipeError`."""
         scheme, element = layer.scheme, layer.element
-        scale = None if scheme.scale is None else scheme.scale.rounds_to
+        scale = layer.scale_format
         if not scheme.symmetric or not isinstance(scheme.granularity, int):
             raise self.refused(layer)
         if element.is_integer and element.min < 0 and scheme.granularity == 32 and is_format(scale, "fp16"):
             found = {4: Q4_0, 8: Q8_0}.get(element.width)
         elif is_format(element, "e2m1") and scheme.granularity == 32 and is_format(scale, "e8m0"):
             found = MXFP4
-        elif is_format(element, "e2m1") and scheme.granularity == 16 and is_format(scale, "e4m3"):
+        elif layer.is_nvfp4:
             found = NVFP4
             self._check_factors(layer)
         else:

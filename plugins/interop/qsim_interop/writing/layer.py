@@ -14,6 +14,7 @@ from qsim_core.formats.codes import Encoded
 from qsim_core.formats.format import Format
 from qsim_core.quantizers.scheme import Scheme
 from qsim_core.transforms.encoded_weights import EncodedWeight
+from qsim_interop.writing.bit_patterns import is_format
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,23 @@ class Layer:
         if not isinstance(found, Tensor) or found.numel() != 1:
             raise RecipeError(f"{self.module}: {self.scheme} has no single scale for the whole weight")
         return found.reshape(1).float().cpu()
+
+    @property
+    def has_nested_scales(self) -> bool:
+        """True for scales in E4M3 under one scale for the whole weight, as NVFP4 has them."""
+        scheme = self.scheme.scale
+        nested = getattr(scheme, "granularity", None) == "tensor" and getattr(scheme, "symmetric", False)
+        return nested and is_format(getattr(scheme, "rounds_to", None), "e4m3")
+
+    @property
+    def is_nvfp4(self) -> bool:
+        """True for E2M1 in blocks of 16 under such scales."""
+        return is_format(self.element, "e2m1") and self.block == 16 and self.has_nested_scales
+
+    @property
+    def scale_format(self) -> Any:
+        """The number format that the scales are rounded to without a scale of their own; None: there is none."""
+        return None if self.scheme.scale is None else self.scheme.scale.unscaled
 
     @property
     def block(self) -> int | None:

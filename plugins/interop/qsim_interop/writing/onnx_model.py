@@ -154,7 +154,7 @@ def _pack(graph: Any, layer: Layer) -> None:
         for product in _products(graph, name):
             product.input[0] = _quantized(graph, product.input[0], layer)
     scale = layer.scales
-    if _is_nested(layer):
+    if layer.has_nested_scales and layer.block:
         inner = _initializer(graph, f"{name}_scale_codes", "FLOAT8E4M3FN", layer.scale_codes)
         outer = _initializer(graph, f"{name}_global_scale", "FLOAT", layer.global_scale.reshape(()))
         scales = _node(graph, "DequantizeLinear", [inner, outer], f"{name}_scale")
@@ -174,12 +174,6 @@ def _pack(graph: Any, layer: Layer) -> None:
     blocks = {"block_size": layer.block} if layer.block else {}
     axis = {} if layer.scheme.granularity == "tensor" else {"axis": 1 if layer.block else 0}
     _node(graph, "DequantizeLinear", inputs, name, **axis, **blocks)
-
-
-def _is_nested(layer: Layer) -> bool:
-    """True for scales in E4M3 under one scale for the tensor, as NVFP4 has them."""
-    scheme = layer.scheme.scale
-    return getattr(scheme, "granularity", None) == "tensor" and is_format(getattr(scheme, "rounds_to", None), "e4m3")
 
 
 def _stored(element: Format, codes: Tensor, numbers: Tensor) -> Tensor:

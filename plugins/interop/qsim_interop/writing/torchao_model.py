@@ -14,18 +14,20 @@ import torch
 from torch import Tensor
 
 from qsim_core.errors import ModelError, RecipeError
-from qsim_interop.writing.bit_patterns import is_format
+from qsim_interop.writing.bit_patterns import is_format, nibbles
 from qsim_interop.writing.layer import Layer
 from qsim_interop.writing.source import Source, state_of
 from qsim_interop.writing.target import Target
 
 
 class TorchAO(Target):
-    """Integers of 2 to 8 bits, and E4M3."""
+    """Integers of 2 to 8 bits, E4M3 and NVFP4."""
 
     name: ClassVar[str] = "torchao"
     library: ClassVar[str | None] = "torchao"
-    holds: ClassVar[str] = "integers of 2 to 8 bits by tensor, channel, block(F, n) or tiles, e4m3 by tensor or channel"
+    holds: ClassVar[str] = (
+        "integers of 2 to 8 bits by tensor, channel, block(F, n) or tiles, e4m3 by tensor or channel, nvfp4"
+    )
 
     def check(self, source: Source) -> list[str]:
         if not hasattr(source.model, "save_pretrained"):
@@ -66,7 +68,7 @@ class TorchAO(Target):
             if isinstance(shared, tuple) and any(side % part for side, part in zip(layer.shape, shared, strict=True)):
                 raise self.refused(layer, f"tiles of {list(shared)} do not divide its weight {list(layer.shape)}")
             _ = layer.block
-        elif not (is_format(element, "e4m3") and shared in ("tensor", "channel")):
+        elif not layer.is_nvfp4 and not (is_format(element, "e4m3") and shared in ("tensor", "channel")):
             raise self.refused(layer)
 
 
@@ -80,8 +82,13 @@ def _block_size(layer: Layer) -> list[int]:
 
 def _tensor(layer: Layer) -> Tensor:
     """A weight in the tensor class of torchao that holds it."""
+    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
     from torchao.quantization import Float8Tensor, IntxUnpackedToInt8Tensor
 
+    if layer.is_nvfp4:
+        scale = layer.scale_codes.view(torch.float8_e4m3fn)
+        four: Tensor = NVFP4Tensor(nibbles(layer.codes), scale, 16, torch.float32, layer.global_scale.reshape(()))
+        return four
     size = _block_size(layer)
     scale = layer.scales.reshape(layer.shape[0] // size[0], layer.shape[1] // size[1])
     if not layer.element.is_integer:
@@ -100,6 +107,7 @@ def _tensor(layer: Layer) -> Tensor:
 
 def _configuration(source: Source) -> dict[str, Any]:
     """The `quantization_config`, after the first layer; each tensor of the file says its own."""
+    from torchao.prototype.mx_formats import NVFP4WeightOnlyConfig
     from torchao.quantization import Float8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis, PerGroup
     from transformers import TorchAoConfig
 
@@ -108,6 +116,6 @@ def _configuration(source: Source) -> dict[str, Any]:
         granularity = PerAxis(0) if layer.block is None else PerGroup(layer.block)
         kind: Any = IntxWeightOnlyConfig(getattr(torch, f"int{layer.element.width}"), granularity)
     else:
-        kind = Float8WeightOnlyConfig()
+        kind = NVFP4WeightOnlyConfig() if layer.is_nvfp4 else Float8WeightOnlyConfig()
     described: dict[str, Any] = TorchAoConfig(kind, modules_to_not_convert=source.plain).to_dict()
     return described
