@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -250,6 +251,15 @@ def test_a_terminal_that_lacks_a_character_shows_another(tmp_path: Path) -> None
     assert run.stdout.startswith(b"posit(bits=8, es=2, rounding=even, seed=0)\n")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+def test_closed_standard_streams_end_no_command() -> None:
+    command = " ".join(map(shlex.quote, [sys.executable, "-m", "qsim_core", "plugins", "--json"]))
+
+    closed = [subprocess.run(f"{command} {streams}", shell=True).returncode for streams in (">&-", "<&- >&- 2>&-")]
+
+    assert closed == [0, 0]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
 @pytest.mark.parametrize("arguments", [["components"], ["plugins", "--json"]])
 def test_a_full_disk_under_standard_output_is_one_line(arguments: list[str]) -> None:
@@ -286,6 +296,12 @@ def test_a_recipe_file_and_options_together(qsim_: Qsim) -> None:
         "overrides": {"*.fc2": {"weights": "channel(int8)"}},
         "evaluate": "perplexity(64)",
     }
+
+
+def test_a_dry_run_looks_for_the_hardware(qsim_: Qsim) -> None:
+    outcome = qsim_("evaluate", "--precision", "w8a8", "--on", "h999", "--dry-run")
+
+    assert (outcome.exit_code, outcome.stderr.startswith("Error: no hardware 'h999'")) == (1, True)
 
 
 def test_a_dry_run_prints_a_recipe_that_runs(qsim_: Qsim) -> None:

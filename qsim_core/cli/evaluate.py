@@ -156,12 +156,14 @@ def _recorded(before: Result) -> dict[str, Any]:
 
 
 def _print_recipe(recipe: Recipe, options: dict[str, Any], host: Host) -> None:
-    """Print the recipe with everything that the model's adapter fills in, if machine and data are there."""
+    """Print the recipe with everything that the model's adapter fills in, if machine, hardware and data are there."""
+    from qsim_core.cli.recipe_options import hardware_of
     from qsim_core.evaluation.data import check_source
     from qsim_core.evaluation.job import Job, check_machine
 
     job = Job.of(recipe, host)
     check_machine(options["device"], options["dtype"])
+    hardware_of(options["on"], host)
     for source in (options["data"], options["calibration_data"]):
         if source is not None:
             check_source(source)

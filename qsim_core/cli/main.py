@@ -52,6 +52,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; qsim's own errors become click's, Ctrl-C an exit code."""
+        _open_streams()
         if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character shows a question mark
             sys.stdout.reconfigure(errors="replace")
         try:
@@ -75,6 +76,13 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("Error: interrupted; nothing was written", err=True)
             ctx.exit(INTERRUPTED)
+
+
+def _open_streams() -> None:
+    """Open the standard streams that the caller has closed on nothing: what is printed there is lost, as was asked."""
+    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
 def _of_plugins(ctx: click.Context) -> dict[str, PluginCommand]:
