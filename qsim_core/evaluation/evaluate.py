@@ -96,7 +96,8 @@ class Bench:
         if run.work_dir is not None:
             make_work_dir(run.work_dir)
         with run.stage(f"loading {self.located.name}"):
-            dataset, seen = job.data(data), job.calibration(given)
+            beside = None if baseline is None else locate(baseline, self.host)
+            dataset, seen = job.data(data, beside), job.calibration(given)
         before = time.perf_counter()
         other = None if baseline is None else self._other(baseline, job.evaluator, dataset, run)
         other_seconds = time.perf_counter() - before

@@ -60,16 +60,20 @@ class Job:
         trained_so = trained is not None and trained.fits(complete, host)
         return cls(complete, located, evaluator, trained_so, stored is not None and stored.fits(complete))
 
-    def data(self, source: str | None) -> Data:
-        """The data named by `source`, else the evaluator's own, else the model's. Raises `DataError`."""
+    def data(self, source: str | None, beside: Located | None = None) -> Data:
+        """The data named by `source`, else the evaluator's own, the model's, or those of the model to compare with.
+
+        Raises `DataError` if there are none.
+        """
         if source is not None:
             return self.evaluator.read(_name(source))
         trained = self.located.trained
         if trained is not None and trained.data is not None:
             return self.evaluator.read(trained.data)
         found = self.evaluator.default_data()
-        if found is None and self.located.data is not None:
-            found = self.located.data()
+        for located in (self.located, beside):
+            if found is None and located is not None and located.data is not None:
+                found = located.data()
         if found is None:
             raise DataError(f"{self.located.name} comes without data; name some with --data")
         return found
