@@ -1,4 +1,4 @@
-"""`torch.func` on a simulated model: gradients are its own, and `vmap` is refused."""
+"""`torch.func` on a simulated model: gradients are its own, and `vmap` is refused where it hides weights."""
 
 from __future__ import annotations
 
@@ -65,6 +65,13 @@ def test_vmap_of_a_simulated_model_is_refused(way: Callable[[nn.Module], None]) 
 
     with pytest.raises(qsim.QsimError, match=r"^a linear in 0 runs under torch.func.vmap, which hides its operands"):
         way(model)
+
+
+def test_vmap_over_the_inputs_of_layers_gives_the_numbers_of_each() -> None:
+    model = perceptron()
+
+    with qsim.simulate(model, **RECIPE, example=X), torch.no_grad():
+        assert torch.allclose(vmap(model)(X), model(X), atol=1e-6)
 
 
 def test_vmap_inside_a_model_is_refused_before_anything_is_quantized() -> None:

@@ -279,8 +279,11 @@ class Sites:
             stack.inside = False
 
     def _check_plain(self, call: Call) -> None:
-        """Raise `QsimError` for an operand that holds other tensors in the place of values."""
-        if any(map(_is_batched, call.operands)):
+        """Raise `QsimError` for an operand that holds other tensors in the place of values.
+
+        Inputs of a layer under `torch.func.vmap` are no problem; an operand in which a weight may be hidden is one.
+        """
+        if any(map(_is_batched, call.operands)) and not any(map(self._is_parameter, call.operands)):
             raise QsimError(
                 f"a {call.operation} in {self.stack.frames[-1].path or 'the model'} runs under torch.func.vmap, which "
                 f"hides its operands; compute it for each element in a loop, or for all by torch.bmm"

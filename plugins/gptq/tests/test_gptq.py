@@ -642,7 +642,7 @@ def held() -> int:
     """Count the bytes of all tensors that are alive."""
     storages = {}
     for thing in gc.get_objects():
-        if type(thing) in (Tensor, nn.Parameter) and not thing.is_meta:
+        if type(thing) in (Tensor, nn.Parameter) and not thing.is_meta and thing.layout == torch.strided:
             storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
     return sum(storages.values())
 

@@ -189,7 +189,7 @@ def _packed_shape(dtype: str, shape: tuple[int, int], width: int) -> tuple[int, 
 
 def _is_mx(args: Mapping[str, Any]) -> bool:
     """True for power-of-two scales: their dtype is an integer."""
-    return "uint8" in str(args.get("scale_dtype"))
+    return args.get("scale_dtype") in ("uint8", "torch.uint8")
 
 
 def _matches(module: str, targets: Any) -> bool:
