@@ -67,6 +67,7 @@ def test_vmap_of_a_simulated_model_is_refused(way: Callable[[nn.Module], None]) 
         way(model)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_vmap_over_the_inputs_of_layers_gives_the_numbers_of_each() -> None:
     model = perceptron()
 

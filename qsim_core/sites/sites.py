@@ -281,9 +281,10 @@ class Sites:
     def _check_plain(self, call: Call) -> None:
         """Raise `QsimError` for an operand that holds other tensors in the place of values.
 
-        Inputs of a layer under `torch.func.vmap` are no problem; an operand in which a weight may be hidden is one.
+        Under `torch.func.vmap` the inputs of a layer may be batched, but not an operand that may be its weight.
         """
-        if any(map(_is_batched, call.operands)) and not any(map(self._is_parameter, call.operands)):
+        batched = any(map(_is_batched, call.operands))
+        if batched and not any(self._is_parameter(x) for x in call.operands if not is_functorch_wrapped_tensor(x)):
             raise QsimError(
                 f"a {call.operation} in {self.stack.frames[-1].path or 'the model'} runs under torch.func.vmap, which "
                 f"hides its operands; compute it for each element in a loop, or for all by torch.bmm"
