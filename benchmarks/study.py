@@ -1,6 +1,6 @@
 """Time a study of twelve formats on three models, in one process and in two, and on 64 workers on paper.
 
-    python benchmarks/study.py [ROUNDS]
+    python benchmarks/study.py [ROUNDS [SAMPLES]]
 
 Each round computes the whole study in a fresh folder, as a command: in one process, then in two, one thread each. On
 paper, workers take the next cell as the real ones do. A worker starts, imports and loads a model as long as the
@@ -21,14 +21,14 @@ from pathlib import Path
 from qsim_study.folder import Folder
 
 FORMATS = ["int2", "int3", "int4", "int5", "int6", "int8", "e2m1", "e2m3", "e3m2", "e4m3", "e5m2", "nf4"]
-STUDY = f"models: [opt-tiny, codegen-tiny, bert-tiny]\nvary:\n  weights: [{', '.join(FORMATS)}]\nlimit: 16\n"
+STUDY = f"models: [opt-tiny, codegen-tiny, bert-tiny]\nvary:\n  weights: [{', '.join(FORMATS)}]\nlimit: "
 COMMAND = [sys.executable, "-c", "from qsim_core.cli.main import main; main()", "study"]
 
 
-def run(folder: Path, *options: str) -> tuple[float, list[tuple[str, float]]]:
+def run(folder: Path, samples: int, *options: str) -> tuple[float, list[tuple[str, float]]]:
     """Compute the study; give the wall time, and the model and the seconds of each cell."""
     file = folder / "formats.yaml"
-    file.write_text(STUDY)
+    file.write_text(f"{STUDY}{samples}\n")
     start = time.perf_counter()
     subprocess.run(
         [*COMMAND, str(file), "--output", str(folder / "out"), "--quiet", *options],
@@ -53,14 +53,14 @@ def on_paper(workers: int, start: float, load: float, cells: list[tuple[str, flo
     return end
 
 
-def main(rounds: int) -> None:
+def main(rounds: int = 3, samples: int = 16) -> None:
     """Measure and print."""
     times: dict[str, list[float]] = {"one process": [], "two processes": []}
     cells: list[tuple[str, float]] = []
     for _ in range(rounds):
         for name, options in zip(times, ((), ("--workers", "2")), strict=True):
             with tempfile.TemporaryDirectory() as folder:
-                taken, found = run(Path(folder), *options)
+                taken, found = run(Path(folder), samples, *options)
             times[name].append(taken)
             cells = found if not options else cells
     one, two = (statistics.median(values) for values in times.values())
@@ -83,4 +83,4 @@ def main(rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
+    main(*map(int, sys.argv[1:]))
