@@ -183,5 +183,6 @@ def test_the_page_does_not_scroll_sideways(browser: Any, pixels: int) -> None:
     width(browser, pixels)
 
     assert count(browser, ".chart > .plot-container", 3) == 3
-    script = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
-    assert browser.execute_script(script) == 0
+    beyond = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    fits = WebDriverWait(browser, 10).until(lambda driver: driver.execute_script(beyond) == 0)  # once plots are redrawn
+    assert fits
