@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 from torch import Tensor
 
 from qsim_core.formats.codes import Encoded
@@ -22,6 +22,7 @@ from qsim_core.formats.rounding import working, working_dtype
 from qsim_core.quantizers.scales import Scales
 from qsim_core.quantizers.scheme import Scheme
 
+FLOAT32 = torch.finfo(torch.float32)
 ROW_SCALES = ("tensor", "channel", "token")
 
 
@@ -104,7 +105,28 @@ class Block(Scheme):
         return self.n
 
 
-class AtScale(Quantizer):
+class _ByElement(Quantizer):
+    """A quantizer that rounds each value by itself, to a number format."""
+
+    element: Format = Field(description="the number format of the values")
+
+    def bits_per_element(self, shape: torch.Size) -> float:
+        return self.element.bits_per_element(shape)
+
+    @property
+    def granularity(self) -> Granularity:
+        return "element"
+
+    @property
+    def by_rows(self) -> bool:
+        return True
+
+    @property
+    def draws(self) -> bool:
+        return self.element.draws
+
+
+class AtScale(_ByElement):
     """Round to the values of a format times one scale, which is given: static scales, and the scale of block scales.
 
     `x` is divided by the scale, rounded as the format rounds, and multiplied by it, in float32. The scale is rounded to
@@ -113,7 +135,14 @@ class AtScale(Quantizer):
 
     name = "at_scale"
     element: Format = Field(description="the number format of the values in units of the scale")
-    scale: float = Field(gt=0, allow_inf_nan=False, description="the scale, one for all data")
+    scale: float = Field(description="the scale, one for all data")
+
+    @field_validator("scale")
+    @classmethod
+    def _is_normal(cls, scale: float) -> float:
+        if not FLOAT32.tiny <= scale <= FLOAT32.max:
+            raise ValueError(f"scale is a normal number of float32, from 1.2e-38 to 3.4e+38, not {scale:g}")
+        return scale
 
     def quantize(self, x: Tensor) -> Tensor:
         exact = working(x)
@@ -132,31 +161,15 @@ class AtScale(Quantizer):
     def scales(self, x: Tensor) -> Scales:
         return Scales(torch.full((1, 1), self.scale, dtype=working(x).dtype, device=x.device), None)
 
-    def bits_per_element(self, shape: torch.Size) -> float:
-        return self.element.bits_per_element(shape)
-
-    @property
-    def granularity(self) -> Granularity:
-        return "element"
-
-    @property
-    def by_rows(self) -> bool:
-        return True
-
-    @property
-    def draws(self) -> bool:
-        return self.element.draws
-
     @property
     def rounds_to(self) -> Format:
         return self.element
 
 
-class Cast(Quantizer):
+class Cast(_ByElement):
     """Round to a format without a scale."""
 
     name = "cast"
-    element: Format = Field(description="the number format of the values")
 
     def quantize(self, x: Tensor) -> Tensor:
         return self.element.quantize(x)
@@ -172,21 +185,6 @@ class Cast(Quantizer):
 
     def decode(self, encoded: Encoded) -> Tensor:
         return self.element.decode(encoded)
-
-    def bits_per_element(self, shape: torch.Size) -> float:
-        return self.element.bits_per_element(shape)
-
-    @property
-    def granularity(self) -> Granularity:
-        return "element"
-
-    @property
-    def by_rows(self) -> bool:
-        return True
-
-    @property
-    def draws(self) -> bool:
-        return self.element.draws
 
     @property
     def unscaled(self) -> Format:
