@@ -117,7 +117,7 @@ def test_an_element_saturates_under_a_scale_even_if_it_overflows_alone(element: 
         ("block(codebook([-8, 0.001]), 8)", "block: codebook([-8.0, 0.001]) goes from -8 to 0.001, and a scale maps the largest magnitude to 0.001"),
         ("abfp(int4, scale=cast(int8))", "abfp: cast(int8) as a scale needs a scale of its own, like scaled(int8, channel)"),
         ("block(e2m1, 16, scale=channel(e4m3, gradient=lsq))", "block: channel(e4m3, gradient=lsq) as a scale can hold one static scale, that of the tensor, and learns none"),
-        ("at_scale(int8, 1e-50)", "at_scale: scale is a normal number of float32, from 1.2e-38 to 3.4e+38, not 1e-50"),
+        ("at_scale(int8, 1e-50)", "at_scale: scale: not a normal number of float32, from 1.2e-38 to 3.4e+38: 1e-50"),
         ("abfp(int4, scale=int16)", "abfp: int16 as a scale needs a scale of its own, like scaled(int16, channel)"),
         ("abfp(int4, scale=e2m1)", "abfp: e2m1 as a scale needs a scale of its own, like scaled(e2m1, channel)"),
         ("mx(int(4, convention=power_of_two))", "mx: rule floor cannot follow the convention of int(4, convention=power_of_two); leave the convention out"),

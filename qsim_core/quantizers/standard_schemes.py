@@ -141,7 +141,7 @@ class AtScale(_ByElement):
     @classmethod
     def _is_normal(cls, scale: float) -> float:
         if not FLOAT32.tiny <= scale <= FLOAT32.max:
-            raise ValueError(f"scale is a normal number of float32, from 1.2e-38 to 3.4e+38, not {scale:g}")
+            raise ValueError(f"not a normal number of float32, from 1.2e-38 to 3.4e+38: {scale:g}")
         return scale
 
     def quantize(self, x: Tensor) -> Tensor:
