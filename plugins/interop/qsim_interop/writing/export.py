@@ -27,7 +27,7 @@ def format_of(name: str) -> Target:
     """The format of a name, with its library installed. Raises `RecipeError`."""
     known = formats()
     if name not in known:
-        raise RecipeError(f"no format {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}")
+        raise RecipeError(f"no format {name!r}{did_you_mean(name, known)}")
     known[name].need_library()
     return known[name]
 
