@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from qsim_core import Arithmetic, hookimpl
-from qsim_fast.arithmetics import BF16, FP8, INT8, TF32, Blockwise
+from qsim_fast.arithmetics import BF16, FP8, INT8, TF32, Blockwise, INT8Blocks
 
 
 @hookimpl
 def qsim_arithmetics() -> list[type[Arithmetic]]:
-    return [INT8, BF16, Blockwise, TF32, FP8]
+    return [INT8, INT8Blocks, BF16, Blockwise, TF32, FP8]

@@ -22,15 +22,20 @@ from qsim_core.matmuls.convolution import CONVOLUTIONS
 from qsim_core.matmuls.layout import POSITIONS
 from qsim_core.quantizers.static_scale import scheme_of
 from qsim_core.sites.arithmetic import Lowering
-from qsim_fast import bf16, blockwise, int8, tensor_cores
+from qsim_fast import bf16, blockwise, int8, integer_blocks, tensor_cores
 from qsim_fast.bf16 import BF16Convolution, BF16Product
 from qsim_fast.blockwise import BlockwiseProduct
 from qsim_fast.int8 import Int8Product
-from qsim_fast.kernels import gpu
+from qsim_fast.integer_blocks import IntegerBlocksProduct
+from qsim_fast.kernels import gpu, native
 from qsim_fast.quantizing import DEVICES, needs_reference
 from qsim_fast.tensor_cores import FP8Product, TF32Product
 
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm)
+
+
+SMALLEST_PRODUCT = 2**21
+"""The multiplications of a product for which codes are worth packing."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,29 @@ class INT8(_Exact):
         if not kind.linear or not all(map(int8.fits, kind.schemes)):
             return None
         return Int8Product(quantizers[:2]) if not kind.on_a_gpu or int8.possible(call) else None
+
+
+class INT8Blocks(_Exact):
+    """Codes of at most 8 bits under the scales of their blocks, multiplied by one kernel, on CPUs.
+
+    The codes of a block are added up exactly in int32, then scaled and added to the other blocks in float32.
+    """
+
+    name = "int8_blocks"
+    order: ClassVar[int] = 15
+
+    def worthwhile(self, call: Call) -> bool:
+        """True on a processor that multiplies int8 by its own instructions, for products of some size."""
+        columns = call.layouts[1].rows(call.operands[1]).shape[-2]
+        large = call.operands[0].numel() * columns >= SMALLEST_PRODUCT
+        return large and _multiplies_int8() and native.available()
+
+    def plan(self, call: Call, kind: Kind, quantizers: Sequence[Any]) -> Lowering | None:
+        if kind.on_a_gpu or kind.convolution or not all(map(integer_blocks.fits, kind.schemes)):
+            return None
+        if not integer_blocks.possible(call):
+            return None
+        return IntegerBlocksProduct(quantizers[:2], batched=call.operands[1].dim() > 2)
 
 
 class BF16(_Exact):
@@ -209,6 +237,12 @@ def _bias_fits(call: Call) -> bool:
 def _vnni() -> bool:
     """Tell if this processor multiplies int8 faster than float32."""
     return bool(torch.cpu._is_vnni_supported())
+
+
+@functools.cache
+def _multiplies_int8() -> bool:
+    """Tell if this processor has instructions that multiply int8 faster than float32."""
+    return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX")
 
 
 @functools.cache

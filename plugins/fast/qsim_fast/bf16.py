@@ -65,11 +65,24 @@ class BFloat16Rows:
     exact: Callable[[], Tensor] | None = None
     """With a factor: a function that gives the reference's values, which are rounded more than once."""
 
+    def by_heads(self, repeats: int) -> BFloat16Rows:
+        """Turn [B, H, rows, columns] into [B * H * repeats, rows, columns]: heads of queries share one matrix."""
+        return BFloat16Rows(heads_of(self.rows, repeats))
+
+    def part(self, *place: slice) -> BFloat16Rows:
+        """Take some of the matrices, of the rows and of the columns."""
+        return BFloat16Rows(self.rows[place])
+
     def values(self) -> Tensor:
         """Compute the values in float32, without the columns for a bias."""
         if self.exact is not None:
             return self.exact()
         return (self.rows[..., :-PARTS] if self.wider else self.rows).float()
+
+
+def heads_of(rows: Tensor, repeats: int) -> Tensor:
+    """Turn [B, H, rows, columns] into [B * H * repeats, rows, columns]: heads of queries share one matrix."""
+    return (rows if repeats == 1 else rows.repeat_interleave(repeats, 1)).contiguous().flatten(0, 1)
 
 
 def bfloat16_rows(

@@ -19,12 +19,15 @@ from qsim_core.matmuls.layout import LAST, SECOND_LAST
 from qsim_core.quantizers.calibrators import AbsMax, MinMax
 from qsim_core.quantizers.scheme import Scheme
 from qsim_core.quantizers.static_scale import StaticScheme
+from qsim_core.sites.arithmetic import ExactArithmetic
 from qsim_core.sites.executor import PartialExecution
 from qsim_core.sites.operand import operands_of
 from qsim_core.sites.site import Site
 from qsim_core.sites.sites import Sites
 from qsim_core.sites.workspace import Memory, Workspace
-from qsim_fast.bf16 import BFloat16Rows
+from qsim_fast.bf16 import BFloat16Rows, heads_of
+from qsim_fast.integer_blocks import LeftRows, RightRows
+from qsim_fast.kernels.block_products import PIECE
 from qsim_fast.known_maximum import KnownMaximum
 
 QUERIES = 128
@@ -34,7 +37,7 @@ SCORES = 2**20
 HIGHEST = torch.tensor(1.0)
 """The highest probability: that of the first query, which sees one token."""
 
-Rows = BFloat16Rows | Tensor
+Rows = BFloat16Rows | LeftRows | RightRows | Tensor
 """The quantized rows of an operand."""
 
 
@@ -91,11 +94,12 @@ def causal_attention(
     allowed = torch.ones(queries, queries, dtype=torch.bool, device=query.device).tril()
     workspace = sites.stack.workspace
     with torch._C.DisableTorchFunction():  # the sites of these products are known
-        scores_of = _execution(sites, met[0], query, key.transpose(-1, -2))
-        values_of = _execution(sites, met[1], query, value)
-        query_rows = _by_heads(scores_of.take(0, query), query.shape[1])
+        exact = sites.exact if queries % PIECE == 0 else ()
+        scores_of = _execution(sites, met[0], query, key.transpose(-1, -2), exact)
+        values_of = _execution(sites, met[1], query, value, exact)
+        query_rows = _by_heads(scores_of.take(0, query), 1)
         keys, values = (
-            _by_heads(execution.take(1, execution.operands[1].rows.contiguous()), query.shape[1])
+            _by_heads(execution.take(1, execution.operands[1].rows.contiguous()), query.shape[1] // key.shape[1])
             for execution in (scores_of, values_of)
         )
         along_head = values_of.operands[1].layout is LAST
@@ -115,13 +119,15 @@ def causal_attention(
     return result
 
 
-def _execution(sites: Sites, site: Site, query: Tensor, right: Tensor) -> PartialExecution:
+def _execution(
+    sites: Sites, site: Site, query: Tensor, right: Tensor, exact: Sequence[ExactArithmetic]
+) -> PartialExecution:
     """Prepare one of attention's products. To a plan, P looks like the queries."""
     call = Call(torch.matmul, (), {}, (query, right), (LAST, SECOND_LAST), (0, 1))
     left, *rest = operands_of(site, call, (None, None), site.quantizer)
     if site.is_value_product and not (_elementwise(left.quantizer) or left.quantizer.by_rows):
         left = replace(left, quantizer=KnownMaximum(left.quantizer, HIGHEST))
-    return PartialExecution(site, call, (left, *rest), site.quantizer("output"), sites.exact, sites.stack.workspace)
+    return PartialExecution(site, call, (left, *rest), site.quantizer("output"), exact, sites.stack.workspace)
 
 
 def _probabilities(scores: Tensor, dtype: torch.dtype, workspace: Workspace) -> Tensor:
@@ -131,13 +137,10 @@ def _probabilities(scores: Tensor, dtype: torch.dtype, workspace: Workspace) -> 
     return probabilities(scores, dtype)
 
 
-def _by_heads(operand: Rows, heads: int) -> Rows:
-    """Turn [B, H', rows, columns] into [B * H, rows, columns]: heads of queries share heads of keys and values."""
-    rows = operand.rows if isinstance(operand, BFloat16Rows) else operand
-    repeats = heads // rows.shape[1]
-    rows = (rows if repeats == 1 else rows.repeat_interleave(repeats, 1)).contiguous().flatten(0, 1)
-    return BFloat16Rows(rows) if isinstance(operand, BFloat16Rows) else rows
+def _by_heads(operand: Rows, repeats: int) -> Rows:
+    """Give each of B * H heads of queries its matrix: heads of queries share heads of keys and values."""
+    return heads_of(operand, repeats) if isinstance(operand, Tensor) else operand.by_heads(repeats)
 
 
 def _part(operand: Rows, *place: slice) -> Rows:
-    return BFloat16Rows(operand.rows[place]) if isinstance(operand, BFloat16Rows) else operand[place]
+    return operand[place] if isinstance(operand, Tensor) else operand.part(*place)

@@ -21,7 +21,7 @@ from qsim_core.quantizers.scales import Scales
 from qsim_core.quantizers.scheme import Scheme
 from qsim_core.quantizers.static_scale import StaticScheme, scheme_of
 from qsim_core.sites.arithmetic import Lowering
-from qsim_core.sites.workspace import Memory
+from qsim_core.sites.workspace import Memory, empty
 from qsim_fast import quantizing
 from qsim_fast.identity_cache import cached_by_identity
 from qsim_fast.kernels.native import kernels_for
@@ -101,7 +101,15 @@ def encode_matrix(
     memory: Memory | None = None,
 ) -> tuple[Tensor, Scales]:
     """Quantize rows [A, K] to int8 codes minus `shift`, or to units of their scales in `dtype`; give the scales too."""
-    if (fast := quantizing.encode(scheme, matrix, static, shift, dtype, memory)) is not None:
+    codes = empty(memory, *matrix.shape, dtype=dtype, device=matrix.device)
+    return codes, encode_into(codes, scheme, matrix, static, shift)
+
+
+def encode_into(
+    codes: Tensor, scheme: Scheme, matrix: Tensor, static: Scales | None, shift: float, unit: float = 1.0
+) -> Scales:
+    """Quantize rows [A, K] into `codes`, `unit` of them for a unit of the scale, minus `shift`; give the scales."""
+    if (fast := quantizing.encode(scheme, matrix, static, shift, codes, unit)) is not None:
         return fast
     blocks = scheme.split(matrix)
     if static is None:
@@ -109,11 +117,11 @@ def encode_matrix(
     scale, zero = (None if t is None else t.unsqueeze(-1) for t in static)
     assert scale is not None
     units = scheme.units(blocks, scale, zero)
-    codes = (units if zero is None else units + zero) - shift
-    codes = (
-        codes if dtype.is_floating_point else torch.where(scale.isnan(), 0.0, codes)
-    )  # the result is NaN in any case
-    return scheme.join(codes, matrix).to(dtype).contiguous(), static
+    found = (units * unit if zero is None else units + zero) - shift
+    if not codes.dtype.is_floating_point:
+        found = torch.where(scale.isnan(), 0.0, found)  # the result is NaN in any case
+    codes.copy_(scheme.join(found, matrix).to(codes.dtype if codes.dtype.is_floating_point else torch.int16))
+    return static
 
 
 def product(x: Int8Rows, weight: Int8Rows, bias: Tensor | None) -> Tensor:

@@ -85,12 +85,12 @@ def encode(
     x: Tensor,
     static: Scales | None,
     shift: float,
-    dtype: torch.dtype = torch.int8,
-    memory: Memory | None = None,
-) -> tuple[Tensor, Scales] | None:
-    """Turn x [A, K] into codes minus `shift` (int8), or into units of its scales; give the scales and zero points too.
+    codes: Tensor,
+    unit: float = 1.0,
+) -> Scales | None:
+    """Turn x [A, K] into `codes` [A, K] minus `shift` (int8), or into units of its scales; give the scales and zeros.
 
-    None: the reference has to do it.
+    `unit` is the number of codes of a unit. None: the reference has to do it.
     """
     if (steps := _rounding_rule(scheme.coded, x)) is None or not supported(scheme):
         return None
@@ -98,12 +98,11 @@ def encode(
     if (
         kernels is None
         or not _blocks_fit(scheme, x.shape[-1], kernels)
-        or (dtype != torch.int8 and not kernels.writes_parts)
+        or (codes.dtype != torch.int8 and not kernels.writes_parts)
+        or (unit != 1 and not kernels.writes_fractions)
     ):
         return None
-    x = x.contiguous()
-    codes = like(memory, x, dtype)
-    return codes, round_into(scheme, x, codes, steps, kernels, static, shift, without="scale")
+    return round_into(scheme, x.contiguous(), codes, steps, kernels, static, shift, without="scale", unit=unit)
 
 
 def scales(scheme: Scheme, x: Tensor) -> Scales | None:
@@ -152,8 +151,9 @@ def round_into(
     shift: float = 0.0,
     tensor_scale: float | Tensor | None = None,
     without: Part = "",
+    unit: float = 1.0,
 ) -> Scales:
-    """Round x [A, K] into `out`, as values or as codes minus `shift`; give the scales."""
+    """Round x [A, K] into `out`, as values or as codes (`unit` for a unit) minus `shift`; give the scales."""
     block = scheme.granularity if isinstance(scheme.granularity, int) else x.shape[-1]
     known = _scales_first(scheme, x, block, kernels) if static is None else _in_float32(static)
     if known is None:
@@ -166,9 +166,9 @@ def round_into(
                 if scheme_of_scales(scheme) is None
                 else tensor_scale_of(scheme, _highest_magnitude(scheme, x, kernels))
             )
-        kernels.round(x, out, steps, block, *known, shift, _scaling(scheme), tensor_scale, without)
+        kernels.round(x, out, steps, block, *known, shift, _scaling(scheme), tensor_scale, without, unit)
     else:
-        kernels.round(x, out, steps, block, *known, shift, without=without)
+        kernels.round(x, out, steps, block, *known, shift, without=without, unit=unit)
     return known
 
 

@@ -67,6 +67,7 @@ class Task(ctypes.Structure):
         ("scale_row", c_int64),
         ("scale_block", c_int64),
         ("zero", c_void_p),
+        ("unit", c_float),
         ("shift", c_float),
         ("out_row", c_int64),
         ("threads", c_int32),
@@ -88,3 +89,64 @@ def bfloat16_bits(x: float) -> int:
 def buffer(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Tensor:
     """Allocate memory, independent of torch's default dtype and device."""
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+class BlockProduct(ctypes.Structure):
+    """A product of codes: `BlockProduct` in blocks.cpp."""
+
+    _fields_ = [
+        ("x", c_void_p),
+        ("x_matrix", c_int64),
+        ("x_row", c_int64),
+        ("x_scale", c_void_p),
+        ("x_scale_matrix", c_int64),
+        ("x_scale_row", c_int64),
+        ("x_every", c_int64),
+        ("w", c_void_p),
+        ("w_matrix", c_int64),
+        ("w_panel", c_int64),
+        ("w_scale", c_void_p),
+        ("w_scale_matrix", c_int64),
+        ("w_scale_panel", c_int64),
+        ("w_every", c_int64),
+        ("w_sum", c_void_p),
+        ("w_sum_matrix", c_int64),
+        ("w_sum_panel", c_int64),
+        ("bias", c_void_p),
+        ("y", c_void_p),
+        ("y_matrix", c_int64),
+        ("y_row", c_int64),
+        ("matrices", c_int64),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("inner", c_int64),
+        ("block", c_int64),
+        ("piece", c_int64),
+        ("offset", c_int32),
+        ("kind", c_int32),
+        ("threads", c_int32),
+    ]
+
+
+class Columns(ctypes.Structure):
+    """Columns that are to be packed: `Columns` in blocks.cpp."""
+
+    _fields_ = [
+        ("codes", c_void_p),
+        ("matrix", c_int64),
+        ("row", c_int64),
+        ("scale", c_void_p),
+        ("scale_matrix", c_int64),
+        ("scale_row", c_int64),
+        ("scales", c_int64),
+        ("w", c_void_p),
+        ("w_scale", c_void_p),
+        ("w_sum", c_void_p),
+        ("matrices", c_int64),
+        ("columns", c_int64),
+        ("length", c_int64),
+        ("inner", c_int64),
+        ("piece", c_int64),
+        ("kind", c_int32),
+        ("threads", c_int32),
+    ]

@@ -86,6 +86,7 @@ class GpuKernels:
 
     longest_block: float = LONGEST_BLOCK
     writes_parts = True
+    writes_fractions = False
 
     def __init__(self) -> None:
         self._compiled: dict[Hashable, Callable[..., Any]] = {}
@@ -164,8 +165,9 @@ class GpuKernels:
         scaling: Scaling = GIVEN,
         tensor_scale: float | Tensor = 1.0,
         without: Part = "",
+        unit: float = 1.0,
     ) -> Tensor:
-        """`Kernels.round`."""
+        """`Kernels.round`; codes are whole units."""
         factor = constant(1.0, x.device) if scale is None else scale
         factor_of_scales = tensor_scale if isinstance(tensor_scale, Tensor) else constant(tensor_scale, x.device)
         pointers = _raw(x), out if x.is_cuda else _raw(out), factor, factor if zero is None else zero, factor_of_scales

@@ -7,7 +7,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "grid.h"
 
@@ -63,7 +62,8 @@ struct Task {
     float *scale; // [rows, blocks] by these strides: given, or to be written
     int64_t scale_row, scale_block;
     float *zero;     // null: none; else by the strides of the scales
-    float shift;     // codes are stored less this
+    float unit;      // codes are stored in multiples of this part of a unit of the scale,
+    float shift;     // less this
     int64_t out_row; // elements from one row of the result to the next
     int32_t threads;
     int32_t saturate; // 1: values that are too large saturate, whatever the format does without a scale
@@ -178,11 +178,13 @@ inline void round_block(int64_t length, const In *__restrict x, Out *__restrict 
         float low = grid.low - zero, high = grid.high - zero, offset = zero - task.shift;
         for (int64_t i = 0; i < length; i++) {
             float units = nearest<fixed>(clamp(load(x[i]) / divisor, low, high), grid);
-            store(y + i, codes ? units + offset : units * scale);
+            store(y + i, codes ? units * task.unit + offset : units * scale);
         }
     } else if (task.saturate) {
-        for (int64_t i = 0; i < length; i++)
-            store(y + i, nearest<fixed>(clamp(load(x[i]) / divisor, grid.low, grid.high), grid) * scale);
+        for (int64_t i = 0; i < length; i++) {
+            float units = nearest<fixed>(clamp(load(x[i]) / divisor, grid.low, grid.high), grid);
+            store(y + i, codes ? units * task.unit - task.shift : units * scale);
+        }
     } else {
         float low = grid.low < 0 ? -grid.bound : grid.low, past = grid.low < 0 ? -grid.overflow : grid.low;
         for (int64_t i = 0; i < length; i++) {
@@ -262,7 +264,7 @@ void round_to_grid(const void *x, int32_t bfloat16, void *y, int32_t kind, const
         if (kind == 0) round_as(typed, (float *)y, *task, *grid);
         else if (kind == 1) round_as(typed, (BFloat16 *)y, *task, *grid);
         else if (kind == 3) round_as(typed, (NonzeroKept *)y, *task, *grid);
-        else round_rows<std::remove_cv_t<std::remove_pointer_t<decltype(typed)>>, int8_t, true>(typed, (int8_t *)y, *task, *grid);
+        else round_as(typed, (int8_t *)y, *task, *grid);
     };
     if (bfloat16) from((const BFloat16 *)x);
     else from((const float *)x);

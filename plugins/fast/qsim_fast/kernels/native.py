@@ -32,10 +32,11 @@ from qsim_core.machine import processor
 from qsim_fast.kernels.arguments import CPU, GIVEN, Grid, Scaling, Task, bfloat16_bits, buffer
 from qsim_fast.kernels.protocol import Kernels, Part
 
-SOURCE = Path(__file__).parent / "kernels.cpp"
-HEADER = Path(__file__).parent / "grid.h"
+HERE = Path(__file__).parent
+SOURCE = HERE / "kernels.cpp"
+HEADERS = tuple(sorted(HERE.glob("*.h")))
 FLAGS = ["-O2", "-ftree-vectorize", "-funswitch-loops", "-march=native", "-std=c++17", "-fPIC", "-shared"]
-EXACT = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"]
+EXACT = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing", "-fwrapv"]
 ELEMENTS_TO_BUILD = 2**27
 """The elements that Python quantizes in about the time that the compiler takes, at some 100 million a second."""
 GPU_SPEEDUP = 64
@@ -57,6 +58,7 @@ class CpuKernels:
 
     longest_block = math.inf
     writes_parts = False
+    writes_fractions = True
 
     def __init__(self, raw: ctypes.CDLL) -> None:
         self.raw = raw
@@ -87,6 +89,7 @@ class CpuKernels:
         scaling: Scaling = GIVEN,
         tensor_scale: float | Tensor = 1.0,
         without: Part = "",
+        unit: float = 1.0,
     ) -> Tensor:
         """`Kernels.round`; results are never written without a factor."""
         factor = buffer(1, 1).fill_(1.0) if scale is None else scale
@@ -99,6 +102,7 @@ class CpuKernels:
             factor.data_ptr(),
             *(stride if size > 1 else 0 for size, stride in zip(factor.shape, factor.stride(), strict=True)),
             _address(zero),
+            unit,
             shift,
             out.stride(0),
             _threads(x),
@@ -173,6 +177,12 @@ def switched_off() -> bool:
     return _work.wanted is False
 
 
+def available() -> bool:
+    """Tell if the kernels for a CPU are in use, or will be once there is enough work for them."""
+    kernels = forced()
+    return not switched_off() and (kernels is None or isinstance(kernels, CpuKernels)) and _compiler() is not None
+
+
 def forced() -> Kernels | None:
     """Give the kernels that compute everything, if `only` was given some."""
     return None if isinstance(_work.wanted, bool) else _work.wanted
@@ -216,10 +226,15 @@ def _built(source: Path, build: bool) -> ctypes.CDLL | None:
 
 
 @functools.cache
+def _compiler() -> str | None:
+    return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+@functools.cache
 def _build(source: Path, build: bool) -> ctypes.CDLL | None:
     """Load the compiled source from the user's cache, under a digest of the source, the flags and the machine."""
-    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    texts = source.read_bytes() + HEADER.read_bytes()
+    compiler = _compiler()
+    texts = b"".join(path.read_bytes() for path in (source, *HEADERS))
     digest = hashlib.sha256(texts + repr((FLAGS, EXACT, compiler, processor())).encode()).hexdigest()
     try:
         path = cache() / "kernels" / f"{digest[:16]}.so"
@@ -254,7 +269,7 @@ def _loaded(content: bytes, path: Path) -> ctypes.CDLL:
 def _compile(compiler: str, source: Path, folder: Path) -> bytes:
     with empty(folder):
         made = folder / "kernels.so"
-        command = [compiler, *FLAGS, *EXACT, f"-I{HEADER.parent}", str(source), "-o", str(made)]
+        command = [compiler, *FLAGS, *EXACT, f"-I{HERE}", str(source), "-o", str(made)]
         threaded = subprocess.run([*command, "-fopenmp"], capture_output=True, timeout=120, check=False)
         if threaded.returncode:  # a compiler without OpenMP: one thread
             subprocess.run(command, capture_output=True, timeout=120, check=True)

@@ -20,6 +20,8 @@ class Kernels(Protocol):
     """The longest block that is measured and rounded in one pass."""
     writes_parts: bool
     """True if results may be floats `without` a factor."""
+    writes_fractions: bool
+    """True if codes may be fractions of a unit."""
 
     def extremes(self, x: Tensor, block: int, magnitude: bool) -> tuple[Tensor | None, Tensor]:
         """Find the lowest and the highest value of each block of x [A, K]: [A, ceil(K / block)].
@@ -39,8 +41,11 @@ class Kernels(Protocol):
         scaling: Scaling = GIVEN,
         tensor_scale: float | Tensor = 1.0,
         without: Part = "",
+        unit: float = 1.0,
     ) -> Tensor:
         """Round x [A, K] into `out`, as values of its dtype or as int8 codes; scales and zeros are [A or 1, B or 1].
+
+        A code is a number of units times `unit`, minus `shift`.
 
         The scales are given, unless `scaling` has a rule: then they are computed and written. `tensor_scale` is the
         scale of the scales. Without a scale the format alone decides, also on overflow.

@@ -1,0 +1,194 @@
+"""The int8_blocks arithmetic, on CPUs: codes of at most 8 bits under the scales of their blocks.
+
+Formats of 4 bits are integers too: twice an e2m1 value is one of 0, 1, 2, 3, 4, 6, 8, 12. The products of codes
+that share a scale on either side are added up in int32, exactly. Each such sum is converted to float32, multiplied by
+both scales, and added to the others in float32, in the order of the blocks:
+
+    y  =  sum over blocks of  (t sum over k of q r) s
+
+where s is the scale of the left operand and t that of the right one. The float32 reference multiplies and rounds each
+s q t r.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsim_core.formats.format import Format
+from qsim_core.matmuls.call import LINEAR, Call
+from qsim_core.matmuls.layout import SECOND_LAST, Layout
+from qsim_core.quantizers.scales import Scales
+from qsim_core.quantizers.scheme import Scheme
+from qsim_core.quantizers.static_scale import StaticScheme, scheme_of
+from qsim_core.sites.arithmetic import Lowering
+from qsim_core.sites.workspace import Memory, empty
+from qsim_fast import quantizing
+from qsim_fast.blockwise import ROW, block_of, step_of
+from qsim_fast.identity_cache import cached_by_identity
+from qsim_fast.int8 import encode_into, to_nearest
+from qsim_fast.kernels import block_products
+from qsim_fast.kernels.arguments import buffer
+from qsim_fast.kernels.block_products import GROUP, Packed, Range, Rows, Terms
+
+LARGEST_SCALE = 2.0**64
+"""A sum times a larger scale may overflow, where the reference's products do not."""
+
+
+@cached_by_identity
+def unit_of(element: Format) -> float | None:
+    """Give the power of two that turns all values of a format into whole numbers of 8 bits; None: there is none."""
+    if element.draws or element.width > 8:
+        return None
+    values = element.table()
+    values = values[~values.isnan()]
+    positive = values[values > 0]
+    if not len(positive) or not bool(values.isfinite().all()):
+        return None
+    unit = 1 / float(positive.min())
+    codes = values * unit
+    whole = math.frexp(unit)[0] == 0.5 and bool((codes == codes.round()).all())
+    return unit if whole and float(codes.min()) >= -128 and float(codes.max()) <= 127 else None
+
+
+@cached_by_identity
+def fits(scheme: Any) -> bool:
+    """Tell if a scheme makes whole numbers under scales of rows, or of blocks of a multiple of four columns."""
+    if not isinstance(scheme, Scheme) or not scheme.symmetric or isinstance(scheme.granularity, tuple):
+        return False
+    if not quantizing.uses_base_methods(type(scheme)) or unit_of(scheme.coded) is None:
+        return False
+    return not isinstance(scheme.granularity, int) or scheme.granularity % GROUP == 0
+
+
+def possible(call: Call) -> bool:
+    """Tell if the kernels can multiply these operands: both are summed along rows, of as many matrices."""
+    first, second = (layout.rows(operand) for layout, operand in zip(call.layouts, call.operands, strict=True))
+    alike = second.dim() == 2 or first.shape[:-2] == second.shape[:-2]
+    return alike and (call.function in LINEAR or call.layouts[1] is SECOND_LAST)
+
+
+@cached_by_identity
+def range_of(scheme: Scheme) -> Range:
+    """Give the lowest and the highest code of a scheme."""
+    unit = unit_of(scheme.coded)
+    assert unit is not None
+    return Range(round(scheme.coded.min * unit), round(scheme.coded.max * unit))
+
+
+@dataclass(frozen=True)
+class LeftRows:
+    """The left operand of a product."""
+
+    rows: Rows
+
+    def by_heads(self, repeats: int) -> LeftRows:
+        """Give each head of queries its matrix, which it has."""
+        assert repeats == 1
+        return self
+
+    def part(self, some: slice, here: slice) -> LeftRows:
+        """Take some of the matrices, and some rows of each."""
+        codes, scale = self.rows.codes, self.rows.scale
+        scale = scale if len(scale) == 1 else scale[some]
+        scale = scale if scale.shape[1] == 1 else scale[:, here]
+        return LeftRows(Rows(codes[some, here], scale, self.rows.every))
+
+
+class RightRows:
+    """The right operand of a product. The kernels pack it when they first multiply it."""
+
+    def __init__(self, packed: Packed, terms: Terms, shape: torch.Size, scales: Scales) -> None:
+        self.packed = packed
+        self.terms = terms
+        self.shape = shape
+        """[..., N, K]"""
+        self.scales = scales
+        """The scales as the scheme gives them."""
+
+    def times(self, left: LeftRows, bias: Tensor | None, y: Tensor) -> Tensor:
+        """Multiply rows by these into y [S, M, N]."""
+        kernels = block_products.kernels_for(y.numel() * -(-self.packed.inner // min(self.terms.block, 128)))
+        if kernels is None:
+            return block_products.multiply(left.rows, self.packed.unpacked(), self.terms, bias, y)
+        self.packed = kernels.pack(self.packed, self.terms) if self.packed.sums is None else self.packed
+        return kernels.multiply(left.rows, self.packed, self.terms, bias, y)
+
+    def by_heads(self, repeats: int) -> RightRows:
+        """Repeat each matrix, for the heads of queries that share it."""
+        return self if repeats == 1 else self._with(self.packed.repeated(repeats))
+
+    def part(self, some: slice, here: slice, columns: slice | None = None) -> RightRows:
+        """Take some of the matrices, and of each the first rows, or the first columns."""
+        stop = self.packed.inner if columns is None else columns.stop
+        return self._with(self.packed.part(some, self.packed.rows if here.stop is None else here.stop, stop))
+
+    def _with(self, packed: Packed) -> RightRows:
+        return RightRows(packed, self.terms, self.shape, self.scales)
+
+    def values(self) -> Tensor:
+        """Compute the values, float32 [..., N, K]."""
+        form = self.packed.unpacked()
+        scale = form.scale.repeat_interleave(form.every, -1)[..., : form.inner] if form.scale.shape[-1] > 1 else form.scale
+        return (form.codes.float() * scale).view(self.shape)
+
+
+class IntegerBlocksProduct(Lowering):
+    """A product of codes under the scales of their blocks. The codes of an overwritten weight are made again."""
+
+    arithmetic = "int8_blocks"
+    in_parts = True
+
+    def __init__(self, quantizers: Sequence[Any], batched: bool) -> None:
+        super().__init__(quantizers)
+        left, right = (range_of(scheme_of(quantizer)) for quantizer in quantizers[:2])
+        self.terms = Terms(step_of(quantizers[:2], ROW), left, right)
+        self.batched = batched
+        """True if the right operand has a matrix for each matrix of the left one."""
+
+    def of(self, place: int) -> tuple[Any, ...]:
+        return *super().of(place), place
+
+    def take(self, place: int, rows: Tensor, memory: Memory | None = None) -> Any:
+        return self._taken(place, self.quantizers[place], rows, None, memory)
+
+    def again(self, rows: Tensor, kept: Scales) -> RightRows | None:
+        return self._taken(1, to_nearest(scheme_of(self.quantizers[1])), rows, kept, None)  # type: ignore[no-any-return]
+
+    def _taken(self, place: int, quantizer: Any, rows: Tensor, known: Scales | None, memory: Memory | None) -> Any:
+        """Quantize rows [..., R, K]; None where a static scale would hide a NaN, or a scale is too large."""
+        scheme, static = scheme_of(quantizer), quantizer.scales(rows) if isinstance(quantizer, StaticScheme) else known
+        matrix = rows.detach().reshape(-1, rows.shape[-1])
+        if static is not known and bool(matrix.isnan().any()):
+            return None
+        unit, every = unit_of(scheme.coded), block_of(quantizer, rows.shape[-1])
+        assert unit is not None
+        lowest = self.terms.left.low if place == 0 else 0
+        length = -(-rows.shape[-1] // GROUP) * GROUP
+        codes = empty(memory if place == 0 else None, len(matrix), length, dtype=torch.int8, device=rows.device)
+        scales = encode_into(codes[:, : rows.shape[-1]], scheme, matrix, static, lowest, unit)
+        if place == 1 and bool((scales.scale > LARGEST_SCALE).any()):
+            return None
+        heads = (math.prod(rows.shape[:-2]), rows.shape[-2]) if self.batched else (1, len(matrix))
+        scale = scales.scale.float().mul(1 / unit)
+        scale = scale.view(*heads, -1) if len(scale) > 1 else scale.unsqueeze(0)
+        if place == 0:
+            return LeftRows(Rows(codes.view(*heads, -1), scale, every))
+        packed = Packed(codes.view(*heads, -1)[..., : rows.shape[-1]], scale, None, every, heads[1], rows.shape[-1])
+        return RightRows(packed, self.terms, rows.shape, scales)
+
+    def product(self, call: Call, first: LeftRows, second: RightRows) -> Tensor:
+        bias = call.bias if call.function in LINEAR else None
+        bias = None if bias is None else bias.detach().float().contiguous()
+        shape = call.layouts[0].rows(call.operands[0]).shape[:-1]
+        y = buffer(*first.rows.codes.shape[:2], second.packed.rows)
+        return second.times(first, bias, y).view(*shape, second.packed.rows)
+
+    def part(self, layouts: Sequence[Layout], first: LeftRows, second: RightRows, memory: Memory) -> Tensor:
+        shape = *first.rows.codes.shape[:2], second.packed.rows
+        return second.times(first, None, memory.workspace.empty(memory.use, shape))
