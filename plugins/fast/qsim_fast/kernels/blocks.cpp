@@ -171,8 +171,8 @@ template <class D> void multiply_as(const BlockProduct &given) {
                 interleave<D>(p.x + matrix * p.x_matrix + (top + r) * p.x_row, p.x_row, std::min(height, rows - r), p.inner,
                               codes.data() + r * p.inner);
             for (int64_t from = task % shares * share; from < last; from += broad)
-                for (int64_t r = 0; r < rows; r += height)
-                    for (int64_t i = from; i < std::min(last, from + broad); i++)
+                for (int64_t i = from; i < std::min(last, from + broad); i++)
+                    for (int64_t r = 0; r < rows; r += height)
                         multiply_rows<D>(std::min(height, rows - r), p,
                                          {codes.data() + r * p.inner, x_scale + (top + r) * p.x_scale_row,
                                           p.w + matrix * p.w_matrix + i * p.w_panel,

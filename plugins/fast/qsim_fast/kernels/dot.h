@@ -103,8 +103,8 @@ struct Dot {
     }
     static Part add(Part part, Row x, Columns w) { return held(_mm256_add_epi16(part, held(_mm256_maddubs_epi16(x, w)))); }
     static Integers end(Part part) {
-        __m256i ones = _mm256_set1_epi16(1);
-        asm volatile("" : "+x"(ones)); // made here: a part needs the register before
+        __m256i ones; // made here: a part needs the register before
+        asm volatile("vpcmpeqw %0, %0, %0\n\tvpsrlw $15, %0, %0" : "=x"(ones));
         return Integers(_mm256_madd_epi16(part, ones));
     }
 };
