@@ -106,13 +106,24 @@ def encode_matrix(
 
 
 def encode_into(
-    codes: Tensor, scheme: Scheme, matrix: Tensor, static: Scales | None, shift: float, unit: float = 1.0
+    codes: Tensor,
+    scheme: Scheme,
+    matrix: Tensor,
+    static: Scales | None,
+    shift: float,
+    unit: float = 1.0,
+    tensor_scale: Tensor | None = None,
 ) -> Scales:
-    """Quantize rows [A, K] into `codes`, `unit` of them for a unit of the scale, minus `shift`; give the scales."""
-    if (fast := quantizing.encode(scheme, matrix, static, shift, codes, unit)) is not None:
+    """Quantize rows [A, K] into `codes`, `unit` of them for a unit of the scale, minus `shift`; give the scales.
+
+    `tensor_scale` is the scale of the scales, if it is known.
+    """
+    if (fast := quantizing.encode(scheme, matrix, static, shift, codes, unit, tensor_scale)) is not None:
         return fast
     blocks = scheme.split(matrix)
-    if static is None:
+    if static is None and tensor_scale is not None:
+        static = quantizing.scales_under(scheme, matrix, tensor_scale)
+    elif static is None:
         static = scheme.scales(matrix)
     scale, zero = (None if t is None else t.unsqueeze(-1) for t in static)
     assert scale is not None

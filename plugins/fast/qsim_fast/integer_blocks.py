@@ -34,7 +34,8 @@ from qsim_fast.identity_cache import cached_by_identity
 from qsim_fast.int8 import encode_into, to_nearest
 from qsim_fast.kernels import block_products
 from qsim_fast.kernels.arguments import buffer
-from qsim_fast.kernels.block_products import GROUP, Packed, Range, Rows, Terms
+from qsim_fast.kernels.block_products import GROUP, PIECE, BlockKernels, Packed, Range, Rows, Terms
+from qsim_fast.known_maximum import KnownMaximum
 
 LARGEST_SCALE = 2.0**64
 """A sum times a larger scale may overflow, where the reference's products do not."""
@@ -59,11 +60,17 @@ def unit_of(element: Format) -> float | None:
 @cached_by_identity
 def fits(scheme: Any) -> bool:
     """Tell if a scheme makes whole numbers under scales of rows, or of blocks of a multiple of four columns."""
+    scheme = _bare(scheme)
     if not isinstance(scheme, Scheme) or not scheme.symmetric or isinstance(scheme.granularity, tuple):
         return False
     if not quantizing.uses_base_methods(type(scheme)) or unit_of(scheme.coded) is None:
         return False
     return not isinstance(scheme.granularity, int) or scheme.granularity % GROUP == 0
+
+
+def _bare(quantizer: Any) -> Any:
+    """The scheme of a quantizer, without what is known of its scales."""
+    return quantizer.scheme if isinstance(quantizer, KnownMaximum) else scheme_of(quantizer)
 
 
 def possible(call: Call) -> bool:
@@ -113,14 +120,21 @@ class RightRows:
 
     def times(self, left: LeftRows, bias: Tensor | None, y: Tensor) -> Tensor:
         """Multiply rows by these into y [S, M, N]."""
-        kernels = block_products.kernels_for(y.numel() * -(-self.packed.inner // min(self.terms.block, 128)))
+        kernels = self._ready(y.numel() * -(-self.packed.inner // min(self.terms.block, PIECE)))
         if kernels is None:
             return block_products.multiply(left.rows, self.packed.unpacked(), self.terms, bias, y)
-        self.packed = kernels.pack(self.packed, self.terms) if self.packed.sums is None else self.packed
         return kernels.multiply(left.rows, self.packed, self.terms, bias, y)
+
+    def _ready(self, work: int) -> BlockKernels | None:
+        """Pack the codes if there are kernels, and give these. `work` counts what Python would compute."""
+        kernels = block_products.kernels_for(work)
+        if kernels is not None and self.packed.sums is None:
+            self.packed = kernels.pack(self.packed, self.terms)
+        return kernels
 
     def by_heads(self, repeats: int) -> RightRows:
         """Repeat each matrix, for the heads of queries that share it."""
+        self._ready(self.packed.codes.numel())
         return self if repeats == 1 else self._with(self.packed.repeated(repeats))
 
     def part(self, some: slice, here: slice, columns: slice | None = None) -> RightRows:
@@ -134,7 +148,9 @@ class RightRows:
     def values(self) -> Tensor:
         """Compute the values, float32 [..., N, K]."""
         form = self.packed.unpacked()
-        scale = form.scale.repeat_interleave(form.every, -1)[..., : form.inner] if form.scale.shape[-1] > 1 else form.scale
+        scale = (
+            form.scale.repeat_interleave(form.every, -1)[..., : form.inner] if form.scale.shape[-1] > 1 else form.scale
+        )
         return (form.codes.float() * scale).view(self.shape)
 
 
@@ -146,8 +162,8 @@ class IntegerBlocksProduct(Lowering):
 
     def __init__(self, quantizers: Sequence[Any], batched: bool) -> None:
         super().__init__(quantizers)
-        left, right = (range_of(scheme_of(quantizer)) for quantizer in quantizers[:2])
-        self.terms = Terms(step_of(quantizers[:2], ROW), left, right)
+        schemes = [_bare(quantizer) for quantizer in quantizers[:2]]
+        self.terms = Terms(step_of(schemes, ROW), *map(range_of, schemes))
         self.batched = batched
         """True if the right operand has a matrix for each matrix of the left one."""
 
@@ -162,16 +178,20 @@ class IntegerBlocksProduct(Lowering):
 
     def _taken(self, place: int, quantizer: Any, rows: Tensor, known: Scales | None, memory: Memory | None) -> Any:
         """Quantize rows [..., R, K]; None where a static scale would hide a NaN, or a scale is too large."""
-        scheme, static = scheme_of(quantizer), quantizer.scales(rows) if isinstance(quantizer, StaticScheme) else known
+        scheme, static, tensor_scale = _bare(quantizer), known, None
         matrix = rows.detach().reshape(-1, rows.shape[-1])
+        if isinstance(quantizer, StaticScheme):
+            static = quantizer.scales(rows)
+        elif isinstance(quantizer, KnownMaximum):
+            static, tensor_scale = quantizer.known(matrix)
         if static is not known and bool(matrix.isnan().any()):
             return None
-        unit, every = unit_of(scheme.coded), block_of(quantizer, rows.shape[-1])
+        unit, every = unit_of(scheme.coded), block_of(scheme, rows.shape[-1])
         assert unit is not None
         lowest = self.terms.left.low if place == 0 else 0
         length = -(-rows.shape[-1] // GROUP) * GROUP
         codes = empty(memory if place == 0 else None, len(matrix), length, dtype=torch.int8, device=rows.device)
-        scales = encode_into(codes[:, : rows.shape[-1]], scheme, matrix, static, lowest, unit)
+        scales = encode_into(codes[:, : rows.shape[-1]], scheme, matrix, static, lowest, unit, tensor_scale)
         if place == 1 and bool((scales.scale > LARGEST_SCALE).any()):
             return None
         heads = (math.prod(rows.shape[:-2]), rows.shape[-2]) if self.batched else (1, len(matrix))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qsim_core.formats.quantizer import SiteQuantizer, laid_out_as
 from qsim_core.formats.rounding import working
+from qsim_core.quantizers.scales import Scales
 from qsim_core.quantizers.scheme import Scheme
 from qsim_fast import quantizing
 
@@ -37,15 +38,20 @@ class KnownMaximum(SiteQuantizer):
         return self.quantize_into(x, None)
 
     def quantize_into(self, x: Tensor, out: Tensor | None) -> Tensor:
+        scheme = self.scheme
+        known, tensor_scale = self.known(x)
+        if known is not None:
+            return scheme.quantize_at(x, known.scale, None, out)
+        if (fast := quantizing.quantize(scheme, x, tensor_scale=tensor_scale, result=out)) is not None:
+            return fast
+        assert tensor_scale is not None
+        scale = quantizing.scales_under(scheme, x, tensor_scale).scale.unsqueeze(-1)
+        return laid_out_as(x, scheme.join(scheme.round_at(scheme.split(working(x)), scale, None), x))
+
+    def known(self, x: Tensor) -> tuple[Scales | None, Tensor | None]:
+        """Give the scales of a part, if the maximum decides them, or else the scale of its scales, a 0-d tensor."""
         scheme, highest = self.scheme, self.highest.to(working(x).dtype)
         if scheme.granularity == "tensor":
             exact, _ = scheme.covering(-highest, highest)
-            return scheme.quantize_at(x, scheme.rounded_scale(exact).view(1, 1), None, out)
-        scale_scheme = quantizing.scheme_of_scales(scheme)
-        assert scale_scheme is not None
-        tensor_scale = quantizing.tensor_scale_of(scheme, highest)
-        if (fast := quantizing.quantize(scheme, x, tensor_scale=tensor_scale, result=out)) is not None:
-            return fast
-        blocks, own, _ = scheme.measured(x)
-        scale = scale_scheme.quantize_at(own, tensor_scale.view(1, 1), None).unsqueeze(-1)
-        return laid_out_as(x, scheme.join(scheme.round_at(blocks, scale, None), x))
+            return Scales(scheme.rounded_scale(exact).view(1, 1), None), None
+        return None, quantizing.tensor_scale_of(scheme, highest)

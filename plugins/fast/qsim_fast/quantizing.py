@@ -87,10 +87,12 @@ def encode(
     shift: float,
     codes: Tensor,
     unit: float = 1.0,
+    tensor_scale: Tensor | None = None,
 ) -> Scales | None:
     """Turn x [A, K] into `codes` [A, K] minus `shift` (int8), or into units of its scales; give the scales and zeros.
 
-    `unit` is the number of codes of a unit. None: the reference has to do it.
+    `unit` is the number of codes of a unit, `tensor_scale` the scale of the scales, if it is known. None: the reference
+    has to do it.
     """
     if (steps := _rounding_rule(scheme.coded, x)) is None or not supported(scheme):
         return None
@@ -100,9 +102,10 @@ def encode(
         or not _blocks_fit(scheme, x.shape[-1], kernels)
         or (codes.dtype != torch.int8 and not kernels.writes_parts)
         or (unit != 1 and not kernels.writes_fractions)
+        or (tensor_scale is not None and not _in_one_pass(scheme, x.shape[-1], kernels))
     ):
         return None
-    return round_into(scheme, x.contiguous(), codes, steps, kernels, static, shift, without="scale", unit=unit)
+    return round_into(scheme, x.contiguous(), codes, steps, kernels, static, shift, tensor_scale, "scale", unit)
 
 
 def scales(scheme: Scheme, x: Tensor) -> Scales | None:
@@ -240,6 +243,14 @@ def tensor_scale_of(scheme: Scheme, highest: Tensor) -> Tensor:
     assert found is not None
     exact, _ = scheme.covering(-highest, highest)
     return found.covering(-exact, exact)[0]
+
+
+def scales_under(scheme: Scheme, x: Tensor, tensor_scale: Tensor) -> Scales:
+    """Compute the scales of the blocks of `x`, whose scale of scales is known."""
+    found = scheme_of_scales(scheme)
+    assert found is not None
+    _, exact, _ = scheme.measured(x)
+    return Scales(found.quantize_at(exact, tensor_scale.view(1, 1), None), None)
 
 
 @cached_by_identity

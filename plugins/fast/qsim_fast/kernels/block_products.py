@@ -58,7 +58,9 @@ class Terms:
 
     def piece(self, most: int = PIECE) -> int:
         """The number of columns of a sum of codes: it divides the block, and is at most so many, or `GROUP`."""
-        return next(size for size in (128, 64, 32, 16, 8, GROUP) if size <= most and self.block % size == 0 or size == GROUP)
+        return next(
+            size for size in (128, 64, 32, 16, 8, GROUP) if (size <= most and self.block % size == 0) or size == GROUP
+        )
 
 
 def _magnitude(codes: Range) -> int:

@@ -195,22 +195,26 @@ template <class D> void pack_as(const Columns &given) {
         int8_t *w = c.w + task * c.inner * panel;
         float *w_scale = c.w_scale + task * c.scales * panel;
         int32_t *w_sum = c.w_sum + task * pieces * panel;
-        std::memset(w_sum, 0, pieces * panel * sizeof *w_sum);
         std::memset(w_scale, 0, c.scales * panel * sizeof *w_scale);
         if (first + panel > c.columns || c.length < c.inner) std::memset(w, 0, c.inner * panel);
         for (int64_t i = 0; i < std::min(panel, c.columns - first); i++) {
             const int8_t *codes = c.codes + matrix * c.matrix + (first + i) * c.row;
             const float *scale = c.scale + matrix * c.scale_matrix + (first + i) * c.scale_row;
             for (int64_t b = 0; b < c.scales; b++) w_scale[b * panel + i] = scale[b];
-            for (int64_t from = 0, piece = 0; from < c.length; from += c.piece, piece++) {
-                uint32_t halves[2] = {0, 0};
-                for (int64_t k = from; k < std::min(c.length, from + c.piece); k++) halves[(k & 2) / 2] += codes[k];
-                w_sum[piece * panel + i] = D::pairs ? (halves[0] & 0xffff) | halves[1] << 16 : halves[0] + halves[1];
-            }
-            int64_t whole = c.length / group * group;
+            const int64_t whole = c.length / group * group;
             for (int64_t k = 0; k < whole; k += group) std::memcpy(w + k * panel + i * group, codes + k, group);
             std::memcpy(w + whole * panel + i * group, codes + whole, c.length - whole);
         }
+        typename D::Code ones[group]; // the sums are a product with these
+        std::fill_n(ones, group, typename D::Code(1 + D::shift));
+        const typename D::Row row = D::row(ones);
+        for (int64_t from = 0; from < c.inner; from += c.piece, w_sum += panel)
+            for (int v = 0; v < D::vectors; v++) {
+                typename D::Part sum = {};
+                for (int64_t k = from; k < std::min(c.inner, from + c.piece); k += group)
+                    sum = D::add(sum, row, D::columns(w + k * panel + v * D::lanes * group));
+                std::memcpy(w_sum + v * D::lanes, &sum, sizeof sum);
+            }
     }
 }
 
