@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fast_cases import Layer, example, in_float64, ulps
+from fast_cases import Layer, example, ulps
+from qsim_fast import int8
 from qsim_fast.accelerator import Fast
 from qsim_fast.integer_blocks import unit_of
 from qsim_fast.kernels import block_products, native
@@ -93,7 +94,10 @@ def test_one_block_is_within_two_ulps_of_float64(transposed: bool) -> None:
     with torch.no_grad():
         layer.bias.zero_()  # type: ignore[union-attr]
     rows = (layer.weight.T if transposed else layer.weight).detach()
-    exact = (in_float64("token(int8)", x) @ in_float64("channel(int4)", rows).T).view(3, 17, 40)
+    a, b = int8.encode_rows(qsim.parse("token(int8)"), x), int8.encode_rows(qsim.parse("channel(int4)"), rows)
+    assert a is not None and b is not None
+    sums = (a.codes.long() @ b.codes.long().T).double()
+    exact = (sums * a.scale.double().unsqueeze(-1) * b.scale.double()).view(3, 17, 40)
 
     found = simulated(layer, x, "channel(int4)", "token(int8)")
 
