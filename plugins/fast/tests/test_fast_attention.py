@@ -147,6 +147,7 @@ def test_products_that_a_causal_mask_covers_are_left_out(kernels: bool, grouped:
 
 def test_a_scale_for_the_whole_tensor_keeps_the_heads_together() -> None:
     model, x = Block(), torch.randn(2, 16, 32)
+    x[1] *= 10
     qsim.simulate(model, activations="tensor(int8)", example=x)
 
     with torch.no_grad():
