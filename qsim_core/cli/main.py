@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -48,11 +49,10 @@ class Commands(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.NoSuchCommand as error:
-            name = error.command_name
-            unknown = click.NoSuchCommand(name, possibilities=self.list_commands(ctx), ctx=ctx)
-            if not unknown.possibilities:
-                unknown.message = f"No such command {name!r}; pip install {EVERYTHING!r} brings every command of qsim."
-            raise unknown from None
+            name, known = error.command_name, self.list_commands(ctx)
+            missing = f"No such command {name!r}; pip install {EVERYTHING!r} brings every command of qsim."
+            message = None if difflib.get_close_matches(name, known) else missing
+            raise click.NoSuchCommand(name, message, known, ctx) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; qsim's own errors become click's, Ctrl-C an exit code."""
