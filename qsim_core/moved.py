@@ -52,7 +52,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "distillation": ("qsim_finetune.distillation",),
     "divergence": ("qsim_finetune.divergence",),
     "encoding": ("qsim_core.formats.codes",),
-    "evaluation": ("qsim_core.evaluation.evaluate", "qsim_core.evaluation.job", "qsim_core.evaluation.record"),
+    "evaluation": ("qsim_core.evaluation.bench", "qsim_core.evaluation.job", "qsim_core.evaluation.record"),
     "finetuning": ("qsim_finetune.finetuning", "qsim_finetune.training"),
     "finetuning_report": ("qsim_finetune.training_table",),
     "fingerprint": ("qsim_core.simulation.fingerprint", "qsim_core.evaluation.baseline_cache"),
@@ -120,6 +120,8 @@ MOVED: dict[str, tuple[str, ...]] = {
     "weights": ("qsim_core.sites.quantized_weights",),
 }
 """Old module of the core -> the modules that have its names now."""
+RENAMED = {"Fixed": ("StaticScheme",), "Form": ("Lowering",), "Watcher": ("MatmulWatcher", "OperatorWatcher")}
+"""Old name -> the names that it has now, each in another module."""
 
 
 class MovedModules:
@@ -177,8 +179,9 @@ def _look_up(module: str, name: str) -> Any:
     if not name.startswith("__"):
         for place in MOVED[module.partition(".")[2]]:
             found = importlib.import_module(place)
-            if hasattr(found, name):
-                return getattr(found, name)
+            for known_as in (name, *RENAMED.get(name, ())):
+                if hasattr(found, known_as):
+                    return getattr(found, known_as)
     raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
 

@@ -121,6 +121,35 @@ def test_a_module_that_is_a_package_now_has_its_old_names(monkeypatch: pytest.Mo
     assert simulate is qsim.simulate
 
 
+def test_evaluate_of_the_package_is_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = importlib.import_module("qsim_core.evaluation")
+    monkeypatch.delitem(vars(package), "evaluate", raising=False)  # it may have been found before
+
+    with pytest.warns(DeprecationWarning):
+        from qsim_core.evaluation import evaluate
+
+    assert evaluate is qsim.evaluate
+
+
+@pytest.mark.parametrize(
+    ("old", "name", "now"),
+    [
+        ("fixed", "Fixed", "StaticScheme"),
+        ("forms", "Form", "Lowering"),
+        ("blocks", "Watcher", "MatmulWatcher"),
+        ("dispatch", "Watcher", "OperatorWatcher"),
+    ],
+)
+def test_a_name_that_has_another_name_now_is_found(
+    old: str, name: str, now: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, f"qsim_core.{old}", raising=False)
+    with pytest.warns(DeprecationWarning):
+        module = importlib.import_module(f"qsim_core.{old}")
+
+    assert getattr(module, name) is getattr(importlib.import_module(MOVED[old][0]), now)
+
+
 def test_a_name_that_never_was_is_an_ordinary_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "qsim_core.ops", raising=False)
 

@@ -174,7 +174,7 @@ def _measured(recipe: Recipe, options: dict[str, Any], before: Result | None, ho
     """Run the evaluation and print its warnings."""
     from qsim_core.cli import progress
     from qsim_core.cli.recipe_options import calibration_of, hardware_of, notes_of
-    from qsim_core.evaluation.evaluate import evaluate as run_evaluation
+    from qsim_core.evaluation.bench import evaluate as run_evaluation
     from qsim_core.evaluation.record import same_data
     from qsim_core.transforms.run import Run
 
