@@ -156,7 +156,6 @@ def compose(
     plugins: Iterable[str] = (),
     precision: str | None = None,
     texts: Mapping[str, str | None] | None = None,
-    settings: Iterable[str] = (),
     static: str | None = None,
 ) -> Recipe:
     """The recipe of a file's `values`, changed by the options in the order that the module names."""
@@ -182,8 +181,6 @@ def compose(
     recipe = Recipe.of(chosen, host)
     if recipe.transforms and not recipe.quantizes:
         raise RecipeError("a transform alone quantizes nothing; say --weights or --precision with it")
-    for setting in settings:
-        recipe = with_setting(host, recipe, setting)
     return recipe
 
 

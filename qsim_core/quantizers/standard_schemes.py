@@ -9,7 +9,7 @@ factors out of the sum.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, field_validator
@@ -65,30 +65,21 @@ class Tensorwise(Scheme):
     """One scale for the whole tensor."""
 
     name = "tensor"
-
-    @property
-    def granularity(self) -> Granularity:
-        return "tensor"
+    granularity: ClassVar[Granularity] = "tensor"
 
 
 class Channel(Scheme):
     """One scale for each output channel of a weight."""
 
     name = "channel"
-
-    @property
-    def granularity(self) -> Granularity:
-        return "channel"
+    granularity: ClassVar[Granularity] = "channel"
 
 
 class Token(Scheme):
     """One scale for each row (token) of an activation."""
 
     name = "token"
-
-    @property
-    def granularity(self) -> Granularity:
-        return "token"
+    granularity: ClassVar[Granularity] = "token"
 
 
 class Block(Scheme):
