@@ -18,7 +18,7 @@ import pytest
 from wheels import build, unpack
 
 import qsim_core as qsim
-from qsim_core.moved import MOVED
+from qsim_core.moved import moved
 
 PLUGINS = Path(__file__).parent / "plugins_0_1"
 Program = Callable[..., subprocess.CompletedProcess[str]]
@@ -147,7 +147,7 @@ def test_a_name_that_has_another_name_now_is_found(
     with pytest.warns(DeprecationWarning):
         module = importlib.import_module(f"qsim_core.{old}")
 
-    assert getattr(module, name) is getattr(importlib.import_module(MOVED[old][0]), now)
+    assert getattr(module, name) is getattr(importlib.import_module(moved()[old][0]), now)
 
 
 def test_a_name_that_never_was_is_an_ordinary_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,8 +162,8 @@ def test_a_name_that_never_was_is_an_ordinary_error(monkeypatch: pytest.MonkeyPa
         import qsim_core.nothing  # noqa: F401
 
 
-@pytest.mark.parametrize("old", MOVED)
+@pytest.mark.parametrize("old", moved())
 def test_the_new_places_of_a_module_are_there(old: str) -> None:
-    missing = [place for place in MOVED[old] if importlib.util.find_spec(place) is None]
+    missing = [place for place in moved()[old] if importlib.util.find_spec(place) is None]
 
     assert missing == []
