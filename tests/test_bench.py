@@ -16,37 +16,37 @@ def numbers(result: qsim.Result) -> dict[str, Any]:
     return result.model_dump(exclude={"seconds": True, "cached": True, "transforms": {"__all__": {"seconds"}}})
 
 
-def test_each_recipe_on_a_bench_has_the_numbers_of_a_run_of_its_own() -> None:
+def test_each_recipe_on_a_bench_has_the_numbers_of_a_run_of_its_own(small: Path) -> None:
     recipes: list[dict[str, Any]] = [
         {"weights": "int4", "transforms": ["smoothquant"]},
         {"weights": "int6", "activations": "tensor(int8, static=true)"},
     ]
-    bench, few = qsim.Bench("opt-tiny"), qsim.Calibration(samples=2, length=64)
+    bench, few = qsim.Bench(str(small)), qsim.Calibration(TEXT, samples=2, length=64)
 
     together = [bench.measure(one, TEXT, calibration=few, run=qsim.Run(limit=2)).result for one in recipes]
 
     alone = [
-        qsim.evaluate({"model": "opt-tiny", **one}, data=TEXT, calibration=few, run=qsim.Run(limit=2))
+        qsim.evaluate({"model": str(small), **one}, data=TEXT, calibration=few, run=qsim.Run(limit=2))
         for one in recipes
     ]
     assert [numbers(result) for result in together] == [numbers(result) for result in alone]
 
 
-def test_a_model_is_afterwards_what_was_loaded() -> None:
-    bench, few = qsim.Bench("opt-tiny"), qsim.Calibration(samples=2, length=64)
+def test_a_model_is_afterwards_what_was_loaded(small: Path) -> None:
+    bench, few = qsim.Bench(str(small)), qsim.Calibration(TEXT, samples=2, length=64)
 
     bench.measure({"weights": "int3", "transforms": ["smoothquant"]}, TEXT, calibration=few, run=qsim.Run(limit=1))
 
     assert bench.intact
 
 
-def test_a_seed_of_calibration_draws_other_samples_of_the_same_baseline() -> None:
+def test_a_seed_of_calibration_draws_other_samples_of_the_same_baseline(small: Path) -> None:
     recipe = {"weights": "int4", "activations": "tensor(int8, static=true)"}
-    bench = qsim.Bench("opt-tiny")
+    bench = qsim.Bench(str(small))
 
     first, second = (
         bench.measure(
-            recipe, TEXT, calibration=qsim.Calibration(samples=1, length=16, seed=seed), run=qsim.Run(limit=2)
+            recipe, TEXT, calibration=qsim.Calibration(TEXT, samples=1, length=16, seed=seed), run=qsim.Run(limit=2)
         ).result
         for seed in (0, 1)
     )

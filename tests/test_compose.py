@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import qsim_core as qsim
-from qsim_core.cli.recipe_options import compose, notes_of
+from qsim_core.cli.recipe_options import compose, notes_of, with_setting
 
 
 class Smooth(qsim.Transform):
@@ -38,7 +38,16 @@ def host() -> qsim.Host:
 
 
 def texts(host: qsim.Host, values: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
-    return compose(host, values or {}, **options).model_dump(mode="json", exclude_defaults=True)
+    return composed(host, values, **options).model_dump(mode="json", exclude_defaults=True)
+
+
+def composed(
+    host: qsim.Host, values: dict[str, Any] | None = None, settings: tuple[str, ...] = (), **options: Any
+) -> qsim.Recipe:
+    recipe = compose(host, values or {}, **options)
+    for setting in settings:
+        recipe = with_setting(host, recipe, setting)
+    return recipe
 
 
 def test_a_scheme_plugin_becomes_the_scheme_of_weights_and_activations(host: qsim.Host) -> None:
@@ -136,7 +145,7 @@ def test_plugins_keep_their_order(host: qsim.Host) -> None:
 )  # fmt: skip
 def test_what_cannot_be_meant_is_said_in_one_line(host: qsim.Host, options: dict[str, Any], message: str) -> None:
     with pytest.raises(qsim.QsimError) as error:
-        compose(host, {}, **options)
+        composed(host, **options)
 
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)

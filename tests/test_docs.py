@@ -87,11 +87,12 @@ def shortened(arguments: list[str]) -> list[str]:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A cache for the commands of all pages. It knows what each installed plugin offers."""
+    """A cache for the commands of all pages. It has what earlier tests have made: kernels and models take seconds."""
     folder = tmp_path_factory.mktemp("cache")
     qsim.parse("int8")
-    with contextlib.suppress(FileNotFoundError):
-        shutil.copytree(files.cache() / "plugins", folder / "plugins")
+    for kind in ("plugins", "kernels", "docstrings", "tokens", "zoo"):
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copytree(files.cache() / kind, folder / kind)
     return str(folder)
 
 

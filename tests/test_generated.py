@@ -79,7 +79,7 @@ def is_module(name: str) -> bool:
 
 
 WRITTEN_FOR_AUTHORS = [
-    *(ROOT / "qsim_core" / "cli" / "templates").iterdir(),
+    *(ROOT / "plugins" / "new_plugin" / "qsim_new_plugin" / "templates").iterdir(),
     *(ROOT / "docs" / "examples").rglob("*.py"),
     *(ROOT / "docs").glob("*.md"),
     *(ROOT / "plugins").glob("*/README.md"),

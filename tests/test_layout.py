@@ -151,6 +151,7 @@ def test_the_core_imports_no_plugin() -> None:
 
 
 ENGLISH = {
+    "cache",
     "calibrators",
     "diffusion",
     "evaluators",

@@ -149,9 +149,9 @@ def test_a_name_that_two_distributions_claim_is_an_error_that_names_both(install
 
 
 def test_a_plugin_cannot_take_a_command_of_the_core_away(install: Install) -> None:
-    install("cache", GREET.replace("greet", "cache"), target="cache")
+    install("plugins", GREET.replace("greet", "plugins"), target="plugins")
 
-    used = CliRunner().invoke(main, ["cache", "--json"])
+    used = CliRunner().invoke(main, ["plugins", "--json"])
 
     assert json.loads(used.stdout) is not None
 
@@ -163,6 +163,13 @@ def test_an_unknown_command_says_which_one_was_meant(install: Install) -> None:
 
     assert outcome.exit_code == 2
     assert "No such command 'gret'. Did you mean 'greet'?" in outcome.stderr
+
+
+def test_a_command_whose_plugin_is_missing_says_what_brings_it() -> None:
+    outcome = CliRunner().invoke(main, ["knead"])
+
+    assert outcome.exit_code == 2
+    assert "No such command 'knead'; pip install 'qsim-core[all]' brings every command of qsim.\n" in outcome.stderr
 
 
 def test_the_list_says_what_each_distribution_provides(install: Install) -> None:

@@ -18,7 +18,7 @@ import pytest
 from wheels import build, unpack
 
 import qsim_core as qsim
-from qsim_core.moved import MOVED
+from qsim_core.moved import moved
 
 PLUGINS = Path(__file__).parent / "plugins_0_1"
 Program = Callable[..., subprocess.CompletedProcess[str]]
@@ -121,6 +121,35 @@ def test_a_module_that_is_a_package_now_has_its_old_names(monkeypatch: pytest.Mo
     assert simulate is qsim.simulate
 
 
+def test_evaluate_of_the_package_is_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = importlib.import_module("qsim_core.evaluation")
+    monkeypatch.delitem(vars(package), "evaluate", raising=False)  # it may have been found before
+
+    with pytest.warns(DeprecationWarning):
+        from qsim_core.evaluation import evaluate
+
+    assert evaluate is qsim.evaluate
+
+
+@pytest.mark.parametrize(
+    ("old", "name", "now"),
+    [
+        ("fixed", "Fixed", "StaticScheme"),
+        ("forms", "Form", "Lowering"),
+        ("blocks", "Watcher", "MatmulWatcher"),
+        ("dispatch", "Watcher", "OperatorWatcher"),
+    ],
+)
+def test_a_name_that_has_another_name_now_is_found(
+    old: str, name: str, now: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, f"qsim_core.{old}", raising=False)
+    with pytest.warns(DeprecationWarning):
+        module = importlib.import_module(f"qsim_core.{old}")
+
+    assert getattr(module, name) is getattr(importlib.import_module(moved()[old][0]), now)
+
+
 def test_a_name_that_never_was_is_an_ordinary_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "qsim_core.ops", raising=False)
 
@@ -133,8 +162,8 @@ def test_a_name_that_never_was_is_an_ordinary_error(monkeypatch: pytest.MonkeyPa
         import qsim_core.nothing  # noqa: F401
 
 
-@pytest.mark.parametrize("old", MOVED)
+@pytest.mark.parametrize("old", moved())
 def test_the_new_places_of_a_module_are_there(old: str) -> None:
-    missing = [place for place in MOVED[old] if importlib.util.find_spec(place) is None]
+    missing = [place for place in moved()[old] if importlib.util.find_spec(place) is None]
 
     assert missing == []

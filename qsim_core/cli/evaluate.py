@@ -12,12 +12,11 @@ import click
 
 from qsim_core.cli.options import (
     CALIBRATION,
-    COUNT,
-    FILE,
+    COMPUTATION,
+    DATA,
     ON,
     RECIPE,
     RESULT,
-    SEED,
     Headed,
     output_file,
     with_options,
@@ -41,28 +40,13 @@ BASELINE = click.option(
 RECORD = click.option(
     "--from", "record", type=click.Path(path_type=Path), metavar="FILE", help="Run a result's record again."
 )
-DATA = (
-    click.option(
-        "--data", type=FILE, metavar="FILE|NAME", help="Data: a file, or a name for `datasets` (NAME[:CONFIG[:SPLIT]])."
-    ),
-    click.option("--limit", metavar="N", type=COUNT, help="Evaluate so many samples only."),
-    click.option(
-        "--seed", metavar="N", type=SEED, default=0, help="Seed of drawn samples; stochastic rounding has `seed=`."
-    ),
-)
-COMPUTATION = (
-    click.option(
-        "--device",
-        default="cpu",
-        help="Where to compute: cpu, cuda, cuda:1, …; auto: weights on GPUs, in memory, on disk as they fit; disk.",
-    ),
-    click.option("--dtype", default="float32", help="Arithmetic of the model and the simulation."),
-    click.option("--batch-size", metavar="N", type=COUNT, default=8, help="Samples computed at a time."),
+KEPT = (
     click.option(
         "--work-dir", type=click.Path(path_type=Path), metavar="DIR", help="Keep there what other runs can use."
     ),
     click.option("--allow-code-execution", is_flag=True, help="Let an evaluator run programs that the model writes."),
 )
+"""Options of evaluations that take long, or run programs."""
 OUTPUT = (
     click.option("--dry-run", is_flag=True, help="Print the recipe that would run, and stop."),
     click.option(
@@ -80,7 +64,7 @@ OUTPUT = (
 @click.command(cls=Headed)
 @with_options((*RECIPE, RECORD, BASELINE), "Recipe")
 @with_options((*DATA, *CALIBRATION), "Data")
-@with_options(COMPUTATION, "Computation")
+@with_options((*COMPUTATION, *KEPT), "Computation")
 @with_options(OUTPUT)
 @click.pass_context
 def evaluate(ctx: click.Context, /, json_file: str | None, quiet: bool, **options: Any) -> None:
@@ -173,10 +157,9 @@ def _print_recipe(recipe: Recipe, options: dict[str, Any], host: Host) -> None:
 def _measured(recipe: Recipe, options: dict[str, Any], before: Result | None, host: Host, quiet: bool) -> Result:
     """Run the evaluation and print its warnings."""
     from qsim_core.cli import progress
-    from qsim_core.cli.recipe_options import calibration_of, hardware_of, notes_of
-    from qsim_core.evaluation.evaluate import evaluate as run_evaluation
+    from qsim_core.cli.recipe_options import calibration_of, hardware_of, notes_of, run_of
+    from qsim_core.evaluation.bench import evaluate as run_evaluation
     from qsim_core.evaluation.record import same_data
-    from qsim_core.transforms.run import Run
 
     progress.hush_libraries()
     notes = [] if before is not None else notes_of(options, recipe, host)
@@ -191,14 +174,7 @@ def _measured(recipe: Recipe, options: dict[str, Any], before: Result | None, ho
         samples=options["samples"],
         on=hardware_of(options["on"], host),
         baseline=options["baseline"],
-        run=Run(
-            options["batch_size"],
-            options["limit"],
-            options["seed"],
-            work_dir=options["work_dir"],
-            allow_code_execution=options["allow_code_execution"],
-            **({} if quiet else progress.SHOWN),
-        ),
+        run=run_of(options, quiet),
     )
     result.warnings[:0] = notes
     if before is not None:

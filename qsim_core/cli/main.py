@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qsim_core.cli.cache import cache
 from qsim_core.cli.components import components
 from qsim_core.cli.evaluate import evaluate
-from qsim_core.cli.new_plugin import new_plugin
 from qsim_core.cli.plugins import lines, plugins, rows
 from qsim_core.errors import QsimError, one_line
 from qsim_core.version import __version__
@@ -23,6 +22,8 @@ DEBUG = "QSIM_DEBUG"
 """The environment variable that shows the traceback of an unexpected error."""
 INTERRUPTED = 130
 """The exit code of a run that Ctrl-C ended, as shells have it."""
+EVERYTHING = "qsim-core[all]"
+"""The core with the plugins, which bring most commands."""
 OF_PLUGINS = "qsim.commands"
 """The key of the plugins' commands in click's `Context.meta`."""
 
@@ -48,7 +49,10 @@ class Commands(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.NoSuchCommand as error:
-            raise click.NoSuchCommand(error.command_name, possibilities=self.list_commands(ctx), ctx=ctx) from None
+            name, known = error.command_name, self.list_commands(ctx)
+            missing = f"No such command {name!r}; pip install {EVERYTHING!r} brings every command of qsim."
+            message = None if difflib.get_close_matches(name, known) else missing
+            raise click.NoSuchCommand(name, message, known, ctx) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; qsim's own errors become click's, Ctrl-C an exit code."""
@@ -131,5 +135,5 @@ def main() -> None:
     """
 
 
-for command in (cache, components, evaluate, new_plugin, plugins):
+for command in (components, evaluate, plugins):
     main.add_command(command)

@@ -104,6 +104,16 @@ ON = click.option(
     metavar="TEXT|FILE.yaml",
     help="Say what a forward costs on this hardware: its name, or a file; repeatable.",
 )
+DATA = (
+    click.option(
+        "--data", type=FILE, metavar="FILE|NAME", help="Data: a file, or a name for `datasets` (NAME[:CONFIG[:SPLIT]])."
+    ),
+    click.option("--limit", metavar="N", type=COUNT, help="Evaluate so many samples only."),
+    click.option(
+        "--seed", metavar="N", type=SEED, default=0, help="Seed of drawn samples; stochastic rounding has `seed=`."
+    ),
+)
+"""The options that say what a model is evaluated on."""
 CALIBRATION = (
     click.option(
         "--calibration-data",
@@ -115,6 +125,17 @@ CALIBRATION = (
     click.option("--calibration-seqlen", metavar="N", type=LENGTH, help="Tokens of a sample; default: a window's."),
     click.option("--calibration-seed", metavar="N", type=SEED, help="Seed that draws them; default: that of --seed."),
 )
+"""The options that say what transforms and static scales look at."""
+COMPUTATION = (
+    click.option(
+        "--device",
+        default="cpu",
+        help="Where to compute: cpu, cuda, cuda:1, …; auto: weights on GPUs, in memory, on disk as they fit; disk.",
+    ),
+    click.option("--dtype", default="float32", help="Arithmetic of the model and the simulation."),
+    click.option("--batch-size", metavar="N", type=COUNT, default=8, help="Samples computed at a time."),
+)
+"""The options that say where and how numbers are computed."""
 
 
 LAST = "Options"

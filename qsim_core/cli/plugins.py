@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import click
@@ -132,12 +132,7 @@ def plugins(ctx: click.Context, check: bool, as_json: bool) -> None:
     if as_json:
         records = []
         for row in found:
-            record: dict[str, object] = {
-                "name": row.name,
-                "distribution": row.distribution,
-                "version": row.version,
-                "provides": list(row.provides),
-            }
+            record = asdict(row)
             if check:
                 record["error"] = "; ".join(failed.get((row.name, row.distribution), [])) or None
             records.append(record)

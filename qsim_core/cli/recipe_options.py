@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from qsim_core.cli.progress import SHOWN
 from qsim_core.components.component import Component, Preset, components_in, explain, no_option, options_of, read_value
 from qsim_core.components.host import Host
 from qsim_core.errors import PluginError, RecipeError, did_you_mean, natural_order, with_article
@@ -30,6 +32,7 @@ from qsim_core.quantizers.calibrators import Calibrator
 from qsim_core.quantizers.standard_schemes import Cast, Tensorwise
 from qsim_core.simulation.recipe import Recipe, read_yaml
 from qsim_core.simulation.work import Hardware
+from qsim_core.transforms.run import Run
 from qsim_core.transforms.transform import Transform
 
 ROLES = ("weights", "activations", "outputs")
@@ -105,6 +108,12 @@ def calibration_of(options: Mapping[str, Any]) -> Calibration:
     return Calibration(*(options[f"calibration_{key}"] for key in ("data", "samples", "seqlen", "seed")))
 
 
+def run_of(options: Mapping[str, Any], quiet: bool) -> Run:
+    """The run that the options `DATA` and `COMPUTATION` describe, and `KEPT` where a command has them."""
+    described = {field.name: options[field.name] for field in fields(Run) if field.name in options}
+    return Run(**described, **({} if quiet else SHOWN))
+
+
 def hardware_of(texts: Iterable[str], host: Host) -> list[Hardware]:
     """The hardware that `--on` names: by texts, or by YAML files that hold a name and its options."""
     return [
@@ -147,7 +156,6 @@ def compose(
     plugins: Iterable[str] = (),
     precision: str | None = None,
     texts: Mapping[str, str | None] | None = None,
-    settings: Iterable[str] = (),
     static: str | None = None,
 ) -> Recipe:
     """The recipe of a file's `values`, changed by the options in the order that the module names."""
@@ -173,8 +181,6 @@ def compose(
     recipe = Recipe.of(chosen, host)
     if recipe.transforms and not recipe.quantizes:
         raise RecipeError("a transform alone quantizes nothing; say --weights or --precision with it")
-    for setting in settings:
-        recipe = with_setting(host, recipe, setting)
     return recipe
 
 

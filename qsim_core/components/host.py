@@ -389,3 +389,13 @@ def _core_version() -> str:
 
 
 set_default_host(installed)
+
+
+def parse(text: str, host: Host | None = None) -> Any:
+    """Build the component that a text describes: `parse("abfp(int4, n=64)")`.
+
+    `host` is the set of components that exist, by default those of the installed plugins. Raises `SpecError`, with
+    the position of the character, for a text that cannot be read or built. Raises `PluginError` if a plugin that the
+    text names is broken.
+    """
+    return (host or installed()).parse(text)

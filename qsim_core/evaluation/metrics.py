@@ -148,13 +148,10 @@ def without_score(metrics: Mapping[str, float], label: str) -> list[str]:
     return [f"{label}: no score for {', '.join(names)}, as outputs are not finite"] if names else []
 
 
-def intervals(
-    baseline: dict[str, float], simulated: dict[str, float], seed: int | None = None
-) -> dict[str, dict[str, Any]]:
+def intervals(baseline: dict[str, float], simulated: dict[str, float]) -> dict[str, dict[str, Any]]:
     """For each metric the 95% confidence intervals of `baseline`, `simulated`, their `ratio` and their `difference`.
 
-    Empty for a plain dict. A metric of fewer than `FEWEST` samples has none. `seed` was that of a bootstrap, and is not
-    used any more.
+    Empty for a plain dict. A metric of fewer than `FEWEST` samples has none.
     """
     if not (isinstance(baseline, Metrics) and isinstance(simulated, Metrics)):
         return {}

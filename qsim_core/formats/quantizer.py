@@ -116,6 +116,38 @@ class SiteQuantizer(ABC):
         return self.quantize(x)
 
 
+class Around(SiteQuantizer):
+    """A quantizer around another one, `inner`, which has the same properties."""
+
+    @property
+    @abstractmethod
+    def inner(self) -> SiteQuantizer:
+        """The other quantizer."""
+
+    def bits_per_element(self, shape: torch.Size) -> float | None:
+        return self.inner.bits_per_element(shape)
+
+    @property
+    def granularity(self) -> Granularity | None:
+        return self.inner.granularity
+
+    @property
+    def by_rows(self) -> bool:
+        return self.inner.by_rows
+
+    @property
+    def sharing(self) -> frozenset[Granularity]:
+        return self.inner.sharing
+
+    @property
+    def draws(self) -> bool:
+        return self.inner.draws
+
+    @property
+    def rounds_to(self) -> Any:
+        return self.inner.rounds_to
+
+
 def _checked(quantize: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
     @functools.wraps(quantize)
     def checked(self: Any, x: Tensor) -> Tensor:

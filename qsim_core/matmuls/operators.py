@@ -71,42 +71,30 @@ def _convolution(space: int, transposed: bool = False) -> Op:
 _LINEAR = Op(("input", "weight", "bias"), ("input", "weight"), _always(LAST, LAST))
 _MATMUL = Op(("input", "other"), ("input", "other"), _always(LAST, SECOND_LAST))
 _RMATMUL = Op(("other", "input"), ("input", "other"), _always(LAST, SECOND_LAST))
-_MM = Op(("input", "mat2"), ("input", "mat2"), _always(LAST, SECOND_LAST))
-_INNER = Op(("input", "other"), ("input", "other"), _always(LAST, LAST))
 _VECDOT = Op(("x", "y"), ("x", "y"), lambda named: (along(named.get("dim", -1)),) * 2)
 _GROUPED = Op(("mat_a", "mat_b", "offs"), ("mat_a", "mat_b"), _always(LAST, SECOND_LAST))
-_ADDMV = Op(("input", "mat", "vec"), ("mat", "vec"), _always(LAST, LAST), addend="input")
-_MV = Op(("input", "vec"), ("input", "vec"), _always(LAST, LAST))
-_ADDMM = Op(("input", "mat1", "mat2"), ("mat1", "mat2"), _always(LAST, SECOND_LAST), addend="input")
-_BADDBMM = Op(("input", "batch1", "batch2"), ("batch1", "batch2"), _always(LAST, SECOND_LAST), addend="input")
 
+OF_MATRICES = {
+    "matmul": _MATMUL,
+    "mm": Op(("input", "mat2"), ("input", "mat2"), _always(LAST, SECOND_LAST)),
+    "bmm": Op(("input", "mat2"), ("input", "mat2"), _always(LAST, SECOND_LAST)),
+    "mv": Op(("input", "vec"), ("input", "vec"), _always(LAST, LAST)),
+    "inner": Op(("input", "other"), ("input", "other"), _always(LAST, LAST)),
+    "dot": Op(("input", "other"), ("input", "other"), _always(LAST, LAST)),
+    "addmv": Op(("input", "mat", "vec"), ("mat", "vec"), _always(LAST, LAST), addend="input"),
+    "addmm": Op(("input", "mat1", "mat2"), ("mat1", "mat2"), _always(LAST, SECOND_LAST), addend="input"),
+    "baddbmm": Op(("input", "batch1", "batch2"), ("batch1", "batch2"), _always(LAST, SECOND_LAST), addend="input"),
+}
+"""The signatures of functions that are methods of tensors too, by name."""
 GROUPED = [getattr(home, name) for home, name in ((torch, "_grouped_mm"), (F, "grouped_mm")) if hasattr(home, name)]
 """The functions for products of groups of rows with one matrix each; not every version of torch has them."""
 
 OPS: dict[Callable[..., Any], Op] = {
     F.linear: _LINEAR,
-    torch.matmul: _MATMUL,
-    torch.Tensor.matmul: _MATMUL,
     torch.Tensor.__matmul__: _MATMUL,
     torch.Tensor.__rmatmul__: _RMATMUL,
     torch.linalg.matmul: _MATMUL,
-    torch.mm: _MM,
-    torch.Tensor.mm: _MM,
-    torch.bmm: _MM,
-    torch.Tensor.bmm: _MM,
-    torch.mv: _MV,
-    torch.Tensor.mv: _MV,
-    torch.inner: _INNER,
-    torch.Tensor.inner: _INNER,
-    torch.dot: _INNER,
-    torch.Tensor.dot: _INNER,
     torch.linalg.vecdot: _VECDOT,
-    torch.addmv: _ADDMV,
-    torch.Tensor.addmv: _ADDMV,
-    torch.addmm: _ADDMM,
-    torch.Tensor.addmm: _ADDMM,
-    torch.baddbmm: _BADDBMM,
-    torch.Tensor.baddbmm: _BADDBMM,
     **dict.fromkeys(GROUPED, _GROUPED),
     F.conv1d: _convolution(1),
     F.conv2d: _convolution(2),
@@ -114,6 +102,7 @@ OPS: dict[Callable[..., Any], Op] = {
     F.conv_transpose1d: _convolution(1, transposed=True),
     F.conv_transpose2d: _convolution(2, transposed=True),
     F.conv_transpose3d: _convolution(3, transposed=True),
+    **{getattr(home, name): op for name, op in OF_MATRICES.items() for home in (torch, torch.Tensor)},
 }
 """The signature of each torch function that is a matmul, except `torch.einsum`."""
 

@@ -8,7 +8,6 @@ power of two that depends on the largest magnitude alone. A wider bin is the sum
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -59,10 +58,6 @@ class Extremes(Observer):
         assert self.low is not None and self.high is not None
         return torch.stack([self.low, self.high], -1), None
 
-    def merge(self, other: Self) -> None:
-        """Take in the values of another observer."""
-        self.update(other.values()[0])
-
 
 class Histogram(Observer):
     """Counts the values of each block by bins, and keeps the exact extremes.
@@ -100,17 +95,6 @@ class Histogram(Observer):
             index = (places >> shift) + center  # an arithmetic shift is floor division
             self.counts = torch.zeros_like(self.counts).scatter_add_(1, index, self.counts)
         self.exponent = exponent
-
-    def merge(self, other: Self) -> None:
-        """Take in the values of another observer; merging two halves gives the histogram of the whole."""
-        assert self.exponent is not None and other.exponent is not None
-        self.extremes.merge(other.extremes)
-        widest = torch.maximum(self.exponent, other.exponent)
-        self._widen(widest)
-        widened = Histogram()
-        widened.exponent, widened.counts = other.exponent, other.counts
-        widened._widen(widest)
-        self.counts = self.counts + widened.counts
 
     def values(self) -> tuple[Tensor, Tensor | None]:
         """The middles of the bins, clamped to the extremes, with their counts; and the extremes with count 0."""

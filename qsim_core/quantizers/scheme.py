@@ -183,9 +183,8 @@ class Scheme(Quantizer):
     def _passing(self, x: Tensor, gradient: Gradient) -> Tensor:
         if x.numel() == 0:
             return torch.ones_like(x, dtype=torch.bool)
-        blocks, exact, zero = self.measured(x)
-        units = blocks / divisor_of(self.rounded_scale(exact).unsqueeze(-1))
-        return self.join(passing(self.coded, units if zero is None else units + zero, gradient), x)
+        _, exact, zero = self.measured(x)
+        return self.passes_at(x, self.rounded_scale(exact).unsqueeze(-1), zero, gradient)
 
     def encode(self, x: Tensor) -> Encoded:
         """Encode `x`: codes in its shape, and one scale and zero point for each block.

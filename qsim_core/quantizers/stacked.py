@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from qsim_core.formats.codes import Encoded
-from qsim_core.formats.quantizer import Granularity, Quantizer
+from qsim_core.formats.quantizer import Around, Quantizer
 from qsim_core.quantizers.scales import Scales
 
 
-class Stacked(Quantizer):
+class Stacked(Around, Quantizer):
     """Quantizes each matrix of a stack [E, rows, K] by itself: a layer with E experts holds such a weight."""
 
     name = "stacked"
@@ -55,20 +53,8 @@ class Stacked(Quantizer):
         )
 
     @property
-    def granularity(self) -> Granularity | None:
-        return self.each.granularity
-
-    @property
-    def sharing(self) -> frozenset[Granularity]:
-        return self.each.sharing
-
-    @property
-    def draws(self) -> bool:
-        return self.each.draws
-
-    @property
-    def rounds_to(self) -> Any:
-        return self.each.rounds_to
+    def inner(self) -> Quantizer:
+        return self.each
 
 
 def _of_each(known: Scales | None, count: int) -> list[Scales | None]:

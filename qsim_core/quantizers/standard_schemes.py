@@ -9,7 +9,7 @@ factors out of the sum.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, field_validator
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qsim_core.formats.codes import Encoded
 from qsim_core.formats.format import Format
-from qsim_core.formats.quantizer import Granularity, Quantizer, laid_out_as
+from qsim_core.formats.quantizer import Around, Granularity, Quantizer, laid_out_as
 from qsim_core.formats.rounding import working, working_dtype
 from qsim_core.quantizers.scales import Scales
 from qsim_core.quantizers.scheme import Scheme
@@ -65,30 +65,21 @@ class Tensorwise(Scheme):
     """One scale for the whole tensor."""
 
     name = "tensor"
-
-    @property
-    def granularity(self) -> Granularity:
-        return "tensor"
+    granularity: ClassVar[Granularity] = "tensor"
 
 
 class Channel(Scheme):
     """One scale for each output channel of a weight."""
 
     name = "channel"
-
-    @property
-    def granularity(self) -> Granularity:
-        return "channel"
+    granularity: ClassVar[Granularity] = "channel"
 
 
 class Token(Scheme):
     """One scale for each row (token) of an activation."""
 
     name = "token"
-
-    @property
-    def granularity(self) -> Granularity:
-        return "token"
+    granularity: ClassVar[Granularity] = "token"
 
 
 class Block(Scheme):
@@ -105,25 +96,14 @@ class Block(Scheme):
         return self.n
 
 
-class _ByElement(Quantizer):
+class _ByElement(Around, Quantizer):
     """A quantizer that rounds each value by itself, to a number format."""
 
     element: Format = Field(description="the number format of the values")
 
-    def bits_per_element(self, shape: torch.Size) -> float:
-        return self.element.bits_per_element(shape)
-
     @property
-    def granularity(self) -> Granularity:
-        return "element"
-
-    @property
-    def by_rows(self) -> bool:
-        return True
-
-    @property
-    def draws(self) -> bool:
-        return self.element.draws
+    def inner(self) -> Format:
+        return self.element
 
 
 class AtScale(_ByElement):
@@ -160,10 +140,6 @@ class AtScale(_ByElement):
 
     def scales(self, x: Tensor) -> Scales:
         return Scales(torch.full((1, 1), self.scale, dtype=working(x).dtype, device=x.device), None)
-
-    @property
-    def rounds_to(self) -> Format:
-        return self.element
 
 
 class Cast(_ByElement):

@@ -5,19 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qsim_core.errors import DataError
 from qsim_core.formats.codes import Encoded
-from qsim_core.formats.format import Format
-from qsim_core.formats.quantizer import Granularity, SiteQuantizer
+from qsim_core.formats.quantizer import Around
 from qsim_core.quantizers.scales import Scales
 from qsim_core.quantizers.scheme import Scheme
 
 
 @dataclass(frozen=True, eq=False)
-class StaticScheme(SiteQuantizer):
+class StaticScheme(Around):
     """A scheme with the scales that its site holds. It takes the place of the scheme at the site."""
 
     scheme: Scheme
@@ -52,28 +50,13 @@ class StaticScheme(SiteQuantizer):
         """Give the scales and zero points of a tensor like `x`: [1, B], or [A, B] for each of its rows."""
         return Scales.of(*self.held_for(x))
 
-    def bits_per_element(self, shape: torch.Size) -> float | None:
-        return self.scheme.bits_per_element(shape)
-
     @property
-    def granularity(self) -> Granularity:
-        return self.scheme.granularity
-
-    @property
-    def sharing(self) -> frozenset[Granularity]:
-        return self.scheme.sharing
+    def inner(self) -> Scheme:
+        return self.scheme
 
     @property
     def by_rows(self) -> bool:
         return self.granularity == "tensor" or self.scheme.by_rows
-
-    @property
-    def rounds_to(self) -> Format:
-        return self.scheme.rounds_to
-
-    @property
-    def draws(self) -> bool:
-        return self.scheme.draws
 
     @property
     def held(self) -> tuple[Tensor, ...]:

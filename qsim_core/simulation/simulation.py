@@ -107,13 +107,23 @@ class Simulation:
         counter, batch = WorkCounter(), self.example if example is None else example
         if batch is None:
             raise QsimError("there is nothing to count: give an example")
-        self.sites.quantizing, self.sites.watcher = False, counter
-        try:
-            with as_in_evaluation(self.model), self.sites.uncounted():
-                call(self.model, batch)
-        finally:
-            self.sites.quantizing, self.sites.watcher = True, None
+        self._run(batch, watcher=counter)
         return counter
+
+    def _run(self, batch: Example, quantizing: bool = False, **watchers: Any) -> None:
+        """Run the model on one batch, as in an evaluation. `watchers` are attributes of the sites meanwhile."""
+        with self._at_sites(quantizing, **watchers), as_in_evaluation(self.model):
+            call(self.model, batch)
+
+    @contextlib.contextmanager
+    def _at_sites(self, quantizing: bool = False, **watchers: Any) -> Iterator[None]:
+        """Inside, sites quantize or not, show what they meet to `watchers`, and count no call."""
+        vars(self.sites).update(watchers, quantizing=quantizing)
+        try:
+            with self.sites.uncounted():
+                yield
+        finally:
+            vars(self.sites).update(dict.fromkeys(watchers), quantizing=True)
 
     @contextlib.contextmanager
     def unquantized(self, results: ResultWatcher) -> Iterator[None]:
@@ -121,12 +131,8 @@ class Simulation:
 
         The model goes on with the tensor that it gives. `tried(site, call, …)` computes the call under the recipe.
         """
-        self.sites.quantizing, self.sites.results = False, results
-        try:
-            with self.sites.uncounted():
-                yield
-        finally:
-            self.sites.quantizing, self.sites.results = True, None
+        with self._at_sites(results=results):
+            yield
 
     def tried(
         self, site: Site, call: Call, *, change: Callable[[Any], Any] | None = None, arithmetic: Any = None
@@ -186,12 +192,7 @@ class Simulation:
             raise QsimError("give simulate an example: it tells which weights are multiplied")
         self.refresh()
         encoder = WeightEncoder(self.model, self.sites)
-        self.sites.watcher, self.sites.observer = encoder.watch, encoder
-        try:
-            with as_in_evaluation(self.model), self.sites.uncounted():
-                call(self.model, self.example)
-        finally:
-            self.sites.watcher = self.sites.observer = None
+        self._run(self.example, quantizing=True, watcher=encoder.watch, observer=encoder)
         unmet = self._weights_to_quantize() - encoder.found.keys()
         return encoder.found | {name: EncodedWeight(name, why_not="the example does not reach it") for name in unmet}
 
@@ -245,20 +246,13 @@ class Simulation:
     def _discover(self, example: Example) -> None:
         """Run the example with every quantizer off, so that all sites are known; check the recipe against them."""
         self.example = example
-        self.sites.quantizing, self.sites.checked = False, True
-        try:
-            with as_in_evaluation(self.model), self.sites.uncounted():
-                call(self.model, example)
-            self._check()
-        finally:
-            self.sites.quantizing = True
-
-    def _check(self) -> None:
-        """Check the recipe against the sites. Its `RecipeError` names products of the example that have no site."""
+        self.sites.checked = True
+        self._run(example)
         try:
             self.sites.check()
         except RecipeError as error:
-            outside = self.audit().uncovered
+            with self._at_sites():
+                outside = self.audit().uncovered
             if not outside:
                 raise
             more = ", …" if len(outside) > 3 else ""
@@ -312,14 +306,9 @@ class Simulation:
     def _gather(self, batches: list[Example], run: Run) -> static_calibration.Fitter:
         """Run the calibration data through the model as it is, and gather what passes the places that need scales."""
         fitter = static_calibration.Fitter()
-        self.sites.quantizing, self.sites.observer = False, fitter
-        try:
-            for place, batch in enumerate(run.track(batches, len(batches), "static scales")):
-                fitter.next_batch(place)
-                with as_in_evaluation(self.model), self.sites.uncounted():
-                    call(self.model, batch)
-        finally:
-            self.sites.quantizing, self.sites.observer = True, None
+        for place, batch in enumerate(run.track(batches, len(batches), "static scales")):
+            fitter.next_batch(place)
+            self._run(batch, observer=fitter)
         for site in self.sites.table.values():
             site.calls = 0
         return fitter

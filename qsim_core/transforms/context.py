@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -194,9 +193,3 @@ class Context:
         """Gives a function that says how many seconds have passed."""
         start = time.perf_counter()
         yield lambda: time.perf_counter() - start
-
-
-def relative_error(exact: Tensor, approximate: Tensor) -> float:
-    """|exact - approximate| / |exact|, in the Frobenius norm, float64."""
-    norm = float(torch.linalg.vector_norm(exact.double()))
-    return float(torch.linalg.vector_norm(exact.double() - approximate.double())) / norm if norm else 0.0

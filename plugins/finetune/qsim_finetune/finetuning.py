@@ -19,8 +19,8 @@ import torch
 from qsim_core.components.host import Host, installed
 from qsim_core.errors import ModelError, RecipeError, TrainingError
 from qsim_core.evaluation.adapter import LoadedModel
+from qsim_core.evaluation.bench import evaluate
 from qsim_core.evaluation.data import Calibration, Data
-from qsim_core.evaluation.evaluate import evaluate
 from qsim_core.evaluation.job import Job
 from qsim_core.evaluation.record import from_anywhere
 from qsim_core.evaluation.result import DataRecord, Result

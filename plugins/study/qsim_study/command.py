@@ -11,12 +11,13 @@ import click
 
 from qsim_core.cli.options import (
     CALIBRATION,
+    COMPUTATION,
     COUNT,
+    DATA,
     FILE,
     ON,
     RECIPE,
     RESULT,
-    SEED,
     Headed,
     output_file,
     with_options,
@@ -35,13 +36,7 @@ VARIED = (
         help="Try each value of a key: weights=int4,e2m1, abfp.n=16,32, model=…; repeatable.",
     ),
 )
-DATA = (
-    click.option("--data", type=FILE, metavar="FILE|NAME", help="Data: a file, or a name for `datasets`."),
-    click.option("--limit", metavar="N", type=COUNT, help="Evaluate so many samples only."),
-    click.option("--seed", metavar="N", type=SEED, help="Seed of drawn samples."),
-    click.option("--batch-size", metavar="N", type=COUNT, help="Samples computed at a time."),
-    click.option("--dtype", help="Arithmetic of the model and the simulation."),
-    click.option("--device", help="Where to compute: cpu, cuda, …"),
+LOOKED_AT = (
     click.option(
         "--histograms", multiple=True, metavar="SITE", help="Count the values at sites, like *.fc2, for the report."
     ),
@@ -77,8 +72,8 @@ REPORT = "report.html"
 @click.command(cls=Headed)
 @with_options(RECIPE, "Recipe of all cells")
 @with_options((*VARIED, ON), "Cells")
-@with_options((*DATA, *CALIBRATION), "Data")
-@with_options(WHERE, "Where to compute")
+@with_options((*DATA, *CALIBRATION, *LOOKED_AT), "Data")
+@with_options((*COMPUTATION, *WHERE), "Computation")
 @with_options(OUTPUT)
 @click.pass_context
 def study(ctx: click.Context, /, json_file: str | None, quiet: bool, **options: Any) -> None:

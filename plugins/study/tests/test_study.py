@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from qsim_study import Processes, Slurm, Specification, Study, study
 from qsim_study.comparison import comparable
@@ -26,6 +27,12 @@ SMALL: dict[str, Any] = {"models": ["opt-tiny"], "vary": {"weights": ["int4", "i
 
 def numbers(found: Study) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in found.rows]
+
+
+@pytest.fixture
+def quick_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are forks of one process that has imported the libraries."""
+    monkeypatch.setattr("sys.executable", forked.executable())
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +78,7 @@ def test_a_study_with_more_cells_goes_on_in_its_folder(whole: tuple[Path, Study]
     assert len(found.rows) == 3
 
 
-def test_processes_give_the_same_numbers(whole: tuple[Path, Study], tmp_path: Path) -> None:
+def test_processes_give_the_same_numbers(quick_workers: None, whole: tuple[Path, Study], tmp_path: Path) -> None:
     found = study(SMALL, tmp_path, executor=Processes(2))
 
     assert numbers(found) == numbers(whole[1])
@@ -113,7 +120,9 @@ def test_a_study_killed_in_the_middle_goes_on(whole: tuple[Path, Study], tmp_pat
     assert numbers(study(SMALL, tmp_path)) == numbers(whole[1])
 
 
-def test_a_process_that_is_killed_is_started_again(whole: tuple[Path, Study], tmp_path: Path) -> None:
+def test_a_process_that_is_killed_is_started_again(
+    quick_workers: None, whole: tuple[Path, Study], tmp_path: Path
+) -> None:
     killed: list[int] = []
 
     def kill(text: str) -> None:
@@ -137,7 +146,7 @@ def test_a_cell_that_kills_its_process_fails(tmp_path: Path) -> None:
     key = next(iter(folder.cells))
     code = f"import os\nfrom pathlib import Path\nfrom qsim_study.folder import Folder\nwith Folder.open(Path({str(tmp_path)!r})).claim({key!r}): os.kill(os.getpid(), 9)"
     for _ in range(2):
-        subprocess.run([sys.executable, "-c", code])
+        subprocess.run([*forked.python(), "-c", code])
 
     with folder.claim(key) as mine:
         assert not mine

@@ -6,16 +6,18 @@ from typing import Any
 
 import click
 
-from qsim_core.cli.options import CALIBRATION, COUNT, FILE, RECIPE, RESULT, SEED, Headed, output_file, with_options
-
-DATA = (
-    click.option("--data", type=FILE, metavar="FILE|NAME", help="Data: a file, or a name for `datasets`."),
-    click.option("--limit", metavar="N", type=COUNT, help="Evaluate so many samples only."),
-    click.option("--seed", metavar="N", type=SEED, default=0, help="Seed of drawn samples."),
-    click.option("--batch-size", metavar="N", type=COUNT, default=8, help="Samples computed at a time."),
-    click.option("--dtype", default="float32", help="Arithmetic of the model and the simulation."),
-    click.option("--device", default="cpu", help="Where to compute: cpu, cuda, …"),
+from qsim_core.cli.options import (
+    CALIBRATION,
+    COMPUTATION,
+    COUNT,
+    DATA,
+    RECIPE,
+    RESULT,
+    Headed,
+    output_file,
+    with_options,
 )
+
 LOOKING = (
     click.option("--samples", metavar="N", type=COUNT, default=32, help="Samples of the gradient pass."),
     click.option(
@@ -34,6 +36,7 @@ LOOKING = (
 @with_options(RECIPE, "Recipe")
 @with_options(LOOKING, "Prediction and verification")
 @with_options((*DATA, *CALIBRATION), "Data")
+@with_options(COMPUTATION, "Computation")
 @with_options(RESULT)
 def blame(json_file: str | None, quiet: bool, **options: Any) -> None:
     """Tell which sites of MODEL cost the metric.
@@ -42,9 +45,8 @@ def blame(json_file: str | None, quiet: bool, **options: Any) -> None:
     Runs of single sites verify the first of them.
     """
     from qsim_core.cli import progress
-    from qsim_core.cli.recipe_options import calibration_of, recipe_of
+    from qsim_core.cli.recipe_options import calibration_of, recipe_of, run_of
     from qsim_core.components.host import Host
-    from qsim_core.transforms.run import Run
     from qsim_study.blame.table import show
     from qsim_study.blame.whole import blame as run_blame
 
@@ -61,7 +63,7 @@ def blame(json_file: str | None, quiet: bool, **options: Any) -> None:
         host=host,
         device=options["device"],
         dtype=options["dtype"],
-        run=Run(options["batch_size"], options["limit"], options["seed"], **({} if quiet else progress.SHOWN)),
+        run=run_of(options, quiet),
     )
     if target is not None:
         target.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")

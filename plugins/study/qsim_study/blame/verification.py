@@ -10,7 +10,7 @@ from typing import Any
 from scipy.stats import kendalltau
 
 from qsim_core import Recipe
-from qsim_core.evaluation.evaluate import Measured
+from qsim_core.evaluation.bench import Measured
 from qsim_core.evaluation.metrics import intervals
 from qsim_core.sites.site import Site
 from qsim_study.blame.report import Cost, SiteBlame

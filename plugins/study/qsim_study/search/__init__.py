@@ -7,22 +7,6 @@
 Each name below is imported when it is first used, so that the command line stays fast.
 """
 
-from __future__ import annotations
+from qsim_core.lazy import names_of
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
-_HOME = {"search": "searching", "Budget": "found", "Found": "found"}
-
-__all__ = ["Budget", "Found", "search"]
-
-if TYPE_CHECKING:
-    from qsim_study.search.found import Budget as Budget
-    from qsim_study.search.found import Found as Found
-    from qsim_study.search.searching import search as search
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"qsim_study.search.{_HOME[name]}"), name)
+__getattr__, __all__ = names_of(__name__, __file__)

@@ -9,8 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qsim_core.cli.evaluate import COMPUTATION, DATA, SHOWN_WARNINGS
-from qsim_core.cli.options import CALIBRATION, ON, POSITIVE, RECIPE, RESULT, Headed, output_file, with_options
+from qsim_core.cli.evaluate import KEPT, SHOWN_WARNINGS
+from qsim_core.cli.options import (
+    CALIBRATION,
+    COMPUTATION,
+    DATA,
+    ON,
+    POSITIVE,
+    RECIPE,
+    RESULT,
+    Headed,
+    output_file,
+    with_options,
+)
 from qsim_core.errors import CalibrationWarning
 
 if TYPE_CHECKING:
@@ -47,7 +58,7 @@ CHOICES = {
 @with_options(RECIPE, "Recipe")
 @with_options(BUDGET, "Budget")
 @with_options((*DATA, *CALIBRATION), "Data")
-@with_options(COMPUTATION, "Computation")
+@with_options((*COMPUTATION, *KEPT), "Computation")
 @with_options(SEARCH)
 def search(json_file: str | None, quiet: bool, **options: Any) -> None:
     """Allot number formats by site under a budget.
@@ -84,9 +95,8 @@ for parameter in search.params:
 
 def _found(options: dict[str, Any], host: Host, quiet: bool) -> Found:
     """Search with the command's options."""
-    from qsim_core import Run
     from qsim_core.cli import progress
-    from qsim_core.cli.recipe_options import calibration_of, hardware_of, recipe_of
+    from qsim_core.cli.recipe_options import calibration_of, hardware_of, recipe_of, run_of
     from qsim_study.lists import split
     from qsim_study.search.choices import KEYS
     from qsim_study.search.found import Budget
@@ -109,14 +119,7 @@ def _found(options: dict[str, Any], host: Host, quiet: bool) -> Found:
         device=options["device"],
         dtype=options["dtype"],
         calibration=calibration_of(options),
-        run=Run(
-            options["batch_size"],
-            options["limit"],
-            options["seed"],
-            work_dir=options["work_dir"],
-            allow_code_execution=options["allow_code_execution"],
-            **({} if quiet else progress.SHOWN),
-        ),
+        run=run_of(options, quiet),
         on=hardware_of(options["on"], host),
         rounds=options["rounds"],
     )

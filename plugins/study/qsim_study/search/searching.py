@@ -9,7 +9,7 @@ from typing import Any
 
 from qsim_core import Bench, Calibration, DataError, Hardware, Host, QsimError, Recipe, Run
 from qsim_core.components.host import installed
-from qsim_core.evaluation.evaluate import Measured
+from qsim_core.evaluation.bench import Measured
 from qsim_core.evaluation.job import Job
 from qsim_core.evaluation.metrics import intervals
 from qsim_core.evaluation.record import calibration_record

@@ -186,19 +186,3 @@ def test_what_was_made_once_is_read_by_later_runs_until_it_is_cleared() -> None:
 
     assert made == ["first", "first", "second"]
     assert ("tokens", "", "tokens of a text") in rows()
-
-
-def test_what_was_made_of_other_bytes_is_made_again() -> None:
-    made = [made_once("tokens", "tokens of a text", text, lambda text=text: text) for text in (b"one", b"two")]
-
-    assert made == [b"one", b"two"]
-
-
-def test_what_cannot_be_kept_is_made_by_each_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("QSIM_CACHE", str(tmp_path / "file"))
-    contents = iter(["first", "second"])
-
-    made = [made_once("tokens", "tokens of a text", b"a text", lambda: next(contents)) for _ in range(2)]
-
-    assert made == ["first", "second"]

@@ -87,10 +87,7 @@ class Bench:
         more. A recipe that quantizes nothing measures the model alone, once. Raises a `QsimError`.
         """
         run, start, given = run or Run(), time.perf_counter(), calibration or Calibration()
-        recipe = Recipe.of(recipe, self.host)
-        if recipe.model is not None and locate(recipe.model, self.host).source != self.located.source:
-            raise RecipeError(f"the recipe names the model {recipe.model!r}; this bench has {self.located.name}")
-        job = Job.at(self.located, recipe, self.host)
+        job = self._job(recipe)
         alone = not job.recipe.quantizes and not job.recipe.transforms and baseline is None
         _check_samples(job.evaluator, samples)
         if run.work_dir is not None:
@@ -98,21 +95,14 @@ class Bench:
         with run.stage(f"loading {self.located.name}"):
             beside = None if baseline is None else locate(baseline, self.host)
             dataset, seen = job.data(data, beside), job.calibration(given)
-        before = time.perf_counter()
         other = None if baseline is None else self._other(baseline, job.evaluator, dataset, run)
-        other_seconds = time.perf_counter() - before
         with run.stage(f"loading {self.located.name}"):
             loaded = self.load()
         example = job.evaluator.example(loaded, dataset)
         batches = job.batches(loaded, seen, given, run)
         with run.stage("looking for matmuls"):
             _check_fits(job, loaded, example)
-        before = time.perf_counter()
-        if other is None:
-            measured, cached = self._baseline(job, loaded, dataset, run, lasting=samples is None)
-        else:
-            measured, cached = other[1], False
-        baseline_seconds = other_seconds + time.perf_counter() - before
+        before = other or self._own(job, loaded, dataset, run, lasting=samples is None)
         with run.stage("quantizing weights") if batches is None else nullcontext():  # transforms show their progress
             simulation = simulate(
                 loaded.model,
@@ -127,66 +117,89 @@ class Bench:
             )
         with simulation if keep else nullcontext():
             audit = simulation.audit(on=on, observer=observer)
-            before = time.perf_counter()
-            compared = replace(run, reference=getattr(measured, "outputs", None))
-            simulated = measured if alone else _metrics(job.evaluator, loaded, dataset, compared, "simulated")
-            simulated_seconds = time.perf_counter() - before
+            compared = replace(run, reference=getattr(before.metrics, "outputs", None))
+            after = _Pass(before.metrics) if alone else _passed(job.evaluator, loaded, dataset, compared, "simulated")
         if samples is not None:
-            _save_samples(job.evaluator, measured, simulated, samples)
+            _save_samples(job.evaluator, before.metrics, after.metrics, samples)
         result = Result(
             **description(job, loaded, dataset, self.host, on),
+            **_compared(before, after),
             weights=self.weights,
-            metric=job.evaluator.metric or next(iter(measured)),
-            baseline=measured,
-            baseline_of=None if other is None else other[0],
+            metric=job.evaluator.metric or next(iter(before.metrics)),
             alone=alone,
-            simulated=simulated,
-            intervals=intervals(measured, simulated),
-            samples=simulated.size if isinstance(simulated, Metrics) else None,
             audit=audit,
             environment=Environment.here(self.device, self.dtype, loaded.model),
             data=data_record(data, dataset),
             calibration=None if seen is None else calibration_record(given, seen),
             transforms=simulation.reports,
-            warnings=[
-                *without_score(measured, "baseline"),
-                *without_score(simulated, "simulated"),
-                *job.notes(self.dtype),
-                *simulation.warnings,
-                *audit.warnings,
-            ],
             batch_size=run.batch_size,
             limit=run.limit,
             seed=run.seed,
-            seconds={
-                "baseline": baseline_seconds,
-                "simulated": simulated_seconds,
-                "total": time.perf_counter() - start,
-            },
-            cached=[*(["baseline"] if cached else []), *simulation.cached],
+            cached=[*(["baseline"] if before.cached else []), *simulation.cached],
         )
-        return Measured(result, measured, simulated)
+        result.warnings += [*job.notes(self.dtype), *simulation.warnings, *audit.warnings]
+        result.seconds["total"] = time.perf_counter() - start
+        return Measured(result, before.metrics, after.metrics)
 
-    def _other(self, name: str, evaluator: Evaluator, dataset: Data, run: Run) -> tuple[str, dict[str, float]]:
-        """The name and the metrics of another model as it is; it is in memory only meanwhile."""
+    def _job(self, recipe: Recipe | Mapping[str, Any]) -> Job:
+        """The recipe filled in for this model. Raises `RecipeError` if it names another one."""
+        recipe = Recipe.of(recipe, self.host)
+        if recipe.model is not None and locate(recipe.model, self.host).source != self.located.source:
+            raise RecipeError(f"the recipe names the model {recipe.model!r}; this bench has {self.located.name}")
+        return Job.at(self.located, recipe, self.host)
+
+    def _other(self, name: str, evaluator: Evaluator, dataset: Data, run: Run) -> _Pass:
+        """Measure another model as it is; it is in memory only meanwhile."""
+        start = time.perf_counter()
         other = Bench(name, host=self.host, device=self.device, dtype=self.dtype)
         with run.stage(f"loading {other.located.name}"):
             loaded = other.load()
-        return other.located.name, _metrics(evaluator, loaded, dataset, run, f"{self.dtype} baseline")
+        found = _passed(evaluator, loaded, dataset, run, f"{self.dtype} baseline")
+        return replace(found, of=other.located.name, seconds=time.perf_counter() - start)
 
-    def _baseline(
-        self, job: Job, loaded: LoadedModel, dataset: Data, run: Run, lasting: bool
-    ) -> tuple[dict[str, float], bool]:
-        """The metrics of the model as it is, and True if an earlier run had measured them."""
+    def _own(self, job: Job, loaded: LoadedModel, dataset: Data, run: Run, lasting: bool) -> _Pass:
+        """Measure the model as it is, or give the metrics of an earlier run."""
+        start = time.perf_counter()
         key = (str(job.evaluator), dataset.sha256, run.batch_size, run.limit, run.seed, run.allow_code_execution)
-        if key in self._baselines:
-            return self._baselines[key], True
-        entry = baseline_entry(job, self.host, loaded, dataset, run, self.device, self.dtype) if lasting else None
-        baseline, cached = cached_baseline(
-            entry, lambda: _metrics(job.evaluator, loaded, dataset, run, f"{self.dtype} baseline")
-        )
-        self._baselines[key] = baseline
-        return baseline, cached
+        cached = key in self._baselines
+        if not cached:
+            entry = baseline_entry(job, self.host, loaded, dataset, run, self.device, self.dtype) if lasting else None
+            self._baselines[key], cached = cached_baseline(
+                entry, lambda: _passed(job.evaluator, loaded, dataset, run, f"{self.dtype} baseline").metrics
+            )
+        return _Pass(self._baselines[key], time.perf_counter() - start, cached=cached)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """The metrics of one pass over the data."""
+
+    metrics: dict[str, float]
+    seconds: float = 0.0
+    of: str | None = None
+    """The name of another model that was measured; None: the model of the bench."""
+    cached: bool = False
+    """True if an earlier run had measured them."""
+
+
+def _passed(evaluator: Evaluator, loaded: LoadedModel, data: Data, run: Run, label: str) -> _Pass:
+    """Measure a model; progress is shown under a label."""
+    start = time.perf_counter()
+    shown = replace(run, track=lambda items, total, _: run.track(items, total, label))
+    return _Pass(evaluator.measure(loaded, data, shown), time.perf_counter() - start)
+
+
+def _compared(before: _Pass, after: _Pass) -> dict[str, Any]:
+    """The parts of a result that come from the metrics of both passes."""
+    return {
+        "baseline": before.metrics,
+        "baseline_of": before.of,
+        "simulated": after.metrics,
+        "intervals": intervals(before.metrics, after.metrics),
+        "samples": after.metrics.size if isinstance(after.metrics, Metrics) else None,
+        "warnings": [*without_score(before.metrics, "baseline"), *without_score(after.metrics, "simulated")],
+        "seconds": {"baseline": before.seconds, "simulated": after.seconds},
+    }
 
 
 def evaluate(
@@ -240,11 +253,6 @@ def _check_runs(evaluator: Evaluator, loaded: LoadedModel, example: Any) -> None
         raise DataError(
             f"the model, {type(loaded.model).__name__}, cannot run on the example of {evaluator}: {one_line(error)}"
         ) from error
-
-
-def _metrics(evaluator: Evaluator, loaded: LoadedModel, data: Data, run: Run, label: str) -> dict[str, float]:
-    """The metrics of one pass over the data; its progress is shown under a label."""
-    return evaluator.measure(loaded, data, replace(run, track=lambda items, total, _: run.track(items, total, label)))
 
 
 def _check_samples(evaluator: Evaluator, directory: Path | None) -> None:

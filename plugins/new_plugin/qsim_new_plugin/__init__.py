@@ -56,7 +56,7 @@ def write(kind: str, name: str, directory: Path) -> Path:
         f"qsim_{name}.py": f"{kind}.py",
         f"tests/test_{name}.py": "test_adapter.py" if kind == "adapter" else "test.py",
     }
-    templates = files("qsim_core.cli") / "templates"
+    templates = files(__name__) / "templates"
     texts = {file: (templates / f"{source}.template").read_text(encoding="utf-8") for file, source in parts.items()}
     try:
         (target / "tests").mkdir(parents=True)
