@@ -32,6 +32,8 @@ class Float(Format):
     Unsigned `p3109` has NaN in the topmost code and Inf below it. A value beyond the largest finite one, ±Inf too,
     saturates if the format has no Inf, and becomes Inf if it has. `saturate` changes this: true always saturates;
     with false, `fn` and `fnuz` give NaN. Without subnormals the codes of exponent 0 are zero. NaN always stays NaN.
+
+    A scale maps the largest magnitude of its block to `full_scale`. Values up to the largest one lie above it.
     """
 
     name = "float"
@@ -42,6 +44,9 @@ class Float(Format):
     subnormals: bool = Field(True, description="false: no values between zero and the smallest normal value")
     signed: bool = Field(True, description="false: values start at 0, and the code has one bit less")
     saturate: bool | None = Field(None, description="clamp values that are too large; none: only if there is no Inf")
+    full_scale: float | None = Field(
+        None, gt=0, description="the value to which a scale maps the largest magnitude; none: the largest value"
+    )
 
     @model_validator(mode="after")
     def _leaves_numbers(self) -> Self:
@@ -64,6 +69,8 @@ class Float(Format):
             raise ValueError(f"its largest value {finite.max():.2g} is beyond float32's; {remedy}")
         if finite.min() < 2.0**SMALLEST_EXPONENT:
             raise ValueError(f"its smallest value {finite.min():.2g} is below float32's; lower the bias")
+        if self.full_scale is not None and self.full_scale > finite.max():
+            raise ValueError(f"full_scale is at most the largest value, {finite.max():g}, not {self.full_scale:g}")
         return self
 
     @property
@@ -83,6 +90,10 @@ class Float(Format):
         if self.saturate is True or (self.saturate is None and not infinite):
             return None
         return torch.inf if infinite else torch.nan
+
+    @property
+    def reach(self) -> float:
+        return self.max if self.full_scale is None else self.full_scale
 
     def following(self, values: Tensor) -> float:
         largest = float(values[-1])

@@ -46,6 +46,6 @@ class KnownMaximum(SiteQuantizer):
         tensor_scale = quantizing.tensor_scale_of(scheme, highest)
         if (fast := quantizing.quantize(scheme, x, tensor_scale=tensor_scale, result=out)) is not None:
             return fast
-        blocks, own, _ = scheme.measured(x)
+        blocks, own, *_ = scheme.measured(x)
         scale = scale_scheme.quantize_at(own, tensor_scale.view(1, 1), None).unsqueeze(-1)
         return laid_out_as(x, scheme.join(scheme.round_at(blocks, scale, None), x))

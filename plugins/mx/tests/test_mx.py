@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import qsim_core as qsim
-from qsim_core.testing import QuantizerSuite
+from qsim_core.testing import CalibratorSuite, QuantizerSuite
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -160,6 +160,46 @@ def test_nvfp4s_scales_are_torchaos_except_for_the_smallest() -> None:
     assert (encoded.packed() == packed.view(torch.uint8).flatten()).float().mean() > 0.99
 
 
+def four_over_six_by_hand(x: Tensor) -> Tensor:
+    """Try both scales of each block, one block at a time: the scale of the tensor is max/1536."""
+    unit, result = x.abs().max() / 6 / 256, x.clone().view(-1, 16)
+    for block in result:
+        tried = []
+        for factor in (1, 1.5):
+            scale = (block.abs().max() * factor / 6 / unit).to(torch.float8_e4m3fn).float() * unit
+            tried.append(qsim.parse("e2m1")(block / scale) * scale)
+        six, four = (float((y - block).square().sum()) for y in tried)
+        block.copy_(tried[four < six])
+    return result.view(x.shape)
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+def test_four_over_six_takes_the_better_of_two_scales(spread: float) -> None:
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-spread, spread, 32)[:, None]
+
+    assert torch.equal(qsim.parse("nvfp4_adaptive")(x), four_over_six_by_hand(x))
+
+
+def test_four_over_six_by_hand() -> None:
+    """The scale of the tensor is 1536 / 1536 = 1. In the second block 40 / 6 would be the scale 6.5; 40 / 4 is exact."""
+    x = torch.zeros(1, 48)
+    x[0, 0] = 1536
+    x[0, 16:20] = torch.tensor([10.0, 20.0, 30.0, 40.0])
+    x[0, 32:35] = torch.tensor([36.0, -18.0, 3.0])
+    encoded = qsim.parse("nvfp4_adaptive").encode(x)
+
+    assert torch.equal(qsim.parse("nvfp4_adaptive")(x), x)
+    assert qsim.parse("nvfp4(scale=at_scale(e4m3, 1))")(x)[0, 16:20].tolist() == [9.75, 19.5, 26.0, 39.0]
+    assert qsim.parse("scaled(e4m3(full_scale=256))").decode(encoded.scales).tolist() == [[256.0, 10.0, 6.0]]  # type: ignore[arg-type]
+
+
+def test_four_over_six_has_a_smaller_error_than_nvfp4() -> None:
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    plain, adaptive = (float((qsim.parse(text)(x) - x).square().mean()) for text in ("nvfp4", "nvfp4_adaptive"))
+
+    assert adaptive < 0.93 * plain
+
+
 def test_msfp_shares_an_exponent_over_integers() -> None:
     x = torch.randn(10, 64, generator=torch.Generator().manual_seed(0))
     exponent = x.unflatten(-1, (-1, 16)).abs().amax(-1, keepdim=True).log2().floor()
@@ -197,6 +237,8 @@ def test_bits_are_those_of_the_papers(name: str, bits: float) -> None:
     [
         ("mx(e8m0)", "mx: e8m0 has no values at or below zero: it can be a scale, not an element"),
         ("mx(e4m3, scale=int8)", "mx: int8 as a scale needs a scale of its own, like scaled(int8, channel)"),
+        ("nvfp4(scale=scaled(e4m3(full_scale=500)))", "float: full_scale is at most the largest value, 448, not 500"),
+        ("mx(e4m3(full_scale=256))", "mx: rule floor cannot follow the convention of"),
         ("mx(e4m3, n=0)", "mx: n should be greater than 0, not 0"),
         ("mx(e4m3, rule=down)", "mx: rule should be 'divide', 'floor', 'ceil', 'even' or 'rceil', not 'down'"),
     ],
@@ -208,8 +250,22 @@ def test_options_that_contradict_each_other_are_refused(text: str, message: str)
     assert str(error.value).startswith(message)
 
 
+class TestFourOverSix(CalibratorSuite):
+    text = "four_over_six"
+
+
 class TestMx(QuantizerSuite):
-    text = ("mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp4", "mxint8", "nvfp4", "msfp12", "deepseek_activations")
+    text = (
+        "nvfp4_adaptive",
+        "mxfp8_e4m3",
+        "mxfp8_e5m2",
+        "mxfp6_e2m3",
+        "mxfp4",
+        "mxint8",
+        "nvfp4",
+        "msfp12",
+        "deepseek_activations",
+    )
 
 
 class TestTiles(QuantizerSuite):
