@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -33,6 +34,8 @@ from qsim_core.quantizers.calibrators import Calibrator, MinMax
 from qsim_core.quantizers.gradients import Gradient, passing
 from qsim_core.quantizers.scales import Scales
 
+Weigh = Callable[[Tensor], Tensor]
+"""Maps the errors [..., B, n] of blocks to those that a calibrator compares, in the same shape."""
 LONGEST = 2**31 - 1
 """The most elements along an axis of a block; kernels count them in 64 bits."""
 
@@ -257,9 +260,12 @@ class Scheme(Quantizer):
             units = units - element.from_codes(encoded.zero_points, dtype).unsqueeze(-1)
         return self.join(units * scale.unsqueeze(-1), encoded.codes).to(encoded.dtype)
 
-    def scale_map(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The scale and the zero point of each element of `x`, in its shape and in the dtype of the arithmetic."""
-        blocks, exact, zero, of_scales = self.measured(x)
+    def scale_map(self, x: Tensor, weigh: Weigh | None = None) -> tuple[Tensor, Tensor | None]:
+        """The scale and the zero point of each element of `x`, in its shape and in the dtype of the arithmetic.
+
+        The calibrator compares errors as `weigh` maps them.
+        """
+        blocks, exact, zero, of_scales = self.measured(x, weigh)
         scale = self.rounded_scale(exact, of_scales).unsqueeze(-1)
         return self.join(scale.expand_as(blocks), x), None if zero is None else self.join(zero.expand_as(blocks), x)
 
@@ -323,13 +329,13 @@ class Scheme(Quantizer):
         units = self.split(working(x)) / divisor_of(scale)
         return self.join(passing(self.coded, units if zero is None else units + zero, gradient), x)
 
-    def measured(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Scales | None]:
+    def measured(self, x: Tensor, weigh: Weigh | None = None) -> tuple[Tensor, Tensor, Tensor | None, Scales | None]:
         """The blocks of `x` [..., B, n], their scales before rounding [..., B], and their zero points [..., B, 1].
 
         The last part are the scales and zero points of the scales, [..., B]; None if the scales have none.
         """
         blocks = self.split(working(x))
-        return blocks, *self._exact(blocks, self.counts(x, blocks))
+        return blocks, *self._exact(blocks, self.counts(x, blocks), weigh)
 
     def counts(self, x: Tensor, blocks: Tensor) -> Tensor | None:
         """1 for each value of a block and 0 for each zero that fills up a short one; None if no block is short."""
@@ -337,7 +343,9 @@ class Scheme(Quantizer):
             return None
         return self.split(torch.ones(x.shape[-2:], dtype=blocks.dtype, device=x.device)).expand(blocks.shape)
 
-    def _exact(self, blocks: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor | None, Scales | None]:
+    def _exact(
+        self, blocks: Tensor, counts: Tensor | None = None, weigh: Weigh | None = None
+    ) -> tuple[Tensor, Tensor | None, Scales | None]:
         """Find scales [..., B] before rounding by the calibrator `range`, zero points, and the scales of the scales."""
         values = self._ranged(blocks)
         of_scales = self._of_scales(values)
@@ -345,7 +353,8 @@ class Scheme(Quantizer):
         def error(low: Tensor, high: Tensor) -> Tensor:
             exact, zero = self.covering(low, high, of_scales)
             scale = self.rounded_scale(exact, of_scales).unsqueeze(-1)
-            return self.units(blocks, scale, zero) * scale - blocks
+            change = self.units(blocks, scale, zero) * scale - blocks
+            return change if weigh is None else weigh(change)
 
         return *self.covering(*self.range.range(values, error, counts), of_scales), of_scales
 
