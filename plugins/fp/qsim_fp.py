@@ -177,7 +177,7 @@ class P3109(Format):
 
     name = "p3109"
     has_nan: ClassVar[bool] = True
-    format: str = Field(description="its name, like binary8p3se")
+    format: str = Field("binary8p3se", description="its name")
     saturate: bool = Field(False, description="clamp values that are too large, also where there is Inf")
 
     @field_validator("format")
