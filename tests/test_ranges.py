@@ -150,6 +150,23 @@ def test_the_rules_by_hand_for_e2m1(rule: str, exponents: list[int]) -> None:
     assert scales.log2().tolist() == exponents
 
 
+def test_a_search_tries_the_scales_that_are_used() -> None:
+    """The scale of the tensor is that of the whole range, for each candidate and in the end."""
+    x = noise(8, 64)
+    unit = x.abs().max() / 6 / 448
+    expected = x.clone().view(-1, 16)
+    for block in expected:
+        tried = []
+        for step in range(8):
+            scale = qsim.parse("e4m3")(block.abs().max() * (1 - step / 10) / 6 / unit) * unit
+            tried.append(qsim.parse("e2m1")(block / scale) * scale)
+        block.copy_(min(tried, key=lambda found: float((found - block).square().sum())))
+
+    y = qsim.parse("scaled(e2m1, 16, scale=scaled(e4m3), range=mse(norm=2, steps=10))")(x)
+
+    assert torch.allclose(y, expected.view(8, 64), rtol=1e-6, atol=0)
+
+
 def test_a_power_of_two_scale_is_exact_next_to_powers_of_two() -> None:
     magnitudes = torch.exp2(torch.arange(-100.0, 100.0))
     below, above = (torch.nextafter(magnitudes, torch.tensor(end)) for end in (0.0, torch.inf))

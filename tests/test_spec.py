@@ -49,6 +49,7 @@ def test_every_installed_component_round_trips(host: qsim.Host) -> None:
         "{0}(4, 3)",
         "{0}(16)",
         "{0}([-1, 0, 1])",
+        "{0}([block(int4, 16), block(int8, 16)])",
         "{0}([[int8, 1e12]], 1e9)",
     )
     stuck = []

@@ -253,12 +253,13 @@ def test_the_scale_of_block_scales_is_found_once_and_the_block_scales_in_each_te
         assert torch.equal(found, model(scaled_input(0.25)))
 
 
-def test_on_the_calibration_data_it_is_the_dynamic_scheme() -> None:
+@pytest.mark.parametrize("more", ["", ", range=mse(steps=10)", ", range=four_over_six"])
+def test_on_the_calibration_data_it_is_the_dynamic_scheme(more: str) -> None:
     model, x = torch.nn.Linear(64, 8), scaled_input(1.0)
-    with qsim.simulate(model, activations=NVFP4, calibration=[x]):
+    with qsim.simulate(model, activations=f"{NVFP4[:-1]}{more})", calibration=[x]):
         found = model(x)
 
-    with qsim.simulate(model, activations="scaled(e2m1, block=16, scale=scaled(e4m3))"):
+    with qsim.simulate(model, activations=f"scaled(e2m1, block=16, scale=scaled(e4m3){more})"):
         assert torch.equal(found, model(x))
 
 

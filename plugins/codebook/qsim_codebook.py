@@ -31,14 +31,18 @@ class Codebook(Format):
     """Any list of values. Rounding is to the nearest value, and a tie goes to the even code.
 
     The code of a value is its place in ascending order. Values are stored in float32. NaN stays NaN, although it has no
-    code; ±Inf saturates. A file is read once, when the format is built. It holds a JSON list, or numbers separated by
-    blanks, commas or line ends; `#` begins a comment. The text form contains the values themselves, so a record of a
-    run does not depend on the file.
+    code; ±Inf saturates. A scale maps the largest magnitude of its block to `full_scale`, by default the largest value.
+    A file is read once, when the format is built. It holds a JSON list, or numbers separated by blanks, commas or line
+    ends; `#` begins a comment. The text form contains the values themselves, so a record of a run does not depend on
+    the file.
     """
 
     name = "codebook"
     values: tuple[float, ...] = Field((), description="the representable values, in any order")
     file: str | None = Field(None, description="a file to read the values from instead")
+    full_scale: float | None = Field(
+        None, gt=0, description="the value to which a scale maps the largest magnitude; none: the largest value"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -67,6 +71,10 @@ class Codebook(Format):
             first = int(twice[0])
             raise ValueError(f"{ordered[first]} and {ordered[first + 1]} are the same value in float32; remove one")
         return tuple(ordered)
+
+    @property
+    def reach(self) -> float:
+        return self.max if self.full_scale is None else self.full_scale
 
     def table(self) -> Tensor:
         return torch.tensor(self.values, dtype=torch.float32).double()

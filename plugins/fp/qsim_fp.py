@@ -1,12 +1,14 @@
-"""Floating point: `float(exponent, mantissa)` of any split and convention, and the formats that have names."""
+"""Floating point: `float(exponent, mantissa)` of any split and convention, IEEE P3109, and formats that have names."""
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from qsim_core import Format, Preset, hookimpl
@@ -14,6 +16,10 @@ from qsim_core.formats.rounding import Steps, power_of_two, round_to_float
 
 NATIVE = {(8, 7): torch.bfloat16, (5, 10): torch.float16}
 """IEEE formats, as (exponent, mantissa): torch converts float32 to them as `round_to_float` does, but faster."""
+MOST_BITS = 15
+"""The width of the widest format of P3109 here."""
+EXPONENT_BITS = 8
+"""The exponent bits with which the values of a P3109 format lie in float32's range."""
 SMALLEST_EXPONENT = -149
 """Exponent of float32's smallest subnormal: float32 cannot simulate values below it."""
 
@@ -32,6 +38,8 @@ class Float(Format):
     Unsigned `p3109` has NaN in the topmost code and Inf below it. A value beyond the largest finite one, ±Inf too,
     saturates if the format has no Inf, and becomes Inf if it has. `saturate` changes this: true always saturates;
     with false, `fn` and `fnuz` give NaN. Without subnormals the codes of exponent 0 are zero. NaN always stays NaN.
+
+    A scale maps the largest magnitude of its block to `full_scale`. Values up to the largest one lie above it.
     """
 
     name = "float"
@@ -42,6 +50,9 @@ class Float(Format):
     subnormals: bool = Field(True, description="false: no values between zero and the smallest normal value")
     signed: bool = Field(True, description="false: values start at 0, and the code has one bit less")
     saturate: bool | None = Field(None, description="clamp values that are too large; none: only if there is no Inf")
+    full_scale: float | None = Field(
+        None, gt=0, description="the value to which a scale maps the largest magnitude; none: the largest value"
+    )
 
     @model_validator(mode="after")
     def _leaves_numbers(self) -> Self:
@@ -64,6 +75,8 @@ class Float(Format):
             raise ValueError(f"its largest value {finite.max():.2g} is beyond float32's; {remedy}")
         if finite.min() < 2.0**SMALLEST_EXPONENT:
             raise ValueError(f"its smallest value {finite.min():.2g} is below float32's; lower the bias")
+        if self.full_scale is not None and self.full_scale > finite.max():
+            raise ValueError(f"full_scale is at most the largest value, {finite.max():g}, not {self.full_scale:g}")
         return self
 
     @property
@@ -83,6 +96,10 @@ class Float(Format):
         if self.saturate is True or (self.saturate is None and not infinite):
             return None
         return torch.inf if infinite else torch.nan
+
+    @property
+    def reach(self) -> float:
+        return self.max if self.full_scale is None else self.full_scale
 
     def following(self, values: Tensor) -> float:
         largest = float(values[-1])
@@ -146,6 +163,79 @@ class Float(Format):
         return rounded if self._has_negative_zero else rounded + 0.0  # -0 + 0 is +0
 
 
+class P3109(Format):
+    """A format of the IEEE P3109 working group by its name: `binary8p3se` has 8 bits and precision 3.
+
+    The letters are s (signed) or u (unsigned), and e (extended, with Inf) or f (finite). K bits with precision P have
+    P - 1 fraction bits and E = K - P exponent bits, or K - P + 1 if unsigned. The bias is 2^(E - 1). There are
+    subnormals, no -0, and one NaN: the code of -0, or the topmost code if unsigned. Inf is the largest positive code.
+
+    Values beyond the range become Inf in an extended format, and saturate in a finite one or with `saturate`. Formats
+    with more than 8 exponent bits reach beyond float32, and are refused. Source: P3109 working group, value tables of
+    2026.
+    """
+
+    name = "p3109"
+    has_nan: ClassVar[bool] = True
+    format: str = Field("binary8p3se", description="its name")
+    saturate: bool = Field(False, description="clamp values that are too large, also where there is Inf")
+
+    @field_validator("format")
+    @classmethod
+    def _exists(cls, format: str) -> str:
+        _parts_of_name(format)
+        return format.lower()
+
+    @functools.cached_property
+    def number(self) -> Float:
+        """The same format by its bits and conventions."""
+        bits, precision, signed, extended = _parts_of_name(self.format)
+        exponent = bits - precision + (not signed)
+        specials = "p3109" if extended else "fnuz" if signed else "fn"
+        return Float(
+            exponent=exponent,
+            mantissa=precision - 1,
+            specials=specials,
+            bias=2 ** (exponent - 1),
+            signed=signed,
+            saturate=self.saturate or None,
+            rounding=self.rounding,
+            seed=self.seed,
+        )
+
+    def table(self) -> Tensor:
+        return self.number.table()
+
+    def following(self, values: Tensor) -> float:
+        return self.number.following(values)
+
+    def round(self, x: Tensor) -> Tensor:
+        return self.number.round(x)
+
+    @property
+    def overflow(self) -> float | None:
+        return self.number.overflow
+
+    @property
+    def steps(self) -> Steps | None:
+        return self.number.steps
+
+
+def _parts_of_name(name: str) -> tuple[int, int, bool, bool]:
+    """Read the bits, the precision, signed and extended of a name of P3109."""
+    found = re.fullmatch(r"[Bb]inary(\d{1,2})p(\d{1,2})([su])([ef])", name)
+    if found is None:
+        raise ValueError(f"a name is binaryKpP with se, sf, ue or uf, such as binary8p3se, not {name!r}")
+    bits, precision, signed = int(found[1]), int(found[2]), found[3] == "s"
+    if not 3 <= bits <= MOST_BITS or not 1 <= precision <= bits - signed:
+        raise ValueError(f"there is no {name}: K goes from 3 to {MOST_BITS}, and P from 1 to K, or K - 1 if signed")
+    if bits - precision + (not signed) > EXPONENT_BITS:
+        raise ValueError(
+            f"{name} reaches beyond float32's range; take a precision of {bits - EXPONENT_BITS + (not signed)}"
+        )
+    return bits, precision, signed, found[4] == "e"
+
+
 class E8M0(Format):
     """Powers of two from 2^-127 to 2^127, and NaN: the scales of OCP MX v1.0, section 5.4.1.
 
@@ -167,6 +257,23 @@ class E8M0(Format):
         return values
 
 
+class E6M2(Format):
+    """Unsigned scales from 2^-48 to 1.5 * 2^15 with 2 fraction bits, and NaN: the shared scales of HiFloat4.
+
+    There is no zero, and there are no subnormals: values below 2^-48, zero and negative ones become 2^-48. Values that
+    are too large saturate. The topmost code is NaN. Source: arXiv 2602.11287.
+    """
+
+    name = "e6m2"
+    has_nan: ClassVar[bool] = True
+
+    def table(self) -> Tensor:
+        code = torch.arange(256)
+        values = (1 + (code % 4) / 4) * power_of_two(code // 4 - 48)
+        values[255] = torch.nan
+        return values
+
+
 NAMED = [
     Preset("bf16", "float(8, mantissa=7, specials=ieee)", "bfloat16", stands_for_bits=16),
     Preset("fp16", "float(5, mantissa=10, specials=ieee)", "IEEE 754 binary16 (float16)"),
@@ -177,6 +284,11 @@ NAMED = [
     Preset("e5m2fnuz", "float(5, mantissa=2, specials=fnuz)", "no Inf, no -0, bias 16, largest 57344, saturating"),
     Preset("e4m3b11fnuz", "float(4, mantissa=3, specials=fnuz, bias=11)", "as e4m3fnuz with bias 11, largest 30"),
     Preset("e3m4", "float(3, mantissa=4, specials=ieee)", "IEEE-like 8 bits, largest 15.5, then Inf"),
+    Preset(
+        "e5m3",
+        "float(5, mantissa=3, specials=fn, signed=false)",
+        "unsigned scales (UE5M3), bias 15, largest 114688, saturating",
+    ),
     Preset("e3m2", "float(3, mantissa=2)", "OCP MX v1.0 FP6, largest 28"),
     Preset("e2m3", "float(2, mantissa=3)", "OCP MX v1.0 FP6, largest 7.5"),
     Preset("e2m1", "float(2, mantissa=1)", "OCP MX v1.0 FP4: 0, 0.5, 1, 1.5, 2, 3, 4, 6"),
@@ -197,13 +309,26 @@ OF_TORCH = {
     "e2m1fn": "e2m1",
 }
 """The names that torch and ml_dtypes have for these formats."""
-P3109 = [
+EARLIER = [
     Preset(f"binary8p{p}{suffix}", f"float({8 - p}, mantissa={p - 1}, specials={specials})", doc.format(p=p))
     for p in range(1, 8)
     for suffix, specials, doc in (
         ("", "p3109", "IEEE P3109 binary8, precision {p}, with Inf"),
         ("f", "fnuz", "IEEE P3109 binary8, precision {p}, finite"),
     )
+]
+"""The names of earlier drafts of P3109."""
+BINARY8 = [
+    Preset(name, f"p3109({name})", f"IEEE P3109, 8 bits, precision {p}, {doc}")
+    for p in range(1, 9)
+    for letters, doc in (
+        ("se", "signed, with Inf"),
+        ("sf", "signed, finite"),
+        ("ue", "unsigned, with Inf"),
+        ("uf", "unsigned, finite"),
+    )
+    if p < 8 or letters[0] == "u"
+    for name in [f"binary8p{p}{letters}"]
 ]
 
 
@@ -212,4 +337,4 @@ def qsim_quantizers() -> list[type[Format] | Preset]:
     texts = {preset.name: preset.text for preset in NAMED}
     of_torch = [Preset(name, texts[ours], f"torch's name for {ours}") for name, ours in OF_TORCH.items()]
     of_torch += [Preset(name, "e8m0()", "torch's name for e8m0") for name in ("float8_e8m0fnu", "e8m0fnu")]
-    return [Float, E8M0, *NAMED, *of_torch, *P3109]
+    return [Float, P3109, E8M0, E6M2, *NAMED, *of_torch, *EARLIER, *BINARY8]

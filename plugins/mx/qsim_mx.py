@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveInt
+import math
+from typing import Self
 
-from qsim_core import Format, Preset, Quantizer, Scheme, hookimpl
-from qsim_core.formats.rounding import ScaleRule
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor
+
+from qsim_core import Calibrator, Encoded, Format, Preset, Quantizer, Scheme, hookimpl
+from qsim_core.formats.quantizer import Granularity, floating, laid_out_as
+from qsim_core.formats.rounding import ScaleRule, working
+from qsim_core.quantizers.calibrators import ErrorOf
+
+DOUBLED = 8 / 7 * (1 - 2**-21)
+"""From this multiple of the base on a scale becomes twice the base: 8/7, but for the rounding of quotients."""
 
 
 class MX(Scheme):
@@ -28,6 +39,148 @@ class MX(Scheme):
         return self.n
 
 
+class Microexponent(Quantizer):
+    """Rounds scales so that n neighbours share a base, and each is the base or twice the base: one more bit for each.
+
+    The base is half the largest of the n scales, rounded by `scale`. A scale of 8/7 of the base or more becomes twice
+    the base. For powers of two these are the shared microexponents of MX4, MX6 and MX9 (arXiv 2302.08007). For scales
+    max|x| / 1.75 it is HiFloat4's rule (arXiv 2602.11287): twice the base from max|x| = 2 base on.
+    """
+
+    name = "microexponent"
+    n: PositiveInt = Field(8, description="scales that share a base; the last ones may be fewer")
+    scale: Quantizer = Field("e8m0", description="rounds the bases")  # type: ignore[assignment]
+
+    def _groups(self, x: Tensor) -> Tensor:
+        """Split scales [..., B] into groups [..., ceil(B / n), n], filled up with zeros."""
+        groups: Tensor = F.pad(x, (0, -x.shape[-1] % self.n)).unflatten(-1, (-1, self.n))
+        return groups
+
+    def _base(self, x: Tensor) -> Tensor:
+        return self._groups(working(x)).amax(-1) / 2
+
+    def _doubled(self, x: Tensor, base: Tensor) -> Tensor:
+        """Tell which of the scales [..., B] become twice their base [..., ceil(B / n)]."""
+        return (self._groups(working(x)) >= base.unsqueeze(-1) * DOUBLED).flatten(-2)[..., : x.shape[-1]]
+
+    def _values(self, doubled: Tensor, base: Tensor) -> Tensor:
+        each = base.repeat_interleave(self.n, -1)[..., : doubled.shape[-1]]
+        return torch.where(doubled, 2 * each, each)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        if floating(x).numel() == 0 or x.dim() == 0:
+            return x.clone() if x.dim() else self.quantize(x.view(1)).view(())
+        base = self.scale.quantize(self._base(x))
+        return laid_out_as(x, self._values(self._doubled(x, base), base))
+
+    def encode(self, x: Tensor) -> Encoded:
+        """Encode scales [..., B]: 1 for twice the base, and the encoded bases."""
+        base = self.scale.quantize(self._base(x))
+        return Encoded(self._doubled(x, base).to(torch.uint8), 1, x.dtype, self.scale.encode(self._base(x)))
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        assert isinstance(encoded.scales, Encoded)
+        return self._values(encoded.codes.bool(), self.scale.decode(encoded.scales)).to(encoded.dtype)
+
+    def bits_per_element(self, shape: torch.Size) -> float | None:
+        length = shape[-1] if shape else 1
+        bases = torch.Size([*shape[:-1], -(-length // self.n)])
+        bits = self.scale.bits_per_element(bases)
+        return None if bits is None else 1 + bits * bases[-1] / max(length, 1)
+
+    @property
+    def granularity(self) -> int:
+        return self.n
+
+    @property
+    def by_rows(self) -> bool:
+        return self.scale.by_rows
+
+    @property
+    def draws(self) -> bool:
+        return self.scale.draws
+
+
+class Best(Quantizer):
+    """Rounds each block of n elements along the rows by the one of several schemes that has the least Σ error².
+
+    Of equal errors the first scheme's result is taken. The schemes have blocks of the same n. Which one was taken is
+    stored with the scale of the block, and adds log2(number of schemes) / n bits to an element.
+    """
+
+    name = "best"
+    schemes: tuple[Scheme, ...] = Field(description="schemes with blocks of the same length, like block(e2m1, 16)")
+
+    @model_validator(mode="after")
+    def _have_the_same_blocks(self) -> Self:
+        if len(self.schemes) < 2:
+            raise ValueError("give at least two schemes, as in best([block(e2m1, 16), block(int4, 16)])")
+        for scheme in self.schemes:
+            if not isinstance(scheme.granularity, int) or scheme.granularity != self.schemes[0].granularity:
+                raise ValueError(f"{scheme} does not have the blocks of n elements along a row that the others have")
+            if scheme.needs_held_scales("input"):
+                raise ValueError(f"{scheme} has static or learned scales; here they are found anew for each tensor")
+        return self
+
+    def quantize(self, x: Tensor) -> Tensor:
+        if floating(x).numel() == 0:
+            return x.clone()
+        first, exact = self.schemes[0], working(x)
+        values = first.split(exact)
+        best, least = values, values.new_full((), torch.inf)
+        for scheme in self.schemes:
+            tried = first.split(scheme.quantize(exact))
+            error = (tried - values).square().sum(-1, keepdim=True)
+            # a block with NaN takes the last scheme's NaN
+            best, least = torch.where(error >= least, best, tried), torch.where(error >= least, least, error)
+        return laid_out_as(x, first.join(best, x))
+
+    def bits_per_element(self, shape: torch.Size) -> float | None:
+        bits = [scheme.bits_per_element(shape) for scheme in self.schemes]
+        known = [one for one in bits if one is not None]
+        if len(known) < len(bits) or not shape:
+            return None
+        blocks = self.schemes[0].blocks_of(shape) / max(shape[-1], 1)
+        return max(known) + math.ceil(math.log2(len(self.schemes))) * blocks
+
+    @property
+    def granularity(self) -> Granularity:
+        return self.schemes[0].granularity
+
+    @property
+    def sharing(self) -> frozenset[Granularity]:
+        return frozenset().union(*(scheme.sharing for scheme in self.schemes))
+
+    @property
+    def by_rows(self) -> bool:
+        return all(scheme.by_rows for scheme in self.schemes)
+
+    @property
+    def draws(self) -> bool:
+        return any(scheme.draws for scheme in self.schemes)
+
+
+class FourOverSix(Calibrator):
+    """Covers the whole range of a block, or 1.5 times as much, if the sum of squared errors is smaller.
+
+    The largest magnitude of a block becomes 6 or 4 in E2M1: 4 where 6 would leave the values near 5 without a
+    neighbour. The quantizer of the scales needs room for 1.5 times the largest scale; `nvfp4_adaptive` has it.
+    Source: four-over-six, arXiv 2512.02010.
+    """
+
+    name = "four_over_six"
+
+    def range(self, blocks: Tensor, error: ErrorOf, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+        low, high = self.whole(blocks)
+
+        def squared(share: float) -> Tensor:
+            squares = error(share * low, share * high).square()
+            return (squares if counts is None else squares * counts).sum(-1)
+
+        share = torch.where(squared(1.5) < squared(1.0), 1.5, 1.0)
+        return share * low, share * high
+
+
 OCP = [
     Preset("mxfp8_e4m3", "mx(e4m3)", "OCP MXFP8, E4M3"),
     Preset("mxfp8_e5m2", "mx(e5m2)", "OCP MXFP8, E5M2"),
@@ -44,7 +197,58 @@ MSFP = [
     )
     for bits in range(3, 9)
 ]
+MICROEXPONENTS = [
+    Preset(
+        f"mx{bits + 1}",
+        f"mx(int{bits}, n=2, scale=microexponent(8))",
+        f"shared microexponents (arXiv 2302.08007): {bits} bits, an exponent for 16, a shift for 2",
+    )
+    for bits in (3, 5, 8)
+]
+HIF4 = Preset(
+    "hif4",
+    "block(int(4, fraction=2, rounding=away), n=4, scale=microexponent(2, scale=microexponent(8, scale=e6m2)))",
+    "HiFloat4 (arXiv 2602.11287): an E6M2 scale for 64, a shift for 8 and one for 4 elements",
+)
+UE4M3, E3M3 = "e4m3(signed=false)", "float(3, mantissa=3, specials=fn, signed=false)"
+
+
+def _with(special: float, scale: str, full_scale: float | None = None) -> str:
+    """Write NVFP4 with one more value in its elements."""
+    magnitudes = (0.5, 1, 1.5, 2, 3, 4, 6)
+    values = sorted([0, special, *magnitudes, *(-value for value in magnitudes)])
+    reach = "" if full_scale is None else f", full_scale={full_scale:g}"
+    return f"scaled(codebook([{', '.join(f'{value:g}' for value in values)}]{reach}), 16, scale=scaled({scale}))"
+
+
+CHOSEN = [
+    Preset(
+        "if4",
+        f"best([scaled(e2m1, 16, scale=scaled({UE4M3})), scaled(int4, 16, scale=scaled({UE4M3}))])",
+        "IF4 (arXiv 2603.28765): NVFP4 with E2M1 or 4-bit integers in each block",
+    ),
+    Preset(
+        "razer",
+        f"best([{_with(-5, UE4M3)}, {_with(5, UE4M3)}])",
+        "RaZeR (arXiv 2501.04052) for activations: NVFP4 with -5 or 5 in place of -0 in each block",
+    ),
+    Preset(
+        "razer_weights",
+        "best(["
+        + ", ".join(
+            [*(_with(special, E3M3) for special in (5, -5))]
+            + [_with(special, E3M3.replace(")", ", full_scale=21)"), full_scale=8) for special in (8, -8)]
+        )
+        + "])",
+        "RaZeR for weights: ±5 or ±8 in place of -0, and E3M3 scales",
+    ),
+]
 OTHERS = [
+    Preset(
+        "mxfp4_mr_gptq",
+        "mx(e2m1, scale=at_scale(e8m0(rounding=away), scale=1.3333333333333333))",
+        "MXFP4 with the scale 2^(floor(log2 max|x|) - 2) / 0.75 of MR-GPTQ (arXiv 2509.23202)",
+    ),
     Preset(
         "nvfp4",
         "scaled(e2m1, block=16, scale=scaled(e4m3))",
@@ -55,6 +259,11 @@ OTHERS = [
         "scaled(e2m1, block=16, scale=scaled(e4m3, static=true))",
         "NVFP4 for activations as it is deployed: the tensor's scale is found in calibration data",
     ),
+    Preset(
+        "nvfp4_adaptive",
+        "scaled(e2m1, block=16, scale=scaled(e4m3(full_scale=256)), range=four_over_six)",
+        "NVFP4 with the better of two scales for each block: four-over-six, arXiv 2512.02010",
+    ),
     Preset("deepseek_weights", "block(e4m3, n=[128, 128])", "DeepSeek-V3, arXiv 2412.19437, 3.3.2: tiles of 128 x 128"),
     Preset("deepseek_activations", "block(e4m3, n=128)", "DeepSeek-V3, arXiv 2412.19437, 3.3.2: tiles of 1 x 128"),
 ]
@@ -62,4 +271,9 @@ OTHERS = [
 
 @hookimpl
 def qsim_quantizers() -> list[type[Quantizer] | Preset]:
-    return [MX, *OCP, *MSFP, *OTHERS]
+    return [MX, Microexponent, Best, *OCP, *MSFP, *MICROEXPONENTS, HIF4, *CHOSEN, *OTHERS]
+
+
+@hookimpl
+def qsim_calibrators() -> list[type[Calibrator]]:
+    return [FourOverSix]

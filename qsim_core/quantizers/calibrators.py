@@ -49,6 +49,10 @@ class Calibrator(Component):
         so that it shows.
         """
 
+    def whole(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the range of all values, before any choice: the scales of the scales cover it."""
+        return blocks.amin(-1), blocks.amax(-1)
+
     def observer(self) -> Observer:
         """Make an observer that gathers the values for a static scale; by default a histogram."""
         return Histogram()
@@ -60,7 +64,7 @@ class MinMax(Calibrator):
     name = "minmax"
 
     def range(self, blocks: Tensor, error: ErrorOf, counts: Tensor | None) -> tuple[Tensor, Tensor]:
-        return blocks.amin(-1), blocks.amax(-1)
+        return self.whole(blocks)
 
     def observer(self) -> Observer:
         return Extremes()
@@ -72,6 +76,9 @@ class AbsMax(Calibrator):
     name = "absmax"
 
     def range(self, blocks: Tensor, error: ErrorOf, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.whole(blocks)
+
+    def whole(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         highest = blocks.abs().amax(-1)
         return -highest, highest
 

@@ -22,3 +22,8 @@ class Scales(NamedTuple):
         if zero is not None:
             zero = zero.expand_as(scale).reshape(-1, blocks)
         return cls(scale.reshape(-1, blocks), zero)
+
+    def by_rows(self) -> Scales:
+        """Bring scales and zero points [..., B] into the shape of matrices."""
+        zero = None if self.zero is None else self.zero.reshape(-1, self.zero.shape[-1])
+        return Scales(self.scale.reshape(-1, self.scale.shape[-1]), zero)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -33,6 +34,8 @@ from qsim_core.quantizers.calibrators import Calibrator, MinMax
 from qsim_core.quantizers.gradients import Gradient, passing
 from qsim_core.quantizers.scales import Scales
 
+Weigh = Callable[[Tensor], Tensor]
+"""Maps the errors [..., B, n] of blocks to those that a calibrator compares, in the same shape."""
 LONGEST = 2**31 - 1
 """The most elements along an axis of a block; kernels count them in 64 bits."""
 
@@ -54,6 +57,9 @@ class Scheme(Quantizer):
     rounded before the zero point is added: a tie goes to the even multiple of the scale.
     `rule` may turn the scale into a power of two. `scale` rounds it, saturating at that format's largest value. The
     element saturates too, even if the format by itself overflows: rounding never turns a number into Inf or NaN.
+
+    If `scale` has scales itself, these come from the whole range of each block, before `range` chooses a part of it. So
+    a calibrator that tries several ranges tries the scales that will be used.
 
     A block of zeros, or one whose scale rounds to zero, becomes zero. A block with NaN or ±Inf has the scale NaN
     and becomes NaN as a whole, so that an overflow shows.
@@ -169,8 +175,8 @@ class Scheme(Quantizer):
         fast = accelerated(self, x, out=out)
         if fast is not None:
             return fast
-        blocks, exact, zero = self.measured(x)
-        scale = self.rounded_scale(exact).unsqueeze(-1)
+        blocks, exact, zero, of_scales = self.measured(x)
+        scale = self.rounded_scale(exact, of_scales).unsqueeze(-1)
         return laid_out_as(x, self.join(self.units(blocks, scale, zero) * scale, x))
 
     def passes(self, x: Tensor) -> Tensor:
@@ -183,8 +189,8 @@ class Scheme(Quantizer):
     def _passing(self, x: Tensor, gradient: Gradient) -> Tensor:
         if x.numel() == 0:
             return torch.ones_like(x, dtype=torch.bool)
-        _, exact, zero = self.measured(x)
-        return self.passes_at(x, self.rounded_scale(exact).unsqueeze(-1), zero, gradient)
+        _, exact, zero, of_scales = self.measured(x)
+        return self.passes_at(x, self.rounded_scale(exact, of_scales).unsqueeze(-1), zero, gradient)
 
     def encode(self, x: Tensor) -> Encoded:
         """Encode `x`: codes in its shape, and one scale and zero point for each block.
@@ -193,9 +199,14 @@ class Scheme(Quantizer):
         """
         if floating(x).numel() == 0:
             return Encoded(as_codes(x, self.coded.width), self.coded.width, x.dtype)
-        _, exact, zero = self.measured(x)
-        scales = exact if self.scale is None else self.scale.encode(self._limited(exact))
-        return self._encoded(x, self.rounded_scale(exact), zero, scales)
+        _, exact, zero, of_scales = self.measured(x)
+        scale = self.rounded_scale(exact, of_scales)
+        scales: Tensor | Encoded = scale
+        if self.scale is not None and of_scales is not None:
+            scales = self.scale.encode_at(scale, of_scales.by_rows())
+        elif self.scale is not None:
+            scales = self.scale.encode(self._limited(exact))
+        return self._encoded(x, scale, zero, scales)
 
     def encode_at(self, values: Tensor, known: Scales, of_scales: Scales | None = None) -> Encoded:
         """Encode values that were rounded under known scales: of each row, [A or 1, B or 1], or of each element.
@@ -248,11 +259,27 @@ class Scheme(Quantizer):
             units = units - element.from_codes(encoded.zero_points, dtype).unsqueeze(-1)
         return self.join(units * scale.unsqueeze(-1), encoded.codes).to(encoded.dtype)
 
-    def scale_map(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The scale and the zero point of each element of `x`, in its shape and in the dtype of the arithmetic."""
-        blocks, exact, zero = self.measured(x)
-        scale = self.rounded_scale(exact).unsqueeze(-1)
+    def scale_map(self, x: Tensor, weigh: Weigh | None = None) -> tuple[Tensor, Tensor | None]:
+        """The scale and the zero point of each element of `x`, in its shape and in the dtype of the arithmetic.
+
+        The calibrator compares errors as `weigh` maps them.
+        """
+        blocks, exact, zero, of_scales = self.measured(x, weigh)
+        scale = self.rounded_scale(exact, of_scales).unsqueeze(-1)
         return self.join(scale.expand_as(blocks), x), None if zero is None else self.join(zero.expand_as(blocks), x)
+
+    def scales_of_scales(self, x: Tensor) -> Scales | None:
+        """The scales and zero points of the scale of each element of `x`, in its shape; None if scales have none."""
+        blocks = self.split(working(x))
+        of_scales = self._of_scales(self._ranged(blocks))
+        if of_scales is None:
+            return None
+        each = (None if part is None else self.join(part.unsqueeze(-1).expand_as(blocks), x) for part in of_scales)
+        return Scales(*each)  # type: ignore[arg-type]
+
+    def whole_scales(self, x: Tensor) -> Tensor:
+        """The scales [..., B], before rounding, that cover all values of each block of `x`."""
+        return self.covering(*self.range.whole(self._ranged(self.split(working(x)))))[0]
 
     def round_at(self, x: Tensor, scale: Tensor, zero: Tensor | None, divisor: Tensor | None = None) -> Tensor:
         """Round `x` under given scales and zero points, which have the shape of `x` or broadcast to it.
@@ -269,16 +296,16 @@ class Scheme(Quantizer):
 
     def fit(self, values: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Find static scales and zero points, [B, 1] each, for values [B, n] with counts [B, n] (None: one each)."""
-        exact, zero = self._exact(values, counts)
-        return self.rounded_scale(exact).unsqueeze(-1), zero
+        exact, zero, of_scales = self._exact(values, counts)
+        return self.rounded_scale(exact, of_scales).unsqueeze(-1), zero
 
     def scales(self, x: Tensor) -> Scales:
         """Give the scales and zero points of `x`: [A, B] for its A rows of B blocks, or [1, 1] for the tensor."""
         fast: Scales | None = accelerated_scales(self, x)
         if fast is not None:
             return fast
-        _, exact, zero = self.measured(x)
-        scale = self.rounded_scale(exact)
+        _, exact, zero, of_scales = self.measured(x)
+        scale = self.rounded_scale(exact, of_scales)
         if zero is not None:
             zero = zero.reshape(-1, zero.shape[-2])
         return Scales(scale.reshape(-1, scale.shape[-1]), zero)
@@ -301,10 +328,13 @@ class Scheme(Quantizer):
         units = self.split(working(x)) / divisor_of(scale)
         return self.join(passing(self.coded, units if zero is None else units + zero, gradient), x)
 
-    def measured(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The blocks of `x` [..., B, n], their scales before rounding [..., B], and their zero points [..., B, 1]."""
+    def measured(self, x: Tensor, weigh: Weigh | None = None) -> tuple[Tensor, Tensor, Tensor | None, Scales | None]:
+        """The blocks of `x` [..., B, n], their scales before rounding [..., B], and their zero points [..., B, 1].
+
+        The last part are the scales and zero points of the scales, [..., B]; None if the scales have none.
+        """
         blocks = self.split(working(x))
-        return blocks, *self._exact(blocks, self.counts(x, blocks))
+        return blocks, *self._exact(blocks, self.counts(x, blocks), weigh)
 
     def counts(self, x: Tensor, blocks: Tensor) -> Tensor | None:
         """1 for each value of a block and 0 for each zero that fills up a short one; None if no block is short."""
@@ -312,20 +342,34 @@ class Scheme(Quantizer):
             return None
         return self.split(torch.ones(x.shape[-2:], dtype=blocks.dtype, device=x.device)).expand(blocks.shape)
 
-    def _exact(self, blocks: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Find scales [..., B] before rounding, and zero points [..., B, 1], by the calibrator `range`."""
-        values = blocks
-        if self.symmetric:
-            values = blocks.abs() if self.element.min < 0 else blocks.clamp(min=0)
+    def _exact(
+        self, blocks: Tensor, counts: Tensor | None = None, weigh: Weigh | None = None
+    ) -> tuple[Tensor, Tensor | None, Scales | None]:
+        """Find scales [..., B] before rounding by the calibrator `range`, zero points, and the scales of the scales."""
+        values = self._ranged(blocks)
+        of_scales = self._of_scales(values)
 
         def error(low: Tensor, high: Tensor) -> Tensor:
-            exact, zero = self.covering(low, high)
-            scale = self.rounded_scale(exact).unsqueeze(-1)
-            return self.units(blocks, scale, zero) * scale - blocks
+            exact, zero = self.covering(low, high, of_scales)
+            scale = self.rounded_scale(exact, of_scales).unsqueeze(-1)
+            change = self.units(blocks, scale, zero) * scale - blocks
+            return change if weigh is None else weigh(change)
 
-        return self.covering(*self.range.range(values, error, counts))
+        return *self.covering(*self.range.range(values, error, counts), of_scales), of_scales
 
-    def covering(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _of_scales(self, values: Tensor) -> Scales | None:
+        """The scales of the scales [..., B], by the whole range of `values` [..., B, n]; None: there are none."""
+        if not isinstance(self.scale, Scheme):
+            return None
+        return Scales(*self.scale.scale_map(self.covering(*self.range.whole(values))[0]))
+
+    def _ranged(self, blocks: Tensor) -> Tensor:
+        """The values of which a range is chosen: magnitudes for a symmetric scheme."""
+        if not self.symmetric:
+            return blocks
+        return blocks.abs() if self.element.min < 0 else blocks.clamp(min=0)
+
+    def covering(self, low: Tensor, high: Tensor, of_scales: Scales | None = None) -> tuple[Tensor, Tensor | None]:
         """The scales before rounding [...], and zero points [..., 1], that cover ranges from `low` to `high` [...]."""
         element = self.coded
         if not self.symmetric:
@@ -334,7 +378,7 @@ class Scheme(Quantizer):
             exact = divided(high - low, steps)
             without_overflow = divided(high, steps) - divided(low, steps)  # high - low may be Inf
             exact = _finite(torch.where(exact.isinf(), without_overflow, exact))
-            offset = (low / divisor_of(self.rounded_scale(exact))).round()
+            offset = (low / divisor_of(self.rounded_scale(exact, of_scales))).round()
             return exact, (element.min - offset).clamp(element.min, element.max).unsqueeze(-1)
         if self.rule == "divide":
             return _finite(divided(high + 0.0, element.reach)), None  # adding 0 turns a highest value of -0 into 0
@@ -345,8 +389,10 @@ class Scheme(Quantizer):
         bare = unscaled_format(self.scale)
         return exact if bare is None else exact.clamp(max=bare.max)
 
-    def rounded_scale(self, exact: Tensor) -> Tensor:
-        """Round scales by the quantizer `scale`; Inf and NaN become NaN."""
+    def rounded_scale(self, exact: Tensor, of_scales: Scales | None = None) -> Tensor:
+        """Round scales by the quantizer `scale`; Inf and NaN become NaN. `of_scales` are the scales of the scales."""
+        if isinstance(self.scale, Scheme) and of_scales is not None:
+            return _finite(self.scale.round_at(exact, *of_scales))
         return exact if self.scale is None else _finite(self.scale.quantize(self._limited(exact)))
 
     def units(self, blocks: Tensor, scale: Tensor, zero: Tensor | None, divisor: Tensor | None = None) -> Tensor:

@@ -114,7 +114,7 @@ def _wants(site: Site, role: str) -> Scheme | None:
 def _found_for(scheme: Scheme, x: Tensor) -> tuple[Scheme, Tensor]:
     """The scheme whose static scales are found, and the values that it rounds: the scales of `x`, or `x` itself."""
     inner = scheme.scale_of_scales
-    return (scheme, x) if inner is None else (inner, scheme.measured(x)[1].reshape(1, -1))
+    return (scheme, x) if inner is None else (inner, scheme.whole_scales(x).reshape(1, -1))
 
 
 def _suspicions(fixed: SiteQuantizer, values: Tensor, counts: Tensor | None) -> Iterator[str]:

@@ -249,7 +249,7 @@ def scales_under(scheme: Scheme, x: Tensor, tensor_scale: Tensor) -> Scales:
     """Compute the scales of the blocks of `x`, whose scale of scales is known."""
     found = scheme_of_scales(scheme)
     assert found is not None
-    _, exact, _ = scheme.measured(x)
+    _, exact, *_ = scheme.measured(x)
     return Scales(found.quantize_at(exact, tensor_scale.view(1, 1), None), None)
 
 

@@ -46,6 +46,10 @@ SCHEMES = [
     "block(int4, n=16, symmetric=false, scale=bf16)",
     "block(e2m1, n=16, scale=scaled(int8))",
     "nvfp4",
+    "nvfp4(scale=scaled(e4m3(full_scale=256)))",
+    "nvfp4(scale=e5m3)",
+    "mxfp4_mr_gptq",
+    "mx6",
     "mxfp4",
     "mxfp6_e2m3",
     "mxfp8_e5m2",
@@ -65,6 +69,8 @@ WITHOUT_KERNELS += [
     "token(int4, range=mse)",
     "token(int8(rounding=stochastic))",
     "token(e3m0)",
+    "nvfp4_adaptive",
+    "hif4",
 ]
 
 

@@ -56,6 +56,13 @@ def test_it_is_the_kernels_that_cast(text: str) -> None:
         assert quantizing.cast(qsim.parse(text), values()) is not None  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("text", ["if4", "razer_weights", "hif4", "nvfp4_adaptive"])
+def test_a_choice_by_block_is_the_same_with_and_without_the_kernels(text: str) -> None:
+    x = torch.randn(24, 200, generator=torch.Generator().manual_seed(0))
+
+    assert_same_bits(*both(lambda: qsim.parse(text).quantize(x)))
+
+
 @pytest.mark.parametrize("text", WITHOUT_KERNELS)
 def test_what_the_kernels_do_not_know_is_left_to_the_reference(text: str) -> None:
     with native.only(True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import gfloat
 import gfloat.formats
@@ -38,7 +39,17 @@ TORCH = {
     "e4m3fnuz": torch.float8_e4m3fnuz,
     "e5m2fnuz": torch.float8_e5m2fnuz,
 }
-NAMES = [*ML_DTYPES, "tf32", "e1m2", "e3m0", *(f"binary8p{p}{f}" for p in range(1, 8) for f in ("", "f"))]
+NAMES = [
+    "p3109(binary6p3se)",
+    "p3109(binary5p2sf, saturate=true)",
+    "p3109(binary7p4uf)",
+    "p3109(binary10p4ue)",
+    *ML_DTYPES,
+    "tf32",
+    "e1m2",
+    "e3m0",
+    *(f"binary8p{p}{f}" for p in range(1, 8) for f in ("", "f")),
+]
 OTHERS = [
     "float(2, 3, bias=-3)",
     "float(3, 2, bias=9)",
@@ -55,6 +66,10 @@ GFLOATS = {
     "bf16": gfloat.formats.format_info_bfloat16,
     "fp16": gfloat.formats.format_info_binary16,
     **{name: getattr(gfloat.formats, f"format_info_ocp_{name}") for name in ("e4m3", "e5m2", "e3m2", "e2m3", "e2m1")},
+    "p3109(binary6p3se)": gfloat.formats.format_info_p3109(6, 3),
+    "p3109(binary5p2sf, saturate=true)": gfloat.formats.format_info_p3109(5, 2, domain=gfloat.Domain.Finite),
+    "p3109(binary7p4uf)": gfloat.formats.format_info_p3109(7, 4, gfloat.Signedness.Unsigned, gfloat.Domain.Finite),
+    "p3109(binary10p4ue)": gfloat.formats.format_info_p3109(10, 4, gfloat.Signedness.Unsigned),
     **{f"binary8p{p}": gfloat.formats.format_info_p3109(8, p) for p in range(1, 8)},
     **{f"binary8p{p}f": gfloat.formats.format_info_p3109(8, p, domain=gfloat.Domain.Finite) for p in range(1, 8)},
     "float(6, 2, specials=p3109, signed=false)": gfloat.formats.format_info_p3109(8, 3, gfloat.Signedness.Unsigned),
@@ -68,6 +83,14 @@ BIASES = {
     "float(4, 3, specials=fn, signed=false)": 7, "float(5, 3, specials=ieee, signed=false)": 15,
 }  # fmt: skip
 """The biases of the other formats, from their definitions."""
+P3109 = [
+    f"binary{bits}p{precision}{sign}{domain}"
+    for bits in range(3, 16)
+    for sign in "su"
+    for precision in range(max(1, bits - 8 + (sign == "u")), bits + (sign == "u"))
+    for domain in "ef"
+]
+"""All formats of P3109 from 3 to 15 bits whose values float32 holds: 8 exponent bits at most."""
 GFLOAT_MODES = {
     "even": gfloat.RoundMode.TiesToEven,
     "away": gfloat.RoundMode.TiesToAway,
@@ -119,6 +142,71 @@ def by_ml_dtypes(name: str, number: Format, x: Tensor) -> Tensor:
     return torch.where(x.isnan(), torch.nan, y)  # FP6 and FP4 have no NaN; ml_dtypes gives -0
 
 
+def by_the_rules_of_p3109(bits: int, precision: int, signed: bool, extended: bool) -> np.ndarray:
+    """Give the value of each code by the working group's decoding, in numpy."""
+    code = np.arange(2**bits)
+    half = 2 ** (bits - 1)
+    negative = code > half if signed else np.zeros(len(code), dtype=bool)
+    magnitude = np.where(negative, code - half, code)
+    trailing, exponent = magnitude % 2 ** (precision - 1), magnitude // 2 ** (precision - 1)
+    bias = 2 ** (bits - precision - 1) if signed else 2 ** (bits - precision)
+    whole = trailing + np.where(exponent > 0, 2 ** (precision - 1), 0)
+    value = np.ldexp(whole.astype(float), np.maximum(exponent, 1) - bias - (precision - 1))
+    last = half - 1 if signed else 2**bits - 2
+    if extended:
+        value[magnitude == last] = np.inf
+    value[half if signed else last + 1] = np.nan
+    return np.where(negative, -value, value)
+
+
+@pytest.mark.parametrize("bits", range(3, 16))
+def test_p3109_is_decoded_by_its_rules(bits: int) -> None:
+    named = [name for name in P3109 if name.startswith(f"binary{bits}p")]
+
+    for name in named:
+        precision = int(name.removeprefix(f"binary{bits}p")[:-2])
+        expected = by_the_rules_of_p3109(bits, precision, name[-2] == "s", name[-1] == "e")
+        assert np.array_equal(qsim.parse(f"p3109({name})").table().numpy(), expected, equal_nan=True), name
+
+
+def test_p3109_by_hand() -> None:
+    """The published tables of Binary3p2se, Binary3p1uf and Binary4p2uf."""
+    nan, inf = math.nan, math.inf
+    tables = {
+        "binary3p2se": [0, 0.5, 1, inf, nan, -0.5, -1, -inf],
+        "Binary3p1uf": [0, 0.125, 0.25, 0.5, 1, 2, 4, nan],
+        "binary4p2uf": [0, 0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, nan],
+    }
+
+    for name, values in tables.items():
+        assert np.array_equal(qsim.parse(f"p3109({name})").table().numpy(), values, equal_nan=True), name
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("binary8p3", "a name is binaryKpP with se, sf, ue or uf, such as binary8p3se, not 'binary8p3'"),
+        ("binary8p8se", "there is no binary8p8se: K goes from 3 to 15, and P from 1 to K, or K - 1 if signed"),
+        ("binary2p1se", "there is no binary2p1se: K goes from 3 to 15, and P from 1 to K, or K - 1 if signed"),
+        ("binary15p1se", "binary15p1se reaches beyond float32's range; take a precision of 7"),
+        ("binary15p7uf", "binary15p7uf reaches beyond float32's range; take a precision of 8"),
+    ],
+)
+def test_a_name_that_p3109_does_not_have_is_refused(name: str, message: str) -> None:
+    with pytest.raises(qsim.SpecError) as error:
+        qsim.parse(f"p3109({name})")
+
+    assert message in str(error.value)
+
+
+def test_the_names_of_eight_bits_are_presets() -> None:
+    eight = [name for name in P3109 if name.startswith("binary8p")]
+
+    assert len(eight) == 30
+    assert all(qsim.parse(name) == qsim.parse(f"p3109({name})") for name in eight)
+    assert torch.equal(qsim.parse("binary8p3se").table().nan_to_num(7), qsim.parse("binary8p3").table().nan_to_num(7))
+
+
 def description(name: str) -> gfloat.FormatInfo:
     """Return gfloat's own description of a format, or build one from the format's options."""
     if name in GFLOATS:
@@ -144,11 +232,11 @@ def description(name: str) -> gfloat.FormatInfo:
 def by_gfloat(name: str, number: Format, x: Tensor) -> Tensor:
     """Round with gfloat, except NaN. For an unsigned format negatives are clamped first, as gfloat takes magnitudes."""
     known = ~x.isnan()
-    inside = x[known] if number.signed else x[known].clamp(min=0)
+    inside = x[known] if (number.min < 0) else x[known].clamp(min=0)
     mode, saturate = GFLOAT_MODES[number.rounding], number.overflow is None
     y = torch.full_like(x, torch.nan)
     rounded = gfloat.round_ndarray(description(name), inside.double().numpy(), mode, saturate)
-    y[known] = torch.from_numpy(rounded).float() + (0.0 if not number.signed else -0.0)
+    y[known] = torch.from_numpy(rounded).float() + (0.0 if not (number.min < 0) else -0.0)
     return y
 
 
@@ -196,6 +284,23 @@ def test_direct_rounding_equals_the_search_in_the_table(name: str, rounding: str
 
     assert_same_bits(number.round(x), Format.round(number, x))
     assert_same_bits(number.round(x.double()).float(), Format.round(number, x))
+
+
+def test_e6m2_is_a_scale_without_zero() -> None:
+    x = torch.tensor([0.0, 1.0, 1.125, 1.375, 3.6, -2.0, 2.0**-60, 50000.0, torch.inf, torch.nan])
+
+    y = qsim.parse("e6m2")(x)
+
+    assert y[:-1].tolist() == [2.0**-48, 1.0, 1.0, 1.5, 3.5, 2.0**-48, 2.0**-48, 49152.0, 49152.0]
+    assert y[-1].isnan()
+    assert qsim.parse("e6m2").encode(x[1:5]).codes.tolist() == [192, 192, 194, 199]
+
+
+def test_e5m3_spans_what_e4m3_needs_a_second_scale_for() -> None:
+    scales = qsim.parse("e5m3")
+
+    assert (scales.max, scales.min, scales.width) == (114688.0, 0.0, 8)
+    assert scales(torch.tensor([2.0**-17, 1.1, 1e6, -1.0])).tolist() == [2.0**-17, 1.125, 114688.0, 0.0]
 
 
 @pytest.mark.parametrize("text", ["e4m3(saturate=false)", "e4m3fnuz(saturate=false)", "float(4, 3, specials=fnuz, saturate=false)"])  # fmt: skip
@@ -372,6 +477,8 @@ class TestFloat(QuantizerSuite):
         "binary8p3",
         "float(4, 3, subnormals=false)",
         "e8m0",
+        "e6m2",
+        "p3109(binary6p3se)",
     )
 
 

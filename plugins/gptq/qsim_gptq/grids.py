@@ -46,7 +46,7 @@ class ColumnGrid:
     """The group of each column."""
     refits: int = 0
     """The number of columns that share scales fitted when they are reached; 0: the scales are fixed."""
-    second: tuple[Tensor, Tensor | None] | None = None
+    second: Scales | None = None
     """The fixed scales and zero points [N, groups] of the scales; None: scales are not themselves scaled."""
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class ColumnGrid:
         if self.scale is None:
             return None, None
         scales = Scales(self.scale.T.contiguous(), None if self.zero is None else self.zero.T.contiguous())
-        return scales, None if self.second is None else Scales(*self.second)
+        return scales, self.second
 
     def in_order(self, order: Tensor | None) -> ColumnGrid:
         """Return the same grid for columns in another order."""
@@ -100,8 +100,8 @@ class ColumnGrid:
         """Compute the scales of the group of columns from `first` on, from their compensated values [n, N]."""
         scheme, group = cast(Scheme, self.quantizer), self.groups[first]
         if self.second is not None:
-            held, scale = cast(Scheme, scheme.scale), self.second[0][:, group : group + 1]
-            zero = None if self.second[1] is None else self.second[1][:, group : group + 1]
+            held, scale = cast(Scheme, scheme.scale), self.second.scale[:, group : group + 1]
+            zero = None if self.second.zero is None else self.second.zero[:, group : group + 1]
             scheme = scheme.replace(scale=lambda exact: held.round_at(exact, scale, zero))
         with self._drawing(first):
             scales, zeros = scheme.scale_map(current.T.contiguous())
@@ -133,10 +133,9 @@ def grids(quantizer: Quantizer, rows: Tensor, count: int, refit: bool, place: st
     else:
         scales, zeros = quantizer.scale_map(rows)
         scales, zeros = scales[..., ::n], None if zeros is None else zeros[..., ::n]
-    second: tuple[Tensor, Tensor | None] | None = None
-    if isinstance(quantizer.scale, Scheme):
-        exact, _ = quantizer.replace(scale=None).scale_map(rows)
-        second = quantizer.scale.scale_map(exact[..., ::n])
+    second = quantizer.scales_of_scales(rows)
+    if second is not None:
+        second = Scales(second.scale[..., ::n], None if second.zero is None else second.zero[..., ::n])
 
     def of(index: int) -> ColumnGrid:
         def own(t: Tensor) -> Tensor:
@@ -150,7 +149,9 @@ def grids(quantizer: Quantizer, rows: Tensor, count: int, refit: bool, place: st
             zero=None if zeros is None else own(zeros).T.contiguous(),
             groups=[column // n for column in range(width)],
             refits=refits,
-            second=None if second is None else (own(second[0]), None if second[1] is None else own(second[1])),
+            second=None
+            if second is None
+            else Scales(own(second.scale), None if second.zero is None else own(second.zero)),
         )
 
     return [of(index) for index in range(count)]

@@ -131,6 +131,9 @@ SCALES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "abfp(int4, n=16)": lambda scale, weight: qsim.parse("bf16")(scale),
     "mxfp4": lambda scale, weight: qsim.parse("e8m0")(scale),
     "nvfp4": lambda scale, weight: qsim.parse("e4m3")(scale / nvfp4_global(weight)) * nvfp4_global(weight),
+    "nvfp4_adaptive": lambda scale, weight: (
+        qsim.parse("e4m3")(scale / nvfp4_global(weight, 256)) * nvfp4_global(weight, 256)
+    ),
 }
 
 
@@ -156,9 +159,9 @@ def test_the_kernels_round_as_python_does(option: str, weights: str) -> None:
     assert output_error(x, weight, one) == pytest.approx(output_error(x, weight, other), rel=1e-3)
 
 
-def nvfp4_global(weight: Tensor) -> Tensor:
-    """NVFP4's scale of scales is the largest block scale of the original weight, divided by 448."""
-    return weight.abs().max() / 6 / 448
+def nvfp4_global(weight: Tensor, largest: float = 448) -> Tensor:
+    """NVFP4's scale of scales is the largest block scale of the original weight, divided by 448; four-over-six's by 256."""
+    return weight.abs().max() / 6 / largest
 
 
 @pytest.mark.parametrize("text", ["gptq", "gptq(static_groups=true)"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 import qsim_core as qsim
-from qsim_core.testing import QuantizerSuite
+from qsim_core.testing import CalibratorSuite, QuantizerSuite
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -160,6 +161,194 @@ def test_nvfp4s_scales_are_torchaos_except_for_the_smallest() -> None:
     assert (encoded.packed() == packed.view(torch.uint8).flatten()).float().mean() > 0.99
 
 
+def four_over_six_by_hand(x: Tensor) -> Tensor:
+    """Try both scales of each block, one block at a time: the scale of the tensor is max/1536."""
+    unit, result = x.abs().max() / 6 / 256, x.clone().view(-1, 16)
+    for block in result:
+        tried = []
+        for factor in (1, 1.5):
+            scale = (block.abs().max() * factor / 6 / unit).to(torch.float8_e4m3fn).float() * unit
+            tried.append(qsim.parse("e2m1")(block / scale) * scale)
+        six, four = (float((y - block).square().sum()) for y in tried)
+        block.copy_(tried[four < six])
+    return result.view(x.shape)
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+def test_four_over_six_takes_the_better_of_two_scales(spread: float) -> None:
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-spread, spread, 32)[:, None]
+
+    assert torch.equal(qsim.parse("nvfp4_adaptive")(x), four_over_six_by_hand(x))
+
+
+def test_four_over_six_by_hand() -> None:
+    """The scale of the tensor is 1536 / 1536 = 1. In the second block 40 / 6 would be the scale 6.5; 40 / 4 is exact."""
+    x = torch.zeros(1, 48)
+    x[0, 0] = 1536
+    x[0, 16:20] = torch.tensor([10.0, 20.0, 30.0, 40.0])
+    x[0, 32:35] = torch.tensor([36.0, -18.0, 3.0])
+    encoded = qsim.parse("nvfp4_adaptive").encode(x)
+
+    assert torch.equal(qsim.parse("nvfp4_adaptive")(x), x)
+    assert qsim.parse("nvfp4(scale=at_scale(e4m3, 1))")(x)[0, 16:20].tolist() == [9.75, 19.5, 26.0, 39.0]
+    assert qsim.parse("scaled(e4m3(full_scale=256))").decode(encoded.scales).tolist() == [[256.0, 10.0, 6.0]]  # type: ignore[arg-type]
+
+
+def test_four_over_six_has_a_smaller_error_than_nvfp4() -> None:
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    plain, adaptive = (float((qsim.parse(text)(x) - x).square().mean()) for text in ("nvfp4", "nvfp4_adaptive"))
+
+    assert adaptive < 0.93 * plain
+
+
+@pytest.mark.parametrize(("name", "bits"), [("mx4", 3), ("mx6", 5), ("mx9", 8)])
+def test_microexponents_are_their_definition(name: str, bits: int) -> None:
+    """The exponent of 16 values is that of the largest; a pair without a value in that binade has one less."""
+    x = spread(20, 64)
+    expected = x.clone()
+    for block in expected.view(-1, 16):
+        largest = math.frexp(float(block.abs().max()))[1] - 1
+        for pair in block.view(8, 2):
+            shift = int(float(pair.abs().max()) < 2.0**largest)
+            step = 2.0 ** (largest - shift - (bits - 2))
+            pair.copy_((pair / step).round().clamp(-(2 ** (bits - 1)) + 1, 2 ** (bits - 1) - 1) * step)
+
+    y = qsim.parse(name)(x)
+
+    assert torch.equal(y, torch.where(x == 0, x, expected))
+
+
+def test_a_microexponent_by_hand() -> None:
+    """Half the largest of 8 scales, 4, is the base; scales from 8/7 of it on become twice the base."""
+    x = torch.tensor([[8.0, 1.0, 4.0, 5.0, 0.0, 0.25, 7.0, 2.0, 6.0]])
+
+    assert qsim.parse("microexponent(8)")(x).tolist() == [[8.0, 4.0, 4.0, 8.0, 4.0, 4.0, 8.0, 4.0, 4.0]]
+    encoded = qsim.parse("microexponent(8)").encode(x)
+    assert encoded.codes.tolist() == [[1, 0, 0, 1, 0, 0, 1, 0, 1]]
+    assert encoded.bits == 9 + 2 * 8
+
+
+def hif4_by_hand(x: Tensor) -> Tensor:
+    """Round each 64 values by E6M2 of max/7, a factor of 2 for 8 and another for 4 of them, and quarters below 2."""
+    result = x.clone()
+    for block in result.view(-1, 64):
+        base = float(qsim.parse("e6m2")(block.abs().max() / 7))
+        for eight in block.view(8, 8):
+            second = 2 if float(eight.abs().max()) >= 4 * base else 1
+            for four in eight.view(2, 4):
+                third = 2 if float(four.abs().max()) >= 2 * second * base else 1
+                scale = base * second * third
+                magnitude = ((four.abs() / scale * 4 + 0.5).floor() / 4).clamp(max=1.75)
+                four.copy_(four.sign() * magnitude * scale)
+    return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hif4_is_its_definition(dtype: torch.dtype) -> None:
+    x = (torch.randn(32, 128, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 32)[:, None]).to(
+        dtype
+    )
+
+    assert torch.equal(qsim.parse("hif4")(x), hif4_by_hand(x.float()).to(dtype))
+
+
+def test_hif4_by_hand() -> None:
+    """The scale of 64 is 7/7. Those of the four groups are 4, 2, 2 and 1; 3.9 saturates at 1.75 times 2."""
+    x = torch.zeros(1, 64)
+    x[0, :16] = torch.tensor([7.0, -4, 1.3, 0.1, 1.9, 0.6, 0.3, 0, 3.9, 1, 0, 0, 0.4, 0, 0, 0])
+
+    y = qsim.parse("hif4")(x)[0, :16].tolist()
+
+    assert y == [7.0, -4, 1, 0, 2, 0.5, 0.5, 0, 3.5, 1, 0, 0, 0.5, 0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mr_gptqs_scale_is_its_formula(dtype: torch.dtype) -> None:
+    x = spread(40, 64).to(dtype)
+    blocks = x.unflatten(-1, (-1, 32))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    scale = torch.exp2(torch.frexp(largest).exponent.to(dtype) - 3) / 0.75
+    expected = (qsim.parse("e2m1")(blocks / scale) * scale).flatten(-2)
+
+    y = qsim.parse("mxfp4_mr_gptq")(x)
+
+    assert torch.equal(y, torch.where(x == 0, x, expected))
+
+
+def test_mr_gptqs_scale_by_hand() -> None:
+    """The scale is 2^(2 - 2) / 0.75 = 4/3, so that 7.5 does not saturate: 7.5 / (4/3) = 5.625 becomes 6."""
+    x = torch.zeros(1, 32)
+    x[0, :3] = torch.tensor([7.5, 1.0, -4.0])
+
+    assert qsim.parse("mxfp4_mr_gptq")(x)[0, :3].tolist() == pytest.approx([8.0, 4 / 3, -4.0])
+
+
+def if4_by_hand(x: Tensor) -> Tensor:
+    """Round each block under one scale to E2M1 and to integers times 6/7, and keep what errs less."""
+    unit, result = x.abs().max() / 6 / 448, x.clone().view(-1, 16)
+    for block in result:
+        scale = (block.abs().max() / 6 / unit).to(torch.float8_e4m3fn).float() * unit
+        float4 = qsim.parse("e2m1")(block / scale) * scale
+        int4 = (block / scale * 7 / 6).round().clamp(-7, 7) * 6 / 7 * scale
+        better = (int4 - block).square().sum() < (float4 - block).square().sum()
+        block.copy_(int4 if better else float4)
+    return result.view(x.shape)
+
+
+def test_if4_takes_the_better_element() -> None:
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 64)[:, None]
+
+    y = qsim.parse("if4")(x)
+
+    assert torch.allclose(y, if4_by_hand(x), rtol=1e-5, atol=0)
+
+
+def test_if4_by_hand() -> None:
+    """The first block lies on integers under the scale 7/7, the second on E2M1 under the scale 6/6."""
+    x = torch.zeros(1, 32)
+    x[0, :4] = torch.tensor([7.0, 5.0, -3.0, 2.0])
+    x[0, 16:20] = torch.tensor([6.0, 1.5, -0.5, 3.0])
+    schemes = "scaled(e2m1, 16, scale=at_scale(e4m3, 1)), scaled(int4, 16, scale=at_scale(e4m3, 1))"
+
+    assert torch.equal(qsim.parse(f"best([{schemes}])")(x), x)
+
+
+def razer_by_hand(x: Tensor, specials: list[float], largest: float) -> Tensor:
+    """Round each block to E2M1 and one more value, and keep the value that errs least; the first of equals."""
+    unit, result = x.abs().max() / 6 / largest, x.clone().view(-1, 16)
+    scales = qsim.parse("e4m3" if largest == 448 else "float(3, mantissa=3, specials=fn, signed=false)")
+    for block in result:
+        least = torch.inf
+        for special in specials:
+            scale = scales(block.abs().max() / max(6, abs(special)) / unit) * unit
+            values = torch.tensor(sorted([*(s * v for s in (1, -1) for v in (0.5, 1, 1.5, 2, 3, 4, 6)), 0, special]))
+            distance = (block[:, None] / scale - values).abs()
+            tried = values[distance.argmin(-1)] * scale
+            if (error := float((tried - result.new_tensor(block.tolist())).square().sum())) < least:
+                least, best = error, tried
+        block.copy_(best)
+    return result.view(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "specials", "largest"), [("razer", [-5, 5], 448), ("razer_weights", [5, -5, 8, -8], 28)]
+)
+def test_razer_takes_the_best_special_value(name: str, specials: list[float], largest: float) -> None:
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 0, 32)[:, None]
+
+    assert torch.allclose(qsim.parse(name)(x), razer_by_hand(x, specials, largest), rtol=1e-5, atol=0)
+
+
+def test_razer_by_hand() -> None:
+    """-5 stands for the second code of zero in one block, 5 in the other."""
+    x = torch.zeros(1, 32)
+    x[0, :3] = torch.tensor([6.0, -5.0, 4.0])
+    x[0, 16:19] = torch.tensor([-6.0, 5.0, 1.5])
+
+    assert torch.allclose(qsim.parse("razer")(x), x, rtol=1e-6)
+    assert qsim.parse("nvfp4")(x)[0, 1].item() == pytest.approx(-4.0)
+
+
 def test_msfp_shares_an_exponent_over_integers() -> None:
     x = torch.randn(10, 64, generator=torch.Generator().manual_seed(0))
     exponent = x.unflatten(-1, (-1, 16)).abs().amax(-1, keepdim=True).log2().floor()
@@ -186,6 +375,8 @@ def test_deepseeks_tiles_share_a_scale_over_rows_and_columns() -> None:
 @pytest.mark.parametrize(
     ("name", "bits"),
     [("mxfp8_e4m3", 8.25), ("mxfp6_e2m3", 6.25), ("mxfp4", 4.25), ("mxint8", 8.25), ("msfp12", 4.5), ("msfp16", 8.5),
+     ("mx4", 4), ("mx6", 6), ("mx9", 9), ("hif4", 4.5), ("mxfp4_mr_gptq", 4.25), ("nvfp4(scale=e5m3)", 4.5),
+     ("if4", 4.5 + 32 / 2**20), ("razer", 4.5 + 32 / 2**20), ("razer_weights", 4.5 + 32 / 2**20),
      ("nvfp4", 4.5 + 32 / 2**20), ("deepseek_weights", 8 + 32 / 2**14), ("deepseek_activations", 8.25)],
 )  # fmt: skip
 def test_bits_are_those_of_the_papers(name: str, bits: float) -> None:
@@ -197,6 +388,16 @@ def test_bits_are_those_of_the_papers(name: str, bits: float) -> None:
     [
         ("mx(e8m0)", "mx: e8m0 has no values at or below zero: it can be a scale, not an element"),
         ("mx(e4m3, scale=int8)", "mx: int8 as a scale needs a scale of its own, like scaled(int8, channel)"),
+        ("nvfp4(scale=scaled(e4m3(full_scale=500)))", "float: full_scale is at most the largest value, 448, not 500"),
+        ("mx(e4m3(full_scale=256))", "mx: rule floor cannot follow the convention of"),
+        ("best([block(int4, 16)])", "best: give at least two schemes"),
+        ("best([block(int4, 16), block(e2m1, 32)])", "best: block(e2m1, n=32) does not have the blocks of n elements"),
+        ("best([token(int4), token(e2m1)])", "best: token(int4) does not have the blocks of n elements"),
+        (
+            "best([block(int4, 16, static=true), block(int4, 16)])",
+            "best: block(int4, n=16, static=true) has static or learned scales; here they are found anew",
+        ),
+        ("microexponent(0)", "microexponent: n should be greater than 0, not 0"),
         ("mx(e4m3, n=0)", "mx: n should be greater than 0, not 0"),
         ("mx(e4m3, rule=down)", "mx: rule should be 'divide', 'floor', 'ceil', 'even' or 'rceil', not 'down'"),
     ],
@@ -208,8 +409,27 @@ def test_options_that_contradict_each_other_are_refused(text: str, message: str)
     assert str(error.value).startswith(message)
 
 
+class TestFourOverSix(CalibratorSuite):
+    text = "four_over_six"
+
+
 class TestMx(QuantizerSuite):
-    text = ("mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp4", "mxint8", "nvfp4", "msfp12", "deepseek_activations")
+    text = (
+        "nvfp4_adaptive",
+        "mx6",
+        "hif4",
+        "if4",
+        "razer_weights",
+        "mxfp4_mr_gptq",
+        "mxfp8_e4m3",
+        "mxfp8_e5m2",
+        "mxfp6_e2m3",
+        "mxfp4",
+        "mxint8",
+        "nvfp4",
+        "msfp12",
+        "deepseek_activations",
+    )
 
 
 class TestTiles(QuantizerSuite):
