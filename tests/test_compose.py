@@ -120,6 +120,17 @@ def test_plugins_keep_their_order(host: qsim.Host) -> None:
     assert texts(host, plugins=["smooth", "abfp", "rotate"])["transforms"] == ["smooth(0.5)", "rotate(0.5)"]
 
 
+def test_a_transform_is_found_in_a_plugin_of_another_name(host: qsim.Host) -> None:
+    class Sharpen(Smooth):
+        """Another transform of the same plugin."""
+
+        name = "sharpen"
+
+    host.register(Sharpen, name="tools")
+
+    assert texts(host, plugins=["sharpen"], precision="w4a8")["transforms"] == ["sharpen(0.5)"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

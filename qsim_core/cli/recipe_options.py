@@ -1,6 +1,6 @@
 """The recipe that the command line's options and a recipe file describe.
 
-Options change what the file says, in this order. Each `--plugin` brings the component that bears its name: a quantizer
+Options change what the file says, in this order. Each `--plugin` brings the component that bears the name: a quantizer
 becomes the scheme of weights and activations, a transform is appended. `--precision` changes the widths. `--weights`,
 `--activations` and `--outputs` name a quantizer exactly. `--static` gives activations static scales. `--set` changes
 one option of a component that the recipe has by then.
@@ -207,9 +207,16 @@ def _with_plugins(
 
 
 def bearing_name(host: Host, plugin: str) -> Component:
-    """The component that bears its plugin's name. Raises `PluginError` if there is none, and lists the others."""
-    if plugin not in host.plugins and (hint := _other_option(host, plugin)):
-        raise PluginError(hint)
+    """The component that bears its plugin's name, or the transform of that name of another plugin.
+
+    Raises `PluginError` if there is neither, and lists the others.
+    """
+    if plugin not in host.plugins:
+        if plugin in host.offers(Transform):
+            found: Component = host.parse(plugin, Transform)
+            return found
+        if hint := _other_option(host, plugin):
+            raise PluginError(hint)
     offers = host.load(plugin)
     fitting = [item for item in offers.items() if item.name == plugin]
     made: Any = host.parse(f"{plugin}.{plugin}") if fitting else None

@@ -5,8 +5,8 @@
     >>> scale_group(model, structure.groups[0], factors)                  # doctest: +SKIP
 
 `trace` finds which weights read which norm, which weight makes the channels that another one reads, and which rows
-belong to which head. The functions of `qsim_structure.folding` scale or reorder channels on both sides, so that the
-function of the model stays the same. This library needs torch alone.
+belong to which head. The functions of `qsim_structure.folding` scale, reorder or rotate channels on both sides, so
+that the function of the model stays the same. This library needs torch alone.
 
 Each name below is imported when it is first used, so that `import qsim_structure` is fast.
 """
@@ -33,6 +33,7 @@ _HOME = {
     "permute_group": "folding",
     "permute_rows": "folding",
     "permute_scores": "folding",
+    "rotate_values": "folding",
     "StructureError": "errors",
 }
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from qsim_structure.folding import permute_group as permute_group
     from qsim_structure.folding import permute_rows as permute_rows
     from qsim_structure.folding import permute_scores as permute_scores
+    from qsim_structure.folding import rotate_values as rotate_values
     from qsim_structure.folding import scale_group as scale_group
     from qsim_structure.folding import scale_pair as scale_pair
     from qsim_structure.heads import Attention as Attention

@@ -1,4 +1,4 @@
-"""Scale or reorder channels on both sides, where they are made and where they are read: the model's function stays.
+"""Scale, reorder or rotate channels on both sides, where they are made and read: the model's function stays.
 
 An order is a permutation [size]: the new x is `x[order]`. Scaling is exact up to rounding, reordering up to the order
 in which sums are added.
@@ -11,7 +11,7 @@ them on entry and writes them back on exit.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -107,6 +107,32 @@ def permute_scores(
         orders[key.producer][k] = k[places[group]]
     for rows in {rows.producer: rows for rows in (query, key)}.values():
         permute_rows(model, rows, orders[rows.producer], editing)
+
+
+def rotate_values(
+    model: nn.Module, value: Projection, rotation: Callable[[Tensor], Tensor], editing: Editing = in_memory
+) -> None:
+    """Rotate the channels of each head of v, with their biases, and the columns that read them.
+
+    `rotation` is an orthogonal map along the last axis, x -> x R. The function stays if all between is linear: the
+    probabilities, views and copies. Raises `StructureError` if a weight reads the channels of a head in another order.
+    """
+    size = value.heads.shape[-1]
+    heads = {tuple(head.tolist()) for head in value.heads}
+    for use in value.uses:
+        read = use.channels.tolist()
+        if len(read) % size or any(tuple(read[i : i + size]) not in heads for i in range(0, len(read), size)):
+            raise StructureError(f"{use.weight} does not read the channels of each head in their order")
+    for name, axis in ((value.producer, value.axis), *((bias, -1) for bias in value.biases)):
+        with editing(model, name) as parameters:
+            rows = parameters[name].double().movedim(axis, -1)
+            for head in value.distinct:
+                rows[..., head.to(rows.device)] = rotation(rows[..., head.to(rows.device)])
+            parameters[name].copy_(rows.movedim(-1, axis))
+    for use in value.uses:
+        with editing(model, use.weight) as parameters:
+            rows = parameters[use.weight].double().movedim(use.axis, -1)
+            parameters[use.weight].copy_(rotation(rows.unflatten(-1, (-1, size))).flatten(-2).movedim(-1, use.axis))
 
 
 class Gather:

@@ -7,7 +7,8 @@ is a `qsim_core.ModelError`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +19,7 @@ from qsim_core import Context, ModelError
 from qsim_core.transforms.forward import as_in_evaluation, call
 from qsim_core.transforms.offload import at_hand, editing
 from qsim_structure import folding
+from qsim_structure.equivalence_check import Edit, refuse_changed_products
 from qsim_structure.errors import StructureError
 from qsim_structure.heads import Attention, Projection
 from qsim_structure.structure import NormGroup, Structure, WeightPair, trace
@@ -78,6 +80,39 @@ def permute_scores(model: nn.Module, attention: Attention, places: Sequence[Tens
     """Put the channels of q and k in another order within their heads, `places` [size of a head] for each head of k."""
     with _as_model_error():
         folding.permute_scores(model, attention, places, editing)
+
+
+def rotate_values(model: nn.Module, value: Projection, rotation: Callable[[Tensor], Tensor]) -> None:
+    """Rotate the channels of each head of v, and the columns that read them. Try it with `rotatable_values` first."""
+    with _as_model_error():
+        folding.rotate_values(model, value, rotation, editing)
+
+
+def rotatable_values(
+    context: Context, rotations: Mapping[Attention, Callable[[Tensor], Tensor]]
+) -> dict[Attention, str]:
+    """Try `rotate_values` on the context's example: the reason why not for each attention, empty where it can be.
+
+    It can be where every product of the model stays, except those that make v.
+    """
+    model, edits = context.model, []
+    reasons = dict.fromkeys(rotations, "")
+
+    def run() -> Any:
+        with as_in_evaluation(model):
+            return call(model, context.example)
+
+    for attention, rotation in rotations.items():
+        value = attention.value
+        if value.reasons or value.partners or not value.uses:
+            reasons[attention] = "; ".join(value.reasons) or "its channels are multiplied with others, or not read"
+            continue
+        touched = frozenset({value.producer, *value.biases, *(use.weight for use in value.uses)})
+        edit = partial(folding.rotate_values, model, value, rotation)
+        edits.append(Edit(edit, touched, frozenset({value.producer}), partial(reasons.__setitem__, attention)))
+    with _as_model_error(), at_hand(model):
+        refuse_changed_products(model, run, edits, "a product of the model changes")
+    return reasons
 
 
 @contextlib.contextmanager

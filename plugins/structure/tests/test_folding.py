@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from families import make, tokens
-from qsim_structure import Structure, StructureError, Use, permute_group, permute_rows, permute_scores, trace
+from qsim_structure import (
+    Structure,
+    StructureError,
+    Use,
+    permute_group,
+    permute_rows,
+    permute_scores,
+    rotate_values,
+    trace,
+)
 from qsim_structure.folding import columns
 from torch import Tensor, nn
 
@@ -166,3 +176,27 @@ def test_a_copied_model_keeps_its_order() -> None:
     reorder(model, trace(model, lambda: model(input_ids=ids)))
 
     assert torch.equal(copy.deepcopy(model)(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("family", ["opt", "opt-350m", "gpt2", "llama"])
+def test_values_that_are_rotated_within_heads_are_the_same_function(family: str) -> None:
+    model, ids = make(family).double(), tokens()
+    before = model(input_ids=ids).logits
+    structure = trace(model, lambda: model(input_ids=ids))
+    matrix = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).double()).Q
+
+    for attention in structure.attention:
+        rotate_values(model, attention.value, lambda x: x @ matrix)
+
+    assert len(structure.attention) == 2
+    assert (model(input_ids=ids).logits - before).abs().max() < 1e-12 * before.abs().max() + 1e-10
+
+
+def test_values_that_are_read_in_another_order_are_not_rotated() -> None:
+    model, ids = make("opt"), tokens()
+    value = trace(model, lambda: model(input_ids=ids)).attention[0].value
+    use = value.uses[0]
+    moved = replace(value, uses=(Use(use.weight, use.axis, use.channels.flip(0), True),))
+
+    with pytest.raises(StructureError, match="does not read the channels of each head in their order"):
+        rotate_values(model, moved, lambda x: x)

@@ -1,0 +1,45 @@
+"""Rotations keep the function of every family of docs/coverage.md, up to the rounding of float32."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from architectures import FAMILIES, build
+from torch import Tensor
+
+import qsim_core as qsim
+from qsim_core.transforms.forward import as_in_evaluation, call
+
+ODD = {"Mamba", "Swin v2"}
+"""Families with a weight of two inputs; all others have multiples of four."""
+FEW = {"Llama", "BERT", "ViT", "GPT-2"}
+"""Families that every run of the tests tries."""
+
+
+def outputs(model: torch.nn.Module, name: str) -> list[Tensor]:
+    with as_in_evaluation(model):
+        result = call(model, FAMILIES[name].example)
+    found = result.values() if isinstance(result, dict) else result if isinstance(result, tuple | list) else [result]
+    return [x.clone() for x in found if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def wide(x: Tensor) -> Tensor:
+    """A quantizer that changes nothing."""
+    return x.clone()
+
+
+@pytest.mark.parametrize("transform", ["hadamard", "hadamard(size={})", "wush({})"])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FEW else pytest.mark.slow) for n in FAMILIES])
+def test_the_function_stays(name: str, transform: str) -> None:
+    model, example = build(name), FAMILIES[name].example
+    exact = outputs(model, name)
+    text = transform.format(2 if name in ODD else 4)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", qsim.CalibrationWarning)  # MPT makes its mask inside the model
+        qsim.simulate(model, weights=wide, activations=wide, transforms=[text], calibration=[example], example=example)
+
+    for before, after in zip(exact, outputs(model, name), strict=True):
+        assert (after - before).abs().max() <= 1e-5 * before.abs().max()
