@@ -19,7 +19,8 @@ import time
 
 import torch
 from qsim_fast.kernels import native
-from qsim_gptq.feedback import factorize, feed_back
+from qsim_gptq.factors import factorize
+from qsim_gptq.feedback import feed_back
 from qsim_gptq.grids import grids
 from torch import Tensor, nn
 

@@ -142,6 +142,28 @@ def tried(
     that a transform has put on its grid is taken as it is. Raises `RecipeError` where a static scale is needed: these
     are found after all transforms.
     """
+    with torch.no_grad():
+        return _trial(site, call, weights, roles, change, arithmetic).result()
+
+
+def tried_operands(site: Site, call: Call, weights: Weights, roles: Iterable[str]) -> list[Tensor]:
+    """The operands of a call that a watcher sees, as its site would multiply them; only the given roles are quantized.
+
+    Raises `RecipeError` where a static scale is needed.
+    """
+    with torch.no_grad():
+        trial = _trial(site, call, weights, roles)
+        return [trial.quantized(operand) for operand in trial.operands]
+
+
+def _trial(
+    site: Site,
+    call: Call,
+    weights: Weights,
+    roles: Iterable[str],
+    change: Callable[[Any], Any] | None = None,
+    arithmetic: Arithmetic | None = None,
+) -> TriedExecution:
     wanted = set(roles)
     met = [
         Weight(site.weight or "", operand, owned=True, computed=site.computed) if place == call.weight else None
@@ -157,11 +179,10 @@ def tried(
         quantizer = site.quantizer(role)
         return quantizer if change is None or quantizer is None else change(quantizer)
 
-    with torch.no_grad():
-        operands = operands_of(site, call, met, quantizer_of)
-        whole = wanted >= {operand.role for operand in operands}
-        chosen = (arithmetic or site.plan.arithmetic) if whole else FLOAT32
-        return TriedExecution(site, call, operands, quantizer_of("output"), chosen, weights=weights).result()
+    operands = operands_of(site, call, met, quantizer_of)
+    whole = wanted >= {operand.role for operand in operands}
+    chosen = (arithmetic or site.plan.arithmetic) if whole else FLOAT32
+    return TriedExecution(site, call, operands, quantizer_of("output"), chosen, weights=weights)
 
 
 class TriedExecution(Execution):

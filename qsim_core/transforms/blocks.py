@@ -3,13 +3,17 @@
 A walk keeps the inputs of one block in memory, for all calibration batches, and not the activations of the model. Where
 a block takes the output of the block before it, that output is computed from the inputs at hand; where it does
 not (the first of a stack, a skip connection in between), the model is run again up to it.
+
+A walk may also give each block as it was before the walk. It then keeps a second set of inputs, those that unchanged
+blocks give, and those of the first block of each stack from the beginning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -23,6 +27,8 @@ from qsim_core.transforms.run import Run
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 MatmulWatcher = Callable[[Site, Call], None]
 """Called for every matmul that is met, with its site and the call, before it is computed."""
+PairWatcher = Callable[[Site, Call, Call | None], None]
+"""Called with a site, a call, and the same call in the block as it was; None: there was no call with as many inputs."""
 
 
 class Walked(Protocol):
@@ -42,6 +48,9 @@ class Walked(Protocol):
     def watching(self, watch: MatmulWatcher, sample: int) -> AbstractContextManager[None]:
         """Inside, `watch` is shown every matmul."""
 
+    def quantized_activations(self, on: bool = True) -> AbstractContextManager[None]:
+        """Inside, forwards quantize activations, or nothing."""
+
     def recall(self, index: int, block: nn.Module) -> bool:
         """True if an earlier run has finished this block; it is given back its tensors."""
 
@@ -57,13 +66,29 @@ class Block:
     module: nn.Module
     inputs: list[Inputs]
     context: Walked
+    original: OriginalBlock | None = None
+    """The block as it was before the walk; None: the walk was not asked for it."""
 
     def observe(self, watch: MatmulWatcher) -> None:
         """Run the block on all its inputs and show `watch` every matmul in it."""
         with as_in_evaluation(self.module):
-            for sample, inputs in enumerate(self.inputs):
-                with self.context.watching(watch, sample):
-                    self._run(inputs)
+            for sample in range(len(self.inputs)):
+                self.show(watch, sample)
+
+    def observe_beside(self, watch: PairWatcher) -> None:
+        """Show `watch` every matmul by a weight, beside the same call of the original block on its own inputs."""
+        assert self.original is not None
+        with as_in_evaluation(self.module):
+            for sample in range(len(self.inputs)):
+                pairs = _Pairs(watch)
+                if sample < len(self.original.inputs):
+                    self.original.show(pairs.note, sample)
+                self.show(pairs, sample)
+
+    def show(self, watch: MatmulWatcher, sample: int) -> None:
+        """Run the block on one batch of its inputs and show `watch` every matmul in it."""
+        with self.context.watching(watch, sample):
+            self._run(self.inputs[sample])
 
     def outputs(self) -> Iterator[Any]:
         """Give the outputs of the block as it is now, one batch after another."""
@@ -74,6 +99,59 @@ class Block:
     def _run(self, inputs: Inputs) -> Any:
         args, kwargs = unshared(inputs)
         return self.module(*args, **kwargs)
+
+
+@dataclass
+class OriginalBlock(Block):
+    """A block with the parameters that it had before the walk, and with the inputs that unchanged blocks give it.
+
+    It shares its module with the block, whose parameters get their old values for each run. Nothing is quantized.
+    """
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    """The parameters as they were, by name."""
+
+    @cached_property
+    def hidden(self) -> list[Any]:
+        """The first output for each batch, which is what the next block takes."""
+        return [_hidden(output) for output in self.outputs()]
+
+    def _run(self, inputs: Inputs) -> Any:
+        parameters = dict(self.module.named_parameters())
+        now = {name: parameter.data for name, parameter in parameters.items()}
+        try:
+            for name, parameter in parameters.items():
+                parameter.data = self.values[name]
+            with self.context.quantized_activations(False):
+                return super()._run(inputs)
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = now[name]
+
+
+class _Pairs:
+    """Pairs the calls of a block with those of the original block, for one batch."""
+
+    def __init__(self, watch: PairWatcher) -> None:
+        self.watch = watch
+        self.calls: dict[str, list[Call]] = {}
+        self.copies: Copies = {}
+
+    def note(self, site: Site, call: Call) -> None:
+        """Keep a call of the original block. Its inputs are copied, as the block may change them in place."""
+        if site.weight is not None:
+            kept = [x if place == call.weight else unshared(x, self.copies) for place, x in enumerate(call.operands)]
+            self.calls.setdefault(site.name, []).append(replace(call, operands=tuple(kept)))
+
+    def __call__(self, site: Site, call: Call) -> None:
+        if site.weight is not None:
+            left = self.calls.get(site.name)
+            before = left.pop(0) if left else None
+            self.watch(site, call, before if before is not None and _shapes(before) == _shapes(call) else None)
+
+
+def _shapes(call: Call) -> list[Any]:
+    return [operand.shape for operand in call.operands]
 
 
 def block_paths(model: nn.Module, sites: Iterable[Site]) -> list[str]:
@@ -111,74 +189,117 @@ def _within(name: str, path: str) -> bool:
     return not path or name == path or name.startswith((f"{path}.", f"{path}:"))
 
 
-def walk(context: Walked) -> Iterator[Block]:
+def walk(context: Walked, originals: Originals | None = None) -> Iterator[Block]:
     """Give the blocks in order. The caller may change a block, and nothing outside of it, before asking for the next.
 
-    Blocks that an earlier run has finished (`Run.work_dir`) are given back their tensors and passed over.
+    Blocks that an earlier run has finished (`Run.work_dir`) are given back their tensors and passed over. With
+    `originals` each block comes with itself as it was.
     """
     paths = block_paths(context.model, context.all_sites)
     index = 0
     while index < len(paths):
-        first, others, chain = _capture(context, paths[index:])
-        inputs = first
-        for offset, path in enumerate(paths[index : index + chain]):
+        captured = _capture(context, paths[index:])
+        chain = paths[index : index + captured.length]
+        inputs = captured.inputs[chain[0]]
+        for offset, path in enumerate(chain):
             block = Block(path, context.model.get_submodule(path), inputs, context)
             with at_hand(block.module):
+                block.original = None if originals is None else originals.of(path)
                 if not context.recall(index + offset, block.module):
                     yield block
                     context.remember(index + offset, block.module)
-            if offset + 1 < chain:
+                if originals is not None:
+                    originals.finish(block)
+            if offset + 1 < len(chain):
                 hidden = [_hidden(output) for output in block.outputs()]
-                given = others[paths[index + offset + 1]]
-                inputs = [_with_hidden(value, rest) for value, rest in zip(hidden, given, strict=True)]
-        index += chain
+                given = captured.inputs[chain[offset + 1]]
+                inputs = [_completed(value, rest) for value, rest in zip(hidden, given, strict=True)]
+        index += len(chain)
 
 
-def _capture(context: Walked, paths: list[str]) -> tuple[list[Inputs], dict[str, list[Inputs]], int]:
+class Originals:
+    """The blocks of a model as they are when this is made, each given once, in the order of the walk."""
+
+    def __init__(self, context: Walked) -> None:
+        self.context = context
+        with context.quantized_activations(False):
+            self.inputs = _capture(context, block_paths(context.model, context.all_sites), whole=True).inputs
+        self.hidden: list[Any] = []
+        """The outputs of the last block."""
+
+    def of(self, path: str) -> OriginalBlock:
+        """Give the next block, whose parameters are still as they were."""
+        module = self.context.model.get_submodule(path)
+        given = self.inputs.pop(path)
+        inputs = [_completed(self.hidden[place], rest) if _is_open(rest) else rest for place, rest in enumerate(given)]
+        values = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+        return OriginalBlock(path, module, inputs, self.context, values=values)
+
+    def finish(self, block: Block) -> None:
+        """Compute what the block gave to the next one, if that takes it."""
+        takes = any(map(_is_open, next(iter(self.inputs.values()), [])))
+        self.hidden = block.original.hidden if takes and block.original is not None else []
+
+
+@dataclass
+class _Captured:
+    """The inputs of blocks by path; `_Hidden` stands in the place of what the block before gives."""
+
+    inputs: dict[str, list[Inputs]]
+    length: int
+    """The number of blocks in a row that take the output of the block before them."""
+
+
+def _capture(context: Walked, paths: list[str], whole: bool = False) -> _Captured:
     """Run all batches and capture the inputs of the blocks.
 
-    Returns the first block's inputs; the later blocks' inputs, without the output of the block before; and the number
-    of blocks in a row that take the output of the block before.
+    Of a block after the first, the first tensor is left out. With `whole` it is left out only where the block before
+    gives it.
     """
-    first: list[Inputs] = []
-    others: dict[str, list[Inputs]] = {path: [] for path in paths[1:]}
+    found: dict[str, list[Inputs]] = {path: [] for path in paths}
     chained = dict.fromkeys(paths[1:], True)
-    last: list[Any] = [None]
+    preceding = dict(zip(paths[1:], paths, strict=False))
+    last: list[Any] = [None, None]
     copies: Copies = {}
 
     def enter(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if path == paths[0]:
-                first.append(unshared((args, kwargs), copies))
-                return
-            chained[path] = chained[path] and _first_tensor(args, kwargs) is last[0]
-            others[path].append(unshared(_with_hidden(None, (args, kwargs)), copies))
+            given, before = (args, kwargs), preceding.get(path)
+            if before is not None:
+                follows = last[0] == before and last[1] is _first_tensor(args, kwargs)
+                follows = follows and len(found[before]) == len(found[path]) + 1
+                chained[path] = chained[path] and follows
+                given = given if whole and not follows else _with_hidden(_Hidden(), given)
+            found[path].append(unshared(given, copies))
 
         return hook
 
-    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        last[0] = _hidden(output)
+    def leave(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            last[:] = path, _hidden(output)
+
+        return hook
 
     handles = []
     for path in paths:
         module = context.model.get_submodule(path)
         handles.append(module.register_forward_pre_hook(enter(path), with_kwargs=True))
-        handles.append(module.register_forward_hook(leave, with_kwargs=True))
+        handles.append(module.register_forward_hook(leave(path), with_kwargs=True))
     try:
         with as_in_evaluation(context.model):
             for batch in context.run.track(context.batches, len(context.batches), "calibration"):
                 call(context.model, batch)
-                last[0] = None
+                last[:] = None, None
                 copies.clear()
     finally:
         for handle in handles:
             handle.remove()
     length = 1
     for path in paths[1:]:
-        if not chained[path] or len(others[path]) != len(first):
+        if not chained[path] or len(found[path]) != len(found[paths[0]]):
             break
         length += 1
-    return first, others, length
+    return _Captured(found, length)
 
 
 def _hidden(output: Any) -> Any:
@@ -193,14 +314,24 @@ def _with_hidden(value: Any, inputs: Inputs) -> Inputs:
     """The inputs with the first tensor replaced: what the block before gives."""
     args, kwargs = list(inputs[0]), dict(inputs[1])
     for place, item in enumerate(args):
-        if isinstance(item, Tensor | _Hidden):
-            args[place] = _Hidden() if value is None else value
+        if isinstance(item, Tensor):
+            args[place] = value
             return tuple(args), kwargs
     for key, item in kwargs.items():
-        if isinstance(item, Tensor | _Hidden):
-            kwargs[key] = _Hidden() if value is None else value
+        if isinstance(item, Tensor):
+            kwargs[key] = value
             return tuple(args), kwargs
     return inputs
+
+
+def _completed(value: Any, inputs: Inputs) -> Inputs:
+    """The inputs with a value in the place that `_Hidden` holds."""
+    args = tuple(value if isinstance(item, _Hidden) else item for item in inputs[0])
+    return args, {key: value if isinstance(item, _Hidden) else item for key, item in inputs[1].items()}
+
+
+def _is_open(inputs: Inputs) -> bool:
+    return any(isinstance(item, _Hidden) for item in (*inputs[0], *inputs[1].values()))
 
 
 class _Hidden:

@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,14 +16,17 @@ from qsim_core.errors import DataError
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.matmuls.call import Call
 from qsim_core.quantizers.scales import Scales
-from qsim_core.sites.executor import tried
+from qsim_core.sites.executor import tried, tried_operands
 from qsim_core.sites.site import Site
 from qsim_core.sites.sites import Sites
-from qsim_core.transforms.blocks import Block, MatmulWatcher, walk
+from qsim_core.transforms.blocks import Block, MatmulWatcher, Originals, walk
 from qsim_core.transforms.checkpoint import Checkpoint
 from qsim_core.transforms.forward import as_in_evaluation, call
 from qsim_core.transforms.report import LayerReport
 from qsim_core.transforms.run import Run
+
+ACTIVATIONS = ("input", "input2")
+"""The roles of the operands that are not weights."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,31 @@ class Context:
         """
         return tried(site, call, self.sites.weights, roles)
 
+    def with_quantized_inputs(self, site: Site, call: Call) -> Call:
+        """Give a call that a watcher is shown the operands that the recipe makes of its inputs; its weight stays.
+
+        Raises `RecipeError` where the recipe wants a static scale.
+        """
+        return replace(call, operands=tuple(tried_operands(site, call, self.sites.weights, ACTIVATIONS)))
+
+    @contextmanager
+    def quantized_activations(self, on: bool = True) -> Iterator[None]:
+        """Inside, forwards quantize inputs and outputs of matmuls under the recipe, or nothing; weights stay.
+
+        Raises `RecipeError` in a forward where the recipe wants a static scale.
+        """
+
+        def rounded(site: Site, call: Call, result: Tensor) -> Tensor:
+            roles = (*ACTIVATIONS, "output")
+            plain = all(site.standing(role) is None for role in roles)
+            return result if plain else self.simulated(site, call, roles)
+
+        before, self.sites.results = self.sites.results, rounded if on else None
+        try:
+            yield
+        finally:
+            self.sites.results = before
+
     @contextmanager
     def watching(self, watch: MatmulWatcher, sample: int) -> Iterator[None]:
         """Inside, `watch` is shown every matmul. Raises `DataError` where a calibration sample makes NaN or Inf."""
@@ -135,9 +163,12 @@ class Context:
         finally:
             self.sites.watcher = before
 
-    def blocks(self) -> Iterator[Block]:
-        """The model's blocks in order, each with the inputs that the blocks before it, as changed by now, give it."""
-        return walk(self)
+    def blocks(self, originals: bool = False) -> Iterator[Block]:
+        """The model's blocks in order, each with the inputs that the blocks before it, as changed by now, give it.
+
+        With `originals`, `block.original` is the block as it is when this is called, with the inputs that it has now.
+        """
+        return walk(self, Originals(self) if originals else None)
 
     def recall(self, index: int, block: nn.Module) -> bool:
         """Tell if an earlier run has finished this block; if so, restore what that run left, reports and pins too."""

@@ -1,271 +1,84 @@
-"""GPTQ: `gptq(percdamp=0.01)` rounds each weight so that its products with calibration data change least."""
+"""GPTQ, GPTAQ and Qronos: each rounds a weight so that its products with calibration data change least."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from operator import itemgetter
-from typing import NamedTuple, cast
+from typing import ClassVar
 
-import torch
-from pydantic import Field, PositiveInt
-from torch import Tensor, nn
+from pydantic import Field
 
-from qsim_core import DataError, Transform, hookimpl
-from qsim_core.formats.quantizer import Quantizer
-from qsim_core.formats.random_bits import at
-from qsim_core.formats.rounding import working
-from qsim_core.quantizers.scales import Scales
-from qsim_core.sites.quantized_weights import READ
-from qsim_core.transforms.blocks import MatmulWatcher, block_paths
-from qsim_core.transforms.context import Context, MatmulWeight
-from qsim_core.transforms.offload import at_hand
-from qsim_gptq.feedback import Factor, factorize, feed_back
-from qsim_gptq.grids import ColumnGrid, Known, grids, why_not_by_column, why_scales_are_fixed
-from qsim_gptq.hessians import Gathered, Gatherer, Part
-from qsim_gptq.inputs import Unseen
-
-PORTION = 512
-"""Columns of a Hessian that are multiplied at once."""
-MEASURE = "relative error of the layer's output"
+from qsim_core import Transform, hookimpl
+from qsim_gptq.error_feedback import ErrorFeedback
+from qsim_gptq.factors import Factor, factorize, gptaq, qronos
+from qsim_gptq.hessians import Moments
 
 
-class GPTQ(Transform):
+class GPTQ(ErrorFeedback):
     """Rounds a weight column by column to its quantizer's grid, and compensates each error in the remaining columns.
 
     It works with any scheme, and with any format without a scale. The scales of rows, tiles and tensors are those of
     the original weight. The scales of n elements along a row are computed when the first of these columns is rounded,
     unless `static_groups` or `act_order` is set. The inputs of a block of the model are the outputs of the blocks
-    before it, which are already quantized; activations are not quantized. Source: arXiv 2210.17323, algorithm 1, as
-    implemented by IST-DASLab/gptq. The README lists every difference.
+    before it, which are already quantized; activations are quantized if `activations` is set. Source: arXiv 2210.17323,
+    algorithm 1, as implemented by IST-DASLab/gptq. The README lists every difference.
     """
 
     name = "gptq"
+
+    def factor(self, moments: Moments) -> Factor:
+        return factorize(moments.hessian, self.percdamp, self.act_order)
+
+
+class GPTAQ(ErrorFeedback):
+    """GPTQ that also compensates what a layer's inputs have drifted from those of the original model.
+
+    The drift of a column's input changes the output. The later columns make up for a share `alpha` of that change, as
+    far as they can. Source: arXiv 2504.02692, as implemented by Intelligent-Computing-Lab-Yale/GPTAQ. The README has
+    the formula and every difference.
+    """
+
+    name = "gptaq"
+    paired: ClassVar[bool] = True
     percdamp: float = Field(
         0.01, ge=0, allow_inf_nan=False, description="added to the Hessian's diagonal, as a share of its mean"
     )
-    act_order: bool = Field(False, description="round columns by descending diagonal of the Hessian")
-    static_groups: bool = Field(False, description="compute the scales of groups from the original weight")
     true_sequential: bool = Field(
-        False, description="run a block again after each set of weights with the same input, not once for all weights"
+        True, description="run a block again after each set of weights with the same input, not once for all weights"
     )
-    block: PositiveInt = Field(128, description="columns whose errors are compensated together; affects only the speed")
+    activations: bool = Field(True, description="quantize activations too while the inputs are observed")
+    alpha: float = Field(0.25, ge=0, allow_inf_nan=False, description="share of the drift that is compensated")
 
-    def apply(self, model: nn.Module, context: Context) -> None:
-        """Quantize and pin every weight that GPTQ can round. Raises `DataError` on missing or NaN calibration data."""
-        weights = context.weights() if context.batches else []
-        if not weights:
-            context.report("", note="the recipe quantizes no weight")
-        free = []
-        for weight in weights:
-            if reason := _why_left_alone(weight, context):
-                context.report(weight.site.name, note=f"left alone: {reason}")
-            else:
-                free.append(weight)
-        paths = block_paths(model, context.sites.table.values())
-        inside = [any(_within(weight, path) for path in paths) for weight in free]
-        start = inside.index(True) if True in inside else 0
-        before = free[:start]
-        after = [weight for weight, within in zip(free[start:], inside[start:], strict=True) if not within]
-
-        def outside(weights: list[MatmulWeight]) -> None:
-            with at_hand(*(model.get_submodule(weight.name.rpartition(".")[0]) for weight in weights), inside=False):
-                self._quantize(weights, lambda watch: context.observe(watch, "gptq"), context)
-
-        outside(before)
-        for block in context.blocks() if True in inside else ():
-            self._quantize([weight for weight in free if _within(weight, block.path)], block.observe, context)
-        outside(after)
-
-    def _quantize(
-        self, weights: list[MatmulWeight], observe: Callable[[MatmulWatcher], None], context: Context
-    ) -> None:
-        """Quantize the weights of one block, observing its inputs once or once for each set with the same input."""
-        while weights:
-            leader = weights[0] if self.true_sequential else None
-            gatherer = Gatherer(weights, leader)
-            observe(gatherer)
-            found = gatherer.found
-            done = weights if leader is None else [w for w in weights if w is leader or _same(found, w, leader)]
-            factors = _Factors(self)
-            for weight in done:
-                self._finish(weight, found.pop(weight.name), factors, context)
-            weights = [weight for weight in weights if weight not in done]
-
-    def _finish(self, weight: MatmulWeight, gathered: Gathered, factors: _Factors, context: Context) -> None:
-        """Quantize one weight, pin it, and report its errors."""
-        name = weight.site.name
-        try:
-            parts = gathered.complete(weight.parameter)
-        except Unseen as error:
-            context.report(name, note=f"left alone: {error}")
-            return
-        quantizer = weight.quantizer
-        assert quantizer is not None
-        if not quantizer.by_rows:
-            parts = [expert for part in parts for expert in part.experts()]
-        with context.run.stage(f"gptq {name}"), context.timed() as seconds:
-            outcomes: list[_Outcome] = []
-            scales: list[tuple[int, list[Known]]] = []
-            for index, part in enumerate(parts):
-                place = f"{name}:weight" if len(parts) == 1 else f"{name}:weight:{index}"
-                try:
-                    found, known = self._round(part, quantizer, place, factors)
-                    outcomes += found
-                    scales.append((int(part.operand.storage_offset()), known))
-                except DataError as error:
-                    raise DataError(f"{context.name} at {name}: {error}") from None
-            in_order = [one for _, known in sorted(scales, key=itemgetter(0)) for one in known]
-            context.pin(weight, *map(_below_each_other, zip(*in_order, strict=True)))
-        notes = list(_without_tokens(parts))
-        for few in _too_few(parts):
-            context.warn(name, few)
-        notes += dict.fromkeys(note for outcome in outcomes for note in outcome.notes)
-        if self._refits and isinstance(quantizer.granularity, int) and (reason := why_scales_are_fixed(quantizer)):
-            notes.append(f"static groups: {reason}")
-        whole = sum(outcome.whole for outcome in outcomes) or 1.0
-        before = (sum(outcome.nearest for outcome in outcomes) / whole) ** 0.5
-        after = (sum(outcome.fed_back for outcome in outcomes) / whole) ** 0.5
-        context.report(name, before=before, after=after, measure=MEASURE, seconds=seconds(), note="; ".join(notes))
-
-    @property
-    def _refits(self) -> bool:
-        return not (self.static_groups or self.act_order)
-
-    def _round(
-        self, part: Part, quantizer: Quantizer, place: str, factors: _Factors
-    ) -> tuple[list[_Outcome], list[Known]]:
-        """Write the quantized part into its parameter, and return the outcomes and the scales of its matrices."""
-        rows, outcomes = part.rows, []
-        factored: list[Factor | None] = [None] * len(part.tokens)
-        columns: list[ColumnGrid] = []
-        with at(place, 0):
-            rounded = quantizer.quantize(rows)
-        if part.hessians is not None:
-            weights, rounds = (working(t).reshape(len(part.tokens), -1, rows.shape[-1]) for t in (rows, rounded))
-            factored = [factors.of(hessian) for hessian in part.hessians]
-            whole_rows = isinstance(quantizer.granularity, str)
-            with at(place, 0):
-                seen = rows if whole_rows else _without_dead(rows, factored)
-                columns = grids(quantizer, seen, len(factored), self._refits, place)
-            results = []
-            for w, n, hessian, factor, grid in zip(weights, rounds, part.hessians, factored, columns, strict=True):
-                q = n if factor is None else feed_back(w, factor, grid, self.block)
-                results.append(q)
-                whole, nearest, after = _energies(torch.stack([w, n - w, q - w]), hessian)
-                notes = () if factor is None else factor.notes
-                outcomes.append(_Outcome(whole, nearest, after, notes))
-            rounded = torch.stack(results).reshape(rows.shape)
-        if None in factored:  # these matrices are rounded to nearest
-            with at(place, 0):
-                own = grids(quantizer, rows, len(factored), False, place)
-            columns = [n if factor is None else g for n, g, factor in zip(own, columns or own, factored, strict=True)]
-        known = [grid.known for grid in columns]
-        part.operand.copy_(part.layout.back(rounded))
-        return outcomes, known
+    def factor(self, moments: Moments) -> Factor:
+        if moments.drift is None:
+            return factorize(moments.hessian, self.percdamp, self.act_order)
+        return gptaq(moments.hessian, moments.drift, self.percdamp, self.act_order, self.alpha)
 
 
-class _Outcome(NamedTuple):
-    """Squared norms for one matrix: of its exact outputs, of the errors of round-to-nearest, and of GPTQ's errors."""
+class Qronos(ErrorFeedback):
+    """Rounds a weight so that it gives the original model's outputs for the inputs that it will really get.
 
-    whole: float
-    nearest: float
-    fed_back: float
-    notes: tuple[str, ...]
+    The first column is rounded to where it corrects most. The others then become the columns with the least error
+    beside it, from which GPTQ goes on. Source: arXiv 2505.11695, as implemented by Xilinx/brevitas. The README has the
+    formula and every difference.
+    """
 
+    name = "qronos"
+    paired: ClassVar[bool] = True
+    percdamp: float = Field(
+        1e-6,
+        ge=0,
+        allow_inf_nan=False,
+        description="added to the Hessian's diagonal, as a share of its largest eigenvalue",
+    )
+    true_sequential: bool = Field(
+        True, description="run a block again after each set of weights with the same input, not once for all weights"
+    )
+    activations: bool = Field(True, description="quantize activations too while the inputs are observed")
 
-def _below_each_other(scales: tuple[Scales | None, ...]) -> Scales | None:
-    """Join the scales of matrices that stand one below the other; None if they have none."""
-    if None in scales:
-        return None
-    scale, zero = zip(*cast(tuple[Scales, ...], scales), strict=True)
-    return Scales(torch.cat(scale), None if zero[0] is None else torch.cat(zero))
-
-
-class _Factors:
-    """Computes factors of Hessians, and reuses the last one for an equal Hessian, such as those of q, k and v."""
-
-    def __init__(self, options: GPTQ) -> None:
-        self._options = options
-        self._last: tuple[Tensor, Factor] | None = None
-
-    def of(self, hessian: Tensor) -> Factor | None:
-        """Return the factor of a Hessian; None if its input was always 0."""
-        if not hessian.diagonal().any():
-            return None
-        if self._last is None or not torch.equal(self._last[0], hessian):
-            self._last = hessian, factorize(hessian, self._options.percdamp, self._options.act_order)
-        return self._last[1]
-
-
-def _without_dead(rows: Tensor, factors: list[Factor | None]) -> Tensor:
-    """Set columns to 0 whose input was always 0, so that they do not affect the scale of a block."""
-    if not any(factor is not None and factor.dead.any() for factor in factors):
-        return rows
-    matrices = rows.reshape(len(factors), -1, rows.shape[-1]).clone()
-    for matrix, factor in zip(matrices, factors, strict=True):
-        if factor is not None:
-            matrix[:, factor.dead] = 0
-    return matrices.reshape(rows.shape)
-
-
-def _energies(matrices: Tensor, hessian: Tensor) -> list[float]:
-    """Compute |X M^T|^2 for each of the matrices M [m, N, K], where X^T X is the Hessian."""
-    rows, found = matrices.flatten(0, 1), torch.zeros(matrices.shape[:2], dtype=torch.float64, device=matrices.device)
-    for first in range(0, len(hessian), PORTION):  # half of the symmetric Hessian is enough
-        here = slice(first, first + PORTION)
-        product = (rows[:, here] @ hessian[here, here]).addmm_(rows[:, :first], hessian[:first, here], alpha=2)
-        found += torch.linalg.vecdot(product, rows[:, here]).view(found.shape)
-    return found.sum(1).clamp(min=0).tolist()
-
-
-def _why_left_alone(weight: MatmulWeight, context: Context) -> str | None:
-    """Return the reason why a weight cannot be rounded; None if it can."""
-    state = context.sites.weights
-    assert weight.quantizer is not None
-    if weight.name in state.tied:
-        return "it is tied to another parameter, which would change with it"
-    if READ in state.uses.get(weight.name, ()):
-        return "the model also reads it outside a matmul, as a table or to compute a weight"
-    if len(state.uses.get(weight.name, ())) > 1:
-        return "it is multiplied along two axes"
-    return why_not_by_column(weight.quantizer)
-
-
-def _within(weight: MatmulWeight, path: str) -> bool:
-    return not path or weight.name.startswith(f"{path}.")
-
-
-def _same(found: dict[str, Gathered], weight: MatmulWeight, leader: MatmulWeight) -> bool:
-    """Tell if both weights had the same inputs in every call."""
-    a, b = (list(found[w.name].parts.values()) for w in (weight, leader))
-    hessians = [(x.hessians, y.hessians) for x, y in zip(a, b, strict=False)]
-    return len(a) == len(b) > 0 and all(x is not None and y is not None and torch.equal(x, y) for x, y in hessians)
-
-
-def _too_few(parts: list[Part]) -> Iterator[str]:
-    """Yield a warning if matrices received fewer rows of inputs than they have columns."""
-    tokens, width = [count for part in parts for count in part.tokens], parts[0].rows.shape[-1]
-    few = [index for index, count in enumerate(tokens) if 0 < count < width]
-    if few:
-        which = "" if len(tokens) == 1 else f" for {_listed(parts, few)}"
-        yield f"saw {min(tokens[i] for i in few)} tokens, fewer than its {width} columns{which}: give more samples"
-
-
-def _without_tokens(parts: list[Part]) -> Iterator[str]:
-    """Yield a note if the inputs of matrices were always 0."""
-    tokens = [count for part in parts for count in part.tokens]
-    none = [index for index, count in enumerate(tokens) if not count]
-    if none:
-        seen = "its input was always 0" if len(tokens) == 1 else f"no token for {_listed(parts, none)}"
-        yield f"{seen}: rounded to nearest"
-
-
-def _listed(parts: list[Part], numbers: list[int]) -> str:
-    kind = "group" if parts[0].layout.name.startswith("taps") else "expert"
-    more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
-    return f"{kind}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:8]))}{more}"
+    def factor(self, moments: Moments) -> Factor:
+        drift = moments.hessian.new_zeros(()).expand_as(moments.hessian) if moments.drift is None else moments.drift
+        return qronos(moments.hessian, drift, self.percdamp, self.act_order)
 
 
 @hookimpl
 def qsim_transforms() -> list[type[Transform]]:
-    return [GPTQ]
+    return [GPTQ, GPTAQ, Qronos]

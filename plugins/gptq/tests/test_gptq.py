@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from qsim_gptq.feedback import factorize
+from qsim_gptq.factors import factorize
 from qsim_gptq.inputs import samples
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -106,13 +106,14 @@ def test_groups_are_fitted_to_what_their_columns_have_become(weights: str, colum
 
 
 @pytest.mark.parametrize("option", ["static_groups", "act_order"])
-def test_static_groups_have_the_scales_of_the_weight_as_it_was(option: str) -> None:
+@pytest.mark.parametrize("weights", ["abfp(int4, n=16)", "mx(e2m1, 16, range=mse)"])
+def test_static_groups_have_the_scales_of_the_weight_as_it_was(option: str, weights: str) -> None:
     weight, x = noise(24, 40), inputs(200, 40)
     layer = linear(weight)
 
-    gptq(layer, [x], "abfp(int4, n=16)", f"gptq({option}=true)")
+    gptq(layer, [x], weights, f"gptq({option}=true)")
 
-    assert torch.equal(layer.weight, reference(weight, x, "abfp(int4, n=16)", act_order=option == "act_order"))
+    assert torch.equal(layer.weight, reference(weight, x, weights, act_order=option == "act_order"))
 
 
 @pytest.mark.parametrize("weights", ["int4", "abfp(int4, n=16)"])
