@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -39,7 +39,10 @@ class Snapshot:
     def _note(self, tensor: Tensor) -> None:
         self._of: weakref.ref[Tensor] | None = weakref.ref(tensor)  # a new tensor may get a freed one's id
         self._mark = _mark(tensor)
-        self._sample = sample(tensor).clone()
+        found = sample(tensor)
+        self._sample = found.clone()
+        plain = has_memory(tensor) and tensor.is_contiguous()
+        self._places = (found.dtype, found.shape, found.stride()) if plain else None
         self._doubted = self._compared = False
 
     def is_of(self, tensor: Tensor) -> bool:
@@ -58,7 +61,12 @@ class Snapshot:
         same = self._stands(tensor) and not self._doubted
         if same and self._compared:
             return True
-        if self._kind != (tensor.dtype, tensor.shape) or not _alike(self._sample, sample(tensor)):
+        if self._kind != (tensor.dtype, tensor.shape):
+            return False
+        if same and self._places is not None:
+            dtype, shape, stride = self._places
+            return torch.equal(self._sample, tensor.detach().view(dtype).as_strided(shape, stride))
+        if not _alike(self._sample, sample(tensor)):
             return False
         if not same and self._sums is not None and _alike(self._sums, _sums(tensor)):
             self._note(tensor)
@@ -66,7 +74,9 @@ class Snapshot:
         return same
 
     def _stands(self, tensor: Tensor) -> bool:
-        return self.is_of(tensor) and self._mark == _mark(tensor)
+        if self._of is None or self._of() is not tensor:
+            return False
+        return self._mark == (_mark(tensor) if self._places is None else (_version(tensor), tensor.data_ptr()))
 
     @staticmethod
     def compare(seen: Iterable[Snapshot]) -> None:
@@ -98,7 +108,8 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 def has_memory(tensor: Tensor) -> bool:
     """True if a tensor holds numbers itself: it is not sparse, sharded, coded or wrapped, nor kept elsewhere."""
-    wrapped = is_functorch_wrapped_tensor(tensor) or is_traceable_wrapper_subclass(tensor)
+    plain = type(tensor) in (nn.Parameter, Tensor)
+    wrapped = is_functorch_wrapped_tensor(tensor) or (not plain and is_traceable_wrapper_subclass(tensor))
     return not (tensor.is_meta or tensor.layout is not torch.strided or wrapped)
 
 
@@ -122,7 +133,10 @@ def sample(tensor: Tensor) -> Tensor:
     """
     if not has_memory(tensor):
         return torch.full((1,), math.nan)
-    return _in_memory(tensor)[:: _step(tensor.numel(), tensor.shape)]
+    step = _step(tensor.numel(), tensor.shape)
+    if not tensor.is_contiguous():
+        return _in_memory(tensor)[::step]
+    return tensor.detach().view(BITS[tensor.element_size()]).as_strided((-(-tensor.numel() // step),), (step,))
 
 
 def _in_memory(tensor: Tensor) -> Tensor:
@@ -150,13 +164,17 @@ def _step(count: int, shape: torch.Size) -> int:
 
 
 def _alike(then: Tensor, now: Tensor) -> bool:
-    return then.shape == now.shape and torch.equal(then.to(now.device), now)
+    return then.shape == now.shape and torch.equal(then if then.device == now.device else then.to(now.device), now)
 
 
 def _mark(tensor: Tensor) -> tuple[int, int]:
     if not has_memory(tensor):
         return 0, 0
-    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+    return _version(tensor), tensor.data_ptr()
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _sums(tensor: Tensor) -> Tensor:

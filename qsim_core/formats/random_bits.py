@@ -21,55 +21,62 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 
 
-class Place(threading.local):
-    """The place for which this thread draws random numbers."""
+class Place:
+    """A place for which random numbers are drawn, by this thread inside a block."""
 
-    site = 0
-    """The CRC-32 of the site's name."""
-    step = 0
-    start = 0
-    """The first row, for a tensor that is rounded in parts."""
-    rows = 1
-    """The rows of one part."""
-    drawn = False
-    """True if a number was drawn at this place."""
+    def __init__(self, site: str = "", step: int = 0, start: int = 0, rows: int = 1) -> None:
+        self.site, self.step = site, step
+        self.start = start
+        """The first row, for a tensor that is rounded in parts."""
+        self.rows = rows
+        """The rows of one part."""
+        self.drawn = False
+        """True if a number was drawn at this place."""
+
+    def __enter__(self) -> Place:
+        self._before, _here.place = _here.place, self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _here.place = self._before
 
 
-_place = Place()
+class _Here(threading.local):
+    def __init__(self) -> None:
+        self.place = Place()
 
 
-@contextlib.contextmanager
-def at(site: str = "", step: int = 0, start: int = 0, rows: int = 1) -> Iterator[Place]:
+_here = _Here()
+
+
+def at(site: str = "", step: int = 0, start: int = 0, rows: int = 1) -> Place:
     """Draw the numbers of a site (any name; its CRC-32 is used) and a step (a count from 0) inside the block.
 
     For a tensor that is rounded in parts, the part has `rows` rows from row `start` on.
     """
-    before = dict(_place.__dict__)
-    _place.__dict__.update(site=zlib.crc32(site.encode()), step=step & WORD, start=start, rows=rows, drawn=False)
-    try:
-        yield _place
-    finally:
-        _place.__dict__.clear()
-        _place.__dict__.update(before)
+    return Place(site, step, start, rows)
 
 
 @contextlib.contextmanager
 def part(start: int) -> Iterator[None]:
     """Draw the numbers of the `start`-th tensor, of many tensors of one shape at one place, inside the block."""
-    before = _place.start, _place.rows
-    _place.start, _place.rows = start, 1
+    place = _here.place
+    before = place.start, place.rows
+    place.start, place.rows = start, 1
     try:
         yield
     finally:
-        _place.start, _place.rows = before
+        place.start, place.rows = before
 
 
 def uniform(like: Tensor, seed: int) -> Tensor:
     """Draw a number in [0, 1) for each element of `like`, in its order and shape: float32, a multiple of 2^-24."""
-    _place.drawn = True
-    first = like.numel() // _place.rows * _place.start
+    place = _here.place
+    place.drawn = True
+    first = like.numel() // place.rows * place.start
     blocks = torch.arange(first // 4, (first + like.numel() + 3) // 4, device=like.device)
-    words = philox((blocks & WORD, blocks >> 32, _word(_place.step, like), _word(_place.site, like)), seed)
+    site, step = zlib.crc32(place.site.encode()), place.step & WORD
+    words = philox((blocks & WORD, blocks >> 32, _word(step, like), _word(site, like)), seed)
     drawn = torch.stack(words, -1).flatten()[first % 4 :][: like.numel()]
     return ((drawn >> 8).float() * 2.0**-24).view(like.shape)
 

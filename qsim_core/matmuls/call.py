@@ -66,6 +66,12 @@ class Call:
         bias: Tensor | None = self.kwargs.get("bias", positional)
         return bias
 
+    def again(self, args: tuple[Any, ...], operands: tuple[Tensor, ...]) -> Call:
+        """The same call with other tensors, in less time than `dataclasses.replace` takes."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self), args=args, operands=operands)
+        return other
+
     def run(self, operands: Sequence[Tensor]) -> Any:
         """Call the function with these operands in place of its own; all other arguments stay."""
         args, kwargs = list(self.args), dict(self.kwargs)

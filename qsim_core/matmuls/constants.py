@@ -55,7 +55,7 @@ class Constants:
     def find(self, x: Tensor, module: nn.Module) -> Constant | None:
         """Find what a constant is computed from; None for any other tensor. `module` is the running one."""
         base = x if x._base is None else x._base
-        if isinstance(base, nn.Parameter):
+        if type(base) is not Tensor and isinstance(base, nn.Parameter):
             return Constant(base, shares=True) if self._is_parameter(base) else None
         made = self._made.get(id(x))
         if made is not None and made[0]() is x:

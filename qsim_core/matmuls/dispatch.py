@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -19,6 +20,11 @@ class OperatorWatcher(TorchDispatchMode):
     def is_infra_mode(cls) -> bool:
         """True: flex_attention compiles itself, and refuses to do so under a mode that could change its results."""
         return True
+
+
+def unwatched() -> Any:
+    """Leave the operators that are computed inside to torch alone, without a call of any watcher."""
+    return torch._C._DisableTorchDispatch()
 
 
 def operator_name(func: Any) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qsim_core.errors import natural_order
 from qsim_core.formats.quantizer import Quantizer
-from qsim_core.matmuls.dispatch import OperatorWatcher, operator_name
+from qsim_core.matmuls.dispatch import OperatorWatcher, operator_name, unwatched
 from qsim_core.matmuls.partial_sums import PartialSums
 from qsim_core.quantizers.standard_schemes import Cast
 from qsim_core.simulation.work import Cost, Hardware, Product, WorkCounter
@@ -156,8 +156,8 @@ class Audit(BaseModel):
 
 ATTENTION_ROLES = frozenset(role for roles in ATTENTION.values() for role in roles)
 
-PART = 2**18
-"""Elements that are looked at in float64 at a time."""
+PART = {"cpu": 2**17}
+"""Elements that are looked at in float64 at a time, by device; on a CPU they stay in its cache."""
 
 
 @dataclass
@@ -171,21 +171,39 @@ class _Sums:
     flushed: int | None = 0
     bits: float | None = 0.0
 
-    def add(self, before: Tensor, after: Tensor, quantizer: Quantizer | None) -> None:
-        """Count one tensor in, laid out as rows x K, before and after its quantizer, or exact and approximate."""
+    @classmethod
+    def of(cls, before: Tensor, after: Tensor, quantizer: Quantizer | None) -> _Sums:
+        """The sums of a tensor, laid out as rows x K, before and after its quantizer, or exact and approximate."""
+        sums = cls()
+        with unwatched():
+            sums._add(before, after, quantizer)
+        return sums
+
+    def _add(self, before: Tensor, after: Tensor, quantizer: Quantizer | None) -> None:
         self.elements += before.numel()
         bits = None if quantizer is None else quantizer.bits_per_element(before.shape)
         self.bits = None if bits is None or self.bits is None else self.bits + bits * before.numel()
         if before is after:  # quantized before this audit, and the original is gone
             self.clipped = self.flushed = None
             return
-        for x, y in zip(before.reshape(-1).split(PART), after.reshape(-1).split(PART), strict=True):
-            wide = x.double()
-            self.signal += float(wide.square().sum())
-            self.error += float((wide - y).square().sum())
-            self.flushed = None if self.flushed is None else self.flushed + int(((x != 0) & (y == 0)).sum())
-        passes = None if quantizer is None else quantizer.passes(before)
-        self.clipped = None if passes is None or self.clipped is None else self.clipped + int((~passes).sum())
+        for x, y in _parts(before, after):
+            wide = x.double().flatten()
+            self.signal += float(wide.dot(wide))
+            wide.sub_(y.flatten())
+            self.error += float(wide.dot(wide))
+            if self.flushed is not None:
+                self.flushed += int(x.bool().logical_and_(y.logical_not()).count_nonzero())
+        by_parts = quantizer is not None and quantizer.by_rows and not quantizer.held
+        for x, _ in _parts(before, before) if by_parts else [(before, before)]:
+            passes = None if quantizer is None else quantizer.passes(x)
+            outside = None if passes is None else x.numel() - int(passes.count_nonzero())
+            self.clipped = None if outside is None or self.clipped is None else self.clipped + outside
+
+    def include(self, other: _Sums) -> None:
+        """Count in the sums of other tensors."""
+        for name, value in vars(other).items():
+            own = getattr(self, name)
+            setattr(self, name, None if own is None or value is None else own + value)
 
     def result(self) -> Measured:
         """The sums as shares and decibels."""
@@ -197,6 +215,15 @@ class _Sums:
             flushed=None if self.flushed is None else self.flushed * share,
             bits=None if self.bits is None else self.bits * share,
         )
+
+
+def _parts(before: Tensor, after: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Give both tensors some rows at a time."""
+    if not before.numel():
+        return iter(())
+    rows = [x.reshape(-1, x.shape[-1] if x.dim() else 1) for x in (before, after)]
+    size = max(1, PART.get(before.device.type, 2**24) // rows[0].shape[-1])
+    return zip(*(x.split(size) for x in rows), strict=True)
 
 
 class _Outside(OperatorWatcher):
@@ -244,9 +271,10 @@ class _Watch:
                 self.doubts[site.name][
                     f"each element of its {role} has a scale of its own: {quantizer} rounds nothing"
                 ] = None
-            self.sums[site.name, role.rstrip("2")].add(before, after, quantizer)
+            found = _Sums.of(before, after, quantizer)
+            self.sums[site.name, role.rstrip("2")].include(found)
             if (named := site.named(role)) in ATTENTION_ROLES:
-                self.sums[site.name, named].add(before, after, quantizer)
+                self.sums[site.name, named].include(found)
 
     def examine(self, site: Site, left: QuantizedRows, right: QuantizedRows, product: Tensor) -> None:
         """Count in the sums of a simulated product."""
@@ -256,7 +284,7 @@ class _Watch:
         self, site: OperationSite, role: str, before: Tensor, after: Tensor, quantizer: Quantizer | None
     ) -> None:
         """Count in a tensor of an operation between products."""
-        self.operations[site.name, role].add(before, after, quantizer)
+        self.operations[site.name, role].include(_Sums.of(before, after, quantizer))
 
 
 _NOTHING = 2.0**-8

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NamedTuple
@@ -47,7 +48,7 @@ class Frame:
     before_softmax: list[tuple[Site, torch.Size]] = field(default_factory=list)
     softmax: tuple[torch.Size, ...] = ()
     """The shapes that the probabilities may have: that of the softmax, and without the columns of attention sinks."""
-    operations: Counter[str] = field(default_factory=Counter)
+    operations: dict[str, int] = field(default_factory=functools.partial(defaultdict, int))
     """The operations between products that the module has computed, by kind."""
     around: tuple[str, ...] = ()
     """The names of the operation whose written-out form is being computed."""

@@ -223,6 +223,14 @@ class LiveExecution(Execution):
         self.exact = exact
         self.observer = observer
         self.lowering: Lowering | None = None
+        self.planned = [one.role for one in operands], [*(one.quantizer for one in operands), output]
+        """The roles of the operands; their quantizers, and that of the result."""
+
+    def again(self, call: Call, operands: Sequence[Operand]) -> LiveExecution:
+        """The execution of another call by the same quantizers."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self), call=call, operands=operands)
+        return other
 
     def result(self) -> Tensor:
         """Compute the call by an exact arithmetic if one can, and note the arithmetic at the site."""
@@ -238,6 +246,8 @@ class LiveExecution(Execution):
 
     def finished(self, product: Tensor) -> Tensor:
         """Quantize the result, and show it to the observer before a mask is added."""
+        if self.output is None and self.observer is None:
+            return product
         rounded = product if self.output is None else self.rounded(product)
         self._observe("output", product, rounded, self.call.result, self.output)
         return product if self.output is None else self.completed(rounded)
@@ -250,16 +260,16 @@ class LiveExecution(Execution):
         """
         if self.module.training or self.call.masked:
             return None
-        roles = [operand.role for operand in self.operands]
-        quantizers = [*(operand.quantizer for operand in self.operands), self.output]
-        return lowering_of(self.arithmetic, self.exact, self.call, roles, quantizers)
+        return lowering_of(self.arithmetic, self.exact, self.call, *self.planned)
 
     def _values(self) -> list[Tensor]:
         return [self.quantized(operand) for operand in self.operands]
 
     def quantized(self, operand: Operand) -> Tensor:
         """Quantize one operand: a weight once for all calls, an input once for the consecutive calls that share it."""
-        return self._weight(operand) if operand.weight is not None else self._input(operand)
+        if operand.weight is not None:
+            return self._weight(operand)
+        return operand.tensor if operand.quantizer is None and self.observer is None else self._input(operand)
 
     def weight_scales(self) -> Scales | None:
         return known_scales(self.weights, self.operands)
@@ -357,6 +367,41 @@ class LiveExecution(Execution):
         if self.observer is not None and not recomputing():
             rows = layout.rows(before.detach())
             self.observer(self.site, role, rows, rows if after is before else layout.rows(after.detach()), quantizer)
+
+
+class Layer:
+    """A linear layer with a weight of its own as a call found it: a plan for later calls, without that call's tensors.
+
+    It holds while the same objects stand at the module and at the site.
+    """
+
+    def __init__(self, execution: LiveExecution, weight: Weight) -> None:
+        self.site, self.plan, self.fixed = execution.site, execution.site.plan, dict(execution.site.fixed)
+        self.name, self.attribute = weight.name, weight.name.rpartition(".")[2]
+        self.operands = [(one.role, one.layout, one.quantizer) for one in execution.operands]
+        self.call = execution.call.again((), ())
+        self.execution = execution.again(self.call, ())
+
+    def again(self, module: nn.Module, args: tuple[Any, ...]) -> LiveExecution | None:
+        """The execution of a call of these arguments; None if something is not as it was."""
+        site, tensors = self.site, args[:2]
+        x, weight = tensors
+        if (
+            type(weight) is not nn.Parameter
+            or weight is not module._parameters.get(self.attribute)
+            or module is not self.execution.module
+            or site.plan is not self.plan
+            or len(site.fixed) != len(self.fixed)
+            or any(site.fixed.get(role) is not quantizer for role, quantizer in self.fixed.items())
+            or site.rotations
+            or site.in_training is not None
+        ):
+            return None
+        site.calls += not recomputing()
+        (role, layout, quantizer), of_weight = self.operands
+        own = Weight(self.name, weight, owned=True)
+        operands = Operand(role, x, layout, quantizer), Operand(of_weight[0], weight, *of_weight[1:], own)
+        return self.execution.again(self.call.again(args, tensors), operands)
 
 
 class PartialExecution(Execution):

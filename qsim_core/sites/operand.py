@@ -15,9 +15,9 @@ from qsim_core.sites.quantized_weights import Weight
 from qsim_core.sites.site import Site
 
 
-@dataclass(frozen=True)
+@dataclass
 class Operand:
-    """A tensor that a matmul multiplies, as the site sees it."""
+    """A tensor that a matmul multiplies, as the site sees it. Nothing changes it: a frozen class is made too slowly."""
 
     role: str
     """ "input", "input2" (the second operand of a product of activations) or "weight"."""

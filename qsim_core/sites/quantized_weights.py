@@ -20,7 +20,7 @@ import threading
 from collections import Counter
 from collections.abc import KeysView
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,7 @@ MOVES = 2
 """A parameter whose object was replaced more often than this is being offloaded: no copy of it is held."""
 
 
-@dataclass(frozen=True)
-class Weight:
+class Weight(NamedTuple):
     """A parameter that is an operand of a matmul."""
 
     name: str
@@ -74,7 +73,7 @@ class _Quantized:
     def holds(self, parameter: Tensor, quantizer: SiteQuantizer) -> bool:
         """Tell if the parameter, and what the quantizer holds, are unchanged."""
         held = quantizer.held
-        if len(held) != len(self.held) or not all(map(Snapshot.holds, self.held, held)):
+        if (held or self.held) and (len(held) != len(self.held) or not all(map(Snapshot.holds, self.held, held))):
             return False
         return self.seen.holds(parameter)
 
@@ -154,7 +153,8 @@ class Weights:
 
     def met(self, weight: Weight, layout: Layout) -> None:
         """Note that a matmul multiplies by a weight."""
-        self.uses.setdefault(weight.name, set()).add(layout.name)
+        if layout.name not in self.uses.get(weight.name, ()):
+            self.uses.setdefault(weight.name, set()).add(layout.name)
 
     def read(self, name: str) -> None:
         """Note that other code than a matmul reads a parameter, which is a use of its own."""
@@ -177,7 +177,7 @@ class Weights:
 
         Raises `QsimError` if the weight has changed since.
         """
-        pin = None if weight.computed else self._pins.get(weight.name)
+        pin = None if weight.computed or not self._pins else self._pins.get(weight.name)
         if pin is None or pin.seen.holds(weight.parameter):
             return pin
         if pin.dtype == weight.parameter.dtype:

@@ -41,7 +41,7 @@ from qsim_core.matmuls.operators import OPS, read_call
 from qsim_core.operations.functions import PRODUCTS
 from qsim_core.sites.arithmetic import FLOAT32, ExactArithmetic
 from qsim_core.sites.call_stack import CallStack, Frame, Reusable, Scaled, recomputing, reusable
-from qsim_core.sites.executor import LiveExecution, SiteObserver, check_planned
+from qsim_core.sites.executor import Layer, LiveExecution, SiteObserver, check_planned
 from qsim_core.sites.operand import operands_of, roles_of
 from qsim_core.sites.operation_sites import OperationSite, OperationSites
 from qsim_core.sites.plan import Planner
@@ -116,6 +116,8 @@ class Sites:
         self.weights = Weights(model, keep)
         self.constants = Constants(self._is_parameter)
         self._names: dict[tuple[str, int], tuple[weakref.ref[Tensor], str | None]] = {}
+        self._layers: dict[str, Layer] = {}
+        """The linear layers that were computed, by the path of the module."""
         self.quantizing = True
         self.observer: SiteObserver | None = None
         self.watcher: Callable[[Site, Call], None] | None = None
@@ -126,7 +128,8 @@ class Sites:
         self.stack = CallStack()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "stack": None, "constants": None, "_names": {}, **dict.fromkeys(WATCHING)}
+        nothing = dict.fromkeys((*WATCHING, "stack", "constants"))
+        return {**self.__dict__, **nothing, "_names": {}, "_layers": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -154,7 +157,7 @@ class Sites:
     @functools.partial(uncompiled, inside=False)
     def _leave(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
         stack = self.stack
-        if not any(frame.module is module for frame in stack.frames):
+        if not any(frame.module is module for frame in reversed(stack.frames)):
             return
         while (frame := stack.frames.pop()).module is not module:
             pass
@@ -187,7 +190,7 @@ class Sites:
     @property
     def watched(self) -> bool:
         """True if an observer or a watcher has to see every tensor."""
-        return any(getattr(self, name) is not None for name in WATCHING)
+        return self.observer is not None or self.watcher is not None or self.results is not None
 
     def leave_attention(self, *operands: Tensor, **named: Any) -> bool:
         """Tell if torch may compute attention by itself: nothing at its two products is quantized or watched.
@@ -267,16 +270,30 @@ class Sites:
         if function in SOFTMAX:
             self._connect(args[0] if args else kwargs["input"])
             return self.watch(function, args, kwargs)
-        call = read_call(function, args, kwargs)
         stack = self.stack
-        if call is None or stack.inside or not all(map(_is_dense, call.operands)):
+        if stack.inside:
             return self.watch(function, args, kwargs)
-        self._check_plain(call)
+        again = self._again(args) if function is F.linear and not kwargs else None
+        compute = None if again is None else again.result
+        if compute is None:
+            call = read_call(function, args, kwargs)
+            if call is None or not all(map(_is_dense, call.operands)):
+                return self.watch(function, args, kwargs)
+            self._check_plain(call)
+            compute = functools.partial(self._compute, call)
         stack.inside = True
         try:
-            return self._compute(call)
+            return compute()
         finally:
             stack.inside = False
+
+    def _again(self, args: tuple[Any, ...]) -> LiveExecution | None:
+        """The execution of a linear layer whose site stands as it did in an earlier call; None: it may not."""
+        frame = self.stack.frames[-1]
+        layer = self._layers.get(frame.path)
+        if layer is None or not self.quantizing or self.watched or not _is_plain(args[0]):
+            return None
+        return None if self.constants.find(args[0], frame.module) is not None else layer.again(frame.module, args)
 
     def _check_plain(self, call: Call) -> None:
         """Raise `QsimError` for an operand that holds other tensors in the place of values.
@@ -345,7 +362,10 @@ class Sites:
         numbers = all(operand.numel() and not operand.is_meta for operand in call.operands)
         if self.quantizing and numbers:  # where there are none, nothing is quantized
             operands = operands_of(site, call, weights, site.quantizer)
-            return LiveExecution(site, call, operands, site.quantizer("output"), *shared)
+            execution = LiveExecution(site, call, operands, site.quantizer("output"), *shared)
+            if call.function is F.linear and not call.kwargs and weights[1] is not None and weights[1].owned:
+                self._layers[self.stack.frames[-1].path] = Layer(execution, weights[1])
+            return execution
         check_planned(site, call, weights)
         operands = operands_of(site, call, weights, lambda role: None)
         return LiveExecution(site, call, operands, None, *shared, arithmetic=FLOAT32)
@@ -461,6 +481,17 @@ def _site_name(frame: Frame, call: Call, weight: Weight) -> str:
 def _is_dense(operand: Tensor) -> bool:
     """Tell if an operand has rows to quantize: floating-point numbers, neither sparse nor nested."""
     return operand.is_floating_point() and operand.layout == torch.strided and not operand.is_nested
+
+
+def _is_plain(x: Any) -> bool:
+    """Tell quickly if an input is a tensor of numbers in memory, and not a parameter."""
+    return (
+        type(x) is Tensor
+        and x.is_floating_point()
+        and x.layout is torch.strided
+        and not (x.is_nested or x.is_meta or is_functorch_wrapped_tensor(x))
+        and x.numel() > 0
+    )
 
 
 def _is_batched(operand: Tensor) -> bool:
