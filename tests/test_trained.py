@@ -152,8 +152,7 @@ def trained(tmp_path: Path) -> Path:
     directory = tmp_path / "trained"
     shutil.copytree(ZOO / "opt-tiny", directory)
     recipe = qsim.Recipe(weights="int4", activations="tensor(int8, static=true)", skip=("lm_head",))  # type: ignore[arg-type]
-    record = recipe.model_dump(mode="json", exclude={"model", "evaluate"})
-    Trained(base="opt-tiny", recipe=record, evaluator="perplexity").write(directory)
+    Trained(base="opt-tiny", recipe=recipe.record(), evaluator="perplexity").write(directory)
     loaded = qsim.Host().parse("opt.opt").load(str(directory), torch.float32)
     example = {"input_ids": torch.arange(4, 260).unsqueeze(0), "use_cache": False}
     state = qsim.simulate(loaded.model, recipe, calibration=[example]).state_dict()
@@ -194,6 +193,19 @@ def test_another_recipe_leaves_what_its_sites_hold_aside_and_says_so(trained: Pa
 
     assert result.recipe["activations"] is None
     assert warning == (f"Warning: {trained} was trained under another recipe; what its sites learned is left aside\n")
+
+
+def test_a_trained_model_runs_under_all_of_its_recipe_but_the_transforms() -> None:
+    host, trained_under = (
+        qsim.Host(),
+        {"activations": "int8", "keys": "int4", "operations": {"softmax": {"output": "bf16"}}},
+    )
+    recipe = qsim.Recipe.of({**trained_under, "transforms": ["smoothquant"]}, host)
+    record = Trained(base="opt-tiny", recipe=recipe.record(), evaluator="perplexity")
+
+    assert qsim.Recipe.of(record.simulated(host), host).record() == qsim.Recipe.of(trained_under, host).record()
+    assert record.fits(qsim.Recipe.of({**trained_under, "arithmetic": "float32"}, host), host)
+    assert not record.fits(qsim.Recipe.of({**trained_under, "keys": "int8"}, host), host)
 
 
 def test_a_record_that_is_none_is_one_line(trained: Path) -> None:

@@ -12,6 +12,8 @@ from qsim_core.files import read_text
 
 FILES = ("model_index.json", "config.json")
 """The names of the file. The first is that of a pipeline of several models."""
+SIMULATED = "qsim"
+"""The method of quantization that stands for a recipe: the weights are stored as they are."""
 
 
 def read_directory(directory: Path) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def quantization_method(configuration: Mapping[str, Any]) -> str | None:
     """The method by which weights were quantized, like "gptq"; None: they are not quantized."""
     found = _quantization(configuration)
     method = found.get("quant_method") or found.get("quant_type_name") or "a format without a name"
-    return str(method) if found else None
+    return str(method) if found and method != SIMULATED else None
 
 
 def _quantization(configuration: Mapping[str, Any]) -> Mapping[str, Any]:

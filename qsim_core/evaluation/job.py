@@ -49,10 +49,11 @@ class Job:
         adapter = located.adapter
         evaluator = cast("Evaluator | None", recipe.evaluate) or _evaluator(located, host)
         skip = adapter.skip if recipe.skip is None else recipe.skip
-        filled = {**{key: getattr(recipe, key) for key in recipe.model_fields_set}, "model": located.name, "skip": skip}
+        said = {key: getattr(recipe, key) for key in recipe.model_fields_set}
+        filled = {**said, "model": located.name, "skip": skip}
         trained = located.trained
         if trained is not None and not recipe.quantizes and not recipe.transforms:
-            filled |= trained.simulated(host)
+            filled |= {**trained.simulated(host), **said, "model": located.name}
         stored = located.stored
         if stored is not None:
             filled |= stored.beside(recipe, located.name)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 RECORD = "qsim.json"
 STATE = "sites.safetensors"
-SIMULATED = ("weights", "activations", "outputs", "value_axis", "skip", "overrides")
-"""The keys of the recipe that still apply to a trained model; its transforms are in the weights by now."""
+PAST = ("model", "transforms", "evaluate")
+"""The keys of the recipe that do not apply to a trained model any more; its transforms are in the weights by now."""
 
 
 class Trained(BaseModel):
@@ -60,15 +60,15 @@ class Trained(BaseModel):
             file.write(self.model_dump_json(indent=2).encode() + b"\n")
 
     def simulated(self, host: Any) -> dict[str, Any]:
-        """The quantizers and exceptions that the model still runs under, built by a host."""
+        """The part of the recipe that the model still runs under, built by a host."""
         recipe = Recipe.of(self.recipe, host)
-        return {key: getattr(recipe, key) for key in SIMULATED}
+        return {key: getattr(recipe, key) for key in recipe.model_fields_set if key not in PAST}
 
     def fits(self, recipe: Recipe, host: Any) -> bool:
-        """True if a recipe is the one of the training, so that the saved state belongs to its sites."""
-        return not recipe.transforms and all(
-            getattr(recipe, key) == value for key, value in self.simulated(host).items()
-        )
+        """True if a recipe has the quantizers of the training, so that the saved state belongs to its sites."""
+        known = Recipe.of(self.simulated(host), host)
+        here, there = ({**one.record(), "arithmetic": None} for one in (recipe, known))
+        return here == there
 
 
 def write_state(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -102,9 +102,9 @@ class Context:
         """Every weight that the recipe quantizes, in the order in which the model multiplies by them."""
         known = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         return [
-            MatmulWeight(self.model, site, site.weight, site.plan.weight)
+            MatmulWeight(self.model, site, site.weight, site.standing("weight"))
             for site in self.sites.table.values()
-            if site.weight in known and site.weight is not None and site.plan.weight is not None
+            if site.weight in known and site.weight is not None and site.standing("weight") is not None
         ]
 
     def observe(self, watch: MatmulWatcher, description: str) -> None:

@@ -11,6 +11,7 @@ import copy
 import importlib.util
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,8 @@ def _train(
     job: Job, taught: Data, output: Path, training: Training, device: str, given: Calibration, fold: bool, run: Run
 ) -> tuple[list[Logged], list[str]]:
     """Train and save. Returns the loss of each step, and the weights that could not be folded."""
+    from qsim_transformers import save_pretrained
+
     from qsim_finetune.trainer import Ended, trainer
 
     loaded = _loaded(job)
@@ -152,11 +155,12 @@ def _train(
     simulation.sites.quantizing = True
     loaded.model.to("cpu").eval()
     write_state(output / STATE, simulation.state_dict())
-    save_model(loaded, output, None)
+    save_model(loaded, output, partial(save_pretrained, simulation))
     if not fold:
         return log, []
     tensors, left = simulation.folded_state_dict()
-    save_model(loaded, output / FOLDED, tensors)
+    model: Any = loaded.model
+    save_model(loaded, output / FOLDED, partial(model.save_pretrained, state_dict=tensors))
     return log, left
 
 

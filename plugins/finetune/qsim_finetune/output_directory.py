@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
 from qsim_core.errors import TrainingError, one_line
@@ -90,11 +90,10 @@ def drop_unfinished(directory: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def save_model(loaded: LoadedModel, directory: Path, tensors: dict[str, torch.Tensor] | None) -> None:
-    """Write a model with its tokenizer and processor, as `from_pretrained` reads it. Raises `TrainingError`."""
-    model: Any = loaded.model
+def save_model(loaded: LoadedModel, directory: Path, save: Callable[[Path], Any]) -> None:
+    """Write a model, as `save` does, with its tokenizer and processor. Raises `TrainingError`."""
     try:
-        model.save_pretrained(directory, state_dict=tensors)
+        save(directory)
         for part in (loaded.tokenizer, loaded.processor):
             if part is not None:
                 part.save_pretrained(directory)

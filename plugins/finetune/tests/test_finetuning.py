@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, OPTForCausalLM, ViTForImageClassi
 
 import qsim_core as qsim
 from qsim_core.cli.main import main
-from qsim_core.evaluation.trained import read_state
+from qsim_core.evaluation.trained import Trained, read_state
 
 ROOT = Path(__file__).parents[3]
 WINDOWS = ["--limit", "2", "--seqlen", "32", "--batch-size", "2"]
@@ -81,6 +81,20 @@ def test_it_holds_the_float32_model_and_what_its_sites_learned(trained: tuple[Pa
             "training.json",
         ]
     )  # fmt: skip
+
+
+def test_transformers_loads_it_with_its_quantizers(trained: tuple[Path, Finetuned]) -> None:
+    output, _ = trained
+    host, ids = qsim.Host(), torch.arange(4, 36).unsqueeze(0)
+    record, plain = Trained.of(output), host.parse("opt.opt").load(str(output), torch.float32).model
+    assert record is not None
+    state = read_state(output / "sites.safetensors")
+    qsim.simulate(plain, record.simulated(host), example={"input_ids": ids}, state=state)
+
+    model = AutoModelForCausalLM.from_pretrained(output)
+
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
 
 
 def test_what_is_folded_are_the_quantized_weights(trained: tuple[Path, Finetuned]) -> None:

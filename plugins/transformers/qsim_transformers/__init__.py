@@ -2,7 +2,7 @@
 
 Plugins of families import `qsim_transformers.pretrained`. As a plugin of its own the package offers the adapter
 `generic`, for families of transformers that no other adapter names. `QsimConfig` quantizes a model in transformers' own
-`from_pretrained`.
+`from_pretrained`, and `save_pretrained` writes a simulation as that reads it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from qsim_core import hookimpl
 if TYPE_CHECKING:
     from qsim_core import Adapter
     from qsim_transformers.quantization import QsimConfig as QsimConfig
+    from qsim_transformers.quantization import save_pretrained as save_pretrained
 
-__all__ = ["QsimConfig"]
+__all__ = ["QsimConfig", "save_pretrained"]
 
 
 @hookimpl
@@ -26,7 +27,7 @@ def qsim_adapters() -> list[type[Adapter]]:
 
 
 def __getattr__(name: str) -> Any:
-    """Import `QsimConfig` when it is first used, so that the command line stays fast."""
+    """Import `QsimConfig` and `save_pretrained` when they are first used, so that the command line stays fast."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from qsim_transformers import quantization

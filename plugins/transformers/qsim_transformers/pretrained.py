@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qsim_core.errors import ModelError, natural_order, one_line
 from qsim_core.evaluation.adapter import Adapter, LoadedModel, check_finite
+from qsim_core.evaluation.configuration import SIMULATED
 from qsim_transformers.configuration import DIFFUSERS, architecture, configuration, evaluator_of, family
 from qsim_transformers.foreign_code import check_no_foreign_code
 from qsim_transformers.hub import offline_unless_reachable
@@ -135,8 +136,10 @@ def load_model(
         if to == "auto":
             how["device_map"] = _device_map(model_class, source, subfolder, dtype)
         found: str | None = source
+        if weights is not None or (not subfolder and _is_simulated(source)):
+            how["config"] = _without_quantization(model_class, source)
         if weights is not None:
-            found, how["state_dict"], how["config"] = None, dict(weights), _without_quantization(model_class, source)
+            found, how["state_dict"] = None, dict(weights)
         read = functools.partial(
             model_class.from_pretrained, found, subfolder=subfolder, output_loading_info=True, **how
         )
@@ -156,6 +159,12 @@ def load_model(
     if folder is not None:
         weakref.finalize(model, folder.cleanup)
     return model.eval()
+
+
+def _is_simulated(source: str) -> bool:
+    """Tell if a checkpoint was saved from a simulation: its weights are plain, and the recipe stands beside them."""
+    quantization = configuration(source).get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == SIMULATED
 
 
 def _without_quantization(model_class: Any, source: str) -> Any:

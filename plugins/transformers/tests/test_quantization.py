@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from qsim_transformers import QsimConfig
+from qsim_transformers import QsimConfig, save_pretrained
+from qsim_transformers.pretrained import load_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -75,6 +77,79 @@ def test_a_saved_model_is_loaded_with_the_same_bits(directory: Path, tmp_path: P
 
     assert torch.equal(logits(load(tmp_path)), logits(model))
     assert torch.equal(load(tmp_path).state_dict()["model.norm.weight"], model.state_dict()["model.norm.weight"])
+
+
+HELD = {"weights": "channel(int4, gradient=lsq)", "activations": "tensor(int8, static=true)", "skip": ["lm_head"]}
+"""A recipe whose sites hold static and learned scales."""
+
+
+def held(directory: Path) -> qsim.Simulation:
+    """A simulation whose scales come from calibration data, and have moved since."""
+    simulation = qsim.simulate(load(directory), HELD, calibration=[{"input_ids": IDS}])
+    with torch.no_grad():
+        for name, parameter in simulation.model.named_parameters():
+            if "qsim_steps" in name:
+                parameter.mul_(1.1)
+    return simulation
+
+
+def test_what_sites_hold_is_saved_with_the_model(directory: Path, tmp_path: Path) -> None:
+    simulation = held(directory)
+
+    save_pretrained(simulation, tmp_path / "once")
+    once = load(tmp_path / "once")
+    once.save_pretrained(tmp_path / "twice")
+    twice = load(tmp_path / "twice")
+
+    assert torch.equal(logits(once), logits(simulation.model))
+    assert torch.equal(logits(twice), logits(simulation.model))
+    assert once.state_dict().keys() == load(directory).state_dict().keys()
+
+
+def test_the_model_that_was_saved_stays_as_it_was(directory: Path, tmp_path: Path) -> None:
+    simulation = held(directory)
+
+    save_pretrained(simulation, tmp_path / "simulated")
+    simulation.restore().save_pretrained(tmp_path / "plain")
+
+    assert torch.equal(logits(load(tmp_path / "plain")), logits(load(directory)))
+
+
+def test_qsim_itself_takes_the_weights_as_they_are(directory: Path, tmp_path: Path) -> None:
+    save_pretrained(held(directory), tmp_path)
+
+    model = load_model(LlamaForCausalLM, str(tmp_path), torch.float32)
+
+    assert torch.equal(logits(model), logits(load(directory)))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "example", "line"),
+    [
+        (
+            {"transforms": ["gptq"]},
+            {"input_ids": IDS},
+            "on its grid for good; a model that trains cannot be saved with it",
+        ),
+        ({}, IDS, "give simulate an example as a mapping, like"),
+    ],
+)
+def test_what_cannot_be_saved_is_one_line(
+    recipe: dict[str, Any], example: Any, line: str, directory: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("qsim_gptq")
+    simulation = qsim.simulate(load(directory), {"weights": "int4", **recipe}, calibration=[example] * 8)
+
+    with pytest.raises(qsim.QsimError, match=line):
+        save_pretrained(simulation, tmp_path / "out")
+
+
+def test_a_directory_without_the_scales_is_one_line(directory: Path, tmp_path: Path) -> None:
+    save_pretrained(held(directory), tmp_path)
+    shutil.copy(directory / "model.safetensors", tmp_path)
+
+    with pytest.raises(qsim.ModelError, match="scales are saved with the weights, and no file holds qsim_state"):
+        load(tmp_path)
 
 
 def test_the_output_layer_is_quantized_if_skip_says_so(directory: Path) -> None:

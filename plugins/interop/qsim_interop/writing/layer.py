@@ -7,12 +7,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qsim_core.errors import RecipeError
 from qsim_core.formats.codes import Encoded
 from qsim_core.formats.format import Format
 from qsim_core.quantizers.scheme import Scheme
+from qsim_core.quantizers.standard_schemes import AtScale
 from qsim_core.transforms.encoded_weights import EncodedWeight
 from qsim_interop.writing.bit_patterns import is_format
 
@@ -77,6 +79,8 @@ class Layer:
     @property
     def global_scale(self) -> Tensor:
         """The scale of the scales, float32 [1]. Raises `RecipeError` unless there is one for the whole weight."""
+        if isinstance(self.scheme.scale, AtScale):
+            return torch.tensor([self.scheme.scale.scale])
         found = getattr(self.weight.encoded.scales, "scales", None)
         if not isinstance(found, Tensor) or found.numel() != 1:
             raise RecipeError(f"{self.module}: {self.scheme} has no single scale for the whole weight")
@@ -86,8 +90,9 @@ class Layer:
     def has_nested_scales(self) -> bool:
         """True for scales in E4M3 under one scale for the whole weight, as NVFP4 has them."""
         scheme = self.scheme.scale
-        nested = getattr(scheme, "granularity", None) == "tensor" and getattr(scheme, "symmetric", False)
-        return nested and is_format(getattr(scheme, "rounds_to", None), "e4m3")
+        if isinstance(scheme, Scheme) and (scheme.granularity != "tensor" or not scheme.symmetric):
+            return False
+        return isinstance(scheme, Scheme | AtScale) and is_format(scheme.rounds_to, "e4m3")
 
     @property
     def is_nvfp4(self) -> bool:

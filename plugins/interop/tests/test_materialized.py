@@ -1,0 +1,166 @@
+"""`qsim.materialize(simulation)` gives a plain model with the simulation's bits, which torch exports and compiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qsim_core as qsim
+
+X = torch.randn(6, 5, 32, generator=torch.Generator().manual_seed(0))
+STATIC = {"weights": "int4", "activations": "tensor(int8, symmetric=false, static=true)", "outputs": "cast(bf16)"}
+
+
+class Scores(nn.Module):
+    """A product of activations between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(32, 32), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        scores: Tensor = self.last((y @ y.transpose(-1, -2)).softmax(-1))
+        return scores
+
+
+def linear() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 8)).eval()
+
+
+def images() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+
+
+def simulated(model: nn.Module, recipe: dict[str, Any], x: Tensor = X) -> qsim.Simulation:
+    """A simulation whose sums are float32's own, in torch's order."""
+    return qsim.simulate(model, {"arithmetic": "float32", **recipe}, calibration=[x])
+
+
+def outputs(model: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(x)
+    return found
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        STATIC,
+        {"weights": "channel(int4)", "activations": "token(int8)"},
+        {"weights": "int8", "activations": "block(int8, 12, scale=bf16)", "outputs": "tensor(int8)"},
+        {"weights": "scaled(e2m1, 16, scale=scaled(e4m3))", "activations": "scaled(e2m1, 16, scale=scaled(e4m3))"},
+        {"activations": "token(e4m3, rule=ceil, scale=e8m0)"},
+        {"weights": "int4", "overrides": {"2": {"weights": None}}},
+        {"activations": lambda x: x.bfloat16().float()},
+    ],
+)
+def test_it_has_the_bits_of_the_simulation_for_any_batch(recipe: dict[str, Any]) -> None:
+    model = linear()
+    simulation = simulated(model, recipe)
+
+    plain = qsim.materialize(simulation)
+
+    for x in (X, X[:1] * 3, X[:4, :2]):
+        assert torch.equal(outputs(plain, x), outputs(model, x))
+
+
+def test_convolutions_too() -> None:
+    model, x = images(), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    plain = qsim.materialize(simulated(model, {"weights": "int4", "activations": "int8"}, x))
+
+    assert torch.equal(outputs(plain, x[:1]), outputs(model, x[:1]))
+
+
+def test_export_gives_a_graph_of_torchs_operators() -> None:
+    model = linear()
+    plain = qsim.materialize(simulated(model, STATIC))
+
+    program = torch.export.export(plain, (X,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
+
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert {name.partition(".")[0] for name in called} == {"aten"}
+    assert {"aten.round.default", "aten.linear.default"} <= called
+    assert torch.equal(outputs(program.module(), X[:2]), outputs(model, X[:2]))
+
+
+def test_it_compiles_without_a_break() -> None:
+    model = linear()
+    plain = qsim.materialize(simulated(model, STATIC))
+
+    compiled = torch.compile(plain, backend="aot_eager", fullgraph=True)
+
+    assert torch.equal(outputs(compiled, X), outputs(model, X))
+    torch.compiler.reset()
+
+
+def test_tied_layers_and_layers_that_are_used_twice() -> None:
+    layer, other = nn.Linear(32, 32), nn.Linear(32, 32)
+    other.weight = layer.weight
+    model = nn.Sequential(layer, nn.ReLU(), layer, other)
+
+    plain = qsim.materialize(simulated(model, {"weights": "int4", "activations": "int8"}))
+
+    assert torch.equal(outputs(plain, X), outputs(model, X))
+
+
+def test_weights_that_transforms_have_rounded_are_in_it() -> None:
+    pytest.importorskip("qsim_gptq")
+    model = linear()
+
+    plain = qsim.materialize(
+        simulated(model, {"weights": "int4", "transforms": ["gptq(act_order=true)"]}, X.repeat(4, 1, 1))
+    )
+
+    assert torch.equal(outputs(plain, X), outputs(model, X))
+
+
+def test_the_simulation_stays_as_it_was() -> None:
+    model = linear()
+    exact, simulation = outputs(model, X), simulated(model, STATIC)
+    before = outputs(model, X)
+
+    plain = qsim.materialize(simulation)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.zero_()
+
+    assert torch.equal(outputs(model, X), before)
+    assert torch.equal(outputs(simulation.restore(), X), exact)
+
+
+@pytest.mark.parametrize(
+    ("make", "recipe", "message"),
+    [
+        (
+            Scores,
+            {"activations": "int8"},
+            r"^:qk: it multiplies activations, and no layer holds their quantizers; skip '\*:qk'",
+        ),
+        (
+            linear,
+            {"activations": "int8(rounding=stochastic)"},
+            "^0: its quantizers draw random numbers in each forward",
+        ),
+        (linear, {"weights": "int4", "operations": {"gelu": {"output": "bf16"}}}, "leave `operations` out"),
+        (
+            lambda: nn.utils.parametrizations.weight_norm(nn.Linear(32, 4)),
+            {"weights": "int4"},
+            "is computed in each forward, is not the weight of a layer, or is not reached; skip it",
+        ),
+    ],
+)
+def test_what_no_layer_holds_is_refused_by_name(make: Any, recipe: dict[str, Any], message: str) -> None:
+    with pytest.raises(qsim.RecipeError, match=message):
+        qsim.materialize(simulated(make(), recipe))
+
+
+def test_without_an_example_it_is_one_line() -> None:
+    with pytest.raises(qsim.QsimError, match="^give simulate an example"):
+        qsim.materialize(qsim.simulate(linear(), weights="int4"))
