@@ -34,7 +34,7 @@ from qsim_fast.tensor_cores import FP8Product, TF32Product
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm)
 
 
-SMALLEST_PRODUCT = 2**21
+SMALLEST_PRODUCT = 2**19
 """The multiplications of a product for which codes are worth packing."""
 
 
@@ -93,8 +93,8 @@ class INT8Blocks(_Exact):
 
     def worthwhile(self, call: Call) -> bool:
         """True on a processor that multiplies int8 by its own instructions, for products of some size."""
-        columns = call.layouts[1].rows(call.operands[1]).shape[-2]
-        large = call.operands[0].numel() * columns >= SMALLEST_PRODUCT
+        rows = call.layouts[1].rows(call.operands[1])
+        large = rows.dim() > 1 and call.operands[0].numel() * rows.shape[-2] >= SMALLEST_PRODUCT
         return large and _multiplies_int8() and native.available()
 
     def plan(self, call: Call, kind: Kind, quantizers: Sequence[Any]) -> Lowering | None:

@@ -244,3 +244,16 @@ def test_auto_takes_it_for_products_of_some_size(rows: int) -> None:
 
     faster = rows > 1 and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
     assert simulation.audit().sites[0].arithmetic == ("int8_blocks" if faster else "float32")
+
+
+def test_a_matrix_times_a_vector_takes_float32() -> None:
+    class Products(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.mv(x, x[0])
+
+    simulation = qsim.simulate(Products(), activations="token(int8)", example=torch.randn(1024, 1024))
+
+    with torch.no_grad():
+        simulation.model(torch.randn(1024, 1024))
+
+    assert simulation.audit().sites[0].arithmetic == "float32"
