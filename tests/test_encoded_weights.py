@@ -162,3 +162,43 @@ def test_a_weight_without_codes_says_why(model: Any, recipe: dict[str, Any], nam
 def test_codes_need_an_example() -> None:
     with pytest.raises(qsim.QsimError, match="give simulate an example"):
         qsim.simulate(layers(), weights="int4").encoded()
+
+
+class Encodes(qsim.Transform):
+    """Keeps the codes that the weights have when it is applied, and changes the sites, so that it did something."""
+
+    name = "encodes"
+    found: Any = None
+
+    def apply(self, model: nn.Module, context: qsim.Context) -> None:
+        self.found.update(context.encoded())
+        for weight in context.weights():
+            weight.site.fixed["output"] = None
+
+
+@pytest.mark.parametrize("weights", SCHEMES)
+@pytest.mark.parametrize("before", [[], ["gptq"]])
+@pytest.mark.parametrize("make", [layers, Experts])
+def test_a_transform_is_given_the_codes_that_the_simulation_will_have(
+    weights: str, before: list[Any], make: Any
+) -> None:
+    if before:
+        pytest.importorskip("qsim_gptq")
+    found: dict[str, qsim.EncodedWeight] = {}
+    simulation = qsim.simulate(make(), weights=weights, transforms=[*before, Encodes(found=found)], calibration=[X])
+
+    later = simulation.encoded()
+
+    assert found.keys() == later.keys() != set()
+    assert all(torch.equal(found[name].decode(), weight.decode()) for name, weight in later.items())
+
+
+def test_asking_for_codes_overwrites_no_weight() -> None:
+    found: dict[str, qsim.EncodedWeight] = {}
+    model = layers()
+    before = model[0].weight.detach().clone()  # type: ignore[index]
+
+    qsim.simulate(model, weights="int4", transforms=[Encodes(found=found)], example=X, keep=False)
+
+    assert torch.equal(model[0].weight, before)  # type: ignore[index]
+    assert torch.equal(found["0.weight"].decode(), qsim.parse("channel(int4)").quantize(before))

@@ -101,7 +101,7 @@ def global_scale(quantizer: Any, rows: Tensor) -> float | None:
     inner = quantizer.scale if isinstance(quantizer, Scheme) else None
     if not isinstance(inner, Scheme) or inner.granularity != "tensor":
         return None
-    _, exact, _ = quantizer.measured(rows)
+    exact = quantizer.measured(rows)[1]
     return float(inner.scales(exact).scale)
 
 

@@ -21,6 +21,7 @@ from qsim_core.sites.site import Site
 from qsim_core.sites.sites import Sites
 from qsim_core.transforms.blocks import Block, MatmulWatcher, Originals, walk
 from qsim_core.transforms.checkpoint import Checkpoint
+from qsim_core.transforms.encoded_weights import EncodedWeight, WeightEncoder
 from qsim_core.transforms.forward import as_in_evaluation, call
 from qsim_core.transforms.report import LayerReport
 from qsim_core.transforms.run import Run
@@ -106,6 +107,15 @@ class Context:
             for site in self.sites.table.values()
             if site.weight in known and site.weight is not None and site.standing("weight") is not None
         ]
+
+    def encoded(self) -> dict[str, EncodedWeight]:
+        """Give each weight that the recipe quantizes as codes, scales and zero points, as it would be stored now.
+
+        Weights that the example does not reach are left out. So are those of sites that are not known yet.
+        """
+        encoder = WeightEncoder(self.model, self.sites)
+        self.look(encoder.meet)
+        return encoder.found
 
     def observe(self, watch: MatmulWatcher, description: str) -> None:
         """Run all calibration data through the model once, and show `watch` every matmul."""

@@ -14,6 +14,8 @@ from qsim_core.formats.random_bits import at
 from qsim_core.matmuls.call import Call
 from qsim_core.matmuls.layout import Layout, holds_experts, layout_of
 from qsim_core.quantizers.stacked import Stacked
+from qsim_core.sites.operand import operands_of
+from qsim_core.sites.quantized_weights import Weight
 from qsim_core.sites.site import Site
 from qsim_core.sites.sites import Sites
 
@@ -59,6 +61,20 @@ class WeightEncoder:
     def watch(self, site: Site, call: Call) -> None:
         """Note the call that is computed next."""
         self.call = call
+
+    def meet(self, site: Site, call: Call) -> None:
+        """Encode the weight of a call in which nothing is quantized, as its site would quantize it."""
+        if call.weight is None or site.weight is None:
+            return
+        weight = Weight(site.weight, call.operands[call.weight], owned=True, computed=site.computed)
+        met = [weight if place == call.weight else None for place in range(len(call.operands))]
+        self.watch(site, call)
+        for operand in operands_of(site, call, met, lambda role: site.quantizer(role) if role == "weight" else None):
+            if operand.quantizer is not None:
+                rows, final = operand.rows.detach(), site.weight in self.sites.weights.pinned
+                with at(f"{site.name}:weight", 0):
+                    after = rows if final else operand.quantizer.quantize(rows)
+                self(site, "weight", rows, after, operand.quantizer)
 
     def __call__(self, site: Site, role: str, before: Tensor, after: Tensor, quantizer: Any) -> None:
         """Encode a weight when it is met first; each time, compare what it decodes to with the rows `after`."""

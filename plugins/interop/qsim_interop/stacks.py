@@ -5,14 +5,16 @@ They differ from the formats of the same name in which number is rounded first, 
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-from qsim_core import Preset, Quantizer
+from qsim_core import Encoded, Format, Preset, Quantizer, Scheme, parse
 from qsim_core.formats.quantizer import Granularity, laid_out_as
 from qsim_core.formats.rounding import working
 
@@ -23,23 +25,72 @@ SMALLEST_SCALE = 0.125
 """The block scale that compressed-tensors takes in place of zero."""
 
 
+class BlockScales(NamedTuple):
+    """The scales of blocks in the values of their format, and the one that the whole tensor has, or None."""
+
+    blocks: Tensor
+    whole: Tensor | None = None
+
+
 class Stack(Quantizer):
     """Rounds blocks along the reduction axis as a stack does; zeros fill up a short last block."""
 
     n: ClassVar[int]
     bits: ClassVar[float]
     """Bits of an element with its share of the scales."""
+    form: ClassVar[str]
+    """The scheme whose codes and scales are stored. Its own values of a tensor may be others."""
 
     def quantize(self, x: Tensor) -> Tensor:
         values = torch.atleast_1d(working(x).float())
-        length = values.shape[-1]
-        blocks = F.pad(values, (0, -length % self.n)).unflatten(-1, (-1, self.n))
-        rounded = self.rounded(blocks).flatten(-2)[..., :length] if x.numel() else values
-        return laid_out_as(x, rounded.reshape(x.shape).to(x.dtype))
+        if x.numel():
+            units, scales = self.units(_in_blocks(values, self.n))
+            values = _joined(units * self.factors(scales), x)
+        return laid_out_as(x, values.reshape(x.shape).to(x.dtype))
 
     @abstractmethod
-    def rounded(self, blocks: Tensor) -> Tensor:
-        """Round blocks [..., n] in float32."""
+    def units(self, blocks: Tensor) -> tuple[Tensor, BlockScales]:
+        """The values of the codes of blocks [..., n] in float32, and their scales [..., 1]."""
+
+    def factors(self, scales: BlockScales) -> Tensor:
+        """The factors by which the values of codes are multiplied."""
+        return scales.blocks
+
+    @functools.cached_property
+    def stored_as(self) -> Scheme:
+        """The scheme of `form`."""
+        found: Scheme = parse(self.form)
+        return found
+
+    def encode(self, x: Tensor) -> Encoded:
+        form, element = self.stored_as, self.stored_as.element
+        if not x.numel():
+            return form.encode(x)
+        units, scales = self.units(_in_blocks(torch.atleast_1d(working(x).float()), self.n))
+        broken = units.isnan().any(-1, keepdim=True)
+        units, blocks = torch.where(broken, element.max, units), torch.where(broken, torch.nan, scales.blocks)
+        inner = self._inner
+        stored = Encoded(inner.to_codes(blocks.squeeze(-1)), inner.width, torch.float32, scales.whole)
+        return Encoded(_joined(element.to_codes(units), x), element.width, x.dtype, stored)
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        form = self.stored_as
+        if encoded.codes.numel() == 0:
+            return form.decode(encoded)
+        units = form.element.from_codes(_in_blocks(torch.atleast_1d(encoded.codes), self.n))
+        return _joined(units * self.scales_of(encoded).unsqueeze(-1), encoded.codes).to(encoded.dtype)
+
+    def scales_of(self, encoded: Encoded) -> Tensor:
+        """The scales [..., blocks] of an encoded tensor, in float32."""
+        scales: Any = encoded.scales
+        return self.factors(BlockScales(self._inner.from_codes(scales.codes), scales.scales))
+
+    @property
+    def _inner(self) -> Format:
+        """The number format of the scales."""
+        assert self.stored_as.scale is not None
+        found: Format = self.stored_as.scale.rounds_to
+        return found
 
     def bits_per_element(self, shape: torch.Size) -> float:
         return self.bits
@@ -62,13 +113,14 @@ class LlamaCppQ4(Stack):
     name = "llama_cpp_q4_0"
     n = 32
     bits = 4.5
+    form = "block(int(4, narrow=false), 32, scale=fp16)"
 
-    def rounded(self, blocks: Tensor) -> Tensor:
+    def units(self, blocks: Tensor) -> tuple[Tensor, BlockScales]:
         places = blocks.abs().argmax(-1, keepdim=True)
         scale = blocks.gather(-1, places) / -8
         inverse = torch.where(scale == 0, 0.0, 1 / scale)
         codes = (blocks * inverse + 8.5).trunc().clamp(0, 15) - 8
-        return codes * scale.half().float()
+        return codes, BlockScales(scale.half().float())
 
     @property
     def by_rows(self) -> bool:
@@ -87,13 +139,14 @@ class LlamaCppQ8(Stack):
     name = "llama_cpp_q8_0"
     n = 32
     bits = 8.5
+    form = "block(int8, 32, scale=fp16)"
 
-    def rounded(self, blocks: Tensor) -> Tensor:
+    def units(self, blocks: Tensor) -> tuple[Tensor, BlockScales]:
         scale = blocks.abs().amax(-1, keepdim=True) / 127
         units = blocks * torch.where(scale == 0, 0.0, 1 / scale)
         whole = units.abs().floor()
         codes = units.sign() * (whole + (2 * (units.abs() - whole)).floor())
-        return codes * scale.half().float()
+        return codes, BlockScales(scale.half().float())
 
     @property
     def by_rows(self) -> bool:
@@ -105,7 +158,8 @@ class VllmNvfp4(Stack):
 
     The global scale g is 448 * 6 / max|x| in float32. A block's scale is max|x| g / 6 in E4M3, or 0.125 where that is
     zero. Values are divided and multiplied by that scale / g in float32. `nvfp4` multiplies by a global scale instead,
-    and differs in the last bits of a value. A block with NaN becomes NaN, and then g is 1, as for Inf.
+    and differs in the last bits of a value. A block with NaN becomes NaN, and then g is 1, as for Inf. With `highest`
+    it takes the place of max|x| in g, as for layers that a server fuses.
 
     Source: compressed-tensors 0.20, `generate_gparam`, `calculate_qparams` and `fake_quantize`.
     """
@@ -113,17 +167,45 @@ class VllmNvfp4(Stack):
     name = "vllm_nvfp4"
     n = 16
     bits = 4.5
+    form = "scaled(e2m1, 16, scale=scaled(e4m3))"
+    highest: float | None = Field(
+        None, gt=0, description="the largest magnitude of all tensors that share g; none: max|x|"
+    )
 
-    def rounded(self, blocks: Tensor) -> Tensor:
+    def units(self, blocks: Tensor) -> tuple[Tensor, BlockScales]:
         highest = blocks.abs().amax(-1, keepdim=True)
-        whole = (E4M3 * E2M1 / highest.amax().clamp(min=TINY)).nan_to_num(1.0, 1.0, 1.0)
+        of_all = highest.amax() if self.highest is None else highest.new_tensor(self.highest)
+        whole = (E4M3 * E2M1 / of_all.clamp(min=TINY)).nan_to_num(1.0, 1.0, 1.0)
         scale = (highest / E2M1 * whole).clamp(max=E4M3).to(torch.float8_e4m3fn).float()
-        scale = torch.where(scale == 0, SMALLEST_SCALE, scale) / whole
-        return _to_e2m1(blocks / scale) * scale
+        scales = BlockScales(torch.where(scale == 0, SMALLEST_SCALE, scale), whole.reshape(1))
+        return _to_e2m1(blocks / self.factors(scales)), scales
+
+    def factors(self, scales: BlockScales) -> Tensor:
+        assert scales.whole is not None
+        return scales.blocks / scales.whole
+
+    def global_scale(self, x: Tensor) -> float:
+        """The number that g is computed from: max|x|."""
+        return float(working(x).float().abs().max())
+
+    def at_global_scale(self, scale: float) -> VllmNvfp4:
+        """The same quantizer with this number in place of the tensor's own."""
+        return self.replace(highest=scale)
 
     @property
     def sharing(self) -> frozenset[Granularity]:
-        return frozenset({self.n, "tensor"})
+        return frozenset({self.n, "tensor"} if self.highest is None else {self.n})
+
+
+def _in_blocks(values: Tensor, n: int) -> Tensor:
+    """Split rows into blocks [..., n]; zeros fill up a short last block."""
+    blocks: Tensor = F.pad(values, (0, -values.shape[-1] % n)).unflatten(-1, (-1, n))
+    return blocks
+
+
+def _joined(blocks: Tensor, like: Tensor) -> Tensor:
+    """Put blocks back into the shape of a tensor."""
+    return blocks.flatten(-2)[..., : like.shape[-1] if like.dim() else 1].reshape(like.shape)
 
 
 def _to_e2m1(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner
 from families import make, save_small, tokens
 from qsim_interop.writing import export
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import qsim_core as qsim
@@ -78,6 +79,24 @@ def test_transformers_loads_the_same_bits(weights: str, tmp_path: Path) -> None:
     assert config["format"] == FORMATS[weights]
     assert all(torch.equal(model.get_parameter(name), weight.decode()) for name, weight in simulation.encoded().items())
     torch.testing.assert_close(logits(model), logits(simulation.model), atol=1e-6, rtol=0)
+
+
+def test_the_library_dequantizes_vllm_nvfp4_to_the_same_bits(tmp_path: Path) -> None:
+    """In float32: as a model, the library unpacks four-bit floats to bfloat16."""
+    unpack = pytest.importorskip("compressed_tensors.compressors.nvfp4.helpers").unpack_fp4_from_uint8
+    dequantize = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward").dequantize
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    simulation = simulated(make("llama"), weights="vllm_nvfp4")
+
+    config = exported(simulation, tmp_path / "out")
+
+    arguments = quantization.QuantizationArgs(**config["config_groups"]["group_0"]["weights"])
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for name, weight in simulation.encoded().items():
+        packed, scale, whole = (stored[f"{name}_{part}"] for part in ("packed", "scale", "global_scale"))
+        units = unpack(packed, packed.shape[0], 2 * packed.shape[1], dtype=torch.float32)
+        found = dequantize(units, scale.float(), None, arguments, torch.float32, whole)
+        assert torch.equal(found, weight.decode())
 
 
 def test_static_inputs_have_the_scales_that_calibration_found(tmp_path: Path) -> None:

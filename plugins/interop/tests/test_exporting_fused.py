@@ -22,25 +22,25 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 NVFP4 = "scaled(e2m1, 16, scale=scaled(e4m3, rule=ceil))"
 
 
-def exported(directory: Path, *transforms: str) -> qsim.Simulation:
+def exported(directory: Path, *transforms: str, weights: str = NVFP4) -> qsim.Simulation:
     """A Llama whose fused layers have weights of different size, exported with transforms."""
     model = make("llama")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("k_proj.weight", "up_proj.weight")):
                 parameter.mul_(3.3)
-    recipe = {"weights": NVFP4, "skip": ["lm_head"], "transforms": transforms}
+    recipe = {"weights": weights, "skip": ["lm_head"], "transforms": transforms}
     simulation = qsim.simulate(model, recipe, calibration=[{"input_ids": tokens()}])
     export(simulation, qsim.LoadedModel(model), "compressed-tensors", directory)
     return simulation
 
 
-@pytest.mark.parametrize("after", [(), ("gptq",)])
-def test_check_finds_no_scales_that_differ(after: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("weights", "after"), [(NVFP4, ()), (NVFP4, ("gptq",)), ("vllm_nvfp4", ())])
+def test_check_finds_no_scales_that_differ(weights: str, after: tuple[str, ...], tmp_path: Path) -> None:
     for name in after:
         pytest.importorskip(f"qsim_{name}")
-    exported(tmp_path / "apart", *after)
-    exported(tmp_path / "fused", "fused", *after)
+    exported(tmp_path / "apart", *after, weights=weights)
+    exported(tmp_path / "fused", "fused", *after, weights=weights)
 
     apart, fused = (examine(open_checkpoint(tmp_path / name)).findings for name in ("apart", "fused"))
 

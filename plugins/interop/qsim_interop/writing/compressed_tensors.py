@@ -108,7 +108,7 @@ class CompressedTensors(Target):
         of_ocp = block == 32 and is_format(layer.scale_format, "e8m0")
         if is_format(element, "e2m1") and of_ocp:
             return "mxfp4-pack-quantized", {**arguments, "scale_dtype": "torch.uint8"}
-        if layer.is_nvfp4:
+        if layer.is_nvfp4 or layer.divides:
             return "nvfp4-pack-quantized", {
                 **arguments,
                 "strategy": "tensor_group",
@@ -190,6 +190,8 @@ class CompressedTensors(Target):
     def _divisor(self, layer: Layer) -> Tensor:
         """A divisor that makes of the block scales what the global scale makes as a factor. Raises `RecipeError`."""
         scale = layer.global_scale
+        if layer.divides:
+            return scale
         codes = layer.scale_codes.unique().to(torch.uint8)
         factors = codes.view(torch.float8_e4m3fn).float()
         divisor = 1 / scale
@@ -199,8 +201,8 @@ class CompressedTensors(Target):
         if not bool(fits.any()):
             raise self.refused(
                 layer,
-                "it divides by a global scale, and no float32 divisor gives these bits; with a power of two it does: "
-                "scaled(e2m1, 16, scale=scaled(e4m3, rule=ceil))",
+                "it divides by a global scale, and no float32 divisor gives these bits; vllm_nvfp4 divides too, and "
+                "with a power of two it is the same: scaled(e2m1, 16, scale=scaled(e4m3, rule=ceil))",
             )
         divisors: Tensor = candidates[fits][0]
         return divisors

@@ -16,6 +16,7 @@ from qsim_core.formats.format import Format
 from qsim_core.quantizers.scheme import Scheme
 from qsim_core.quantizers.standard_schemes import AtScale
 from qsim_core.transforms.encoded_weights import EncodedWeight
+from qsim_interop.stacks import Stack, VllmNvfp4
 from qsim_interop.writing.bit_patterns import is_format
 
 
@@ -32,7 +33,8 @@ class Layer:
     @property
     def scheme(self) -> Scheme:
         """The scheme of the weight. Raises `RecipeError` for a quantizer without scales."""
-        scheme: Any = self.weight.quantizer.plain
+        quantizer = self.weight.quantizer
+        scheme: Any = quantizer.stored_as if isinstance(quantizer, Stack) else quantizer.plain
         if not isinstance(scheme, Scheme):
             raise RecipeError(f"{self.module}: {scheme} has no scales; say channel({scheme}) or block({scheme}, 32)")
         return scheme
@@ -90,9 +92,16 @@ class Layer:
     def has_nested_scales(self) -> bool:
         """True for scales in E4M3 under one scale for the whole weight, as NVFP4 has them."""
         scheme = self.scheme.scale
+        if self.divides:
+            return False
         if isinstance(scheme, Scheme) and (scheme.granularity != "tensor" or not scheme.symmetric):
             return False
         return isinstance(scheme, Scheme | AtScale) and is_format(scheme.rounds_to, "e4m3")
+
+    @property
+    def divides(self) -> bool:
+        """True if the block scales are divided by the scale of the whole weight, as compressed-tensors does."""
+        return isinstance(self.weight.quantizer, VllmNvfp4)
 
     @property
     def is_nvfp4(self) -> bool:
@@ -121,6 +130,8 @@ class Layer:
         return shared
 
     def _stored(self, scales: Any) -> Tensor:
+        if isinstance(self.weight.quantizer, Stack):
+            return self.weight.quantizer.scales_of(self.weight.encoded).cpu()
         found: Tensor = self.scheme.scale.decode(scales) if isinstance(scales, Encoded) else scales  # type: ignore[union-attr]
         return found.float().cpu()
 

@@ -39,7 +39,7 @@ class Target(ABC):
         """An error that says what a format holds in place of a layer's weight."""
         reason = f" ({why})" if why else ""
         return RecipeError(
-            f"{layer.module}: {self.name} does not hold {layer.scheme} exactly{reason}; it holds {self.holds}"
+            f"{layer.module}: {self.name} does not hold {layer.weight.quantizer} exactly{reason}; it holds {self.holds}"
         )
 
 
