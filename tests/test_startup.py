@@ -173,17 +173,23 @@ SHOWN: dict[str, list[str]] = {
     "a file's tensors, with a bar": ["quantize", "w.safetensors", "out.safetensors", "--weights", "int8"],
     "a result, with bars and spinners": [
         "evaluate",
+        "SMALL",
         *["--precision", "w4a8", "--static", "mse", "--calibration-samples", "2", "--limit", "2"],
         *["--data", TEXT, "--calibration-data", TEXT],
     ],
 }
 
 
+def shown(what: str, small: Path) -> list[str]:
+    """The arguments of a command, on a small model."""
+    return [str(small) if word == "SMALL" else word for word in SHOWN[what]]
+
+
 @pytest.mark.parametrize("what", SHOWN)
-def test_a_pipe_gets_text_without_escape_codes(what: str, tmp_path: Path) -> None:
+def test_a_pipe_gets_text_without_escape_codes(what: str, small: Path, tmp_path: Path) -> None:
     save_file({"layer.weight": torch.ones(4, 4)}, tmp_path / "w.safetensors")
 
-    command = [*forked.python(), "-m", "qsim_core", *SHOWN[what]]
+    command = [*forked.python(), "-m", "qsim_core", *shown(what, small)]
     environment = {**os.environ, "TERM": "xterm-256color"}
 
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
@@ -218,8 +224,8 @@ STYLE = re.compile(r"\x1b\[[\d;]*m")
 
 
 @pytest.mark.parametrize("what", ["one component", "a result, with bars and spinners"])
-def test_a_terminal_gets_styles_unless_no_color_is_set(what: str) -> None:
-    styled, plain = (on_a_terminal(SHOWN[what], environment) for environment in ({}, {"NO_COLOR": "1"}))
+def test_a_terminal_gets_styles_unless_no_color_is_set(what: str, small: Path) -> None:
+    styled, plain = (on_a_terminal(shown(what, small), environment) for environment in ({}, {"NO_COLOR": "1"}))
 
     assert STYLE.search(styled)
     assert not STYLE.search(plain)

@@ -335,8 +335,10 @@ def test_options_that_take_anything_are_found(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_suite_runs_as_an_empty_subclass_and_says_what_is_missing(tmp_path: Path) -> None:
     """Run two suites in a separate process: one with a name that is not installed, one without a name."""
+    import os
     import subprocess
-    import sys
+
+    import forked
 
     (tmp_path / "test_missing.py").write_text(
         "from qsim_core.testing import QuantizerSuite\n\n\nclass TestMissing(QuantizerSuite):\n    text = 'missing'\n"
@@ -346,8 +348,8 @@ def test_a_suite_runs_as_an_empty_subclass_and_says_what_is_missing(tmp_path: Pa
     )
 
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", "."],
-        capture_output=True, text=True, cwd=tmp_path,
+        [*forked.python(), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", "."],
+        capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
     )  # fmt: skip
 
     assert 'TestUnnamed has to say what it tests, like text = "name"' in run.stdout

@@ -22,6 +22,7 @@ from qsim_core.components.discovery import ACCELERATORS, GROUP, import_plugin, i
 from qsim_core.components.discovery import Plugin as Plugin
 from qsim_core.components.discovery import installed as installed_entries
 from qsim_core.errors import PluginError, QsimError, SpecError, described_as, did_you_mean, with_article
+from qsim_core.version import __version__
 
 if TYPE_CHECKING:
     from qsim_core.components.component import Component, Preset
@@ -48,7 +49,7 @@ class Host:
     """
 
     def __init__(self, *, discover: bool = True) -> None:
-        core = Plugin("core", "qsim-core", _core_version(), module="qsim_core.sites.core_components")
+        core = Plugin("core", "qsim-core", __version__, module="qsim_core.sites.core_components")
         found = installed_entries([GROUP, ACCELERATORS]) if discover else {GROUP: {}, ACCELERATORS: {}}
         self._plugins = {**found[GROUP], "core": core}
         self._accelerators = found[ACCELERATORS].keys()
@@ -380,12 +381,6 @@ class Host:
 def installed() -> Host:
     """The host of the installed plugins, made once; `qsim_core.parse` uses it by default."""
     return Host()
-
-
-def _core_version() -> str:
-    from qsim_core.version import __version__
-
-    return __version__
 
 
 set_default_host(installed)

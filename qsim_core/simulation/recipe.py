@@ -302,13 +302,17 @@ class Recipe(_Quantizers):
                 hint = did_you_mean(pattern, known) or f"; this model has {', '.join(sorted(kinds))}"
                 raise RecipeError(f"operations: {pattern!r} matches no operation{hint}")
 
+    def patterns(self) -> list[str]:
+        """The patterns of sites: those to leave alone, and those of overrides."""
+        return [*(self.skip or ()), *self.overrides]
+
     def check(self, matmuls: Iterable[tuple[Sequence[str], Collection[str]]]) -> None:
         """Raise `RecipeError` for a pattern that matches none of these matmuls, or a quantizer that reaches none.
 
         Each matmul is given by all its names, and the roles that it has.
         """
         met = [(names, roles, self.plan(names)) for names, roles in matmuls]
-        for pattern in (*(self.skip or ()), *self.overrides):
+        for pattern in self.patterns():
             if not any(matches(pattern, names) for names, _, _ in met):
                 known = [name for names, _, _ in met for name in names]
                 raise RecipeError(f"pattern {pattern!r} matches no site{did_you_mean(pattern, known)}")

@@ -13,7 +13,6 @@ import pytest
 import torch
 from qsim_evaluators.question_answering import normalized, overlap
 from torch import Tensor, nn
-from torchmetrics.functional.text import squad
 from transformers import BertTokenizer
 
 import qsim_core as qsim
@@ -73,6 +72,8 @@ def cats(answers: list[list[str]]) -> qsim.Data:
 
 
 def test_scores_are_torchmetrics() -> None:
+    from torchmetrics.functional.text import squad
+
     draw = random.Random(0)
     words = ["the", "a", "cat", "Cat,", "dog", "dog.", "an", "U.S."]
     for _ in range(200):
