@@ -15,6 +15,7 @@ from qsim_core import Calibrator, Preset, RecipeError, Scheme, Transform, hookim
 from qsim_core.formats.rounding import working
 from qsim_core.matmuls.call import Call
 from qsim_core.matmuls.layout import Layout, layout_of
+from qsim_core.quantizers.calibrators import MSE
 from qsim_core.quantizers.scales import Scales
 from qsim_core.sites.quantized_weights import READ
 from qsim_core.sites.site import Site
@@ -60,12 +61,16 @@ class IMatrix(Transform):
         diagonal   Σ E[x²] e²           over the columns; llama.cpp's imatrix, llm-compressor's `imatrix_mse`
         local      eᵀ E[x xᵀ] e         with the products of the block's own columns; ModelOpt's `local_hessian`
 
-    The inputs x are those of the model before quantization. The weights are pinned: a later transform leaves them.
+    Without `range` the weight's own calibrator tries ranges, such as `four_over_six`, or `mse(norm=2)` if that one
+    compares no errors. The inputs x are those of the model before quantization. The weights are pinned: a later
+    transform leaves them.
     """
 
     name = "imatrix"
     hessian: Literal["diagonal", "local"] = Field("diagonal", description="the products of inputs that weigh errors")
-    range: Calibrator = Field("mse(norm=2)", description="tries ranges and compares their errors")  # type: ignore[assignment]
+    range: Calibrator | None = Field(
+        None, description="tries ranges; none: the weight's own if it compares errors, else mse(norm=2)"
+    )
 
     def apply(self, model: nn.Module, context: Context) -> None:
         """Round and pin the weights of linears, in one pass. Raises `DataError` without calibration data."""
@@ -122,7 +127,7 @@ class IMatrix(Transform):
         with editing(model, weight.name) as parameters, context.timed() as seconds:
             parameter = parameters[weight.name]
             rows = working(moments.layout.rows(parameter.detach()))
-            scheme = cast(Scheme, weight.quantizer).replace(range=self.range)
+            scheme = cast(Scheme, weight.quantizer)
             weigh = moments.weighing(scheme, rows)
             compared = False
 
@@ -131,8 +136,12 @@ class IMatrix(Transform):
                 compared = True
                 return weigh(error)
 
-            scale, zero = scheme.scale_map(rows, seen)
-            if not compared:
+            for tried in [scheme.range, MSE(norm=2)] if self.range is None else [self.range]:
+                scheme = scheme.replace(range=tried)
+                scale, zero = scheme.scale_map(rows, seen)
+                if compared:
+                    break
+            else:
                 raise RecipeError(f"{self}: {self.range} does not compare the errors of ranges; mse does")
             rounded = scheme.round_at(rows, scale, zero)
             energies = [

@@ -14,6 +14,7 @@ from qsim_core import Calibrator, Encoded, Format, Preset, Quantizer, Scheme, ho
 from qsim_core.formats.quantizer import Granularity, floating, laid_out_as
 from qsim_core.formats.rounding import ScaleRule, working
 from qsim_core.quantizers.calibrators import ErrorOf
+from qsim_core.quantizers.scales import Scales
 
 DOUBLED = 8 / 7 * (1 - 2**-21)
 """From this multiple of the base on a scale becomes twice the base: 8/7, but for the rounding of quotients."""
@@ -59,28 +60,37 @@ class Microexponent(Quantizer):
     def _base(self, x: Tensor) -> Tensor:
         return self._groups(working(x)).amax(-1) / 2
 
-    def _doubled(self, x: Tensor, base: Tensor) -> Tensor:
-        """Tell which of the scales [..., B] become twice their base [..., ceil(B / n)]."""
-        return (self._groups(working(x)) >= base.unsqueeze(-1) * DOUBLED).flatten(-2)[..., : x.shape[-1]]
-
-    def _values(self, doubled: Tensor, base: Tensor) -> Tensor:
-        each = base.repeat_interleave(self.n, -1)[..., : doubled.shape[-1]]
-        return torch.where(doubled, 2 * each, each)
+    def _each(self, base: Tensor, length: int) -> Tensor:
+        """The base of each of a number of scales, from those of groups."""
+        return base.repeat_interleave(self.n, -1)[..., :length]
 
     def quantize(self, x: Tensor) -> Tensor:
         if floating(x).numel() == 0 or x.dim() == 0:
             return x.clone() if x.dim() else self.quantize(x.view(1)).view(())
-        base = self.scale.quantize(self._base(x))
-        return laid_out_as(x, self._values(self._doubled(x, base), base))
+        return laid_out_as(x, self.round_at(working(x), *self.scale_map(x)))
+
+    def scale_map(self, x: Tensor) -> tuple[Tensor, None]:
+        """Give the base of each of the scales [..., B]."""
+        return self._each(self.scale.quantize(self._base(x)), x.shape[-1]), None
+
+    def round_at(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Round scales `x` to their base `scale`, or twice the base."""
+        return torch.where(x >= scale * DOUBLED, 2 * scale, scale)
 
     def encode(self, x: Tensor) -> Encoded:
         """Encode scales [..., B]: 1 for twice the base, and the encoded bases."""
-        base = self.scale.quantize(self._base(x))
-        return Encoded(self._doubled(x, base).to(torch.uint8), 1, x.dtype, self.scale.encode(self._base(x)))
+        doubled = working(x) >= self.scale_map(x)[0] * DOUBLED
+        return Encoded(doubled.to(torch.uint8), 1, x.dtype, self.scale.encode(self._base(x)))
+
+    def encode_at(self, values: Tensor, known: Scales, of_scales: Scales | None = None) -> Encoded:
+        """Encode rounded scales under known bases, one for each."""
+        base = known.scale.view(values.shape)
+        return Encoded((values > base).to(torch.uint8), 1, values.dtype, self.scale.encode(base[..., :: self.n]))
 
     def decode(self, encoded: Encoded) -> Tensor:
         assert isinstance(encoded.scales, Encoded)
-        return self._values(encoded.codes.bool(), self.scale.decode(encoded.scales)).to(encoded.dtype)
+        base = self._each(self.scale.decode(encoded.scales), encoded.codes.shape[-1])
+        return (base * (1 + encoded.codes)).to(encoded.dtype)
 
     def bits_per_element(self, shape: torch.Size) -> float | None:
         length = shape[-1] if shape else 1

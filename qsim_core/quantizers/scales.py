@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -27,3 +27,14 @@ class Scales(NamedTuple):
         """Bring scales and zero points [..., B] into the shape of matrices."""
         zero = None if self.zero is None else self.zero.reshape(-1, self.zero.shape[-1])
         return Scales(self.scale.reshape(-1, self.scale.shape[-1]), zero)
+
+
+@runtime_checkable
+class HasScales(Protocol):
+    """A quantizer of scales that has scales itself: they are found in the whole range of each block, and are held."""
+
+    def scale_map(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Give the scale and the zero point of each element of `x`, in its shape."""
+
+    def round_at(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Round `x` under given scales and zero points, which have its shape."""

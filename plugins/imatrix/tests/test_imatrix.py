@@ -61,6 +61,14 @@ def test_each_block_has_the_range_with_the_least_weighted_error(hessian: str, el
     assert torch.allclose(found, reference(weight, x, element, 16, hessian == "local"), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("weights", ["nvfp4_adaptive", "hif4", "mx4"])
+def test_formats_that_share_their_scales_err_less_too(weights: str) -> None:
+    _, simulation = simulated(noise(32, 128), inputs(400, 128), weights, "imatrix")
+
+    (report,) = simulation.reports
+    assert report.after < report.before  # type: ignore[operator]
+
+
 def test_by_hand() -> None:
     """Scale 3 costs 1·1, scale 2 costs 0.01·1 + 1·1, and scale 1 costs 0.01·4: the second input is ten times the first."""
     weight, x = torch.tensor([[3.0, 1.0]]), torch.tensor([[0.1, 1.0], [0.1, -1.0]])

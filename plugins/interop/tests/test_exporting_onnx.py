@@ -73,7 +73,7 @@ def test_onnxruntime_computes_weights_and_results(weights: str, tmp_path: Path) 
     np.testing.assert_allclose(result, simulation.model(X[:3]).detach(), atol=1e-6)
 
 
-@pytest.mark.parametrize("weights", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("weights", ["nvfp4", "nvfp4_adaptive", "mxfp4"])
 def test_the_reference_computes_four_bit_floats(weights: str, tmp_path: Path) -> None:
     from onnx.reference import ReferenceEvaluator
 

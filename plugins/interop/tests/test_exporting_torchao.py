@@ -26,6 +26,7 @@ WEIGHTS = [
     "channel(e4m3)",
     "tensor(e4m3)",
     "nvfp4",
+    "nvfp4_adaptive",
     "block(int4, 16, scale=scaled(e4m3))",
 ]
 
