@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from qsim_structure.channels import tensors_in
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from qsim_core import DataError
+from qsim_core import DataError, RecipeError
 from qsim_core.matmuls.call import Call
 from qsim_core.sites.arithmetic import FLOAT32
 from qsim_core.sites.executor import Execution
@@ -102,9 +102,11 @@ def distance(output: Any, exact: Any) -> Tensor:
 
 
 def _first(output: Any) -> Tensor:
-    """The first tensor of floats in an output."""
-    found: Tensor = next(x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point())
-    return found
+    """The first tensor of floats in an output. Raises `DataError` without any."""
+    for tensor in tensors_in(output):
+        if tensor.is_floating_point():
+            return tensor
+    raise DataError(f"the model's output, {type(output).__name__}, has no tensor of numbers to compare in learning")
 
 
 def _backward(context: Context, originals: Mapping[str, Tensor], changes: Changes, batch: Any) -> float:
@@ -114,7 +116,11 @@ def _backward(context: Context, originals: Mapping[str, Tensor], changes: Change
     loss = _loss(context, batch, gradients=True)
     if not bool(loss.isfinite()):
         raise DataError(f"{context.name}: the loss of a calibration sample is {float(loss)}")
-    loss.backward()
+    try:
+        loss.backward()
+    except RuntimeError as error:  # such as a tensor that the model changes in place
+        reason = str(error).partition("\n")[0].partition(". Hint")[0]
+        raise RecipeError(f"{context.name} needs gradients, and this model has none: {reason}") from None
     with torch.enable_grad():
         changed = {name: _changed(originals[name], changes[name]) for name in changes}
     reached = [

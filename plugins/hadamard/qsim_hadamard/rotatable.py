@@ -170,9 +170,10 @@ def _check_divides(transform: Transform, weights: Sequence[Rotatable]) -> None:
     bad = next((weight for weight in weights if weight.length % weight.size), None)
     if bad is not None:
         common = reduce(math.gcd, (weight.length for weight in weights))
+        choice = f"choose a size that divides {common}, as all inputs are multiples of it, or " if common > 1 else ""
         raise RecipeError(
             f"{transform}: {bad.size} does not divide the {bad.length} inputs of {bad.name}; "
-            f"choose a size that divides {common}, as all inputs are multiples of it, or leave the layer out by skip"
+            f"{choice}leave the layer out by skip"
         )
 
 

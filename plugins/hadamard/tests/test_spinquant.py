@@ -133,6 +133,42 @@ def test_what_cannot_be_learned_is_refused(recipe: dict[str, str], message: str)
         )
 
 
+class Block(nn.Sequential):
+    """A norm and a linear, for models that cannot learn."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.LayerNorm(16), nn.Linear(16, 16))
+
+
+class InPlace(Block):
+    """A model that changes a tensor after a norm has read it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self[1](self[0](x))
+        return y.add_(self[1](self[0](y)))
+
+
+class Counting(Block):
+    """A model that gives a number."""
+
+    def forward(self, x: Tensor) -> int:
+        return len(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (InPlace(), r"^spinquant\(2\) needs gradients, and this model has none: .* modified by an inplace operation"),
+        (Counting(), r"^the model's output, int, has no tensor of numbers to compare in learning$"),
+    ],
+)
+def test_a_model_without_gradients_is_refused(model: nn.Module, message: str) -> None:
+    with pytest.raises(qsim.QsimError, match=message):
+        qsim.simulate(
+            model, FOUR_BITS | {"transforms": ["spinquant(2)"]}, calibration=[noise(3, 16).float()], keep=False
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_learns_too(dtype: torch.dtype) -> None:
     model = make("llama").to(dtype)
