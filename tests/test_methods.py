@@ -109,7 +109,7 @@ def test_a_method_that_comes_too_late_is_refused(transforms: list[str], late: st
     assert torch.equal(model(**batches[0]).logits, exact)
 
 
-@pytest.mark.parametrize("transform", ["smoothquant", "gptq", "rptq", "awq", "hadamard"])
+@pytest.mark.parametrize("transform", ["smoothquant", "gptq", "rptq", "awq", "hadamard", "wush(8)"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_method_runs_in_half_precision(transform: str, dtype: torch.dtype) -> None:
     batches = [{"input_ids": tokens(seed)} for seed in range(6)]

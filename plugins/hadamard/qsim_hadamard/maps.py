@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -57,6 +58,12 @@ class Rotation(Map):
         return f"a Hadamard matrix of {self.size}" if self.block is None else f"Hadamard matrices of {self.block}"
 
 
+@functools.lru_cache(maxsize=256)
+def rotation(length: int, seed: int | None, size: int) -> Rotation:
+    """One object for each kind of rotation, so that q, k and v share the rotated input."""
+    return Rotation(length, seed, None if size == length else size)
+
+
 @dataclass(frozen=True, eq=False)
 class Blocks(Map):
     """Any invertible matrices, one for each block of the axis: `forward` [B, n, n] are A, `backward` [B, n, n] A⁻ᵀ."""
@@ -80,3 +87,11 @@ def _by_block(x: Tensor, matrices: Tensor) -> Tensor:
     blocks = x.unflatten(-1, matrices.shape[:2])
     mapped: Tensor = torch.einsum("...bn,bnm->...bm", blocks, matrices.to(blocks)).flatten(-2)
     return mapped
+
+
+def learnable(length: int, seed: int, size: int) -> Blocks:
+    """Rotations by blocks, in float64, that take gradients; they begin as Hadamard matrices with random signs."""
+    whole = rotation(length, seed, size)(torch.eye(length, dtype=torch.float64))
+    blocks = [whole[start : start + size, start : start + size] for start in range(0, length, size)]
+    matrices = torch.stack(blocks).requires_grad_()
+    return Blocks(matrices, matrices, f"learned rotations of {size}")

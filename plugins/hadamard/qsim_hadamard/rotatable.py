@@ -11,9 +11,9 @@ from functools import reduce
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
-from qsim_structure import NormGroup, Structure
+from qsim_structure import Structure
 from qsim_structure.for_transforms import scale_group, structure_of
-from torch import nn
+from torch import Tensor, nn
 
 from qsim_core import RecipeError, Transform
 from qsim_core.formats.quantizer import Quantizer
@@ -49,21 +49,28 @@ class Rotatable:
     def turn(self, model: nn.Module, context: Context, change: Map) -> None:
         """Map the weight once, and the input in each forward."""
         with self.reported(model, context), editing(model, self.name) as parameters:
-            parameter = parameters[self.name]
-            parameter.copy_(self.layout.back(change.of_weight(self.layout.rows(parameter).double())))
+            parameters[self.name].copy_(self.changed(change, parameters[self.name].double()))
         self.site.rotations["input"] = change
+
+    def changed(self, change: Map, values: Tensor) -> Tensor:
+        """Compute the mapped values of the weight."""
+        return self.layout.back(change.of_weight(self.layout.rows(values)))
 
     @contextmanager
     def reported(self, model: nn.Module, context: Context, note: str = "") -> Iterator[None]:
         """Report the largest weight before and after what is done inside."""
-        measure = "largest weight over the root mean square"
         with context.timed() as seconds:
-            before = self._peak(model)
+            before = self.peak(model)
             yield
-            after = self._peak(model)
-            context.report(self.name, before=before, after=after, measure=measure, seconds=seconds(), note=note)
+            self.report(context, before, self.peak(model), note, seconds())
 
-    def _peak(self, model: nn.Module) -> float:
+    def report(self, context: Context, before: float, after: float, note: str = "", seconds: float = 0.0) -> None:
+        """Report the `peak` before and after."""
+        measure = "largest weight over the root mean square"
+        context.report(self.name, before=before, after=after, measure=measure, seconds=seconds, note=note)
+
+    def peak(self, model: nn.Module) -> float:
+        """The largest weight over the root mean square."""
         with editing(model, self.name) as parameters:
             rows = parameters[self.name]
             return float(rows.abs().max() / rows.double().square().mean().sqrt()) if rows.numel() else 0.0
@@ -111,7 +118,7 @@ def survey(transform: Transform, size: Size, model: nn.Module, context: Context)
         reason = _reason(site, layouts, context, structure)
         if reason is None and layouts[0] is not None:
             length = layouts[0].rows(model.get_parameter(name)).shape[-1]
-            along = length_along(size, length, (site.plan.weight, site.plan.input))
+            along = length_along(size, length, _quantizers(site))
             reason = _no_size(site) if along is None else unknown(along)
             if size == "block" and along is not None and length % along:
                 reason = f"its formats' blocks of {along} do not divide its {length} inputs"
@@ -120,6 +127,7 @@ def survey(transform: Transform, size: Size, model: nn.Module, context: Context)
         if reason is not None:
             context.report(name, note=f"left alone: {reason}")
     _check_divides(transform, list(found.values()))
+    _warn_without_scales(found.values(), context)
     return Survey(found, lengths)
 
 
@@ -138,9 +146,11 @@ def length_along(size: Size, length: int, quantizers: Iterable[Quantizer | None]
     return reduce(math.gcd, sizes) if sizes else None
 
 
-def fold_norms(model: nn.Module, groups: Iterable[NormGroup], context: Context) -> None:
-    """Move the weights of norms into the weights that read them."""
-    for group in groups:
+def fold_norms(model: nn.Module, found: Survey, context: Context) -> None:
+    """Move the weights of norms into the weights that read them, where one of these is mapped."""
+    for group in structure_of(context).groups:
+        if found.weights.keys().isdisjoint(group.weights):
+            continue
         with editing(model, f"{group.norm}.weight") as parameters:
             factors = parameters[f"{group.norm}.weight"].double() + group.offset
         if bool((factors.abs() > 1e-6 * factors.abs().max()).all()):
@@ -160,14 +170,28 @@ def _check_divides(transform: Transform, weights: Sequence[Rotatable]) -> None:
     bad = next((weight for weight in weights if weight.length % weight.size), None)
     if bad is not None:
         common = reduce(math.gcd, (weight.length for weight in weights))
+        choice = f"choose a size that divides {common}, as all inputs are multiples of it, or " if common > 1 else ""
         raise RecipeError(
             f"{transform}: {bad.size} does not divide the {bad.length} inputs of {bad.name}; "
-            f"choose a size that divides {common}, as all inputs are multiples of it, or leave the layer out by skip"
+            f"{choice}leave the layer out by skip"
         )
 
 
+def _warn_without_scales(weights: Iterable[Rotatable], context: Context) -> None:
+    """Say beside the result where a map can hardly help: no values share a scale that an outlier could spoil."""
+    alone = [weight for weight in weights if all(q.granularity == "element" for q in _quantizers(weight.site))]
+    if alone:
+        formats = " and ".join(dict.fromkeys(map(str, _quantizers(alone[0].site))))
+        more = f" (and {len(alone) - 1} more)" if len(alone) > 1 else ""
+        context.warn(f"{alone[0].name}{more}", f"has no scales: under {formats} only values out of range gain")
+
+
+def _quantizers(site: Site) -> list[Quantizer]:
+    return [quantizer for quantizer in (site.plan.weight, site.plan.input) if quantizer is not None]
+
+
 def _no_size(site: Site) -> str:
-    formats = " and ".join(str(quantizer) for quantizer in (site.plan.weight, site.plan.input) if quantizer is not None)
+    formats = " and ".join(dict.fromkeys(map(str, _quantizers(site))))
     return f"{formats} has no blocks along the rows; say a size"
 
 

@@ -146,6 +146,18 @@ def test_formats_without_a_fitting_block_are_refused(weights: str, reason: str) 
         qsim.simulate(nn.Linear(48, 4), weights=weights, transforms=["hadamard(size=block)"], example=torch.ones(1, 48))
 
 
+def test_formats_without_scales_are_named_beside_the_result() -> None:
+    message = r"^0\.weight \(and 1 more\) has no scales: under cast\(bf16\) only values out of range gain$"
+    with pytest.warns(qsim.CalibrationWarning, match=message):
+        qsim.simulate(
+            nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)),
+            weights="cast(bf16)",
+            activations="cast(bf16)",
+            transforms=["hadamard"],
+            example=torch.ones(1, 8),
+        )
+
+
 def test_a_size_is_a_word_or_a_number_from_two_on() -> None:
     with pytest.raises(qsim.QsimError, match=r"a size is whole, block, or a whole number from 2 on, not 1"):
         qsim.parse("hadamard(size=1)")
@@ -225,6 +237,19 @@ def test_the_audit_says_what_is_rotated() -> None:
     (site,) = simulation.audit().sites
 
     assert site.notes == ["its input is rotated by a Hadamard matrix of 16"]
+
+
+@pytest.mark.parametrize("late", ["smoothquant", "rptq"])
+def test_what_cannot_fold_through_a_rotation_has_to_come_first(late: str) -> None:
+    message = rf"^{late}\(.*\) changed nothing .*an earlier transform rotates inputs, .*: put {late}\(.*\) first"
+    with pytest.raises(qsim.RecipeError, match=message):
+        qsim.simulate(
+            make("llama"),
+            weights="int4",
+            activations="int4",
+            transforms=["hadamard(size=8)", late],
+            calibration=[{"input_ids": IDS}],
+        )
 
 
 class TestHadamard(TransformSuite):

@@ -125,14 +125,24 @@ def rotate_values(
             raise StructureError(f"{use.weight} does not read the channels of each head in their order")
     for name, axis in ((value.producer, value.axis), *((bias, -1) for bias in value.biases)):
         with editing(model, name) as parameters:
-            rows = parameters[name].double().movedim(axis, -1)
-            for head in value.distinct:
-                rows[..., head.to(rows.device)] = rotation(rows[..., head.to(rows.device)])
-            parameters[name].copy_(rows.movedim(-1, axis))
+            parameters[name].copy_(rotated_rows(parameters[name].double(), axis, value.distinct, rotation))
     for use in value.uses:
         with editing(model, use.weight) as parameters:
-            rows = parameters[use.weight].double().movedim(use.axis, -1)
-            parameters[use.weight].copy_(rotation(rows.unflatten(-1, (-1, size))).flatten(-2).movedim(-1, use.axis))
+            parameters[use.weight].copy_(rotated_columns(parameters[use.weight].double(), use.axis, size, rotation))
+
+
+def rotated_rows(tensor: Tensor, axis: int, heads: Iterable[Tensor], rotation: Callable[[Tensor], Tensor]) -> Tensor:
+    """Compute a weight or bias whose channels along `axis` are rotated within each head."""
+    rows = tensor.movedim(axis, -1).clone()
+    for head in heads:
+        rows[..., head.to(rows.device)] = rotation(rows[..., head.to(rows.device)])
+    return rows.movedim(-1, axis)
+
+
+def rotated_columns(tensor: Tensor, axis: int, size: int, rotation: Callable[[Tensor], Tensor]) -> Tensor:
+    """Compute a weight that reads rotated channels along `axis`, a head of `size` after another."""
+    columns = tensor.movedim(axis, -1).unflatten(-1, (-1, size))
+    return rotation(columns).flatten(-2).movedim(-1, axis)
 
 
 class Gather:

@@ -33,6 +33,10 @@ _TRACED: WeakKeyDictionary[Context, Structure] = WeakKeyDictionary()
 def structure_of(context: Context) -> Structure:
     """Return the structure of a context's model. It is traced on the context's example at the first call."""
     if context not in _TRACED:
+        if any(site.rotations for site in context.all_sites):
+            context.hint(
+                f"an earlier transform rotates inputs, and nothing folds through that: put {context.name} first"
+            )
         context.hint(HINT)
         _TRACED[context] = trace_example(context.model, context.example, context.declared)
     return _TRACED[context]
