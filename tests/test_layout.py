@@ -159,6 +159,7 @@ ENGLISH = {
     "finetune",
     "hardware",
     "int",
+    "rounding",
     "structure",
     "study",
     "transformers",

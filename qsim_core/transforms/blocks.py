@@ -90,6 +90,10 @@ class Block:
         with self.context.watching(watch, sample):
             self._run(self.inputs[sample])
 
+    def output(self, sample: int) -> Any:
+        """Compute the first output for one batch of the inputs, which is what the next block takes."""
+        return _hidden(self._run(self.inputs[sample]))
+
     def outputs(self) -> Iterator[Any]:
         """Give the outputs of the block as it is now, one batch after another."""
         with as_in_evaluation(self.module):
