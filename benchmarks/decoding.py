@@ -2,8 +2,8 @@
 
     python benchmarks/decoding.py [--shape 125m|1.3b] [--layers N] [--tokens N] [--rounds N] [FORMAT …]
 
-The model is OPT blocks with random weights (`forward.py`). In each round each model decodes TOKENS tokens after a prompt
-of 128, in turn, in one process. Medians are printed, as ratios to the float32 model's.
+The model is OPT blocks with random weights (`forward.py`). In each round each model in turn decodes TOKENS tokens after
+a prompt of 128, in one process. Medians are printed, as ratios to the float32 model's.
 """
 
 from __future__ import annotations

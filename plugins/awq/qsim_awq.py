@@ -77,7 +77,7 @@ class AWQ(Transform):
         state = context.sites.weights
         fixed = {*state.tied, *state.pinned, *(name for name, uses in state.uses.items() if len(uses) > 1)}
         weights = {weight.name: weight for weight in context.weights() if weight.name not in fixed}
-        structure = structure_of(context)
+        structure = structure_of(context, "groups", "pairs")
         found: list[NormGroup | WeightPair] = [*structure.groups, *(pair for pair in structure.pairs if pair.scales)]
         foldable = [item for item in found if not weights.keys().isdisjoint(item.weights)]
         for refused in structure.refused:

@@ -42,7 +42,7 @@ class SmoothQuant(Transform):
     def apply(self, model: nn.Module, context: Context) -> None:
         """Fold every norm group that a quantizer of the recipe touches. Raises `DataError` without calibration data."""
         quantized = {s.weight for s in context.sites.table.values() if s.plan.weight or s.plan.input}
-        structure = structure_of(context)
+        structure = structure_of(context, "groups")
         groups = [group for group in structure.groups if quantized & set(group.weights)]
         for refused in structure.refused:
             if ("norm" in refused.name or "ln" in refused.name) and not refused.name.endswith(".weight"):

@@ -13,8 +13,7 @@ from torch import nn
 
 from qsim_core.errors import RecipeError
 from qsim_core.sites.sites import Sites
-from qsim_core.snapshots import stored_as
-from qsim_core.transforms.checkpoint import sha256
+from qsim_core.snapshots import digest, stored_as
 from qsim_core.transforms.context import Context
 from qsim_core.transforms.offload import state
 from qsim_core.transforms.report import LayerReport
@@ -55,8 +54,8 @@ def _with_changes(reports: Iterable[LayerReport], changed: Collection[str]) -> l
 
 
 def _digests(model: nn.Module) -> dict[str, str]:
-    """The SHA-256 of every parameter and buffer."""
-    return {name: sha256([tensor]) for name, tensor in state(model)}
+    """A digest of every parameter and buffer."""
+    return {name: digest([(name, tensor)]) for name, tensor in state(model)}
 
 
 def left_behind(sites: Sites, hooks: int) -> str:

@@ -26,6 +26,8 @@ from qsim_evaluators.text import (
 )
 
 LONGEST = 2048
+PIECE = 2**24
+"""Logits of which log-probabilities are computed at a time: a batch of 8 windows may have two thousand million."""
 
 
 class Perplexity(Evaluator):
@@ -157,9 +159,14 @@ class Perplexity(Evaluator):
 def _losses(loaded: LoadedModel, batch: Tensor) -> Tensor:
     """Compute the negative log-likelihood of each token but the first, `[windows, seqlen - 1]`, in float64."""
     batch = batch.to(device(loaded))
-    found = logits(loaded, _inputs(loaded, batch))[:, :-1].float()
-    losses = F.cross_entropy(found.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
-    return losses.double().view(len(batch), -1).cpu()
+    found = logits(loaded, _inputs(loaded, batch))
+    rows = max(1, PIECE // found.shape[-1])
+    losses = [
+        F.cross_entropy(scores.float(), truth, reduction="none")
+        for window, tokens in zip(found[:, :-1], batch[:, 1:], strict=True)
+        for scores, truth in zip(window.split(rows), tokens.split(rows), strict=True)
+    ]
+    return torch.cat(losses).double().view(len(batch), -1).cpu()
 
 
 def _inputs(loaded: LoadedModel, batch: Tensor) -> dict[str, Any]:

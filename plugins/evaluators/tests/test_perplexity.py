@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 import qsim_core as qsim
+from qsim_core.matmuls.dispatch import OperatorWatcher, operator_name
 from qsim_core.testing import EvaluatorSuite
 
 TEXT = "the quick brown fox jumps over the lazy dog " * 4
@@ -81,6 +82,36 @@ def test_words_and_bytes_are_counted_as_lm_eval_counts_them(loaded: qsim.LoadedM
     assert found["word_perplexity"] == pytest.approx(math.exp(nll / 9), rel=1e-9)
     assert found["byte_perplexity"] == pytest.approx(math.exp(nll / (len(text) + 1)), rel=1e-9)
     assert found["bits_per_byte"] == pytest.approx(nll / (len(text) + 1) / math.log(2), rel=1e-9)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 10**6])
+def test_pieces_of_the_logits_give_the_same_numbers(
+    loaded: qsim.LoadedModel, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, evaluator = qsim.Data.of_text("fox", TEXT), qsim.parse("perplexity(16)")
+    whole = evaluator.evaluate(loaded, data, qsim.Run())
+
+    monkeypatch.setattr("qsim_evaluators.perplexity.PIECE", piece * 128)
+    by_pieces = evaluator.evaluate(loaded, data, qsim.Run())
+
+    assert by_pieces == whole
+
+
+def test_no_tensor_beside_the_logits_is_as_large(loaded: qsim.LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Largest(OperatorWatcher):
+        elements = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if operator_name(func) in ("_log_softmax", "clone", "_to_copy"):
+                self.elements = max(self.elements, out.numel())
+            return out
+
+    monkeypatch.setattr("qsim_evaluators.perplexity.PIECE", 256)
+    with Largest() as largest:
+        qsim.parse("perplexity(16)").evaluate(loaded, qsim.Data.of_text("fox", TEXT), qsim.Run(batch_size=8))
+
+    assert 0 < largest.elements <= 256
 
 
 def test_the_windows_are_the_samples(loaded: qsim.LoadedModel) -> None:

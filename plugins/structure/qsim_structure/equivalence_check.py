@@ -25,7 +25,7 @@ TOLERANCE = 2e-4
 
 A wrong edit changes a product by 14% and more.
 """
-KEPT_ROWS = 256
+KEPT_ROWS = 16
 """The number of rows of each product that are kept, evenly spread. An edit changes a channel in every row."""
 COPIED_BYTES = 2**26
 """The bytes of weights that are copied at a time, by default: this, or an eighth of the model if that is more."""
@@ -52,18 +52,25 @@ class Edit:
 
 
 def refuse_changed_products(
-    model: nn.Module, run: Run, edits: Sequence[Edit], reason: str, copied_bytes: int | None = None
+    model: nn.Module,
+    run: Run,
+    edits: Sequence[Edit],
+    reason: str,
+    copied_bytes: int | None = None,
+    exact: Recorder | None = None,
 ) -> None:
     """Try many edits at once; if a product changes, try each by itself, and refuse those that change one.
 
-    `copied_bytes` limits the weights that are copied at a time.
+    `copied_bytes` limits the weights that are copied at a time. `exact` has seen a run without edits; by default one
+    is made.
     """
     if not edits:
         return
+    if exact is None:
+        exact = Recorder(model)
+        run_watched(model, run, exact)
     if copied_bytes is None:
         copied_bytes = max(COPIED_BYTES, sum(p.nbytes for p in model.parameters()) // 8)
-    exact = _Recorder(model)
-    run_watched(model, run, exact)
     for portion in _portions(model, edits, copied_bytes):
         if _change(model, run, portion, exact.results, reason):
             for edit in portion:
@@ -151,7 +158,7 @@ class _ProductWatcher(OperatorWatcher):
         return out
 
 
-class _Recorder(_ProductWatcher):
+class Recorder(_ProductWatcher):
     """Keep the rows of all products."""
 
     def __init__(self, model: nn.Module) -> None:

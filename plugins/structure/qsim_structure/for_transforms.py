@@ -7,7 +7,7 @@ is a `qsim_core.ModelError`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,27 +22,36 @@ from qsim_structure import folding
 from qsim_structure.equivalence_check import Edit, refuse_changed_products
 from qsim_structure.errors import StructureError
 from qsim_structure.heads import Attention, Projection
-from qsim_structure.structure import NormGroup, Structure, WeightPair, trace
+from qsim_structure.structure import CHECKS, Check, NormGroup, Structure, WeightPair, trace
 
 HINT = "`qsim structure` shows what tracing found, simulate(…, structure={norm: [weights]}) declares the rest"
 """The text that follows the message of a transform that changed nothing."""
 
-_TRACED: WeakKeyDictionary[Context, Structure] = WeakKeyDictionary()
+_TRACED: WeakKeyDictionary[Context, dict[tuple[Check, ...], Structure]] = WeakKeyDictionary()
 
 
-def structure_of(context: Context) -> Structure:
-    """Return the structure of a context's model. It is traced on the context's example at the first call."""
-    if context not in _TRACED:
+def structure_of(context: Context, *checks: Check) -> Structure:
+    """Return the structure of a context's model. It is traced on the context's example at the first call.
+
+    `checks` are those of `qsim_structure.trace`; all without any.
+    """
+    traced = _TRACED.setdefault(context, {})
+    if checks not in traced:
         if any(site.rotations for site in context.all_sites):
             context.hint(
                 f"an earlier transform rotates inputs, and nothing folds through that: put {context.name} first"
             )
         context.hint(HINT)
-        _TRACED[context] = trace_example(context.model, context.example, context.declared)
-    return _TRACED[context]
+        traced[checks] = trace_example(context.model, context.example, context.declared, checks or CHECKS)
+    return traced[checks]
 
 
-def trace_example(model: nn.Module, example: Any, declared: Mapping[str, Sequence[str]] | None = None) -> Structure:
+def trace_example(
+    model: nn.Module,
+    example: Any,
+    declared: Mapping[str, Sequence[str]] | None = None,
+    checks: Collection[Check] = CHECKS,
+) -> Structure:
     """Trace a model on one batch, with its weights brought into memory. Raises `ModelError`."""
 
     def run() -> Any:
@@ -50,7 +59,7 @@ def trace_example(model: nn.Module, example: Any, declared: Mapping[str, Sequenc
             return call(model, example)
 
     with _as_model_error(), at_hand(model):
-        return trace(model, run, declared)
+        return trace(model, run, declared, checks=checks)
 
 
 def scale_group(model: nn.Module, group: NormGroup, factors: Tensor) -> None:

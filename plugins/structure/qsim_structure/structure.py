@@ -7,21 +7,26 @@ changes, the fold is refused, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from qsim_structure.channels import Partner, Rows, Source, Use
-from qsim_structure.equivalence_check import Edit, Run, refuse_changed_products
+from qsim_structure.equivalence_check import Edit, Recorder, Run, refuse_changed_products
 from qsim_structure.errors import StructureError
 from qsim_structure.folding import permute_group, permute_rows, permute_scores, scale_group, scale_pair
 from qsim_structure.heads import Attention, Projection, attention_in
 from qsim_structure.operator_watcher import in_eval_mode
 from qsim_structure.tracing import Tracer
+
+Check = Literal["groups", "pairs", "orders"]
+CHECKS: tuple[Check, ...] = get_args(Check)
+"""The checks of a structure: the factors of norm groups, those of weight pairs, and the orders of channels."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ def trace(
     run: Run,
     declared: Mapping[str, Sequence[str]] | None = None,
     *,
+    checks: Collection[Check] = CHECKS,
     copied_bytes: int | None = None,
 ) -> Structure:
     """Find the structure of a model by running it, and check numerically that all of it can be folded.
@@ -107,11 +113,16 @@ def trace(
     checked too. Raises `StructureError` if it names a norm or a weight that the model does not have, and for a model
     that is lazy or exported.
 
+    `checks` names what is needed: the factors of norm groups, those of weight pairs, and orders. A check takes a run
+    for each eighth of the model that it changes. Pairs and refused orders are left out where they are not checked.
+
     `copied_bytes` limits the weights that the check copies at a time; by default 64 MiB, or an eighth of the model if
     that is more. Less memory takes more runs.
     """
     _check_open(model)
-    tracer = Tracer(model).watch(run)
+    recorder = Recorder(model)
+    with recorder:
+        tracer = Tracer(model).watch(run)
     structure = Structure()
     if declared is not None:
         _declare(model, tracer, declared)
@@ -124,9 +135,12 @@ def trace(
             structure.pairs.append(found)
         elif found is not None:
             structure.refused.append(found)
+    if "pairs" not in checks and "orders" not in checks:
+        structure.pairs.clear()
     structure.attention = attention_in(tracer)
     structure.readers = {name: sorted(operators) for name, operators in tracer.readers.items() if operators}
-    _check(model, run, structure, copied_bytes)
+    refuse = partial(refuse_changed_products, model, run, copied_bytes=copied_bytes, exact=recorder)
+    _check(refuse, model, structure, checks)
     return structure
 
 
@@ -238,7 +252,9 @@ def _offset(module: nn.Module, source: Source) -> float | None:
     return round(float(zero.flatten()[place] / slope.flatten()[place]), 2)
 
 
-def _check(model: nn.Module, run: Run, structure: Structure, copied_bytes: int | None) -> None:
+def _check(
+    refuse: Callable[[Sequence[Edit], str], None], model: nn.Module, structure: Structure, checks: Collection[Check]
+) -> None:
     """Fold random factors, then random orders, and refuse the folds that change a product."""
     generator = torch.Generator().manual_seed(0)
     reason = "a product of the model changes when it is folded"
@@ -249,6 +265,7 @@ def _check(model: nn.Module, run: Run, structure: Structure, copied_bytes: int |
     edits = [
         Edit(partial(scale_group, model, g, factors(g.size)), _of_group(g), frozenset(), partial(_drop, structure, g))
         for g in structure.groups
+        if "groups" in checks
     ]
     edits += [
         Edit(
@@ -258,11 +275,11 @@ def _check(model: nn.Module, run: Run, structure: Structure, copied_bytes: int |
             partial(_drop, structure, p),
         )
         for p in structure.pairs
-        if p.scales
+        if p.scales and "pairs" in checks
     ]
-    refuse_changed_products(model, run, edits, reason, copied_bytes)
-    reorderings = list(_reorderings(model, structure, generator))
-    refuse_changed_products(model, run, reorderings, "a product of the model changes", copied_bytes)
+    refuse(edits, reason)
+    if "orders" in checks:
+        refuse(list(_reorderings(model, structure, generator)), "a product of the model changes")
 
 
 def _reorderings(model: nn.Module, structure: Structure, generator: torch.Generator) -> Iterator[Edit]:

@@ -318,3 +318,19 @@ def test_less_memory_takes_more_runs_and_finds_the_same(name: str) -> None:
     assert [pair.producer for pair in apart.pairs] == [pair.producer for pair in together.pairs]
     assert {refused.name for refused in apart.refused} == {refused.name for refused in together.refused}
     assert {refused.name for refused in apart.ordered} == {refused.name for refused in together.ordered}
+
+
+def test_what_is_not_needed_is_not_run() -> None:
+    model, ids, runs = build("opt"), torch.arange(4, 20).unsqueeze(0), [0]
+
+    def run() -> Any:
+        runs[0] += 1
+        return model(input_ids=ids)
+
+    everything = trace(model, run)
+    of_all, runs[0] = runs[0], 0
+    groups = trace(model, run, checks=("groups",))
+
+    assert (runs[0], of_all) == (2, 3)  # the run that is traced, and one for each kind of edits
+    assert [group.norm for group in groups.groups] == [group.norm for group in everything.groups]
+    assert (groups.pairs, groups.ordered) == ([], [])
