@@ -431,3 +431,39 @@ def test_installing_a_plugin_imports_nothing_for_help_and_the_list(install: Inst
         )
         assert run.stdout.splitlines()[-1] == "False False"
     assert not (tmp_path / "imported").exists()
+
+
+def test_a_preset_means_the_component_of_its_own_plugin_whatever_its_kind() -> None:
+    class Doubled(qsim.Arithmetic):
+        """Twice the product."""
+
+        name = "doubled"
+        times: int = 2
+
+        def multiply(self, left: Any, right: Any) -> torch.Tensor:
+            return self.times * (left.values @ right.values.transpose(-1, -2))
+
+    class Other(qsim.Transform):
+        """A method of the same name."""
+
+        name = "doubled"
+
+        def apply(self, model: torch.nn.Module, context: Any) -> None: ...
+
+    host = qsim.Host(discover=False)
+    host.register(Other, name="method")
+
+    class Products:
+        @staticmethod
+        @qsim.hookimpl
+        def qsim_arithmetics() -> list[Any]:
+            return [Doubled]
+
+        @staticmethod
+        @qsim.hookimpl
+        def qsim_quantizers() -> list[Any]:
+            return [qsim.Preset("trebled", "doubled(3)")]
+
+    host.register(Products(), name="products")
+
+    assert (type(host.parse("trebled")), host.parse("trebled").times) == (Doubled, 3)

@@ -243,8 +243,8 @@ class Host:
             candidates = [offer for offer in self._offers_of(plugin) if offer.name == bare]
         else:
             candidates = self.offers().get(bare, [])
-        fitting = self._of_first_kind([offer for offer in candidates if self._is(offer, kind)])
-        fitting = self.preferred(fitting, scope)
+        fitting = self.preferred([offer for offer in candidates if self._is(offer, kind)], scope)
+        fitting = self._of_first_kind(fitting)
         if len(fitting) > 1:
             offering = " and ".join(str(self._plugins[offer.plugin]) for offer in fitting)
             choices = " or ".join(f"{offer.plugin}.{bare}" for offer in fitting)
