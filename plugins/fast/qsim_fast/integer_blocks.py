@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -93,6 +93,10 @@ class LeftRows:
     """The left operand of a product."""
 
     rows: Rows
+    low: int
+    """The lowest code."""
+    inner: int
+    """The length of a row."""
 
     def by_heads(self, repeats: int) -> LeftRows:
         """Give each head of queries its matrix, which it has."""
@@ -104,7 +108,12 @@ class LeftRows:
         codes, scale = self.rows.codes, self.rows.scale
         scale = scale if len(scale) == 1 else scale[some]
         scale = scale if scale.shape[1] == 1 else scale[:, here]
-        return LeftRows(Rows(codes[some, here], scale, self.rows.every))
+        return replace(self, rows=Rows(codes[some, here], scale, self.rows.every))
+
+    def values(self) -> Tensor:
+        """Compute the values, float32 [S, M, K]."""
+        units = self.rows.codes.view(torch.uint8)[..., : self.inner].float().add_(self.low)
+        return units.mul_(_of_columns(self.rows, self.inner))
 
 
 class RightRows:
@@ -143,15 +152,18 @@ class RightRows:
         return self._with(self.packed.part(some, self.packed.rows if here.stop is None else here.stop, stop))
 
     def _with(self, packed: Packed) -> RightRows:
-        return RightRows(packed, self.terms, self.shape, self.scales)
+        return RightRows(packed, self.terms, torch.Size((len(packed.codes), packed.rows, packed.inner)), self.scales)
 
     def values(self) -> Tensor:
         """Compute the values, float32 [..., N, K]."""
         form = self.packed.unpacked()
-        scale = (
-            form.scale.repeat_interleave(form.every, -1)[..., : form.inner] if form.scale.shape[-1] > 1 else form.scale
-        )
-        return (form.codes.float() * scale).view(self.shape)
+        return form.codes.float().mul_(_of_columns(form, form.inner)).view(self.shape)
+
+
+def _of_columns(operand: Rows | Packed, inner: int) -> Tensor:
+    """The scale of each column, [S or 1, rows or 1, K or 1]."""
+    scale = operand.scale
+    return scale.repeat_interleave(operand.every, -1)[..., :inner] if scale.shape[-1] > 1 else scale
 
 
 class IntegerBlocksProduct(Lowering):
@@ -198,7 +210,7 @@ class IntegerBlocksProduct(Lowering):
         scale = scales.scale.float().mul(1 / unit)
         scale = scale.view(*heads, -1) if len(scale) > 1 else scale.unsqueeze(0)
         if place == 0:
-            return LeftRows(Rows(codes.view(*heads, -1), scale, every))
+            return LeftRows(Rows(codes.view(*heads, -1), scale, every), lowest, rows.shape[-1])
         packed = Packed(codes.view(*heads, -1)[..., : rows.shape[-1]], scale, None, every, heads[1], rows.shape[-1])
         return RightRows(packed, self.terms, rows.shape, scales)
 

@@ -234,6 +234,26 @@ def test_attention_by_tiles_gives_float32s_numbers(activations: str, queries: in
     assert different.float().mean() < 0.02
 
 
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_attention_with_an_operand_that_only_float32_takes_gives_float32s_numbers(which: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    heads = {name: torch.randn(2, 4, 300, 8, generator=generator) for name in ("query", "key", "value")}
+    heads[which][1, 2, 200, 3] = torch.nan if which == "query" else 2.0**80
+
+    class Heads(nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    outputs = []
+    for arithmetic in ("int8_blocks", "float32"):
+        model = Heads().eval()
+        qsim.simulate(model, activations="tensor(int8)", arithmetic=arithmetic, example=heads)
+        with torch.no_grad():
+            outputs.append(model(**heads))
+
+    assert torch.allclose(*outputs, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize("rows", [1, 64])
 def test_auto_takes_it_for_products_of_some_size(rows: int) -> None:
     layer, x = Layer(256, 256), torch.randn(rows, 256, generator=torch.Generator().manual_seed(0))
