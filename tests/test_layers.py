@@ -105,3 +105,20 @@ def test_a_copy_of_the_model_has_plans_of_its_own() -> None:
 
     assert torch.equal(other(X), expected(other[0].weight, model[0].bias, 0.5))
     assert torch.equal(model(X), expected(model[0].weight, model[0].bias, 0.5))
+
+
+def test_a_call_that_was_observed_leaves_no_observer() -> None:
+    model, seen = layer(), list[str]()
+    simulation = qsim.simulate(model, weights=Rounds(step=0.5), example=X)
+    simulation.audit(observer=lambda site, role, before, after, quantizer: seen.append(role))
+    audited = len(seen)
+
+    model(X)
+
+    assert audited and len(seen) == audited
+
+
+def test_a_format_passes_gradients_of_values_that_bfloat16_holds() -> None:
+    x = torch.tensor([1.0, torch.finfo(torch.bfloat16).max, torch.inf, torch.nan], dtype=torch.bfloat16)
+
+    assert qsim.parse("bf16").passes(x).tolist() == [True, True, False, False]  # type: ignore[union-attr]

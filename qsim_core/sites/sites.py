@@ -363,7 +363,8 @@ class Sites:
         if self.quantizing and numbers:  # where there are none, nothing is quantized
             operands = operands_of(site, call, weights, site.quantizer)
             execution = LiveExecution(site, call, operands, site.quantizer("output"), *shared)
-            if call.function is F.linear and not call.kwargs and weights[1] is not None and weights[1].owned:
+            plain = call.function is F.linear and not call.kwargs and not self.watched
+            if plain and weights[1] is not None and weights[1].owned:
                 self._layers[self.stack.frames[-1].path] = Layer(execution, weights[1])
             return execution
         check_planned(site, call, weights)
