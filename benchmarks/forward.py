@@ -28,6 +28,7 @@ FORMATS: dict[str, dict[str, str]] = {
     "int8": {"weights": "int8", "activations": "int8"},
     "w4a8": {"weights": "int4", "activations": "int8"},
     "abfp": {"weights": "abfp(int4)", "activations": "abfp(int8)"},
+    "mxint8": {"weights": "mxint8", "activations": "mxint8"},
     "mxfp8": {"weights": "mxfp8_e4m3", "activations": "mxfp8_e4m3", "outputs": "bf16"},
     "mxfp4": {"weights": "mxfp4", "activations": "mxfp4", "outputs": "bf16"},
     "nvfp4": {"weights": "nvfp4", "activations": "nvfp4"},
