@@ -21,62 +21,65 @@ template <class To> inline To read(const void *from) {
     return to;
 }
 
-// Plain C++, for any processor.
-struct PortableDot {
-    static constexpr int lanes = 8, rows = 2, vectors = 2, group = 4;
+template <int bytes> struct Lanes;
+template <> struct Lanes<16> {
+    typedef int32_t Integers __attribute__((vector_size(16)));
+    typedef float Floats __attribute__((vector_size(16)));
+};
+template <> struct Lanes<32> {
+    typedef int32_t Integers __attribute__((vector_size(32)));
+    typedef float Floats __attribute__((vector_size(32)));
+};
+template <> struct Lanes<64> {
+    typedef int32_t Integers __attribute__((vector_size(64)));
+    typedef float Floats __attribute__((vector_size(64)));
+};
+
+// Vectors of `bytes` bytes, which add up in 32 bits. `Vector` is the processor's own type of them,
+// and `codes` the codes of a group.
+template <int bytes, class Vector, int codes> struct Sums {
+    static constexpr int lanes = bytes / 4, rows = 6, group = codes;
     static constexpr int shift = 0;      // subtracted from the unsigned codes of a row before they are multiplied
     static constexpr bool pairs = false; // true: the sums of a piece are two of 16 bits, one for each half of a group
     using Code = uint8_t;                // the type in which rows are read
-    using Integers = int32_t __attribute__((vector_size(32)));
-    using Floats = float __attribute__((vector_size(32)));
-    using Part = Integers;
-    struct Columns {
-        int8_t codes[32];
-    };
+    using Integers = typename Lanes<bytes>::Integers;
+    using Floats = typename Lanes<bytes>::Floats;
+    using Part = Vector;
+    using Columns = Vector;
+    using Row = Vector;
+    static Part begin(const int32_t *sums, int32_t less) { return Part(read<Integers>(sums) * less); }
+    static Integers end(Part part) { return Integers(part); }
+};
+
+// Plain C++, for any processor.
+struct PortableDot : Sums<32, Lanes<32>::Integers, 4> {
+    static constexpr int rows = 2, vectors = 2;
     using Row = uint32_t;
     static Columns columns(const int8_t *w) { return read<Columns>(w); }
     static Row row(const uint8_t *x) { return read<uint32_t>(x); }
-    static Part begin(const int32_t *sums, int32_t less) { return read<Integers>(sums) * less; }
-    static Part add(Part part, Row x, const Columns &w) {
+    static Part add(Part part, Row x, Columns w) {
+        int8_t codes[32];
+        std::memcpy(codes, &w, sizeof codes);
         for (int lane = 0; lane < 8; lane++)
-            for (int k = 0; k < 4; k++) part[lane] += int32_t(x >> 8 * k & 255) * w.codes[4 * lane + k];
+            for (int k = 0; k < 4; k++) part[lane] += int32_t(x >> 8 * k & 255) * codes[4 * lane + k];
         return part;
     }
-    static Integers end(Part part) { return part; }
 };
 
 #if defined(__AVX512VNNI__)
-struct Dot {
-    static constexpr int lanes = 16, rows = 6, vectors = 4, group = 4, shift = 0;
-    static constexpr bool pairs = false;
-    using Code = uint8_t;
-    using Integers = int32_t __attribute__((vector_size(64)));
-    using Floats = float __attribute__((vector_size(64)));
-    using Part = __m512i;
-    using Columns = __m512i;
-    using Row = __m512i;
+struct Dot : Sums<64, __m512i, 4> {
+    static constexpr int vectors = 4;
     static Columns columns(const int8_t *w) { return _mm512_loadu_si512(w); }
     static Row row(const uint8_t *x) { return _mm512_set1_epi32(read<int32_t>(x)); }
-    static Part begin(const int32_t *sums, int32_t less) { return Part(read<Integers>(sums) * less); }
     static Part add(Part part, Row x, Columns w) { return _mm512_dpbusd_epi32(part, x, w); }
-    static Integers end(Part part) { return Integers(part); }
 };
 using WideDot = Dot;
 #elif defined(__AVXVNNI__)
-struct Dot {
-    static constexpr int lanes = 8, rows = 6, vectors = 2, group = 4, shift = 0;
-    static constexpr bool pairs = false;
-    using Code = uint8_t;
-    using Integers = int32_t __attribute__((vector_size(32)));
-    using Floats = float __attribute__((vector_size(32)));
-    using Part = __m256i;
-    using Columns = __m256i;
-    using Row = __m256i;
+struct Dot : Sums<32, __m256i, 4> {
+    static constexpr int vectors = 2;
     static Columns columns(const int8_t *w) { return _mm256_loadu_si256((const __m256i *)w); }
     static Row row(const uint8_t *x) { return _mm256_set1_epi32(read<int32_t>(x)); }
-    static Part begin(const int32_t *sums, int32_t less) { return Part(read<Integers>(sums) * less); }
     static Part add(Part part, Row x, Columns w) { return _mm256_dpbusd_avx_epi32(part, x, w); }
-    static Integers end(Part part) { return Integers(part); }
 };
 using WideDot = Dot;
 #elif defined(__AVX2__)
@@ -87,15 +90,9 @@ inline __m256i held(__m256i x) {
 }
 
 // 16-bit sums: the codes have to be small.
-struct Dot {
-    static constexpr int lanes = 8, rows = 6, vectors = 2, group = 4, shift = 0;
+struct Dot : Sums<32, __m256i, 4> {
+    static constexpr int vectors = 2;
     static constexpr bool pairs = true;
-    using Code = uint8_t;
-    using Integers = int32_t __attribute__((vector_size(32)));
-    using Floats = float __attribute__((vector_size(32)));
-    using Part = __m256i;
-    using Columns = __m256i;
-    using Row = __m256i;
     static Columns columns(const int8_t *w) { return held(_mm256_loadu_si256((const __m256i *)w)); }
     static Row row(const uint8_t *x) { return _mm256_set1_epi32(read<int32_t>(x)); }
     static Part begin(const int32_t *sums, int32_t less) {
@@ -109,39 +106,24 @@ struct Dot {
     }
 };
 
-// 32-bit sums, for codes of 8 bits on both sides. Rows are read as 16-bit integers.
-struct WideDot {
-    static constexpr int lanes = 8, rows = 6, vectors = 2, group = 2, shift = 0;
-    static constexpr bool pairs = false;
+// Codes of 8 bits on both sides. Rows are read as 16-bit integers.
+struct WideDot : Sums<32, __m256i, 2> {
+    static constexpr int vectors = 2;
     using Code = uint16_t;
-    using Integers = int32_t __attribute__((vector_size(32)));
-    using Floats = float __attribute__((vector_size(32)));
-    using Part = __m256i;
-    using Columns = __m256i;
-    using Row = __m256i;
     static Columns columns(const int8_t *w) {
         return held(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w)));
     }
     static Row row(const uint16_t *x) { return _mm256_set1_epi32(read<int32_t>(x)); }
-    static Part begin(const int32_t *sums, int32_t less) { return Part(read<Integers>(sums) * less); }
     static Part add(Part part, Row x, Columns w) { return held(_mm256_add_epi32(part, held(_mm256_madd_epi16(x, w)))); }
-    static Integers end(Part part) { return Integers(part); }
 };
 #elif defined(__ARM_FEATURE_DOTPROD)
-struct Dot {
-    static constexpr int lanes = 4, rows = 6, vectors = 4, group = 4, shift = 128;
-    static constexpr bool pairs = false;
-    using Code = uint8_t;
-    using Integers = int32_t __attribute__((vector_size(16)));
-    using Floats = float __attribute__((vector_size(16)));
-    using Part = int32x4_t;
+struct Dot : Sums<16, int32x4_t, 4> {
+    static constexpr int vectors = 4, shift = 128;
     using Columns = int8x16_t;
     using Row = int8x16_t;
     static Columns columns(const int8_t *w) { return vld1q_s8(w); }
     static Row row(const uint8_t *x) { return vreinterpretq_s8_u32(vdupq_n_u32(read<uint32_t>(x) ^ 0x80808080u)); }
-    static Part begin(const int32_t *sums, int32_t less) { return Part(read<Integers>(sums) * less); }
     static Part add(Part part, Row x, Columns w) { return vdotq_s32(part, x, w); }
-    static Integers end(Part part) { return Integers(part); }
 };
 using WideDot = Dot;
 #else
