@@ -411,11 +411,12 @@ def simulate(
 
 
 def exact_arithmetics(recipe: Recipe, host: Host | None) -> list[ExactArithmetic]:
-    """The exact arithmetics that `auto` asks, in their order; none where no site is computed by `auto`.
+    """The exact arithmetics that `auto` asks, in their order; none where no site asks them.
 
     They are those of installed plugins that are accelerators too, and those of registered plugins.
     """
-    if not any(isinstance(part.arithmetic, Auto) for part in recipe.parts):
+    named = [part.arithmetic for part in recipe.parts]
+    if not any(isinstance(one, Auto) or one.narrow_sums for one in named):
         return []
     made: list[Any] = [found() for found in (host or installed()).classes_without_search(ExactArithmetic)]
     return sorted((one for one in made if one.automatic), key=lambda one: (one.order, one.name))

@@ -116,6 +116,14 @@ class Block(NamedTuple):
     """The scale of each row, [..., R or 1, 1]."""
 
 
+class NarrowSums(NamedTuple):
+    """The sums of codes that share scales, in two's complement."""
+
+    bits: int
+    wraps: bool
+    """True if sums wrap around; False if something else happens to sums, partial ones too, outside the range."""
+
+
 class Arithmetic(Component):
     """Multiplies and adds up a product. An author writes one method: `multiply`.
 
@@ -131,6 +139,14 @@ class Arithmetic(Component):
     def accumulator_bits(self) -> int:
         """The width of the sum in bits, by which hardware is priced."""
         return 32
+
+    @property
+    def narrow_sums(self) -> NarrowSums | None:
+        """The sums of codes, if their width is all that sets the product apart from `float32`.
+
+        An exact arithmetic may then compute it; None: only `multiply` can.
+        """
+        return None
 
     @abstractmethod
     def multiply(self, left: QuantizedRows, right: QuantizedRows) -> Tensor:
@@ -204,6 +220,15 @@ class ExactArithmetic(Float32):
 
     @abstractmethod
     def lower(self, call: Call, roles: Sequence[str], quantizers: Sequence[Any]) -> Lowering | None: ...
+
+    def lower_narrow(
+        self, sums: NarrowSums, call: Call, roles: Sequence[str], quantizers: Sequence[Any]
+    ) -> Lowering | None:
+        """Plan a product whose sums of codes are narrow; None declines.
+
+        Where sums do not wrap around, the lowering declines operands of which some sum may leave the range.
+        """
+        return None
 
     def worthwhile(self, call: Call) -> bool:
         """True if it is faster than float32 for this call on this machine; `auto` skips it otherwise."""
@@ -289,11 +314,18 @@ def lowering_of(
     roles: Sequence[str],
     quantizers: Sequence[Any],
 ) -> Lowering | None:
-    """Plan a call under an arithmetic; `auto` takes the first of the `exact` arithmetics that does not decline."""
-    if type(arithmetic) is not Auto:
+    """Plan a call under an arithmetic; `auto` takes the first of the `exact` arithmetics that does not decline.
+
+    So does an arithmetic with narrow sums.
+    """
+    sums = arithmetic.narrow_sums
+    if type(arithmetic) is not Auto and sums is None:
         return arithmetic.lower(call, roles, quantizers)
-    for candidate in exact:
-        lowering = candidate.lower(call, roles, quantizers) if candidate.worthwhile(call) else None
+    for candidate in filter(lambda one: one.worthwhile(call), exact):
+        if sums is None:
+            lowering = candidate.lower(call, roles, quantizers)
+        else:
+            lowering = candidate.lower_narrow(sums, call, roles, quantizers)
         if lowering is not None:
             return lowering
     return None

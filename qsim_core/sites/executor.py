@@ -238,7 +238,7 @@ class LiveExecution(Execution):
         values = [] if self.lowering is not None and self.observer is None else self._values()
         lowered = None if self.lowering is None else self._lowered(self.lowering)
         if lowered is not None and self.lowering is not None:
-            site.arithmetic = self.lowering.arithmetic
+            site.arithmetic = str(self.arithmetic) if self.arithmetic.simulates else self.lowering.arithmetic
             return self._finished_lowered(self.lowering, lowered, values)
         site.arithmetic = str(self.arithmetic) if self.arithmetic.simulates else "float32"
         values = values or self._values()
@@ -256,9 +256,11 @@ class LiveExecution(Execution):
         """Plan an exact computation of this call; None for float32, or for an arithmetic that is simulated.
 
         A module in training is computed in float32. Gradient checkpointing computes its forward again, with gradients,
-        and must get the same numbers.
+        and must get the same numbers. An observer of simulated products is shown what `multiply` gets.
         """
         if self.module.training or self.call.masked:
+            return None
+        if self.arithmetic.simulates and self.examine is not None:
             return None
         return lowering_of(self.arithmetic, self.exact, self.call, *self.planned)
 

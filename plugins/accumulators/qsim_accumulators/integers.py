@@ -20,7 +20,7 @@ from qsim_core import Accumulator, QsimError, RecipeError
 from qsim_core.formats.accelerator import compiled
 from qsim_core.formats.format import table_of
 from qsim_core.matmuls.partial_sums import PartialSums, Running, running, some_rows
-from qsim_core.sites.arithmetic import QuantizedRows
+from qsim_core.sites.arithmetic import NarrowSums, QuantizedRows
 
 SOURCE = Path(__file__).parent / "saturating.cpp"
 """The same sums in C++, for a CPU."""
@@ -54,6 +54,10 @@ class IntegerAccumulator(Accumulator):
     def accumulator_bits(self) -> int:
         return self.bits + self.guard
 
+    @property
+    def narrow_sums(self) -> NarrowSums | None:
+        return NarrowSums(self.bits, self.overflow == "wrap") if self.product is None else None
+
     def check(self, quantizers: Sequence[Any]) -> None:
         """Raise `RecipeError` unless both operands have formats whose values are whole numbers in some unit."""
         super().check(quantizers)
@@ -70,7 +74,7 @@ class IntegerAccumulator(Accumulator):
         total: Tensor | None = None
         for x, w in left.blocks_with(right):
             sums = self._added_up(_times(x.units, first), _times(w.units, second), single)
-            sums.mul_(x.scale / (first * second)).mul_(w.scale.transpose(-1, -2))
+            sums.mul_(w.scale.transpose(-1, -2) / second).mul_(x.scale / first)
             total = sums if total is None else total.add_(sums)
         assert total is not None
         return total.to(left.values.dtype)

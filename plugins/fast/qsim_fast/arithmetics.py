@@ -21,7 +21,7 @@ from qsim_core.matmuls.call import LINEAR, Call
 from qsim_core.matmuls.convolution import CONVOLUTIONS
 from qsim_core.matmuls.layout import POSITIONS
 from qsim_core.quantizers.static_scale import scheme_of
-from qsim_core.sites.arithmetic import Lowering
+from qsim_core.sites.arithmetic import Lowering, NarrowSums
 from qsim_fast import bf16, blockwise, int8, integer_blocks, tensor_cores
 from qsim_fast.bf16 import BF16Convolution, BF16Product
 from qsim_fast.blockwise import BlockwiseProduct
@@ -103,6 +103,13 @@ class INT8Blocks(_Exact):
         if not integer_blocks.possible(call):
             return None
         return IntegerBlocksProduct(quantizers[:2], batched=call.operands[1].dim() > 2)
+
+    def lower_narrow(
+        self, sums: NarrowSums, call: Call, roles: Sequence[str], quantizers: Sequence[Any]
+    ) -> Lowering | None:
+        """Plan a product with narrow sums; None if blocks of one operand begin inside those of the other."""
+        lowering = self.lower(call, roles, quantizers)
+        return lowering.narrowed(sums) if isinstance(lowering, IntegerBlocksProduct) else None
 
 
 class BF16(_Exact):

@@ -12,6 +12,7 @@ s q t r.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from qsim_core.matmuls.layout import SECOND_LAST, Layout
 from qsim_core.quantizers.scales import Scales
 from qsim_core.quantizers.scheme import Scheme
 from qsim_core.quantizers.static_scale import StaticScheme, scheme_of
-from qsim_core.sites.arithmetic import Lowering
+from qsim_core.sites.arithmetic import Lowering, NarrowSums
 from qsim_core.sites.workspace import Memory, empty
 from qsim_fast import quantizing
 from qsim_fast.blockwise import ROW, block_of, step_of
@@ -37,6 +38,8 @@ from qsim_fast.kernels.arguments import buffer
 from qsim_fast.kernels.block_products import GROUP, PIECE, BlockKernels, Packed, Range, Rows, Terms
 from qsim_fast.known_maximum import KnownMaximum
 
+MARGIN = 1.001
+"""Covers the rounding of norms."""
 LARGEST_SCALE = 2.0**64
 """A sum times a larger scale may overflow, where the reference's products do not."""
 
@@ -98,6 +101,11 @@ class LeftRows:
     inner: int
     """The length of a row."""
 
+    @functools.cached_property
+    def norm(self) -> float:
+        """The largest norm of a row of codes. With that of the other operand it bounds the sums, partial ones too."""
+        return float(self._units().square_().sum(-1).max().sqrt())
+
     def by_heads(self, repeats: int) -> LeftRows:
         """Give each head of queries its matrix, which it has."""
         assert repeats == 1
@@ -112,8 +120,10 @@ class LeftRows:
 
     def values(self) -> Tensor:
         """Compute the values, float32 [S, M, K]."""
-        units = self.rows.codes.view(torch.uint8)[..., : self.inner].float().add_(self.low)
-        return units.mul_(_of_columns(self.rows, self.inner))
+        return self._units().mul_(_of_columns(self.rows, self.inner))
+
+    def _units(self) -> Tensor:
+        return self.rows.codes.view(torch.uint8)[..., : self.inner].float().add_(self.low)
 
 
 class RightRows:
@@ -126,6 +136,11 @@ class RightRows:
         """[..., N, K]"""
         self.scales = scales
         """The scales as the scheme gives them."""
+
+    @functools.cached_property
+    def norm(self) -> float:
+        """The largest norm of a row of codes."""
+        return float(self.packed.unpacked().codes.float().square_().sum(-1).max().sqrt())
 
     def times(self, left: LeftRows, bias: Tensor | None, y: Tensor) -> Tensor:
         """Multiply rows by these into y [S, M, N]."""
@@ -175,12 +190,31 @@ class IntegerBlocksProduct(Lowering):
     def __init__(self, quantizers: Sequence[Any], batched: bool) -> None:
         super().__init__(quantizers)
         schemes = [_bare(quantizer) for quantizer in quantizers[:2]]
-        self.terms = Terms(step_of(schemes, ROW), *map(range_of, schemes))
+        left, right = map(range_of, schemes)
+        self.terms = Terms(step_of(schemes, ROW), left, right)
         self.batched = batched
         """True if the right operand has a matrix for each matrix of the left one."""
+        self.highest = math.inf
+        """The product is declined if a sum of codes may exceed it."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return *super().key, self.batched, self.terms.bits
 
     def of(self, place: int) -> tuple[Any, ...]:
         return *super().of(place), place
+
+    def narrowed(self, sums: NarrowSums) -> IntegerBlocksProduct | None:
+        """Let sums have fewer bits; None if they are not those of whole blocks, or not of the formats' own codes."""
+        schemes = [_bare(quantizer) for quantizer in self.quantizers]
+        nested = self.terms.block in (block_of(scheme, ROW) for scheme in schemes)
+        if not nested or any((unit_of(scheme.coded) or 0) < 1 for scheme in schemes):
+            return None
+        if sums.wraps:
+            self.terms = replace(self.terms, bits=sums.bits)
+        else:
+            self.highest = 2.0 ** (sums.bits - 1) - 1
+        return self
 
     def take(self, place: int, rows: Tensor, memory: Memory | None = None) -> Any:
         return self._taken(place, self.quantizers[place], rows, None, memory)
@@ -214,7 +248,9 @@ class IntegerBlocksProduct(Lowering):
         packed = Packed(codes.view(*heads, -1)[..., : rows.shape[-1]], scale, None, every, heads[1], rows.shape[-1])
         return RightRows(packed, self.terms, rows.shape, scales)
 
-    def product(self, call: Call, first: LeftRows, second: RightRows) -> Tensor:
+    def product(self, call: Call, first: LeftRows, second: RightRows) -> Tensor | None:
+        if self.highest < math.inf and MARGIN * first.norm * second.norm > self.highest:
+            return None
         bias = call.bias if call.function in LINEAR else None
         bias = None if bias is None else bias.detach().float().contiguous()
         shape = call.layouts[0].rows(call.operands[0]).shape[:-1]

@@ -404,3 +404,26 @@ def test_layers_with_the_same_input_share_its_codes() -> None:
         model(x)
 
     assert kernels.count - before == 2  # the input of q, k and v, and that of o
+
+
+class Shared(nn.Module):
+    """A linear layer and a product of activations that read the same tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Layer()
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.layer(x), torch.matmul(x, x.transpose(-1, -2))], -1)
+
+
+@pytest.mark.parametrize("arithmetic", ["int8", "int8_blocks", "bf16", "auto"])
+def test_an_input_that_unlike_products_share_is_lowered_for_each(arithmetic: str) -> None:
+    parts = {"weights": "int4", "activations": "int8", "outputs": "cast(bf16)"}
+
+    with native.only(True):
+        y, _ = simulated(Shared(), example(), arithmetic, **parts)
+
+    plain, _ = simulated(Shared(), example(), "float32", **parts)
+    assert torch.allclose(y, plain, rtol=0.02, atol=0.01 * float(plain.abs().max()))

@@ -123,6 +123,7 @@ class BlockProduct(ctypes.Structure):
         ("block", c_int64),
         ("piece", c_int64),
         ("offset", c_int32),
+        ("wrapped", c_int32),
         ("kind", c_int32),
         ("threads", c_int32),
     ]

@@ -45,6 +45,8 @@ class Terms:
     """The number of columns that have one scale on either side; a multiple of `GROUP`, or a whole row."""
     left: Range
     right: Range
+    bits: int = 32
+    """The bits of a block's sum of codes, in two's complement; it wraps around."""
 
     @property
     def largest(self) -> int:
@@ -219,6 +221,7 @@ class BlockKernels:
                 block,
                 self.layouts[right.kind].piece(terms),
                 -terms.left.low,
+                32 - terms.bits,
                 right.kind,
                 torch.get_num_threads(),
             )
@@ -262,7 +265,11 @@ def multiply(left: Rows, right: Packed, terms: Terms, bias: Tensor | None, y: Te
     for first in range(0, right.inner, block):
         columns = slice(first, min(first + block, right.inner))
         units = left.codes[..., columns].view(torch.uint8).to(dtype) + terms.left.low
-        sums = torch.matmul(units, right.codes[..., columns].to(dtype).transpose(-1, -2)).float()
+        sums = torch.matmul(units, right.codes[..., columns].to(dtype).transpose(-1, -2))
+        if terms.bits < 32:
+            shift = 32 - terms.bits
+            sums = sums.int().bitwise_left_shift_(shift).bitwise_right_shift_(shift)
+        sums = sums.float()
         sums *= _scale_at(first, right).transpose(-1, -2)
         sums *= _scale_at(first, left)
         y += sums

@@ -28,6 +28,7 @@ struct BlockProduct {
     int64_t matrices, rows, columns, inner, block; // `inner`: a multiple of 4
     int64_t piece; // columns whose codes have one sum
     int32_t offset;                                // the lowest code of rows, as a positive number
+    int32_t wrapped; // the highest bits of a block's sum that are dropped: it wraps around in the others
     int32_t kind;                                  // 0: Dot, 1: WideDot, 2: PortableDot
     int32_t threads;
 };
@@ -111,6 +112,9 @@ template <class D, int R, bool single> void multiply_tile(const BlockProduct &p,
         }
 #pragma GCC unroll 8
         for (int v = 0; v < V; v++) {
+            if (p.wrapped)
+#pragma GCC unroll 8
+                for (int r = 0; r < R; r++) total[r][v] = (total[r][v] << p.wrapped) >> p.wrapped;
             Floats scale = read<Floats>(t.w_scale + v * L);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++)
