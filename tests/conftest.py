@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,17 @@ import qsim_core as qsim
 collect_ignore = ["plugins_0_1"]
 """Sources of plugins, which test_plugins_0_1.py builds."""
 
+gc.disable()  # until all tests are collected: modules and tests stay, and looking at them takes a fourth of the time
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: test_gpu.py
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from now on, but never look again at what was imported and collected."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

@@ -181,8 +181,10 @@ if __name__ == "__main__":
     import gc
     import importlib
 
+    gc.disable()
     for library in LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(library)
     gc.freeze()
+    gc.enable()
     finish(serve(sys.argv[2]))

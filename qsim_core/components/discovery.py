@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 from collections.abc import Collection
@@ -65,6 +66,12 @@ class Plugin:
         if not NAME.match(self.name):
             return f"{self}: a name has letters, digits, _ and -; {self.remedy}"
         return ""
+
+    @functools.cached_property
+    def requirements(self) -> frozenset[str]:
+        """The names of the distributions that its own distribution requires, in lower case."""
+        requires = self.entry.dist.requires if self.entry is not None and self.entry.dist is not None else None
+        return frozenset(re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower() for requirement in requires or [])
 
     @property
     def remedy(self) -> str:

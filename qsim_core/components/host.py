@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -288,9 +287,7 @@ class Host:
     @functools.cache  # noqa: B019 - a program makes few hosts
     def scope(self, plugin: str) -> frozenset[str]:
         """The plugins whose components a plugin may name: itself, the core, and its distribution's dependencies."""
-        entry = self._plugins[plugin].entry
-        requires = entry.dist.requires if entry is not None and entry.dist is not None else None
-        needed = {re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower() for requirement in requires or []}
+        needed = self._plugins[plugin].requirements
         dependencies = (other.name for other in self._plugins.values() if other.distribution.lower() in needed)
         return frozenset({plugin, "core", *dependencies})
 

@@ -8,6 +8,7 @@ Nothing is evaluated. The whole grammar is names, literals, lists and calls. The
 from __future__ import annotations
 
 import ast
+import functools
 import math
 import warnings
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ class Node:
         return SpecError(message, self.text, self.position)
 
 
+@functools.lru_cache(maxsize=4096)  # a search for a name reads the texts of all presets
 def read(text: str, scope: frozenset[str] = frozenset()) -> Node:
     """Read a component's text into a syntax tree; `scope` is the set of plugins that the text's author relies on.
 
