@@ -27,7 +27,6 @@ from qsim_core.sites.operand import Operand, operands_of
 from qsim_core.sites.quantized_weights import Weight, Weights
 from qsim_core.sites.simulated_product import check_arithmetic, simulated
 from qsim_core.sites.site import Site
-from qsim_core.sites.workspace import Memory, Workspace, like
 
 SiteObserver = Callable[[Site, str, Tensor, Tensor, Quantizer | None], None]
 """Called with the site, the role (input, input2, weight or output), the tensor before and after, and its quantizer.
@@ -402,55 +401,6 @@ class Layer:
         own = Weight(self.name, weight, owned=True)
         operands = Operand(role, x, layout, quantizer), Operand(of_weight[0], weight, *of_weight[1:], own)
         return self.execution.again(self.call.again(args, tensors), operands)
-
-
-class PartialExecution(Execution):
-    """A product of activations at its site that is computed some rows at a time, for attention by tiles."""
-
-    def __init__(
-        self,
-        site: Site,
-        call: Call,
-        operands: Sequence[Operand],
-        output: Any,
-        exact: Sequence[ExactArithmetic],
-        workspace: Workspace,
-    ) -> None:
-        super().__init__(site, call, operands, output)
-        self.workspace = workspace
-        quantizers = [*(operand.quantizer for operand in operands), output]
-        lowering = lowering_of(self.arithmetic, exact, self.call, [operand.role for operand in operands], quantizers)
-        self.lowering = lowering if lowering is not None and lowering.in_parts else None
-
-    def take(self, place: int, rows: Tensor, memory: Memory | None = None) -> Any:
-        """Quantize rows [..., R, K] of the operand at this place: into the lowered form, or into a tensor."""
-        taken = None if self.lowering is None else self.lowering.take(place, rows, memory)
-        if taken is not None:
-            return taken
-        quantizer = self.operands[place].quantizer
-        if quantizer is None:
-            return rows
-        return quantizer.quantize_into(rows, None if memory is None else like(memory, rows))
-
-    def multiply(self, left: Any, right: Any, use: str) -> Tensor:
-        """Multiply results of `take`, of rows [heads, R, K] and [heads, N, K], and quantize the product [heads, R, N].
-
-        The product lies in the workspace, in the memory for this use.
-        """
-        memory = Memory(self.workspace, use)
-        if self.lowering is not None and not isinstance(left, Tensor) and not isinstance(right, Tensor):
-            self.site.arithmetic = self.lowering.arithmetic
-            product = self.lowering.part(self.call.layouts, left, right, memory)
-            return product if self.lowering.rounds else self._rounded(product)
-        self.site.arithmetic = "float32"
-        first, second = (operand if isinstance(operand, Tensor) else operand.values() for operand in (left, right))
-        second = self.call.layouts[1].back(second)
-        shape = *first.shape[:-1], second.shape[-1]
-        return self._rounded(torch.bmm(first, second, out=self.workspace.empty(use, shape, first.dtype)))
-
-    def _rounded(self, product: Tensor) -> Tensor:
-        rounded: Tensor = product if self.output is None else self.output.quantize(product)
-        return rounded
 
 
 def check_planned(site: Site, call: Call, weights: Sequence[Weight | None]) -> None:
