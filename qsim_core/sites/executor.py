@@ -25,7 +25,7 @@ from qsim_core.sites.arithmetic import FLOAT32, Arithmetic, ExactArithmetic, Low
 from qsim_core.sites.call_stack import CallStack, Reusable, recomputing, reusable
 from qsim_core.sites.operand import Operand, operands_of
 from qsim_core.sites.quantized_weights import Weight, Weights
-from qsim_core.sites.simulated_product import check_arithmetic, simulated
+from qsim_core.sites.simulated_product import SimulatedCall, check_arithmetic
 from qsim_core.sites.site import Site
 
 SiteObserver = Callable[[Site, str, Tensor, Tensor, Quantizer | None], None]
@@ -77,7 +77,7 @@ class Execution:
         """Multiply the quantized operands. A mask is left out if the result is quantized; `finished` adds it."""
         call = self.call
         if self.arithmetic.simulates:
-            call = simulated(self.site, call, self.operands, self.weight_scales, self.weight_rows, self.examine)
+            call = SimulatedCall.at_site(call, self)
         if self.call.masked and self.output is not None:
             return call.multiply(*values)
         product: Tensor = call.run(values)
@@ -409,4 +409,4 @@ def check_planned(site: Site, call: Call, weights: Sequence[Weight | None]) -> N
     A product of activations is checked when it is computed, as it may still get an alias and with it another plan.
     """
     if site.plan.arithmetic.simulates and site.weight is not None:
-        check_arithmetic(site, call, operands_of(site, call, weights, site.planned))
+        check_arithmetic(site.plan.arithmetic, site, call, operands_of(site, call, weights, site.planned))
