@@ -24,10 +24,10 @@ import click
 import qsim_structure
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
+from qsim_listing.components import catalogue, described
 
 import qsim_core as qsim
 from qsim_core import testing
-from qsim_core.cli.components import catalogue, described
 from qsim_core.cli.main import main
 from qsim_core.cli.options import LAST, by_heading
 from qsim_core.components.component import Preset

@@ -41,7 +41,7 @@ FAULTY = [
     ("qsim", "acme", "qsim-acme", "raise RuntimeError('broken')", "acme"),
     ("qsim", "core", "taker", HALVES, "core"),
     ("qsim", "presets", "qsim-presets", HALVES, "presets"),
-    ("qsim.commands", "components", "qsim-components", GREET, "components:greet"),
+    ("qsim.commands", "evaluate", "qsim-evaluate", GREET, "evaluate:greet"),
     ("qsim.commands", "greet", "qsim-greet", GREET, "greet:greet"),
     ("qsim.commands", "greet", "acme-tools", GREET, "tools:greet"),
     ("qsim.commands", "one", "qsim-one", "one = 1", "one:one"),
@@ -104,7 +104,7 @@ def test_plugins_that_cannot_be_used_are_named(faulty: Result) -> None:
 
 def test_commands_that_cannot_be_run_are_named(faulty: Result) -> None:
     assert warnings(faulty, "command") == [
-        "command 'components' (qsim-components 1.2) cannot be run: `qsim components` is a command of qsim-core",
+        "command 'evaluate' (qsim-evaluate 1.2) cannot be run: `qsim evaluate` is a command of qsim-core",
         "command 'greet' is claimed by acme-tools 1.2 and qsim-greet 1.2",
         "command 'one' (qsim-one 1.2) is not a click command but int",
         "command 'two' (qsim-two 1.2) does not import: ModuleNotFoundError: No module named 'a_library_nobody_has'",

@@ -13,7 +13,7 @@ from torch import nn
 
 import qsim_core as qsim
 from qsim_core import Run
-from qsim_core.transforms.checkpoint import sha256
+from qsim_core.simulation.fingerprint import sha256
 from qsim_core.transforms.context import Context
 
 PROGRAM = """

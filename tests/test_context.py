@@ -30,6 +30,15 @@ def probe(apply: Callable[[nn.Module, Context], None]) -> qsim.Transform:
     return Probe()
 
 
+def gather(into: dict[str, list[Tensor]]) -> Callable[..., None]:
+    """A watcher that keeps the operands of every matmul by the name of its site."""
+
+    def watch(site: Any, call: Any) -> None:
+        into.setdefault(site.name, []).extend(operand.clone() for operand in call.operands)
+
+    return watch
+
+
 def seq2seq() -> Any:
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -84,12 +93,6 @@ def test_a_walk_gives_each_block_the_inputs_that_the_model_gives_it(family: str,
         batches = [{**batch, "decoder_input_ids": ids[:, :5]} for batch in batches]
     seen: dict[str, list[Tensor]] = {}
 
-    def gather(into: dict[str, list[Tensor]]) -> Callable[..., None]:
-        def watch(site: Any, call: Any) -> None:
-            into.setdefault(site.name, []).extend(operand.clone() for operand in call.operands)
-
-        return watch
-
     def apply(model: nn.Module, context: Context) -> None:
         for block in context.blocks():
             with torch.no_grad():  # a change to a block changes the inputs of the blocks after it
@@ -116,55 +119,18 @@ def test_a_walk_can_show_each_block_as_it_was(family: str, make: Make, ids: Tens
     now: dict[str, list[Tensor]] = {}
 
     def apply(model: nn.Module, context: Context) -> None:
-        def watch(site: Any, call: Any) -> None:
-            first.setdefault(site.name, []).append(call.input.clone())
-
-        def beside(site: Any, call: Any, original: Any) -> None:
-            then.setdefault(site.name, []).append(original.input)
-            now.setdefault(site.name, []).append(call.input.clone())
-
-        context.observe(watch, "everything")
+        context.observe(gather(first), "everything")
         for block in context.blocks(originals=True):
             next(p for p in block.module.parameters() if p.dim() == 2).mul_(1.5)
-            block.observe_beside(beside)
+            assert block.original is not None
+            block.observe(gather(now))
+            block.original.observe(gather(then))
 
     qsim.simulate(model, weights="int8", transforms=[probe(apply)], calibration=batches)
 
-    for name, inputs in then.items():
-        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(inputs, first[name], strict=True)), name
+    for name, operands in then.items():
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(operands, first[name], strict=True)), name
     assert not torch.equal(now[name][0], then[name][0])
-
-
-class Routed(nn.Module):
-    """A block that sends a row to one of two linears."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = nn.Linear(4, 2, bias=False)
-        self.experts = nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        to = self.gate(x).argmax(-1)
-        parts = [expert(x[to == place]) for place, expert in enumerate(self.experts)]
-        return torch.cat(parts)
-
-
-def test_rows_that_are_routed_otherwise_are_not_paired() -> None:
-    model = nn.Sequential(Routed())
-    paired = {}
-
-    def apply(model: nn.Module, context: Context) -> None:
-        for block in context.blocks(originals=True):
-            gate = block.module.get_parameter("gate.weight")
-            gate.copy_(gate.flip(0))
-            block.observe_beside(lambda site, call, original: paired.update({site.name: original is not None}))
-
-    with torch.no_grad():
-        model.get_parameter("0.gate.weight").copy_(torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0]]))
-    x = torch.tensor([[1.0, 2, 3, 4], [1, 0, 0, 0], [-1, 2, 3, 4]])
-    qsim.simulate(model, weights="int8", transforms=[probe(apply)], calibration=[(x,)])
-
-    assert paired == {"0.gate": True, "0.experts.0": False, "0.experts.1": False}
 
 
 def test_a_forward_can_quantize_activations_alone() -> None:

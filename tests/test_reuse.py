@@ -13,15 +13,15 @@ from typing import Any
 import forked
 import pytest
 import torch
+from qsim_cache.baselines import cached_baseline, of_component
+from qsim_cache.entry import CacheEntry
+from qsim_cache.made_from import of_model
 from torch import nn
 
 import qsim_core as qsim
 from qsim_core import Metrics, Run
-from qsim_core.evaluation.baseline_cache import cached_baseline, of_component
 from qsim_core.files import kept
-from qsim_core.simulation.cache_entry import CacheEntry
-from qsim_core.simulation.fingerprint import of_code, of_model
-from qsim_core.transforms.checkpoint import sha256
+from qsim_core.simulation.fingerprint import of_code, sha256
 
 Evaluate = Callable[..., qsim.Result]
 TEXT = str(Path(__file__).parent.parent / "README.md")

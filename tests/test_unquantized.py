@@ -74,6 +74,30 @@ def test_another_quantizer_can_be_tried_in_the_place_of_one() -> None:
     assert torch.equal(tried[0], model.first.bias.expand(3, 8))
 
 
+class Twice(qsim.Arithmetic):
+    """Twice the product."""
+
+    name = "twice"
+
+    def multiply(self, left: qsim.QuantizedRows, right: qsim.QuantizedRows) -> Tensor:
+        return 2 * left.values @ right.values.transpose(-1, -2)
+
+
+def test_another_arithmetic_can_be_tried_in_the_place_of_the_sites() -> None:
+    model = Two()
+    simulation = qsim.simulate(model, example=X)
+    tried = list[Tensor]()
+
+    def see(site: Site, call: Call, result: Tensor) -> Tensor:
+        tried.append(simulation.tried(site, call, arithmetic=Twice()))
+        return result
+
+    with simulation.unquantized(see):
+        model(X)
+
+    assert torch.allclose(tried[0], 2 * X @ model.first.weight.T + model.first.bias)
+
+
 def test_afterwards_the_model_is_quantized_again() -> None:
     model = Two()
     simulation = qsim.simulate(model, weights=torch.round, example=X)

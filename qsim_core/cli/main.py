@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qsim_core.cli.components import components
 from qsim_core.cli.evaluate import evaluate
-from qsim_core.cli.plugins import lines, plugins, rows
+from qsim_core.cli.installed import lines, rows
 from qsim_core.errors import QsimError, one_line
 from qsim_core.version import __version__
 
@@ -135,5 +134,4 @@ def main() -> None:
     """
 
 
-for command in (components, evaluate, plugins):
-    main.add_command(command)
+main.add_command(evaluate)

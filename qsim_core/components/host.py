@@ -109,16 +109,6 @@ class Host:
         """Give the plugins that cannot be used, with the reasons."""
         return {name: found for name, found in self._described().items() if isinstance(found, PluginError)}
 
-    def verify(self) -> dict[str, PluginError]:
-        """Give the plugins that cannot be used, or have a preset that cannot be built, with the reasons."""
-        failures = self.check()
-        for name in self._plugins.keys() - failures.keys():
-            try:
-                self.build_presets(name)
-            except PluginError as error:
-                failures[name] = error
-        return failures
-
     def build_presets(self, plugin: str) -> None:
         """Build every preset of a plugin. Raises `PluginError` for one that cannot be built."""
         for offer in self._offers_of(plugin):

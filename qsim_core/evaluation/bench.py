@@ -12,7 +12,6 @@ from typing import Any
 from qsim_core.components.host import Host, installed
 from qsim_core.errors import DataError, RecipeError, one_line
 from qsim_core.evaluation.adapter import LoadedModel
-from qsim_core.evaluation.baseline_cache import baseline_entry, cached_baseline
 from qsim_core.evaluation.data import Calibration, Data
 from qsim_core.evaluation.evaluator import Evaluator
 from qsim_core.evaluation.job import Job, check_machine, load
@@ -20,7 +19,6 @@ from qsim_core.evaluation.locate import default_model, locate
 from qsim_core.evaluation.metrics import Metrics, intervals, without_score
 from qsim_core.evaluation.record import calibration_record, data_record, description
 from qsim_core.evaluation.result import Result
-from qsim_core.files import make_work_dir
 from qsim_core.simulation.environment import Environment
 from qsim_core.simulation.recipe import Recipe
 from qsim_core.simulation.simulation import simulate
@@ -30,6 +28,7 @@ from qsim_core.snapshots import digest
 from qsim_core.transforms.forward import as_in_evaluation, call
 from qsim_core.transforms.offload import state
 from qsim_core.transforms.run import Run
+from qsim_core.transforms.store import Store
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,7 @@ class Bench:
         job = self._job(recipe)
         alone = not job.recipe.quantizes and not job.recipe.transforms and baseline is None
         _check_samples(job.evaluator, samples)
-        if run.work_dir is not None:
-            make_work_dir(run.work_dir)
+        store = run.store
         with run.stage(f"loading {self.located.name}"):
             beside = None if baseline is None else locate(baseline, self.host)
             dataset, seen = job.data(data, beside), job.calibration(given)
@@ -102,7 +100,7 @@ class Bench:
         batches = job.batches(loaded, seen, given, run)
         with run.stage("looking for matmuls"):
             _check_fits(job, loaded, example)
-        before = other or self._own(job, loaded, dataset, run, lasting=samples is None)
+        before = other or self._own(job, loaded, dataset, run, store if samples is None else None)
         with run.stage("quantizing weights") if batches is None else nullcontext():  # transforms show their progress
             simulation = simulate(
                 loaded.model,
@@ -157,16 +155,18 @@ class Bench:
         found = _passed(evaluator, loaded, dataset, run, f"{self.dtype} baseline")
         return replace(found, of=other.located.name, seconds=time.perf_counter() - start)
 
-    def _own(self, job: Job, loaded: LoadedModel, dataset: Data, run: Run, lasting: bool) -> _Pass:
+    def _own(self, job: Job, loaded: LoadedModel, dataset: Data, run: Run, store: Store | None) -> _Pass:
         """Measure the model as it is, or give the metrics of an earlier run."""
         start = time.perf_counter()
         key = (str(job.evaluator), dataset.sha256, run.batch_size, run.limit, run.seed, run.allow_code_execution)
         cached = key in self._baselines
         if not cached:
-            entry = baseline_entry(job, self.host, loaded, dataset, run, self.device, self.dtype) if lasting else None
-            self._baselines[key], cached = cached_baseline(
-                entry, lambda: _passed(job.evaluator, loaded, dataset, run, f"{self.dtype} baseline").metrics
-            )
+
+            def evaluate() -> dict[str, float]:
+                return _passed(job.evaluator, loaded, dataset, run, f"{self.dtype} baseline").metrics
+
+            made_from = job, self.host, loaded, dataset, run, self.device, self.dtype
+            self._baselines[key], cached = store.baseline(evaluate, *made_from) if store else (evaluate(), False)
         return _Pass(self._baselines[key], time.perf_counter() - start, cached=cached)
 
 

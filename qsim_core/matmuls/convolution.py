@@ -58,19 +58,6 @@ class Convolution:
             (size + sum(pad) - reach * (tap - 1) - 1) // step + 1 for size, pad, tap, step, reach in dimensions
         )
 
-    @property
-    def tap_inside(self) -> tuple[int, ...] | None:
-        """The index of a tap that is never multiplied with a zero beside the image; None if there is no such tap."""
-        found = []
-        dimensions = zip(self.taps, self.sides, self.dilation, self.stride, self.shape, self.sizes, strict=True)
-        for taps, (before, _), reach, step, count, size in dimensions:
-            positions = [tap * reach - before for tap in range(taps)]  # of each tap, for the first value of the result
-            inside = [tap for tap, position in enumerate(positions) if 0 <= position < size - (count - 1) * step]
-            if not inside:
-                return None
-            found.append(inside[0])
-        return tuple(found)
-
 
 def arguments(call: Call) -> dict[str, Any]:
     """The arguments of a convolution's call by name."""

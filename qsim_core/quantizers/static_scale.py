@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -73,11 +72,6 @@ class StaticScheme(Around):
         """The scales and zero points on the device of `x`. Raises `DataError` if `x` has another number of blocks."""
         check_blocks(self.where, self.scheme, self.scale.shape[-2], self.scheme.blocks_of(x.shape))
         return self.scale.to(x.device), None if self.zero is None else self.zero.to(x.device)
-
-
-def scheme_of(quantizer: Any) -> Any:
-    """The scheme of a quantizer with static scales; any other quantizer, or None, is returned as it is."""
-    return quantizer.scheme if isinstance(quantizer, StaticScheme) else quantizer
 
 
 def check_blocks(where: str, scheme: Scheme, known: int, here: int) -> None:

@@ -1,71 +1,70 @@
-"""Everything that decides a number, value by value, for `qsim_core.transforms.checkpoint.sha256`.
+"""Everything that decides a number, value by value, for `sha256`.
 
-A model is its tensors' bytes as they were loaded, not a file's name or time. That holds for a directory, a hub and a
-model made in Python alike, and reading the bytes takes less time than a forward. Code counts by its text and not by its
-version: an evaluator that was edited is run again.
+Code counts by its text and not by its version: an evaluator that was edited is another one.
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from qsim_core.components.component import Component
-from qsim_core.machine import processor
-from qsim_core.simulation.environment import Environment
-from qsim_core.transforms.offload import state
+from qsim_core.simulation.environment import version_of
+from qsim_core.snapshots import octets
 
 
 class Unknowable(Exception):
     """Something that decides a number cannot be told from another of its kind."""
 
 
-def of_model(model: nn.Module) -> Iterator[Any]:
-    """Every parameter and buffer, the modules' classes and descriptions, configurations, and the modules' code.
-
-    Raises `Unknowable` for a class that was typed in.
-    """
-    for name, tensor in state(model):
-        yield from (name, tensor)
-    modules = dict(model.named_modules())
-    for path, module in modules.items():
-        yield from (path, f"{type(module).__module__}.{type(module).__qualname__}", type(module).extra_repr(module))
-    for kind in ("config", "generation_config"):
-        found = [getattr(module, kind, None) for module in modules.values()]
-        for config in {id(config): config for config in found if config is not None}.values():
-            yield from (repr(config), getattr(config, "_attn_implementation", None))
-    for source in sorted({_file(type(module).__module__) for module in modules.values()}):
-        yield from (source.name, source.read_bytes())
+def sha256(leaves: Iterable[Any]) -> str:
+    """The SHA-256 of values one after another: a tensor's dtype, shape and bytes, anything else's repr."""
+    digest = hashlib.sha256()
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+            leaf = leaf if leaf.layout == torch.strided else leaf.to_dense()
+            flat = leaf.detach().cpu().contiguous().as_strided((leaf.numel(),), (1,))  # one element may have any stride
+            digest.update(octets(flat))
+        else:
+            digest.update(repr(leaf).encode())
+    return digest.hexdigest()
 
 
 def of_code(*classes: type) -> Iterator[Any]:
     """The source of the packages that define classes and the components they derive from, and of the core.
 
-    Raises `Unknowable` as `of_model` does.
+    Raises `Unknowable` for a class that was typed in.
     """
     deriving = [base for cls in classes for base in cls.__mro__ if base is cls or issubclass(base, Component)]
     for top in sorted({"qsim_core", *(cls.__module__.partition(".")[0] for cls in deriving)}):
         folders = list(getattr(sys.modules.get(top), "__path__", ()))
         files = [path for folder in folders for path in Path(folder).rglob("*.py")]
-        for source in sorted(files) if folders else [_file(top)]:
+        for source in sorted(files) if folders else [file_of(top)]:
             yield from (top, source.name, source.read_bytes())
 
 
-def of_machine(device: str, dtype: str, model: nn.Module) -> Iterator[Any]:
-    """Python, libraries, threads, processor, and the GPUs where one takes part."""
-    yield Environment.here(device, dtype, model).model_dump_json()
-    yield from (processor(), torch.backends.cpu.get_cpu_capability(), torch.get_float32_matmul_precision())
-    if device != "cpu":
-        yield from map(torch.cuda.get_device_name, range(torch.cuda.device_count()))
+def of_requirements(distributions: Iterable[str]) -> Iterator[Any]:
+    """The versions of distributions and of their dependencies."""
+    for distribution in sorted(distributions):
+        try:
+            lines = requires(distribution) or []
+        except PackageNotFoundError:
+            continue
+        names = {match[0] for line in lines if (match := re.match(r"[\w.-]+", line))}
+        yield from ((name, version_of(name)) for name in sorted({distribution, *names}))
 
 
-def _file(module: str) -> Path:
-    """The file of a module's source."""
+def file_of(module: str) -> Path:
+    """The file of a module's source. Raises `Unknowable` without one."""
     file = Path(getattr(sys.modules.get(module), "__file__", None) or "")
     if not file.is_file():
         raise Unknowable(f"the code of {module} is not in a file")

@@ -21,7 +21,6 @@ from qsim_core.simulation.audit import Audit, measured_audit
 from qsim_core.simulation.closed_modules import check_open
 from qsim_core.simulation.module_text import ModuleText
 from qsim_core.simulation.recipe import Recipe
-from qsim_core.simulation.statistics_cache import statistics_entry
 from qsim_core.simulation.work import Hardware, Product, SiteWork, WorkCounter
 from qsim_core.sites.arithmetic import Auto, ExactArithmetic
 from qsim_core.sites.executor import SiteObserver, tried
@@ -291,8 +290,8 @@ class Simulation:
             return
         wanted = static_calibration.wanted(self.sites.table.values())
         entry = None
-        if not self.recipe.transforms and not self.recipe.learns:  # what these leave at sites has no fingerprint
-            entry = statistics_entry(run.work_dir, self.model, self.recipe.value_axis, wanted, batches)
+        if run.store and not self.recipe.transforms and not self.recipe.learns:  # these leave things at sites
+            entry = run.store.statistics(self.model, self.recipe.value_axis, wanted, batches)
         found, learning = None if entry is None else entry.get(), static_calibration.Learning()
         if found is not None:
             self.cached.append("statistics")

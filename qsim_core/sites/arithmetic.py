@@ -23,7 +23,6 @@ from qsim_core.errors import RecipeError
 from qsim_core.formats.quantizer import SiteQuantizer
 from qsim_core.formats.rounding import working
 from qsim_core.matmuls.call import Call
-from qsim_core.matmuls.layout import Layout
 from qsim_core.matmuls.partial_sums import PartialSums, compared
 from qsim_core.quantizers.scales import Scales
 from qsim_core.sites.workspace import Memory
@@ -289,13 +288,6 @@ class Lowering(ABC):
     @abstractmethod
     def product(self, call: Call, first: Any, second: Any) -> Tensor | None:
         """Compute the call's product, with its bias, in float32."""
-
-    in_parts: ClassVar[bool] = False
-    """True if `part` can multiply some rows of the operands at a time, as attention by tiles needs."""
-
-    def part(self, layouts: Sequence[Layout], first: Any, second: Any, memory: Memory) -> Tensor:
-        """Multiply some rows of both operands; the product is float32 and lies in `memory`."""
-        raise NotImplementedError
 
 
 class Auto(Float32):

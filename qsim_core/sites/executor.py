@@ -25,9 +25,8 @@ from qsim_core.sites.arithmetic import FLOAT32, Arithmetic, ExactArithmetic, Low
 from qsim_core.sites.call_stack import CallStack, Reusable, recomputing, reusable
 from qsim_core.sites.operand import Operand, operands_of
 from qsim_core.sites.quantized_weights import Weight, Weights
-from qsim_core.sites.simulated_product import check_arithmetic, simulated
+from qsim_core.sites.simulated_product import SimulatedCall, check_arithmetic
 from qsim_core.sites.site import Site
-from qsim_core.sites.workspace import Memory, Workspace, like
 
 SiteObserver = Callable[[Site, str, Tensor, Tensor, Quantizer | None], None]
 """Called with the site, the role (input, input2, weight or output), the tensor before and after, and its quantizer.
@@ -78,7 +77,7 @@ class Execution:
         """Multiply the quantized operands. A mask is left out if the result is quantized; `finished` adds it."""
         call = self.call
         if self.arithmetic.simulates:
-            call = simulated(self.site, call, self.operands, self.weight_scales, self.weight_rows, self.examine)
+            call = SimulatedCall.at_site(call, self)
         if self.call.masked and self.output is not None:
             return call.multiply(*values)
         product: Tensor = call.run(values)
@@ -406,59 +405,10 @@ class Layer:
         return self.execution.again(self.call.again(args, tensors), operands)
 
 
-class PartialExecution(Execution):
-    """A product of activations at its site that is computed some rows at a time, for attention by tiles."""
-
-    def __init__(
-        self,
-        site: Site,
-        call: Call,
-        operands: Sequence[Operand],
-        output: Any,
-        exact: Sequence[ExactArithmetic],
-        workspace: Workspace,
-    ) -> None:
-        super().__init__(site, call, operands, output)
-        self.workspace = workspace
-        quantizers = [*(operand.quantizer for operand in operands), output]
-        lowering = lowering_of(self.arithmetic, exact, self.call, [operand.role for operand in operands], quantizers)
-        self.lowering = lowering if lowering is not None and lowering.in_parts else None
-
-    def take(self, place: int, rows: Tensor, memory: Memory | None = None) -> Any:
-        """Quantize rows [..., R, K] of the operand at this place: into the lowered form, or into a tensor."""
-        taken = None if self.lowering is None else self.lowering.take(place, rows, memory)
-        if taken is not None:
-            return taken
-        quantizer = self.operands[place].quantizer
-        if quantizer is None:
-            return rows
-        return quantizer.quantize_into(rows, None if memory is None else like(memory, rows))
-
-    def multiply(self, left: Any, right: Any, use: str) -> Tensor:
-        """Multiply results of `take`, of rows [heads, R, K] and [heads, N, K], and quantize the product [heads, R, N].
-
-        The product lies in the workspace, in the memory for this use.
-        """
-        memory = Memory(self.workspace, use)
-        if self.lowering is not None and not isinstance(left, Tensor) and not isinstance(right, Tensor):
-            self.site.arithmetic = self.lowering.arithmetic
-            product = self.lowering.part(self.call.layouts, left, right, memory)
-            return product if self.lowering.rounds else self._rounded(product)
-        self.site.arithmetic = "float32"
-        first, second = (operand if isinstance(operand, Tensor) else operand.values() for operand in (left, right))
-        second = self.call.layouts[1].back(second)
-        shape = *first.shape[:-1], second.shape[-1]
-        return self._rounded(torch.bmm(first, second, out=self.workspace.empty(use, shape, first.dtype)))
-
-    def _rounded(self, product: Tensor) -> Tensor:
-        rounded: Tensor = product if self.output is None else self.output.quantize(product)
-        return rounded
-
-
 def check_planned(site: Site, call: Call, weights: Sequence[Weight | None]) -> None:
     """Raise `RecipeError` if the site's arithmetic cannot multiply its planned formats, before anything is quantized.
 
     A product of activations is checked when it is computed, as it may still get an alias and with it another plan.
     """
     if site.plan.arithmetic.simulates and site.weight is not None:
-        check_arithmetic(site, call, operands_of(site, call, weights, site.planned))
+        check_arithmetic(site.plan.arithmetic, site, call, operands_of(site, call, weights, site.planned))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,22 +24,36 @@ PLAIN = frozenset({"linear", "matmul", "rmatmul", "linalg_matmul", "mm", "bmm", 
 CONVOLUTIONS = frozenset({"conv1d", "conv2d"})
 
 
+class Product(Protocol):
+    """One product at its site, as the executor computes it."""
+
+    site: Site
+    arithmetic: Arithmetic
+    operands: Sequence[Operand]
+    """The operands before they were quantized, with their quantizers."""
+
+    def weight_scales(self) -> Scales | None:
+        """Give the scales of a weight whose original values are gone; None: they are there."""
+
+    def weight_rows(self, operand: Operand, values: Tensor) -> QuantizedRows | None:
+        """Give the rows of a quantized weight that earlier calls had too; None: there are none."""
+
+    @property
+    def examine(self) -> Callable[[QuantizedRows, QuantizedRows, Tensor], None] | None:
+        """A function that is shown the operands and the result; None: there is none."""
+
+
 @dataclass(frozen=True)
 class SimulatedCall(Call):
-    """A call of a matmul whose product `arithmetic` computes. The gradient is that of the float32 product."""
+    """A call of a matmul whose product an arithmetic computes. The gradient is that of the float32 product."""
 
-    arithmetic: Arithmetic = None  # type: ignore[assignment]
-    quantized: tuple[Operand, ...] = ()
-    """The operands before they were quantized, with their quantizers."""
-    weight_scales: Callable[[], Scales | None] = lambda: None
-    """Gives the scales of a weight whose original values are gone; None: they are there."""
-    weight_rows: Callable[[Operand, Tensor], QuantizedRows | None] = lambda operand, values: None
-    """Gives the rows of a weight that earlier calls had too; None: they are made."""
-    examine: Callable[[QuantizedRows, QuantizedRows, Tensor], None] | None = None
-    """Is shown the rows of both operands, and their product."""
-    site: str = ""
-    step: int = 0
-    """The count of the site's calls, which selects the random numbers."""
+    of: Product = None  # type: ignore[assignment]
+
+    @classmethod
+    def at_site(cls, call: Call, product: Product) -> SimulatedCall:
+        """Turn a call into one that the arithmetic computes. Raises `RecipeError` if it cannot."""
+        check_arithmetic(product.arithmetic, product.site, call, product.operands)
+        return cls(**vars(call), of=product)
 
     def run(self, operands: Sequence[Tensor]) -> Any:
         """Compute the product of these operands, and add the call's bias or addend."""
@@ -65,27 +79,27 @@ class SimulatedCall(Call):
         return self._with_gradient(lambda both: exact(*both), (left, right), value)
 
     def _rows(self, place: int, values: Tensor) -> QuantizedRows:
-        operand = self.quantized[place]
+        operand = self.of.operands[place]
 
         def scales() -> Scales | None:
             if operand.quantizer is None:
                 return None
-            if operand.role == "weight" and (kept := self.weight_scales()) is not None:
+            if operand.role == "weight" and (kept := self.of.weight_scales()) is not None:
                 return kept
             found: Scales | None = operand.quantizer.scales(torch.atleast_2d(operand.rows.detach()))
             return found
 
-        kept = None if operand.weight is None else self.weight_rows(operand, values)
+        kept = None if operand.weight is None else self.of.weight_rows(operand, values)
         return kept or QuantizedRows(torch.atleast_2d(self.layouts[place].rows(values)), operand.quantizer, scales)
 
     def _product(self, left: QuantizedRows, right: QuantizedRows) -> Tensor:
         """Multiply rows `[..., M, K]` and `[..., N, K]` to `[..., M, N]`; a sum of nothing is zero."""
         if not left.values.numel() or not right.values.numel():
             return left.values @ right.values.transpose(-1, -2)
-        with at(f"{self.site}:product", self.step):
-            product = self.arithmetic.multiply(left, right)
-        if self.examine is not None:
-            self.examine(left, right, product)
+        with at(f"{self.of.site.name}:product", self.of.site.calls):
+            product = self.of.arithmetic.multiply(left, right)
+        if (examine := self.of.examine) is not None:
+            examine(left, right, product)
         return product
 
     def _with_gradient(self, exact: Any, operands: Sequence[Tensor], value: Tensor) -> Tensor:
@@ -111,8 +125,8 @@ class SimulatedCall(Call):
             image, taps, stride, dilation = image.unsqueeze(2), (1, *taps), (1, *stride), (1, *dilation)
         patches = F.unfold(image, taps, dilation=dilation, stride=stride)
         grouped = patches.unflatten(1, (groups, -1, taps[0] * taps[1])).permute(0, 1, 4, 3, 2).flatten(3)
-        quantizer = self.quantized[0].quantizer
-        with at(f"{self.site}:input", self.step):
+        quantizer = self.of.operands[0].quantizer
+        with at(f"{self.of.site.name}:input", self.of.site.calls):
             rows = grouped if quantizer is None else quantizer(grouped)
         left = QuantizedRows(rows, quantizer, lambda: None if quantizer is None else quantizer.scales(grouped))
         product = self._product(left, self._rows(1, kernel))
@@ -123,9 +137,8 @@ class SimulatedCall(Call):
         return result
 
 
-def check_arithmetic(site: Site, call: Call, operands: Sequence[Operand]) -> None:
-    """Raise `RecipeError` unless the site's arithmetic can compute this call under these quantizers."""
-    arithmetic = site.plan.arithmetic
+def check_arithmetic(arithmetic: Arithmetic, site: Site, call: Call, operands: Sequence[Operand]) -> None:
+    """Raise `RecipeError` unless an arithmetic can compute a call at this site under these quantizers."""
     if call.operation not in PLAIN | CONVOLUTIONS or len(operands) != 2:
         raise RecipeError(
             f"{site.name}: {arithmetic} multiplies matrices, and this is {call.operation}; leave it alone with skip, "
@@ -138,26 +151,3 @@ def check_arithmetic(site: Site, call: Call, operands: Sequence[Operand]) -> Non
     except RecipeError as error:
         stand = " and ".join(str(o.quantizer) if o.quantizer is not None else "no quantizer" for o in operands)
         raise RecipeError(f"{site.name}: {arithmetic} cannot multiply {stand}: {error}") from None
-
-
-def simulated(
-    site: Site,
-    call: Call,
-    operands: Sequence[Operand],
-    weight_scales: Callable[[], Scales | None],
-    weight_rows: Callable[[Operand, Tensor], QuantizedRows | None],
-    examine: Callable[[QuantizedRows, QuantizedRows, Tensor], None] | None = None,
-) -> SimulatedCall:
-    """Turn a call into one that the site's arithmetic computes. Raises `RecipeError` if it cannot."""
-    check_arithmetic(site, call, operands)
-    own = {field.name: getattr(call, field.name) for field in fields(Call)}
-    return SimulatedCall(
-        **own,
-        arithmetic=site.plan.arithmetic,
-        quantized=tuple(operands),
-        weight_scales=weight_scales,
-        weight_rows=weight_rows,
-        examine=examine,
-        site=site.name,
-        step=site.calls,
-    )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -27,8 +27,6 @@ from qsim_core.transforms.run import Run
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 MatmulWatcher = Callable[[Site, Call], None]
 """Called for every matmul that is met, with its site and the call, before it is computed."""
-PairWatcher = Callable[[Site, Call, Call | None], None]
-"""Called with a site, a call, and the same call in the block as it was; None: there was no call with as many inputs."""
 
 
 class Walked(Protocol):
@@ -74,16 +72,6 @@ class Block:
         with as_in_evaluation(self.module):
             for sample in range(len(self.inputs)):
                 self.show(watch, sample)
-
-    def observe_beside(self, watch: PairWatcher) -> None:
-        """Show `watch` every matmul by a weight, beside the same call of the original block on its own inputs."""
-        assert self.original is not None
-        with as_in_evaluation(self.module):
-            for sample in range(len(self.inputs)):
-                pairs = _Pairs(watch)
-                if sample < len(self.original.inputs):
-                    self.original.show(pairs.note, sample)
-                self.show(pairs, sample)
 
     def show(self, watch: MatmulWatcher, sample: int) -> None:
         """Run the block on one batch of its inputs and show `watch` every matmul in it."""
@@ -131,31 +119,6 @@ class OriginalBlock(Block):
         finally:
             for name, parameter in parameters.items():
                 parameter.data = now[name]
-
-
-class _Pairs:
-    """Pairs the calls of a block with those of the original block, for one batch."""
-
-    def __init__(self, watch: PairWatcher) -> None:
-        self.watch = watch
-        self.calls: dict[str, list[Call]] = {}
-        self.copies: Copies = {}
-
-    def note(self, site: Site, call: Call) -> None:
-        """Keep a call of the original block. Its inputs are copied, as the block may change them in place."""
-        if site.weight is not None:
-            kept = [x if place == call.weight else unshared(x, self.copies) for place, x in enumerate(call.operands)]
-            self.calls.setdefault(site.name, []).append(replace(call, operands=tuple(kept)))
-
-    def __call__(self, site: Site, call: Call) -> None:
-        if site.weight is not None:
-            left = self.calls.get(site.name)
-            before = left.pop(0) if left else None
-            self.watch(site, call, before if before is not None and _shapes(before) == _shapes(call) else None)
-
-
-def _shapes(call: Call) -> list[Any]:
-    return [operand.shape for operand in call.operands]
 
 
 def block_paths(model: nn.Module, sites: Iterable[Site]) -> list[str]:

@@ -20,11 +20,11 @@ from qsim_core.sites.executor import tried, tried_operands
 from qsim_core.sites.site import Site
 from qsim_core.sites.sites import Sites
 from qsim_core.transforms.blocks import Block, MatmulWatcher, Originals, walk
-from qsim_core.transforms.checkpoint import Checkpoint
 from qsim_core.transforms.encoded_weights import EncodedWeight, WeightEncoder
 from qsim_core.transforms.forward import as_in_evaluation, call
 from qsim_core.transforms.report import LayerReport
 from qsim_core.transforms.run import Run
+from qsim_core.transforms.store import Blocks
 
 ACTIVATIONS = ("input", "input2")
 """The roles of the operands that are not weights."""
@@ -201,13 +201,13 @@ class Context:
             self._checkpoint.save(index, block, said)
 
     @functools.cached_property
-    def _checkpoint(self) -> Checkpoint | None:
+    def _checkpoint(self) -> Blocks | None:
         """Made before the first block is changed: it is found again by the model as it was."""
-        if self.run.work_dir is None:
+        if self.run.store is None:
             return None
         seen = [*self.batches, self._example]
         texts = self.sites.recipe.to_yaml(), self.name, repr(self.declared)
-        return Checkpoint.of(self.run.work_dir, self.model, seen, *texts)
+        return self.run.store.blocks(self.model, seen, *texts)
 
     def pin(self, weight: MatmulWeight, scales: Scales | None = None, of_scales: Scales | None = None) -> None:
         """Declare that a weight lies on its quantizer's grid: it is final and is not rounded again.

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from qsim_core.errors import QsimError
+from qsim_core.transforms.store import Store
+
+STORE = "work_directory"
+"""The function, of a plugin, that makes the store of a run from its work directory."""
 
 
 @contextmanager
@@ -35,7 +43,7 @@ class Run:
     count: Callable[[int, int, str], AbstractContextManager[Callable[[str], None]]] = field(default=no_count)
     """Surrounds steps that count themselves: `with run.count(total, done, "training") as step: … step("loss 3.2")`."""
     work_dir: Path | None = None
-    """The directory of finished blocks, from which a run that died goes on."""
+    """The directory of what later runs can use, from which a run that died goes on."""
     reference: Any = None
     """The `outputs` of the baseline's `Metrics`, for the simulated run; none in the baseline's own."""
     allow_code_execution: bool = False
@@ -44,3 +52,14 @@ class Run:
     def __post_init__(self) -> None:
         if isinstance(self.work_dir, str):
             object.__setattr__(self, "work_dir", Path(self.work_dir))
+
+    @functools.cached_property
+    def store(self) -> Store | None:
+        """What keeps things in the work directory; None without one. Raises `QsimError` if no plugin brings it."""
+        if self.work_dir is None:
+            return None
+        make = getattr(importlib.import_module("qsim_core"), STORE, None)  # of the group of functions of plugins
+        if make is None:
+            raise QsimError(f"no plugin keeps the work directory {self.work_dir}; pip install 'qsim-core[all]'")
+        store: Store = make(self.work_dir)
+        return store

@@ -12,11 +12,11 @@ import forked
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from qsim_cache.blocks import Blocks
 from torch import nn
 
 from qsim_core.cli.main import main
 from qsim_core.files import keep, made_once, make_cache_folder, seal
-from qsim_core.transforms.checkpoint import Checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def work(tmp_path: Path) -> Path:
     folder = tmp_path / "work"
     keep(folder / "baseline" / "digest.kept", "metrics", model="opt-tiny", what="perplexity, text, float32")
     keep(folder / "statistics" / "digest.kept", "extremes", model="opt-tiny", what="24 tensors, 32 batches")
-    Checkpoint.of(folder, nn.Linear(2, 2), [torch.ones(1, 2)], "gptq").save(0, nn.Linear(2, 2), {})
+    Blocks.of(folder, nn.Linear(2, 2), [torch.ones(1, 2)], "gptq").save(0, nn.Linear(2, 2), {})
     (folder / "baseline" / "notes.txt").write_text("mine")
     (folder / "feedfeedfeedfeed").mkdir()
     return folder
@@ -167,7 +167,7 @@ def test_a_damaged_entry_is_listed_and_can_go(work: Path) -> None:
 
 
 def test_a_run_whose_blocks_are_cleared_keeps_the_next_ones(work: Path) -> None:
-    checkpoint = Checkpoint.of(work, nn.Linear(2, 2), [torch.zeros(1, 2)], "gptq")
+    checkpoint = Blocks.of(work, nn.Linear(2, 2), [torch.zeros(1, 2)], "gptq")
     checkpoint.save(0, nn.Linear(2, 2), {})
     run("--work-dir", work, "--clear", "--yes")
 

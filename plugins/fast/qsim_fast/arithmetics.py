@@ -20,7 +20,6 @@ from qsim_core.formats.format import unscaled_format
 from qsim_core.matmuls.call import LINEAR, Call
 from qsim_core.matmuls.convolution import CONVOLUTIONS
 from qsim_core.matmuls.layout import POSITIONS
-from qsim_core.quantizers.static_scale import scheme_of
 from qsim_core.sites.arithmetic import Lowering, NarrowSums
 from qsim_fast import bf16, blockwise, int8, integer_blocks, tensor_cores
 from qsim_fast.bf16 import BF16Convolution, BF16Product
@@ -28,7 +27,7 @@ from qsim_fast.blockwise import BlockwiseProduct
 from qsim_fast.int8 import Int8Product
 from qsim_fast.integer_blocks import IntegerBlocksProduct
 from qsim_fast.kernels import gpu, native
-from qsim_fast.quantizing import DEVICES, needs_reference
+from qsim_fast.quantizing import DEVICES, needs_reference, scheme_of
 from qsim_fast.tensor_cores import FP8Product, TF32Product
 
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm)

@@ -23,12 +23,13 @@ from qsim_core.matmuls.call import LINEAR, Call
 from qsim_core.matmuls.convolution import Convolution, ran
 from qsim_core.matmuls.layout import Layout
 from qsim_core.quantizers.scheme import Scheme
-from qsim_core.quantizers.static_scale import StaticScheme, scheme_of
-from qsim_core.sites.arithmetic import Lowering
+from qsim_core.quantizers.static_scale import StaticScheme
 from qsim_core.sites.workspace import Memory, empty
 from qsim_fast import quantizing
 from qsim_fast.kernels.arguments import buffer
 from qsim_fast.kernels.native import kernels_for
+from qsim_fast.partial_execution import PartialLowering
+from qsim_fast.quantizing import scheme_of
 from qsim_fast.significands import (
     SMALLEST_SAFE,
     significand_bits_of,
@@ -109,7 +110,10 @@ def bfloat16_rows(
 
 def _rounded(quantizer: Any, rows: Tensor, out: Tensor | None, memory: Memory | None = None) -> Tensor:
     """Quantize rows [..., K] in bfloat16, into `out` [rows, K] if there is one."""
-    scheme, static = scheme_of(quantizer), quantizer.scales(rows) if isinstance(quantizer, StaticScheme) else None
+    scheme, static = (
+        scheme_of(quantizer),
+        quantizer.scales(rows) if isinstance(quantizer, StaticScheme) else None,
+    )
     if isinstance(scheme, Scheme):
         matrix = rows if out is None else rows.reshape(out.shape)
         if (fast := quantizing.quantize(scheme, matrix, static, torch.bfloat16, out, memory=memory)) is not None:
@@ -183,7 +187,7 @@ def matmul(layouts: Sequence[Layout], first: BFloat16Rows, second: BFloat16Rows)
     return torch.matmul(left, right).float()
 
 
-class BF16Product(Lowering):
+class BF16Product(PartialLowering):
     """A product of operands in bfloat16. With `biased` they have columns for the bias."""
 
     arithmetic = "bf16"
@@ -219,8 +223,6 @@ class BF16Product(Lowering):
         wide[:, :-PARTS].copy_(rows)
         return BFloat16Rows(wide, wider=True)
 
-    in_parts = True
-
     def part(self, layouts: Sequence[Layout], first: BFloat16Rows, second: BFloat16Rows, memory: Memory) -> Tensor:
         """Multiply rows [heads, R, K] and [heads, N, K]: rounded to bfloat16, in float32."""
         left, right = first.rows, layouts[1].back(second.rows)
@@ -254,10 +256,23 @@ class BF16Convolution(BF16Product):
     def product(self, call: Call, first: BFloat16Rows, second: BFloat16Rows) -> Tensor | None:
         image, kernel = (layout.back(x.rows) for layout, x in zip(call.layouts, (first, second), strict=True))
         if call.bias is not None:
-            tap, parts = Convolution.of(call).tap_inside, in_parts(call.bias)
+            tap, parts = tap_inside(Convolution.of(call)), in_parts(call.bias)
             if tap is None or parts is None:
                 return None
             kernel = F.pad(kernel, [0, 0] * len(tap) + [0, PARTS])
             place: Any = slice(None), slice(-PARTS, None), *tap
             kernel[place] = parts
         return ran(call, image, kernel).to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def tap_inside(over: Convolution) -> tuple[int, ...] | None:
+    """The index of a tap that is never multiplied with a zero beside the image; None if there is no such tap."""
+    found = []
+    dimensions = zip(over.taps, over.sides, over.dilation, over.stride, over.shape, over.sizes, strict=True)
+    for taps, (before, _), reach, step, count, size in dimensions:
+        positions = [tap * reach - before for tap in range(taps)]  # of each tap, for the first value of the result
+        inside = [tap for tap, position in enumerate(positions) if 0 <= position < size - (count - 1) * step]
+        if not inside:
+            return None
+        found.append(inside[0])
+    return tuple(found)

@@ -23,13 +23,14 @@ from qsim_core.matmuls.call import LINEAR, Call
 from qsim_core.matmuls.layout import SECOND_LAST
 from qsim_core.quantizers.scales import Scales
 from qsim_core.quantizers.scheme import Scheme
-from qsim_core.quantizers.static_scale import StaticScheme, scheme_of
+from qsim_core.quantizers.static_scale import StaticScheme
 from qsim_core.sites.arithmetic import Lowering
 from qsim_core.sites.workspace import Memory
 from qsim_fast import quantizing
 from qsim_fast.identity_cache import cached_by_identity
 from qsim_fast.int8 import encode_matrix, to_nearest
 from qsim_fast.kernels import gpu
+from qsim_fast.quantizing import scheme_of
 from qsim_fast.significands import SMALLEST_SAFE, significand_bits
 
 ROW = 2**30
@@ -102,7 +103,10 @@ def encode_rows(
 
     With `known` scales the rows are values that were rounded under these already.
     """
-    scheme, static = scheme_of(quantizer), quantizer.scales(rows) if isinstance(quantizer, StaticScheme) else known
+    scheme, static = (
+        scheme_of(quantizer),
+        quantizer.scales(rows) if isinstance(quantizer, StaticScheme) else known,
+    )
     matrix = rows.detach().reshape(-1, rows.shape[-1])
     whole = scheme.element.is_integer and scheme.element.min >= -128 and scheme.element.max <= 127
     if whole and static is not known and bool(matrix.isnan().any()):

@@ -20,7 +20,6 @@ from qsim_core.quantizers.calibrators import AbsMax, MinMax
 from qsim_core.quantizers.scheme import Scheme
 from qsim_core.quantizers.static_scale import StaticScheme
 from qsim_core.sites.arithmetic import ExactArithmetic
-from qsim_core.sites.executor import PartialExecution
 from qsim_core.sites.operand import operands_of
 from qsim_core.sites.site import Site
 from qsim_core.sites.sites import Sites
@@ -29,6 +28,7 @@ from qsim_fast.bf16 import BFloat16Rows, heads_of
 from qsim_fast.integer_blocks import LeftRows, RightRows
 from qsim_fast.kernels.block_products import PIECE
 from qsim_fast.known_maximum import KnownMaximum
+from qsim_fast.partial_execution import PartialExecution
 
 QUERIES = 128
 """The number of queries that are computed at a time."""

@@ -19,12 +19,13 @@ from torch import Tensor
 from qsim_core.matmuls.call import Call
 from qsim_core.quantizers.scales import Scales
 from qsim_core.quantizers.scheme import Scheme
-from qsim_core.quantizers.static_scale import StaticScheme, scheme_of
+from qsim_core.quantizers.static_scale import StaticScheme
 from qsim_core.sites.arithmetic import Lowering
 from qsim_core.sites.workspace import Memory, empty
 from qsim_fast import quantizing
 from qsim_fast.identity_cache import cached_by_identity
 from qsim_fast.kernels.native import kernels_for
+from qsim_fast.quantizing import scheme_of
 
 ROW_SCALES = frozenset({"tensor", "channel", "token"})
 LONGEST = 2**17 - 1
@@ -78,7 +79,10 @@ def encode_rows(
 
     With `known` scales the rows are values that were rounded under these already.
     """
-    scheme, static = scheme_of(quantizer), quantizer.scales(rows) if isinstance(quantizer, StaticScheme) else known
+    scheme, static = (
+        scheme_of(quantizer),
+        quantizer.scales(rows) if isinstance(quantizer, StaticScheme) else known,
+    )
     matrix = rows.detach().reshape(-1, rows.shape[-1])
     if static is not known and bool(matrix.isnan().any()):
         return None

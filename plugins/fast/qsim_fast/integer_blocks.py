@@ -26,8 +26,8 @@ from qsim_core.matmuls.call import LINEAR, Call
 from qsim_core.matmuls.layout import SECOND_LAST, Layout
 from qsim_core.quantizers.scales import Scales
 from qsim_core.quantizers.scheme import Scheme
-from qsim_core.quantizers.static_scale import StaticScheme, scheme_of
-from qsim_core.sites.arithmetic import Lowering, NarrowSums
+from qsim_core.quantizers.static_scale import StaticScheme
+from qsim_core.sites.arithmetic import NarrowSums
 from qsim_core.sites.workspace import Memory, empty
 from qsim_fast import quantizing
 from qsim_fast.blockwise import ROW, block_of, step_of
@@ -37,6 +37,8 @@ from qsim_fast.kernels import block_products
 from qsim_fast.kernels.arguments import buffer
 from qsim_fast.kernels.block_products import GROUP, PIECE, BlockKernels, Packed, Range, Rows, Terms
 from qsim_fast.known_maximum import KnownMaximum
+from qsim_fast.partial_execution import PartialLowering
+from qsim_fast.quantizing import scheme_of
 
 MARGIN = 1.001
 """Covers the rounding of norms."""
@@ -181,11 +183,10 @@ def _of_columns(operand: Rows | Packed, inner: int) -> Tensor:
     return scale.repeat_interleave(operand.every, -1)[..., :inner] if scale.shape[-1] > 1 else scale
 
 
-class IntegerBlocksProduct(Lowering):
+class IntegerBlocksProduct(PartialLowering):
     """A product of codes under the scales of their blocks. The codes of an overwritten weight are made again."""
 
     arithmetic = "int8_blocks"
-    in_parts = True
 
     def __init__(self, quantizers: Sequence[Any], batched: bool) -> None:
         super().__init__(quantizers)

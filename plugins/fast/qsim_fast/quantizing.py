@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -363,3 +364,8 @@ def _memory_order(x: Tensor) -> list[int] | None:
 def _matrix(x: Tensor, order: list[int] | None) -> Tensor:
     """View `x` as rows x columns."""
     return (x if order is None or x.is_contiguous() else x.permute(order)).view(-1, x.shape[-1])
+
+
+def scheme_of(quantizer: Any) -> Any:
+    """The scheme of a quantizer with static scales; any other quantizer, or None, is returned as it is."""
+    return None if quantizer is None else quantizer.plain

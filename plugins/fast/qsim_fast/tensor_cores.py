@@ -18,11 +18,12 @@ from qsim_core.formats.format import unscaled_format
 from qsim_core.matmuls.call import Call
 from qsim_core.quantizers.scales import Scales
 from qsim_core.quantizers.scheme import Scheme
-from qsim_core.quantizers.static_scale import StaticScheme, scheme_of
+from qsim_core.quantizers.static_scale import StaticScheme
 from qsim_core.sites.arithmetic import Lowering
 from qsim_core.sites.workspace import Memory
 from qsim_fast import quantizing
 from qsim_fast.int8 import ROW_SCALES, encode_matrix
+from qsim_fast.quantizing import scheme_of
 from qsim_fast.significands import significand_bits_of
 
 TF32_SIGNIFICAND = 11
@@ -142,7 +143,10 @@ def code_type(scheme: Any) -> torch.dtype | None:
 
 def _fp8_rows(quantizer: Any, rows: Tensor, known: Scales | None = None, memory: Memory | None = None) -> FP8Rows:
     """Quantize rows to FP8 codes; with `known` scales they were rounded under these already."""
-    scheme, static = scheme_of(quantizer), quantizer.scales(rows) if isinstance(quantizer, StaticScheme) else known
+    scheme, static = (
+        scheme_of(quantizer),
+        quantizer.scales(rows) if isinstance(quantizer, StaticScheme) else known,
+    )
     matrix, dtype = rows.detach().reshape(-1, rows.shape[-1]), code_type(scheme_of(quantizer))
     assert dtype is not None
     if isinstance(scheme, Scheme):

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from qsim_fast import int8
+from qsim_listing.accelerator_check import special_values
 from torch import Tensor, nn
 
 import qsim_core as qsim
 from qsim_core.formats.quantizer import Quantizer
-from qsim_core.quantizers.accelerator_check import special_values
 
 INT8 = [
     ("channel(int8)", "token(int8)"),

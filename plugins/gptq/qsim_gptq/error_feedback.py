@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -26,6 +27,7 @@ from qsim_gptq.feedback import feed_back
 from qsim_gptq.grids import ColumnGrid, Known, grids, why_not_by_column, why_scales_are_fixed
 from qsim_gptq.hessians import Gathered, Gatherer, Moments, Part
 from qsim_gptq.inputs import Unseen
+from qsim_gptq.pairs import observe_beside
 
 PORTION = 512
 """Columns of a Hessian that are multiplied at once."""
@@ -84,7 +86,7 @@ class ErrorFeedback(Transform):
         with context.quantized_activations() if self.activations else nullcontext():
             outside(before)
             for block in blocks:
-                observe: Callable[[Any], None] = block.observe_beside if self.paired else block.observe
+                observe: Callable[[Any], None] = partial(observe_beside, block) if self.paired else block.observe
                 own = [weight for weight in free if _within(weight, block.path)]
                 self._quantize(own, observe, context, self.paired)
             outside(after)

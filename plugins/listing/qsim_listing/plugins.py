@@ -5,56 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
-from qsim_core.errors import PluginError, natural_order
+from qsim_core.cli.installed import lines, rows
+from qsim_core.errors import PluginError
 
 if TYPE_CHECKING:
     from qsim_core.components.discovery import Plugin
 
 LIMIT = 600.0
 """Seconds for the comparison of one accelerator with the reference, which may have to compile."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One name of one distribution, and what it provides under that name."""
-
-    name: str
-    distribution: str
-    version: str
-    provides: tuple[str, ...]
-
-
-def rows() -> list[Row]:
-    """Every name that a distribution has in one of the entry-point groups, sorted. Nothing is imported."""
-    from qsim_core.components.discovery import ACCELERATORS, COMMANDS, GROUP, installed
-    from qsim_core.components.host import Host
-
-    groups = installed((GROUP, COMMANDS, ACCELERATORS))
-    core = Host(discover=False).plugins["core"]
-    found: dict[tuple[str, str, str], list[str]] = {(core.name, core.distribution, core.version): ["components"]}
-    for group, what in {GROUP: "components", COMMANDS: "command", ACCELERATORS: "accelerator"}.items():
-        for plugin in groups[group].values():
-            for claimant in plugin.claims:
-                found.setdefault((plugin.name, *claimant), []).append(what)
-    in_order = sorted(found.items(), key=lambda row: [natural_order(part) for part in row[0]])
-    return [Row(*key, tuple(provides)) for key, provides in in_order]
-
-
-def lines(found: Collection[Row]) -> list[str]:
-    """Name, distribution, version and what is provided, in columns."""
-    columns = [(_shown(row.name), row.distribution, row.version, ", ".join(row.provides)) for row in found]
-    widths = [max(len(column[i]) for column in columns) for i in range(3)]
-    return ["  ".join(f"{text:{width}}" for text, width in zip(c, (*widths, 0), strict=True)) for c in columns]
-
-
-def _shown(name: str) -> str:
-    """A name as it is printed: what a terminal would obey is written as an escape."""
-    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def failures(built_in: Collection[str]) -> dict[tuple[str, str], list[str]]:
@@ -97,7 +60,7 @@ def faults_of(subject: dict[str, str]) -> list[str]:
     from qsim_core.cli.plugin_commands import load_command
     from qsim_core.components.discovery import ACCELERATORS, COMMANDS, installed
     from qsim_core.components.host import Host
-    from qsim_core.quantizers.accelerator_check import disagreements
+    from qsim_listing.accelerator_check import disagreements
 
     name, group = subject["name"], subject["group"]
     try:

@@ -12,19 +12,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qsim_cache.entry import CacheEntry
+from qsim_cache.made_from import leaves, of_machine, of_model
 from qsim_core.quantizers.observers import Observer
-from qsim_core.simulation.cache_entry import CacheEntry
-from qsim_core.simulation.fingerprint import of_code, of_machine, of_model
+from qsim_core.simulation.fingerprint import of_code
 from qsim_core.simulation.static_calibration import Wanted
-from qsim_core.transforms.checkpoint import leaves
 
 
 def statistics_entry(
-    work_dir: Path | None, model: nn.Module, value_axis: str, wanted: Wanted, batches: Sequence[Any]
+    work_dir: Path, model: nn.Module, value_axis: str, wanted: Wanted, batches: Sequence[Any]
 ) -> CacheEntry | None:
     """The entry for the tensors at sites that want static scales, in a model that no transform has changed."""
-    if work_dir is None:
-        return None
     given = [value_axis, *leaves(list(batches))]
     tensors = itertools.chain(model.parameters(), (leaf for leaf in given if isinstance(leaf, Tensor)))
     devices = sorted({str(tensor.device) for tensor in tensors})

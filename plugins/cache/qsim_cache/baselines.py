@@ -7,31 +7,27 @@ Cached metrics equal measured ones to the last digit.
 from __future__ import annotations
 
 import itertools
-import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import PackageNotFoundError, requires
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from qsim_cache.entry import CacheEntry
+from qsim_cache.made_from import of_machine, of_model
 from qsim_core.components.component import Component, components_in
 from qsim_core.components.host import Host
 from qsim_core.evaluation.adapter import LoadedModel
 from qsim_core.evaluation.data import Data
 from qsim_core.evaluation.job import Job
 from qsim_core.evaluation.metrics import LeftOut, Metrics
-from qsim_core.simulation.cache_entry import CacheEntry
-from qsim_core.simulation.environment import version_of
-from qsim_core.simulation.fingerprint import Unknowable, of_code, of_machine, of_model
+from qsim_core.simulation.fingerprint import Unknowable, of_code, of_requirements
 from qsim_core.transforms.run import Run
 
 
 def baseline_entry(
-    job: Job, host: Host, loaded: LoadedModel, data: Data, run: Run, device: str, dtype: str
+    work_dir: Path, job: Job, host: Host, loaded: LoadedModel, data: Data, run: Run, device: str, dtype: str
 ) -> CacheEntry | None:
-    """The entry of a baseline; None without a work directory, or where something that decides it is not known."""
-    if run.work_dir is None:
-        return None
+    """The entry of a baseline; None where something that decides it is not known."""
     parts = [job.evaluator, *job.located.components]
     plugins = {plugin for part in parts for c in components_in(part) for plugin in host.plugins_of(c)}
     options = (run.batch_size, run.limit, run.seed, run.allow_code_execution)
@@ -46,7 +42,7 @@ def baseline_entry(
     )
     what = f"{job.evaluator}, {data.name}, {dtype}"
     with run.stage("looking for an earlier baseline"):
-        return CacheEntry.of(run.work_dir, "baseline", made_from, model=job.located.name, what=what)
+        return CacheEntry.of(work_dir, "baseline", made_from, model=job.located.name, what=what)
 
 
 def cached_baseline(
@@ -93,14 +89,3 @@ def of_component(component: Component) -> Iterator[Any]:
     for path in named:
         for file in sorted(p for p in (path, *path.rglob("*")) if p.is_file()):
             yield from (str(file), file.stat().st_size, file.stat().st_mtime_ns)
-
-
-def of_requirements(distributions: Iterable[str]) -> Iterator[Any]:
-    """The versions of distributions and of their dependencies."""
-    for distribution in sorted(distributions):
-        try:
-            lines = requires(distribution) or []
-        except PackageNotFoundError:
-            continue
-        names = {match[0] for line in lines if (match := re.match(r"[\w.-]+", line))}
-        yield from ((name, version_of(name)) for name in sorted({distribution, *names}))

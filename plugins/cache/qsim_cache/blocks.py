@@ -6,33 +6,32 @@ calibration data, by their SHA-256. Another run of another recipe may use the sa
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from qsim_core.files import keep, kept, make_work_dir
-from qsim_core.snapshots import octets
+from qsim_cache.made_from import leaves
+from qsim_core.files import keep, kept
+from qsim_core.simulation.fingerprint import sha256
 from qsim_core.transforms.offload import state
 from qsim_core.version import __version__
 
 
-class Checkpoint:
+class Blocks:
     """One transform's finished blocks, a file for each. A block whose file is damaged is computed again."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     @classmethod
-    def of(cls, work_dir: Path, model: nn.Module, batches: Sequence[Any], *texts: str) -> Checkpoint:
-        """The checkpoint of what these texts, the model as it is now and the data say. Raises `QsimError`."""
+    def of(cls, work_dir: Path, model: nn.Module, batches: Sequence[Any], *texts: str) -> Blocks:
+        """The blocks of what these texts, the model as it is now and the data say."""
         tensors = (tensor for _, tensor in state(model))
         made_from = sha256(itertools.chain((__version__, torch.__version__, *texts), tensors, leaves(list(batches))))
-        make_work_dir(work_dir)
         return cls(work_dir / made_from[:16])
 
     def save(self, index: int, block: nn.Module, said: dict[str, Any]) -> None:
@@ -53,30 +52,3 @@ class Checkpoint:
 
     def _file(self, index: int) -> Path:
         return self.directory / f"block-{index:03}.pt"
-
-
-def leaves(tree: Any) -> Iterator[Any]:
-    """Give all that mappings (transformers' too), lists and tuples hold, with the keys."""
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield key
-            yield from leaves(value)
-    elif isinstance(tree, list | tuple):
-        for item in tree:
-            yield from leaves(item)
-    else:
-        yield tree
-
-
-def sha256(leaves: Iterable[Any]) -> str:
-    """The SHA-256 of values one after another: a tensor's dtype, shape and bytes, anything else's repr."""
-    digest = hashlib.sha256()
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-            leaf = leaf if leaf.layout == torch.strided else leaf.to_dense()
-            flat = leaf.detach().cpu().contiguous().as_strided((leaf.numel(),), (1,))  # one element may have any stride
-            digest.update(octets(flat))
-        else:
-            digest.update(repr(leaf).encode())
-    return digest.hexdigest()

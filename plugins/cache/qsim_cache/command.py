@@ -87,13 +87,13 @@ def entries(work_dir: Path | None) -> list[Entry]:
 
 
 def _kinds_of_a_work_directory() -> tuple[str, ...]:
-    from qsim_core.simulation.cache_entry import KINDS
+    from qsim_cache.entry import KINDS
 
     return (*KINDS, "blocks")
 
 
 def _in(work_dir: Path) -> Iterator[Entry]:
-    from qsim_core.simulation.cache_entry import ENDING, KINDS
+    from qsim_cache.entry import ENDING, KINDS
 
     for kind in KINDS:
         for path in _own(work_dir, kind, f"*{ENDING}"):

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from qsim_core.files import keep, kept
-from qsim_core.simulation.fingerprint import Unknowable
-from qsim_core.transforms.checkpoint import sha256
+from qsim_core.simulation.fingerprint import Unknowable, sha256
 
 ENDING = ".kept"
 KINDS = ("baseline", "statistics")
@@ -37,9 +36,9 @@ class CacheEntry:
         keep(self.path, value, LARGEST, **self.about)
 
     @classmethod
-    def of(cls, work_dir: Path | None, kind: str, made_from: Iterable[Any], **about: str) -> Self | None:
-        """The entry; None without a work directory, or where something that decides the value is not known."""
+    def of(cls, work_dir: Path, kind: str, made_from: Iterable[Any], **about: str) -> Self | None:
+        """The entry; None where something that decides the value is not known."""
         try:
-            return None if work_dir is None else cls(work_dir, kind, made_from, **about)
+            return cls(work_dir, kind, made_from, **about)
         except Unknowable:
             return None

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import qsim_int
 import torch
+from qsim_listing.accelerator_check import disagreements
 from torch import Tensor
 
 import qsim_core as qsim
 from qsim_core.formats.accelerator import accelerated_by
-from qsim_core.quantizers.accelerator_check import disagreements
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,41 @@
+"""The work directory of a run: finished blocks, statistics and baselines, which later runs find there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qsim_cache.blocks import Blocks
+from qsim_cache.entry import CacheEntry
+from qsim_core.files import make_work_dir
+from qsim_core.simulation.static_calibration import Wanted
+
+
+class WorkDirectory:
+    """A directory for what later runs can use: the `Store` of a run with a `work_dir`."""
+
+    def __init__(self, path: Path) -> None:
+        """Make the directory. Raises `QsimError` where that is impossible."""
+        make_work_dir(path)
+        self.path = path
+
+    def blocks(self, model: nn.Module, batches: Sequence[Any], *texts: str) -> Blocks:
+        """The finished blocks of the transform that these texts, the model as it is now and the data describe."""
+        return Blocks.of(self.path, model, batches, *texts)
+
+    def statistics(
+        self, model: nn.Module, value_axis: str, wanted: Wanted, batches: Sequence[Any]
+    ) -> CacheEntry | None:
+        """The place of the statistics for static scales; None where they cannot be told from others."""
+        from qsim_cache.statistics import statistics_entry
+
+        return statistics_entry(self.path, model, value_axis, wanted, batches)
+
+    def baseline(self, evaluate: Callable[[], dict[str, float]], *made_from: Any) -> tuple[dict[str, float], bool]:
+        """The baseline's metrics, and True if an earlier run had measured them."""
+        from qsim_cache.baselines import baseline_entry, cached_baseline
+
+        return cached_baseline(baseline_entry(self.path, *made_from), evaluate)

@@ -1,0 +1,1 @@
+"""The commands `qsim components` and `qsim plugins`: what is installed, and a check of it."""
