@@ -43,6 +43,8 @@ class Offer:
     stands_for_bits: int | None = None
     families: tuple[str, ...] = ()
     """The families that an adapter loads besides the one that it is named after."""
+    endings: tuple[str, ...] = ()
+    """The endings of the files that an adapter loads, each a whole model."""
     fallback: bool = False
     models: dict[str, bool] = field(default_factory=dict)
     """The models that an adapter knows by name; true for the default model."""
@@ -61,6 +63,7 @@ def offers_of(plugin: str, offered: Iterable[Any]) -> list[Offer]:
             one.hook,
             tuple(full_name(base) for base in one.__mro__),
             families=tuple(getattr(one, "families", ())),
+            endings=tuple(getattr(one, "endings", ())),
             fallback=bool(getattr(one, "fallback", False)),
             models={str(name): bool(model.is_default) for name, model in one().models().items()}
             if hasattr(one, "models")

@@ -103,6 +103,8 @@ class Adapter(Component):
     hook: ClassVar[str] = "qsim_adapters"
     families: ClassVar[tuple[str, ...]] = ()
     """Other `model_type`s that it loads. A `quant_method` is one: that of checkpoints whose weights are final."""
+    endings: ClassVar[tuple[str, ...]] = ()
+    """Endings of files that it loads, like ".gguf"; each such file is a whole model, and its path is the source."""
     fallback: ClassVar[bool] = False
     """True for an adapter of models whose family no other adapter names. Such an adapter says what it recognizes."""
     evaluator: ClassVar[str | None] = None

@@ -1,7 +1,8 @@
 """From a model's name to its adapter.
 
-A name is looked for among the models that adapters know by name, then as a directory. Any other name goes to the
-fallback adapters, which may ask a hub. A directory that has the name of a known model is written `./NAME`.
+A name is looked for among the models that adapters know by name, then as a directory, or as a file that an adapter
+loads. Any other name goes to the fallback adapters, which may ask a hub. A directory that has the name of a known model
+is written `./NAME`.
 """
 
 from __future__ import annotations
@@ -124,8 +125,8 @@ def locate(name: str, host: Host) -> Located:
         return Located(known_as, directory, adapter, (adapter, library), model.data, model.calibration, model.evaluator)
     if not name.strip():
         raise ModelError(f"an empty name is not a model{did_you_mean(name, named)}")
-    path = place(name)
-    if not path.is_dir():
+    path = _path(place(name), host)
+    if not path.is_dir() and not _loading(path, host):
         _check_name(name, path, named, host)
         adapter = _adapter(name, name, host)
         return Located(name, name, adapter, (adapter,))
@@ -144,6 +145,21 @@ def _as(trained: Trained, source: str, adapter: Adapter, host: Host) -> Located:
     return Located(
         source, source, adapter, (adapter, *base.components), base.data, base.calibration, trained.evaluator, trained
     )
+
+
+def _path(path: Path, host: Host) -> Path:
+    """A path; for a directory without configuration the one file in it that an adapter loads. Raises `ModelError`."""
+    if not path.is_dir() or any((path / name).is_file() for name in configuration.FILES):
+        return path
+    files = sorted(file for file in path.iterdir() if _loading(file, host))
+    if len(files) > 1:
+        raise ModelError(f"{path} holds {len(files)} models, {files[0].name} and {files[1].name} among them; name one")
+    return files[0] if files else path
+
+
+def _loading(path: Path, host: Host) -> list[Offer]:
+    """The adapters that load a file; none for a directory."""
+    return [offer for offer in _adapters(host) if path.suffix in offer.endings] if path.is_file() else []
 
 
 def _check_name(name: str, path: Path, named: Iterable[str], host: Host) -> None:
@@ -168,10 +184,12 @@ def _made(offer: Offer, host: Host) -> Adapter:
 
 def _adapter(source: str, name: str, host: Host) -> Adapter:
     """The one adapter that bears the family's name, or has it among its `families`; else a fallback adapter."""
-    family = _stored_as(source, host) or _family(source, name, host)
+    of_file = _loading(Path(source), host)
+    family = Path(source).suffix if of_file else _stored_as(source, host) or _family(source, name, host)
     of_family = family.replace("-", "_")
     offers = _adapters(host)
-    fitting = host.preferred([offer for offer in offers if of_family == offer.name or family in offer.families])
+    fitting = of_file or [offer for offer in offers if of_family == offer.name or family in offer.families]
+    fitting = host.preferred(fitting)
     if len(fitting) > 1:
         plugins = " and ".join(str(host.plugins[offer.plugin]) for offer in fitting)
         raise ModelError(f"{name} is a {family!r} model, which {plugins} load; uninstall all but one of them")

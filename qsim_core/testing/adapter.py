@@ -116,7 +116,8 @@ class AdapterSuite(ComponentSuite):
         self.refused(component, str(tmp_path / "missing"), "a directory that is not there")
 
     def test_damaged_weights_are_one_line(self, component: Any, source: str, tmp_path: Path) -> None:
-        files = [file for pattern in WEIGHTS for file in sorted(tmp_path.rglob(pattern))]
+        patterns = (*WEIGHTS, *(f"*{ending}" for ending in component.endings))
+        files = [file for pattern in patterns for file in sorted(tmp_path.rglob(pattern))]
         if not files:
             pytest.skip("its checkpoint is no directory with files of weights")
         files[0].write_bytes(files[0].read_bytes()[:100])

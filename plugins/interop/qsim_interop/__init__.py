@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 @hookimpl
 def qsim_adapters() -> list[type[Adapter]]:
     from qsim_interop.adapter import Checkpoint
+    from qsim_interop.gguf_model import GGUFModel
 
-    return [Checkpoint]
+    return [Checkpoint, GGUFModel]
 
 
 @hookimpl

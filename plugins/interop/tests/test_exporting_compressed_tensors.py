@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import build
 from click.testing import CliRunner
 from families import make, save_small, tokens
+from qsim_interop.reading import open_checkpoint
 from qsim_interop.writing import export
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -39,7 +41,7 @@ FORMATS = {
     "scaled(e2m1, 16, scale=scaled(e4m3, rule=ceil))": "nvfp4-pack-quantized",
 }
 """Quantizers of weights, and the format of their layers."""
-IDS = tokens()
+IDS = tokens() % 64
 UNQUANTIZED_ATTENTION = dict.fromkeys(("queries", "keys", "probabilities", "values"))
 EVERYWHERE = dict.fromkeys(("queries", "keys", "probabilities", "values"), "int8")
 E2M1 = "scaled(e2m1, 16, scale=scaled(e4m3, rule=ceil))"
@@ -196,8 +198,41 @@ def test_a_file_that_cannot_hold_the_recipe_is_refused(recipe: dict[str, Any], m
 
 
 def test_layers_of_another_class_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(qsim.RecipeError, match="belongs to a Conv1D; files hold codes of Linear: --skip"):
+    with pytest.raises(qsim.RecipeError, match="to a Conv1D; such files hold codes of Linear and experts: --skip"):
         exported(simulated(make("gpt2"), weights="int8"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3-MoE"])
+@pytest.mark.parametrize("weights", ["block(int4, 16, scale=bf16)", "channel(e4m3)"])
+def test_transformers_joins_the_experts_to_the_same_bits(weights: str, family: str, tmp_path: Path) -> None:
+    simulation = simulated(build(family), weights=weights, skip=["lm_head", "*.gate"])
+    exported(simulation, tmp_path / "out")
+
+    model = loaded(tmp_path / "out")
+
+    encoded = simulation.encoded()
+    assert any(one.encoded.codes.dim() == 3 for one in encoded.values())
+    assert all(torch.equal(model.get_parameter(name), one.decode()) for name, one in encoded.items())
+    torch.testing.assert_close(logits(model), logits(simulation.model), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("weights", ["tensor(int8)", E2M1])
+def test_each_expert_has_codes_of_its_own(weights: str, tmp_path: Path) -> None:
+    simulation = simulated(build("Mixtral"), weights=weights, skip=["lm_head", "*.gate"])
+    exported(simulation, tmp_path / "out")
+
+    checkpoint = open_checkpoint(tmp_path / "out")
+
+    stack = simulation.encoded()["model.layers.0.mlp.experts.gate_up_proj"].decode()
+    found = {layer.module.partition("experts.")[2]: checkpoint.dequantize(layer) for layer in checkpoint.layers[::-1]}
+    assert torch.equal(torch.cat([found["1.w1"], found["1.w3"]]), stack[1])
+
+
+def test_experts_without_names_of_their_own_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        qsim.RecipeError, match="stacks experts, which no file holds as they are: GptOssForCausalLM has"
+    ):
+        exported(simulated(build("GPT-OSS"), weights="channel(int8)", skip=["lm_head", "*.router"]), tmp_path / "out")
 
 
 def test_a_directory_with_files_is_left_alone(tmp_path: Path) -> None:

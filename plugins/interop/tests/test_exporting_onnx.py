@@ -13,6 +13,7 @@ from families import make, tokens
 from numpy.typing import NDArray
 from qsim_interop.writing import export
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import qsim_core as qsim
 
@@ -87,6 +88,44 @@ def test_the_reference_computes_four_bit_floats(weights: str, tmp_path: Path) ->
     assert model.opset_import[0].version == 23
     assert np.array_equal(weight, simulation.encoded()["0.weight"].decode())
     np.testing.assert_allclose(result, simulation.model(X).detach(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "weights", ["channel(int8)", "tensor(int8)", "block(uint4, 16, symmetric=false, scale=bf16)", "block(int3, 16)"]
+)
+def test_a_weight_that_is_stored_transposed_stays_so(weights: str, tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(Conv1D(48, 32), nn.ReLU(), Conv1D(16, 48)).eval()
+    simulation = qsim.simulate(model, weights=weights, example=X)
+
+    found = exported(simulation, tmp_path / "out")
+
+    encoded = simulation.encoded()
+    result, *values = computed(with_outputs(found, list(encoded)), X[:3])
+    assert all(np.array_equal(value, one.decode()) for value, one in zip(values, encoded.values(), strict=True))
+    np.testing.assert_allclose(result, simulation.model(X[:3]).detach(), atol=1e-6)
+
+
+class Embedded(nn.Module):
+    """Takes ids by name, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.linear = nn.Embedding(8, 32), nn.Linear(32, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x: Tensor = self.linear(self.table(ids))
+        return x
+
+
+def test_batch_and_length_stay_open_after_an_example_of_one_sequence(tmp_path: Path) -> None:
+    simulation = qsim.simulate(Embedded(), weights="int8", example={"ids": torch.arange(7).view(1, 7)})
+
+    model = exported(simulation, tmp_path / "out")
+
+    ids = torch.arange(6).view(3, 2)
+    np.testing.assert_allclose(computed(model, ids)[0], simulation.model(ids).detach(), atol=1e-6)
 
 
 @pytest.mark.slow

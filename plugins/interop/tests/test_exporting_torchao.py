@@ -63,6 +63,23 @@ def test_the_model_computes_what_the_simulation_does(weights: str, tmp_path: Pat
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("weights", "inputs"), [("mxfp4", "mxfp4"), ("mxfp8_e4m3", "mxfp8_e4m3"), ("mxfp4", "mxfp8_e4m3")]
+)
+def test_mx_is_multiplied_by_inputs_in_mx(weights: str, inputs: str, tmp_path: Path) -> None:
+    attention = dict.fromkeys(("queries", "keys", "probabilities", "values"))
+    recipe = qsim.Recipe.of({"weights": weights, "activations": inputs, "skip": ["lm_head"], **attention})
+    simulation = qsim.simulate(make("opt"), recipe, example={"input_ids": IDS})
+    export(simulation, qsim.LoadedModel(simulation.model), "torchao", tmp_path / "out")
+
+    model = loaded(tmp_path / "out")
+
+    encoded = simulation.encoded()
+    assert all(torch.equal(model.get_parameter(name).dequantize(), one.decode()) for name, one in encoded.items())
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, simulation.model(IDS).logits)
+
+
 def test_the_codes_of_gptq_are_exported_as_they_are(tmp_path: Path) -> None:
     pytest.importorskip("qsim_gptq")
     simulation = exported(tmp_path / "out", weights="block(int4, 32)", transforms=["gptq"])
@@ -76,7 +93,8 @@ def test_the_codes_of_gptq_are_exported_as_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ({"weights": "mxfp4"}, "does not hold mxfp4 exactly; it holds integers of 2 to 8 bits"),
+        ({"weights": "mxfp4"}, "torchao multiplies mxfp4 by inputs in MX only; say activations: mxfp4 or mxfp8_e4m3"),
+        ({"weights": "mxfp6_e2m3"}, "does not hold mxfp6_e2m3 exactly; it holds integers of 2 to 8 bits"),
         ({"weights": "block(int8, [32, 10])"}, r"tiles of \[32, 10\] do not divide its weight \[64, 64\]"),
         ({"weights": "block(int8, 24)"}, "blocks of 24 do not divide its 64 inputs; 8 would"),
     ],

@@ -109,11 +109,13 @@ def load_model(
     subfolder: str = "",
     to: str = "cpu",
     weights: Mapping[str, Tensor] | None = None,
+    config: Any = None,
 ) -> Any:
     """A model of transformers or diffusers in eval mode, on the CPU or dispatched ("auto", "disk").
 
     `weights` has tensors by their names in the checkpoint, in the place of those in its files. That is for models of
-    transformers on the CPU, and leaves aside what the configuration says of quantization.
+    transformers on the CPU, and leaves aside what the configuration says of quantization. `config` is the configuration
+    of a model whose source has no config.json.
 
     Raises `ModelError` for weights that are missing, pickled, corrupt, of other shapes than the configuration's, or not
     finite.
@@ -122,7 +124,8 @@ def load_model(
 
     where = f"{source}/{subfolder}" if subfolder else source
     _check_weights_exist(model_class, where)
-    check_no_foreign_code(source, subfolder, _weights(model_class))
+    if config is None:
+        check_no_foreign_code(source, subfolder, _weights(model_class))
     how: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
     if not _of_diffusers(model_class):
         how["trust_remote_code"] = False  # diffusers has no such option for single models
@@ -136,7 +139,9 @@ def load_model(
         if to == "auto":
             how["device_map"] = _device_map(model_class, source, subfolder, dtype)
         found: str | None = source
-        if weights is not None or (not subfolder and _is_simulated(source)):
+        if config is not None:
+            how["config"] = config
+        elif weights is not None or (not subfolder and _is_simulated(source)):
             how["config"] = _without_quantization(model_class, source)
         if weights is not None:
             found, how["state_dict"] = None, dict(weights)

@@ -104,7 +104,8 @@ class PackedWeight:
     @property
     def known_scales(self) -> Scales | None:
         """The scales and zero points by row and block, as a simulation knows them; None for tiles and other orders."""
-        if self.groups is not None or isinstance(self.quantizer.granularity, tuple) or self.applied == "last":
+        last = self.applied == "last" and self.global_scale is not None
+        if self.groups is not None or isinstance(self.quantizer.granularity, tuple) or last:
             return None
         return Scales(self.effective_scales, None if self.zero_points is None else self.zero_points.float())
 

@@ -82,7 +82,7 @@ def _simulated(options: dict[str, Any], run: Run) -> tuple[LoadedModel, Simulati
 
     host = Host()
     check_machine(options["device"], "float32")
-    job = Job.of(recipe_of(options, host), host)
+    job = Job.of(recipe_of(options, host, alone=True), host)
     given = calibration_of(options)
     with run.stage(f"loading {job.located.name}"):
         seen = job.calibration(given)
@@ -94,6 +94,7 @@ def _simulated(options: dict[str, Any], run: Run) -> tuple[LoadedModel, Simulati
         calibration=job.batches(loaded, seen, given, run),
         structure=job.located.adapter.structure(loaded.model),
         state=job.state(),
+        final=loaded.final,
         run=run,
     )
 

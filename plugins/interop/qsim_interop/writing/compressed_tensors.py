@@ -31,6 +31,7 @@ class CompressedTensors(Target):
     """Integers of 2 to 8 bits, FP8, NVFP4, MXFP4 and MXFP8."""
 
     name: ClassVar[str] = "compressed-tensors"
+    kinds: ClassVar[tuple[str, ...]] = ("Linear", "experts")
     holds: ClassVar[str] = (
         "integers of 2 to 8 bits and e4m3 by tensor, channel or block(F, n), tiles of e4m3, mxfp4, mxfp8_e4m3, nvfp4"
     )
@@ -105,8 +106,7 @@ class CompressedTensors(Target):
             whole = element.width == 8 and layer.inputs is not None
             return "int-quantized" if whole else "pack-quantized", {**arguments, "type": "int"}
         arguments["type"] = "float"
-        of_ocp = block == 32 and is_format(layer.scale_format, "e8m0")
-        if is_format(element, "e2m1") and of_ocp:
+        if is_format(element, "e2m1") and layer.is_mx:
             return "mxfp4-pack-quantized", {**arguments, "scale_dtype": "torch.uint8"}
         if layer.is_nvfp4 or layer.divides:
             return "nvfp4-pack-quantized", {
@@ -115,8 +115,8 @@ class CompressedTensors(Target):
                 "scale_dtype": "torch.float8_e4m3fn",
             }
         if is_format(element, "e4m3"):
-            form = "mxfp8-quantized" if of_ocp else "float-quantized"
-            return form, {**arguments, "scale_dtype": "torch.uint8"} if of_ocp else arguments
+            form = "mxfp8-quantized" if layer.is_mx else "float-quantized"
+            return form, {**arguments, "scale_dtype": "torch.uint8"} if layer.is_mx else arguments
         raise self.refused(layer)
 
     def _inputs(self, layer: Layer) -> dict[str, Any] | None:

@@ -48,7 +48,7 @@ def export(simulation: Simulation, loaded: LoadedModel, to: str, directory: str 
     """
     target, directory = format_of(to), Path(directory)
     check_empty(directory)
-    source = Source.of(loaded, simulation)
+    source = Source.of(loaded, simulation, target.kinds)
     notes = target.check(source)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)

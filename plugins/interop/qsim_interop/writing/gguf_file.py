@@ -1,7 +1,7 @@
 """Files of GGUF, which llama.cpp runs: blocks of 32 or 64 columns, each with its scales beside its codes.
 
-Tensors have llama.cpp's names. Its `llama` architecture pairs other channels in the rotary embedding than transformers
-does, so rows of q and k stand in another order.
+Tensors have llama.cpp's names, and rows of q and k its order. The tokenizer lies beside the file, as transformers
+writes it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from qsim_core.errors import ModelError, RecipeError
+from qsim_interop.llama_cpp import ARCHITECTURES, paired, tensor_names
 from qsim_interop.writing.bit_patterns import is_format
 from qsim_interop.writing.layer import Layer
-from qsim_interop.writing.source import Source
+from qsim_interop.writing.source import Source, state_of
 from qsim_interop.writing.target import Target
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""The families whose tensors are written, and llama.cpp's names for them. Others are changed by their converters."""
-NOTE = "the file has no tokenizer: llama.cpp's convert_hf_to_gguf.py --vocab-only writes one"
+NOTE = "the file has no tokenizer inside: llama.cpp's convert_hf_to_gguf.py --vocab-only writes one"
 
 
 @dataclass(frozen=True)
@@ -71,18 +70,20 @@ class GGUF(Target):
         names = _names(source)
         for layer, block in zip(source.layers, types, strict=True):
             name = names[layer.weight.name]
-            rows = _in_order(layer.weight.name, block.pack(layer), source)
+            rows = paired(layer.weight.name, block.pack(layer), config)
             writer.add_tensor(name, rows.numpy(), raw_dtype=gguf.GGMLQuantizationType[block.type])
             if block.type == "NVFP4":
                 writer.add_tensor(name.removesuffix("weight") + "scale", layer.global_scale.numpy())
         for parameter, tensor in source.rest().items():
             if parameter in names:
-                rows = _in_order(parameter, tensor.float(), source)
+                rows = paired(parameter, tensor.float(), config)
                 writer.add_tensor(names[parameter], rows.contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        for part in state_of(source.loaded):
+            part.save_pretrained(directory)
 
     def _type(self, layer: Layer) -> BlockType:
         """The type of blocks that holds a layer exactly. Raises `RecipeError`."""
@@ -149,32 +150,13 @@ NVFP4 = BlockType("NVFP4", "MOSTLY_NVFP4", 64, _nvfp4)
 
 
 def _names(source: Source) -> dict[str, str]:
-    """The names of the model's parameters in llama.cpp; a head that is tied to the embedding has none."""
-    import gguf
-
+    """The tensors of the model's parameters; a head that is tied to the embedding has none of its own."""
     config: Any = source.model.config
-    known = gguf.get_tensor_name_map(
-        gguf.MODEL_ARCH[ARCHITECTURES[config.model_type].upper()], config.num_hidden_layers
-    )
-    found = {}
-    for name in [*(layer.weight.name for layer in source.layers), *source.rest()]:
-        translated = known.get_name(name, try_suffixes=(".weight", ".bias"))
-        if translated is None:
-            raise ModelError(f"gguf has no name for {name} in a model of {config.model_type}")
-        if not (config.tie_word_embeddings and translated.startswith("output.")):
-            found[name] = translated
-    return found
-
-
-def _in_order(name: str, rows: Tensor, source: Source) -> Tensor:
-    """The rows of q and k as llama.cpp's `llama` pairs them in the rotary embedding; all others as they are."""
-    config: Any = source.model.config
-    layer = name.rpartition(".")[0]
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(layer.rpartition(".")[2])
-    if heads is None or ARCHITECTURES[config.model_type] != "llama":
-        return rows
-    paired: Tensor = rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
-    return paired
+    names = tensor_names(config, [*(layer.weight.name for layer in source.layers), *source.rest()])
+    first: dict[str, str] = {}
+    for name, tensor in names.items():
+        first.setdefault(tensor, name)
+    return {name: tensor for tensor, name in first.items()}
 
 
 def _rope_base(source: Source) -> float:

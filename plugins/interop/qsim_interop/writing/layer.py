@@ -29,6 +29,15 @@ class Layer:
     weight: EncodedWeight
     inputs: Any = None
     """The quantizer of the inputs, with its static scales; None: they are not quantized."""
+    kind: str = "Linear"
+    """The class of the module: Linear; Conv1D, which stores its weight transposed; or one that stacks experts."""
+    parameter: str = ""
+    """The name of the parameter that the weight is, or is a part of."""
+
+    @property
+    def transposed(self) -> bool:
+        """True if the module stores its weight as [K, N]."""
+        return self.kind == "Conv1D"
 
     @property
     def scheme(self) -> Scheme:
@@ -107,6 +116,11 @@ class Layer:
     def is_nvfp4(self) -> bool:
         """True for E2M1 in blocks of 16 under such scales."""
         return is_format(self.element, "e2m1") and self.block == 16 and self.has_nested_scales
+
+    @property
+    def is_mx(self) -> bool:
+        """True for blocks of 32 under a power of two, as OCP MX has them."""
+        return self.block == 32 and is_format(self.scale_format, "e8m0")
 
     @property
     def scale_format(self) -> Any:

@@ -36,6 +36,7 @@ class ONNX(Target):
     """Integers of 2 to 8 bits, E4M3, E2M1."""
 
     name: ClassVar[str] = "onnx"
+    kinds: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")
     library: ClassVar[str | None] = "onnx"
     holds: ClassVar[str] = "integers of 2 to 8 bits, e4m3 and e2m1 by tensor, channel or block(F, n)"
 
@@ -114,12 +115,14 @@ def _graph(source: Source, opset: int) -> Any:
 
 
 def _arguments(source: Source) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The example as positional and keyword arguments."""
+    """The example as positional and keyword arguments. A batch of one is doubled: torch leaves no axis of 1 open."""
     example: Any = source.simulation.example
     if isinstance(example, Mapping):
         cached = {"use_cache": False} if hasattr(getattr(source.model, "config", None), "use_cache") else {}
+        single = all(len(value) == 1 for value in example.values() if _is_tensor(value) and value.dim())
         return (), {
-            name: value.cpu() if _is_tensor(value) else value for name, value in (dict(example) | cached).items()
+            name: torch.cat([value.cpu()] * (1 + single)) if _is_tensor(value) and value.dim() else value
+            for name, value in (dict(example) | cached).items()
         }
     return (tuple(example) if isinstance(example, tuple) else (example,)), {}
 
@@ -153,32 +156,33 @@ def _pack(graph: Any, layer: Layer) -> None:
     if layer.inputs is not None:
         for product in _products(graph, name):
             product.input[0] = _quantized(graph, product.input[0], layer)
-    scale = layer.scales
     if layer.has_nested_scales and layer.block:
-        inner = _initializer(graph, f"{name}_scale_codes", "FLOAT8E4M3FN", layer.scale_codes)
+        inner = _initializer(graph, f"{name}_scale_codes", "FLOAT8E4M3FN", _as_weight(layer, layer.scale_codes))
         outer = _initializer(graph, f"{name}_global_scale", "FLOAT", layer.global_scale.reshape(()))
         scales = _node(graph, "DequantizeLinear", [inner, outer], f"{name}_scale")
     else:
-        shaped = (
-            scale.reshape(()) if layer.scheme.granularity == "tensor" else scale if layer.block else scale.reshape(-1)
-        )
-        scales = _initializer(graph, f"{name}_scale", "FLOAT", shaped)
+        scales = _initializer(graph, f"{name}_scale", "FLOAT", _shaped(layer, layer.scales))
     kind = str(_type_of(layer.element))
-    inputs = [_initializer(graph, f"{name}_codes", kind, _stored(layer.element, layer.codes, layer.numbers)), scales]
-    zeros = layer.zero_points
-    if zeros is not None:
-        shaped = (
-            zeros.reshape(()) if layer.scheme.granularity == "tensor" else zeros if layer.block else zeros.reshape(-1)
-        )
-        inputs.append(_initializer(graph, f"{name}_zero_point", kind, shaped))
+    codes = _as_weight(layer, layer.numbers if layer.element.is_integer else layer.codes)
+    inputs = [_initializer(graph, f"{name}_codes", kind, codes), scales]
+    if layer.zero_points is not None:
+        inputs.append(_initializer(graph, f"{name}_zero_point", kind, _shaped(layer, layer.zero_points)))
     blocks = {"block_size": layer.block} if layer.block else {}
-    axis = {} if layer.scheme.granularity == "tensor" else {"axis": 1 if layer.block else 0}
+    along = (layer.block is not None) != layer.transposed
+    axis = {} if layer.scheme.granularity == "tensor" else {"axis": int(along)}
     _node(graph, "DequantizeLinear", inputs, name, **axis, **blocks)
 
 
-def _stored(element: Format, codes: Tensor, numbers: Tensor) -> Tensor:
-    """The numbers of an integer format, and the bit patterns of any other."""
-    return numbers if element.is_integer else codes
+def _as_weight(layer: Layer, rows: Tensor) -> Tensor:
+    """Rows of a weight as its module has them: in columns if it stores the weight transposed."""
+    return rows.T if layer.transposed else rows
+
+
+def _shaped(layer: Layer, per_block: Tensor) -> Tensor:
+    """Scales or zero points in the shape that DequantizeLinear wants: one number, one axis, or the weight's axes."""
+    if layer.scheme.granularity == "tensor":
+        return per_block.reshape(())
+    return _as_weight(layer, per_block) if layer.block else per_block.reshape(-1)
 
 
 def _products(graph: Any, weight: str) -> list[Any]:

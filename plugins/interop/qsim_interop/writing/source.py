@@ -12,7 +12,11 @@ from qsim_core.errors import RecipeError
 from qsim_core.evaluation.adapter import LoadedModel
 from qsim_core.simulation.simulation import Simulation
 from qsim_core.sites.site import Site
+from qsim_interop.writing.experts import experts
 from qsim_interop.writing.layer import Layer
+
+EXPERTS = "experts"
+"""Stands among kinds of layers for weights that stack the experts of a layer."""
 
 
 @dataclass(frozen=True)
@@ -25,22 +29,29 @@ class Source:
     """The layers whose weights are encoded, in the order in which they were met."""
 
     @classmethod
-    def of(cls, loaded: LoadedModel, simulation: Simulation) -> Source:
-        """Encode the weights. Raises `RecipeError` for anything that is not in weights and inputs of layers."""
+    def of(cls, loaded: LoadedModel, simulation: Simulation, kinds: tuple[str, ...]) -> Source:
+        """Encode the weights. Raises `RecipeError` for anything that is not in weights and inputs of layers.
+
+        `kinds` has the classes of the layers that a format holds.
+        """
         for line in _beside(simulation):
             raise RecipeError(line)
         sites = {site.weight: site for site in simulation.sites.table.values() if site.weight is not None}
         layers = []
         for name, weight in simulation.encoded().items():
-            module, _, last = name.rpartition(".")
+            module = name.rpartition(".")[0]
             if weight.why_not:
                 raise RecipeError(f"{name} cannot be encoded: {weight.why_not}; leave it out with --skip {module}")
-            if last != "weight" or not isinstance(loaded.model.get_submodule(module), nn.Linear):
-                kind = type(loaded.model.get_submodule(module)).__name__
-                raise RecipeError(f"{name} belongs to a {kind}; files hold codes of Linear: --skip {module}")
             if name in simulation.sites.weights.tied:
                 raise RecipeError(f"{name} is tied to another parameter, which stays as it is; --skip {module}")
-            layers.append(Layer(module, weight, sites[name].standing("input")))
+            owner = loaded.model.get_submodule(module)
+            kind = "Linear" if isinstance(owner, nn.Linear) else type(owner).__name__
+            if kind not in kinds and not (EXPERTS in kinds and weight.encoded.codes.dim() == 3):
+                known = " and ".join(kinds)
+                raise RecipeError(f"{name} belongs to a {kind}; such files hold codes of {known}: --skip {module}")
+            parts = [weight] if kind in kinds else experts(loaded.model, weight)
+            for part in parts:
+                layers.append(Layer(part.name.rpartition(".")[0], part, sites[name].standing("input"), kind, name))
         if not layers:
             raise RecipeError("the recipe quantizes no weight, so there is nothing to pack")
         return cls(loaded, simulation, layers)
@@ -53,13 +64,13 @@ class Source:
     @property
     def plain(self) -> list[str]:
         """The paths of the linear layers that are not packed."""
-        packed = {layer.module for layer in self.layers}
+        packed = {layer.parameter.rpartition(".")[0] for layer in self.layers}
         linear = (name for name, module in self.model.named_modules() if isinstance(module, nn.Linear))
         return [name for name in linear if name not in packed]
 
     def rest(self) -> dict[str, Tensor]:
         """The tensors of the model's `state_dict` without the packed weights."""
-        packed = {layer.weight.name for layer in self.layers}
+        packed = {layer.parameter for layer in self.layers}
         return {name: tensor.cpu() for name, tensor in self.model.state_dict().items() if name not in packed}
 
 

@@ -19,6 +19,8 @@ class Target(ABC):
     name: ClassVar[str]
     holds: ClassVar[str]
     """The weights that the format holds exactly, for messages."""
+    kinds: ClassVar[tuple[str, ...]] = ("Linear",)
+    """The classes of layers whose codes it holds; "experts" are weights that stack those of a layer."""
     library: ClassVar[str | None] = None
     """The library that writes it; None: none is needed."""
 

@@ -42,7 +42,9 @@ class GGUFTensors(Tensors):
         except ImportError:
             raise ModelError("a GGUF file is read with the library gguf; pip install gguf") from None
         try:
-            self._found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+            read = gguf.GGUFReader(file)
+            self._found = {tensor.name: tensor for tensor in read.tensors}
+            self._fields = read.fields
         except OSError as error:
             raise ModelError(f"cannot read {file}: {error.strerror or error}") from None
         except Exception as error:  # the library checks little: it may fail anywhere in a damaged file
@@ -62,8 +64,12 @@ class GGUFTensors(Tensors):
             raise ModelError(f"there is no tensor {name}")
         return torch.from_numpy(self._found[name].data.copy())
 
+    def said(self, key: str) -> Any:
+        """The value of a key of the file's header; None: it is not there."""
+        return self._fields[key].contents() if key in self._fields else None
+
     def dequantized(self, name: str) -> Tensor:
-        """The values of a packed tensor, as `gguf` computes them in float32. Raises `ModelError`."""
+        """The values of any tensor in float32, as `gguf` computes them. Raises `ModelError`."""
         import gguf
 
         found = self._found[name]
@@ -84,10 +90,20 @@ class GGUF(Reader):
         super().__init__(path, self.file, {}, host)
 
     @property
+    def kind(self) -> str:
+        """The kind, with the types of the packed tensors."""
+        types = ", ".join(sorted({layer.form for layer in self.layers}))
+        return f"{self.method} ({types})" if types else self.method
+
+    @property
     def notes(self) -> list[str]:
-        other = sorted({layer.form for layer in self.layers if layer.weights is None})
-        values = f"{', '.join(other)}: qsim has no such quantizer; the values are those that gguf dequantizes"
-        return ["the names are llama.cpp's, not those of a model of transformers", *([values] if other else [])]
+        return ["the names are llama.cpp's, not those of a model of transformers", *self.values_alone]
+
+    @property
+    def values_alone(self) -> list[str]:
+        """A line that names the types of which only the values are read; empty: there are none."""
+        other = ", ".join(sorted({layer.form for layer in self.layers if layer.weights is None}))
+        return [f"{other}: qsim has no such quantizer; the values are those that gguf dequantizes"] if other else []
 
     def targets(self, module: str) -> bool:
         return module in self.packed

@@ -1,0 +1,54 @@
+"""Models as llama.cpp has them: the names of their tensors, and the order of the rows of q and k.
+
+The architecture `llama` pairs other channels in the rotary embedding than transformers does, so rows of q and k stand
+in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from qsim_core.errors import ModelError
+
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+"""The families that are read and written, and llama.cpp's names for them. Others are changed by its converters."""
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+"""The tensors of the embedding and of the output layer; a tied output layer has none of its own."""
+
+
+def tensor_names(config: Any, parameters: Iterable[str]) -> dict[str, str]:
+    """The tensor that holds each parameter of a model. Raises `ModelError` for one that llama.cpp has no name for."""
+    import gguf
+
+    architecture = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type].upper()]
+    known = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    found = {}
+    for name in parameters:
+        translated = known.get_name(name, try_suffixes=(".weight", ".bias"))
+        if translated is None:
+            raise ModelError(f"gguf has no name for {name} in a model of {config.model_type}")
+        found[name] = EMBEDDING if translated == HEAD and config.tie_word_embeddings else translated
+    return found
+
+
+def paired(name: str, rows: Tensor, config: Any) -> Tensor:
+    """The rows of a parameter of transformers in llama.cpp's order."""
+    heads = _heads(name, config)
+    return rows if not heads else rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def unpaired(name: str, rows: Tensor, config: Any) -> Tensor:
+    """The rows of a tensor of llama.cpp in the order of transformers' parameter of this name."""
+    heads = _heads(name, config)
+    return rows if not heads else rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def _heads(name: str, config: Any) -> int:
+    """The number of heads of a parameter whose rows are paired; 0 for any other parameter."""
+    if ARCHITECTURES[config.model_type] != "llama":
+        return 0
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    return int(heads.get(name.rpartition(".")[0].rpartition(".")[2], 0))
