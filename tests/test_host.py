@@ -320,6 +320,8 @@ def qsim_adapters():
 
 
 def test_a_model_that_two_plugins_name_is_an_error_until_one_is_said(install: Install) -> None:
+    from qsim_listing.plugins import rivals
+
     from qsim_core.evaluation.locate import default_model, locate
 
     install("acme", MODELS)
@@ -328,7 +330,7 @@ def test_a_model_that_two_plugins_name_is_an_error_until_one_is_said(install: In
     with pytest.raises(qsim.ModelError, match=r"^'opt-tiny' is named by .*; write acme.opt-tiny or zoo.opt-tiny$"):
         locate("opt-tiny", host)
     assert default_model(host) == locate("zoo.opt-tiny", host).name == "zoo.opt-tiny"
-    assert dict(host.rivals()).keys() == {"acme", "zoo"}
+    assert dict(rivals(host)).keys() == {"acme", "zoo"}
 
 
 class Thirds(qsim.Quantizer):

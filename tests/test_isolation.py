@@ -98,8 +98,9 @@ PROGRAM = """
 import qsim_core as qsim
 host = qsim.Host()
 assert host.check() == {}, host.check()
-for plugin in host.plugins:
-    host.build_presets(plugin)
+for offers in host.offers().values():
+    for offer in offers:
+        offer.text and host.parse(f"{offer.plugin}.{offer.name}")
 print(",".join(host.plugins))
 """
 

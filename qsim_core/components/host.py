@@ -109,29 +109,6 @@ class Host:
         """Give the plugins that cannot be used, with the reasons."""
         return {name: found for name, found in self._described().items() if isinstance(found, PluginError)}
 
-    def build_presets(self, plugin: str) -> None:
-        """Build every preset of a plugin. Raises `PluginError` for one that cannot be built."""
-        for offer in self._offers_of(plugin):
-            try:
-                if offer.text is not None:
-                    self.parse(f"{plugin}.{offer.name}")
-            except QsimError as error:
-                raise PluginError(f"{self._plugins[plugin]}: {error}") from error
-
-    def rivals(self) -> Iterator[tuple[str, str]]:
-        """Give each plugin that offers what another one offers too, with a message that names both."""
-        found: dict[tuple[str, str], list[str]] = {}
-        for offer in (offer for offers in self.offers().values() for offer in offers):
-            found.setdefault((self._hook(offer), f"component {offer.name!r}"), []).append(offer.plugin)
-            for family in {*offer.families, offer.name} if offer.hook == "qsim_adapters" else ():
-                found.setdefault(("family", f"family {family!r}"), []).append(offer.plugin)
-            for model in offer.models:
-                found.setdefault(("model", f"model {model!r}"), []).append(offer.plugin)
-        for (_, what), plugins in found.items():
-            others = sorted(set(plugins))
-            for plugin in others if len(others) > 1 else ():
-                yield plugin, f"{what} is offered by {' and '.join(str(self._plugins[other]) for other in others)}"
-
     def offers(self, kind: type[Component] | None = None) -> dict[str, list[Offer]]:
         """Every component class and preset of a kind by name, described: those of one name are sorted by plugin.
 
@@ -265,11 +242,11 @@ class Host:
         """Keep the offers of the first hook, in the order of `HOOKS`: `int8` is the format."""
         import qsim_core.components.hook_validation as hook_validation
 
-        hooks = {self._hook(offer) for offer in offers}
+        hooks = {self.hook_of(offer) for offer in offers}
         first = next((hook for hook in hook_validation.HOOKS if hook in hooks), "")
-        return [offer for offer in offers if self._hook(offer) == first]
+        return [offer for offer in offers if self.hook_of(offer) == first]
 
-    def _hook(self, offer: Offer) -> str:
+    def hook_of(self, offer: Offer) -> str:
         """The hook of an offer's class, which for a preset is that of the class in its text."""
         target = self._target(offer)
         return "" if target is None else target.hook
@@ -303,7 +280,7 @@ class Host:
             raise
         except QsimError as error:
             raise node.error(str(error)) from None
-        unique = sum(self._hook(other) == self._hook(offer) for other in self.offers()[offer.name]) == 1
+        unique = sum(self.hook_of(other) == self.hook_of(offer) for other in self.offers()[offer.name]) == 1
         name = offer.name if unique else f"{offer.plugin}.{offer.name}"
         scope = self.scope(offer.plugin)
         if not isinstance(found, Preset):

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 from qsim_core.cli.installed import lines, rows
-from qsim_core.errors import PluginError
+from qsim_core.errors import PluginError, QsimError
 
 if TYPE_CHECKING:
     from qsim_core.components.discovery import Plugin
+    from qsim_core.components.host import Host
 
 LIMIT = 600.0
 """Seconds for the comparison of one accelerator with the reference, which may have to compile."""
@@ -50,7 +51,7 @@ def failures(built_in: Collection[str]) -> dict[tuple[str, str], list[str]]:
         for message in [f"{plugin}: {answer}"] if isinstance(answer, PluginError) else answer:
             fault(plugin, message)
     host = Host()
-    for name, message in host.rivals():
+    for name, message in rivals(host):
         fault(host.plugins[name], message)
     return found
 
@@ -69,10 +70,37 @@ def faults_of(subject: dict[str, str]) -> list[str]:
         if group == COMMANDS:
             load_command(installed([COMMANDS])[COMMANDS][name])
         else:
-            Host().build_presets(name)
+            return _presets_that_cannot_be_built(Host(), name)
     except PluginError as error:
         return [str(error)]
     return []
+
+
+def _presets_that_cannot_be_built(host: Host, name: str) -> list[str]:
+    """A message about the first preset of a plugin that cannot be built. Raises `PluginError` if it does not load."""
+    host.load(name)
+    for offer in (offer for offers in host.offers().values() for offer in offers if offer.plugin == name):
+        try:
+            if offer.text is not None:
+                host.parse(f"{name}.{offer.name}")
+        except QsimError as error:
+            return [f"{host.plugins[name]}: {error}"]
+    return []
+
+
+def rivals(host: Host) -> Iterator[tuple[str, str]]:
+    """Give each plugin that offers what another one offers too, with a message that names both."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for offer in (offer for offers in host.offers().values() for offer in offers):
+        found.setdefault((host.hook_of(offer), f"component {offer.name!r}"), []).append(offer.plugin)
+        for family in {*offer.families, offer.name} if offer.hook == "qsim_adapters" else ():
+            found.setdefault(("family", f"family {family!r}"), []).append(offer.plugin)
+        for model in offer.models:
+            found.setdefault(("model", f"model {model!r}"), []).append(offer.plugin)
+    for (_, what), plugins in found.items():
+        others = sorted(set(plugins))
+        for plugin in others if len(others) > 1 else ():
+            yield plugin, f"{what} is offered by {' and '.join(str(host.plugins[other]) for other in others)}"
 
 
 @click.command()
