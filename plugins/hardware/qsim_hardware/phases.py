@@ -39,24 +39,32 @@ class Phase:
 def phases(model: Any, recipe: Recipe, shapes: Shapes) -> list[Phase]:
     """Count the work of a prompt, and of the first and the last token after it; of other models that of one forward.
 
+    The prompt of an encoder and decoder is all that its encoder reads, and its decoder's first token.
+
     Raises `ModelError` for a model that cannot run without values, and `RecipeError` for a recipe that does not fit.
     """
+    model.set_attn_implementation("eager")  # others look at the values of masks
     with simulate(model, recipe) as simulation:
-        prompt, cache = _forward(simulation, _inputs(model, shapes.batch, shapes.prompt))
-        if cache is None:
+        start = 1 if _encodes(model) else shapes.prompt
+        prompt, before = _forward(simulation, _inputs(model, shapes, start))
+        if before is None:
             return [Phase("forward", prompt)]
-        found, read = [Phase("prompt", prompt)], shapes.prompt
-        for name, length in _lengths(shapes).items():
+        found, read = [Phase("prompt", prompt)], start
+        for name, length in _lengths(start, shapes.generate).items():
             if length > read:
-                _, cache = _forward(simulation, _inputs(model, shapes.batch, length))
-            token = {**_inputs(model, shapes.batch, 1), _cache_argument(model): cache}
-            found.append(Phase(name, _forward(simulation, token)[0]))
+                _, before = _forward(simulation, _inputs(model, shapes, length))
+            found.append(Phase(name, _forward(simulation, _next_token(model, shapes, before))[0]))
         return found
 
 
 def generates(model: Any) -> bool:
-    """True for a language model that continues a text, and keeps the keys and values of what it has read."""
-    return _main_input(model) == "input_ids" and model.can_generate() and not model.config.is_encoder_decoder
+    """True for a language model that makes text, and keeps the keys and values of what it has read."""
+    return _main_input(model) == "input_ids" and bool(model.can_generate())
+
+
+def _encodes(model: Any) -> bool:
+    """True for an encoder and a decoder: the encoder reads the prompt once, the decoder begins with one token."""
+    return bool(model.config.is_encoder_decoder)
 
 
 def notes(model: Any, shapes: Shapes) -> Iterator[str]:
@@ -69,16 +77,20 @@ def notes(model: Any, shapes: Shapes) -> Iterator[str]:
         yield "the model does not continue texts: one forward is counted, and no decoding"
 
 
-def cached_bytes(work: Sequence[SiteWork]) -> float:
-    """Count the bytes of the keys and values of all layers, scales included."""
-    return sum(operand.bytes for one in work for operand in one.operands if operand.role in CACHED)
+def cached_bytes(model: Any, work: Sequence[SiteWork]) -> float:
+    """Count the bytes of the keys and values of all layers, scales included; an encoder's own are not kept."""
+    encoder = {
+        f"{name}." for name, module in model.named_modules() if _encodes(model) and module is model.get_encoder()
+    }
+    kept = (one for one in work if not one.site.startswith(tuple(encoder)))
+    return sum(operand.bytes for one in kept for operand in one.operands if operand.role in CACHED)
 
 
-def _lengths(shapes: Shapes) -> dict[str, int]:
+def _lengths(start: int, generate: int) -> dict[str, int]:
     """The tokens that lie before the first and before the last token that is generated."""
-    if shapes.generate < 2:
-        return {"token": shapes.prompt} if shapes.generate else {}
-    return {"first token": shapes.prompt, "last token": shapes.prompt + shapes.generate - 1}
+    if generate < 2:
+        return {"token": start} if generate else {}
+    return {"first token": start, "last token": start + generate - 1}
 
 
 def _main_input(model: Any) -> str:
@@ -90,12 +102,39 @@ def _cache_argument(model: Any) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def _inputs(model: Any, batch: int, tokens: int) -> dict[str, Any]:
-    """Inputs of the model's own kind: tokens, or images of the size in its configuration. Raises `ModelError`."""
+def _tokens(batch: int, tokens: int) -> torch.Tensor:
+    return torch.zeros(batch, tokens, dtype=torch.long, device="meta")
+
+
+def _next_token(model: Any, shapes: Shapes, before: Any) -> dict[str, Any]:
+    """Inputs of one more token after a forward that gave `before`."""
+    known = {_cache_argument(model): _cache(model, before), "use_cache": True}
+    if not _encodes(model):
+        return {"input_ids": _tokens(shapes.batch, 1), **known}
+    return {
+        "encoder_outputs": (before.encoder_last_hidden_state,),
+        "decoder_input_ids": _tokens(shapes.batch, 1),
+        **known,
+    }
+
+
+def _cache(model: Any, output: Any) -> Any:
+    """The keys and values that a forward gave; None: it keeps none."""
+    return getattr(output, _cache_argument(model), None) if generates(model) else None
+
+
+def _inputs(model: Any, shapes: Shapes, tokens: int) -> dict[str, Any]:
+    """Inputs of the model's own kind: tokens, or images of the size in its configuration. Raises `ModelError`.
+
+    `tokens` is what the part that makes text has read.
+    """
+    batch = shapes.batch
     match _main_input(model):
+        case "input_ids" if _encodes(model):
+            ids = _tokens(batch, shapes.prompt)
+            return {"input_ids": ids, "decoder_input_ids": _tokens(batch, tokens), "use_cache": True}
         case "input_ids":
-            ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")
-            return {"input_ids": ids, **({"use_cache": True} if generates(model) else {})}
+            return {"input_ids": _tokens(batch, tokens), **({"use_cache": True} if generates(model) else {})}
         case "pixel_values":
             size, config = model.config.image_size, model.config
             height, width = size if isinstance(size, list | tuple) else (size, size)
@@ -108,14 +147,10 @@ def _inputs(model: Any, batch: int, tokens: int) -> dict[str, Any]:
 
 
 def _forward(simulation: Simulation, inputs: dict[str, Any]) -> tuple[list[SiteWork], Any]:
-    """Count the work of a forward without values, and give the cache that it returns. Raises `ModelError`."""
+    """Count the work of a forward without values, and give its output if it has a cache. Raises `ModelError`."""
     model: Any = simulation.model
     caught: list[Any] = []
-
-    def catch(module: Any, arguments: Any, output: Any) -> None:
-        caught.append(getattr(output, _cache_argument(model), None) if generates(model) else None)
-
-    handle = model.register_forward_hook(catch)
+    handle = model.register_forward_hook(lambda module, arguments, output: caught.append(output))
     try:
         work = simulation.work(inputs)
     except QsimError:
@@ -124,7 +159,8 @@ def _forward(simulation: Simulation, inputs: dict[str, Any]) -> tuple[list[SiteW
         raise ModelError(f"{type(model).__name__} cannot run without values: {one_line(error)}") from None
     finally:
         handle.remove()
-    return _read_once(work, caught[-1]), caught[-1]
+    cache = _cache(model, caught[-1])
+    return _read_once(work, cache), None if cache is None else caught[-1]
 
 
 def _read_once(work: Sequence[SiteWork], cache: Any) -> list[SiteWork]:

@@ -70,7 +70,7 @@ def report(
         weight_bytes=size,
         weight_bits=8 * size / max(elements, 1),
         other_bytes=others,
-        cache_bytes=cached_bytes(found[0].work) if found[0].name == "prompt" else None,
+        cache_bytes=cached_bytes(outline, found[0].work) if found[0].name == "prompt" else None,
         phases=told,
         generation={str(one): _generation(str(one), told, shapes) for one in hardware} if generating else {},
         **named,

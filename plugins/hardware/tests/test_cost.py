@@ -62,6 +62,29 @@ VIT = {
     "image_size": 32,
     "patch_size": 8,
 }
+T5 = {
+    "architectures": ["T5ForConditionalGeneration"],
+    "model_type": "t5",
+    "d_model": 32,
+    "d_kv": 8,
+    "num_heads": 4,
+    "d_ff": 64,
+    "num_layers": 1,
+    "vocab_size": 50,
+    "is_encoder_decoder": True,
+}
+BART = {
+    "architectures": ["BartForConditionalGeneration"],
+    "model_type": "bart",
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "vocab_size": 50,
+}
 OPT_66B = {
     "architectures": ["OPTForCausalLM"],
     "model_type": "opt",
@@ -246,8 +269,8 @@ def test_more_tokens_than_positions_are_doubtful(write: Write) -> None:
         ({"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"], "vocab_size": 51865,
           "encoder_attention_heads": 4, "decoder_attention_heads": 4}, [],
          "the inputs of WhisperForConditionalGeneration are neither tokens nor images; "),
-        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "d_model": 16, "num_layers": 1}, [],
-         "T5ForConditionalGeneration cannot run without values: "),
+        ({"model_type": "longformer", "architectures": ["LongformerForMaskedLM"], "attention_window": [4, 4]}, [],
+         "LongformerForMaskedLM cannot run without values: "),
     ],
 )  # fmt: skip
 def test_what_cannot_be_priced_is_one_line(
@@ -272,3 +295,24 @@ def test_a_directory_without_a_configuration_is_one_line(tmp_path: Path) -> None
 
     assert outcome.exit_code == 1
     assert "has no config.json" in outcome.stderr
+
+
+def test_a_decoder_reads_its_encoder_once_and_a_token_reads_both_caches(write: Write) -> None:
+    found = phases(report(write(T5), "--prompt", 10, "--generate", 3))
+
+    rows = 4 * 32 * 32 + 2 * 32 * 64  # the projections of one attention, and the feed-forward layers
+    encoder = 2 * 10 * (rows + 2 * 10 * 32)
+    crossing = 2 * 10 * 2 * 32 * 32  # keys and values of what the encoder has read
+    decoder = {read: 2 * (rows + 2 * 32 * 32 + 2 * (read + 10) * 32 + 32 * 50) for read in (1, 2, 4)}
+    assert found["prompt"]["flops"] == encoder + crossing + decoder[1]
+    assert found["first token"]["flops"] == decoder[2]
+    assert found["last token"]["flops"] == decoder[4]
+
+
+@pytest.mark.parametrize("configuration", [T5, BART], ids=lambda configuration: configuration["model_type"])
+def test_the_caches_of_a_decoder_hold_the_prompt_and_its_first_token(
+    configuration: dict[str, Any], write: Write
+) -> None:
+    found = report(write(configuration), "--prompt", 10, "--generate", 3)
+
+    assert found["cache_bytes"] == 2 * 2 * (10 + 1) * 32
