@@ -1,5 +1,7 @@
 """A Python that starts at once: each program runs in a fork of one process that has imported torch and transformers.
 
+It knows what the installed plugins offer, also where the cache is empty.
+
 `[*forked.python(), "-m", "qsim_core", "plugins"]` is a command like `[sys.executable, …]`, with its own directory,
 environment, standard streams, exit code, and Ctrl-C. Tests of what is imported, of limits of a process, and of kills
 need a Python of their own.
@@ -185,6 +187,9 @@ if __name__ == "__main__":
     for library in LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(library)
+    from qsim_core.components.host import Host
+
+    Host().offers()
     gc.freeze()
     gc.enable()
     finish(serve(sys.argv[2]))

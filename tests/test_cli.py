@@ -28,7 +28,8 @@ from qsim_core.cli.main import main
 from qsim_core.files import writing
 
 ZOO = Path(__file__).parent.parent / "plugins" / "zoo" / "qsim_zoo" / "models"
-QUICK = ["--limit", "1", "--quiet"]
+SHORT = ["--set", "perplexity.seqlen=32"]
+QUICK = ["--limit", "1", "--quiet", *SHORT]
 Qsim = Callable[..., Result]
 
 
@@ -58,7 +59,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_table_names_exceptions(qsim_: Qsim, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("weights: int4\noverrides: {'*.fc2': {weights: int8}, '*.fc1': {weights: null}}")
 
-    outcome = qsim_("evaluate", "opt-tiny", "--recipe", str(tmp_path / "r.yaml"), "--limit", "1")
+    outcome = qsim_("evaluate", "opt-tiny", "--recipe", str(tmp_path / "r.yaml"), "--limit", "1", *SHORT)
 
     lines = outcome.stdout.splitlines()
     assert {"otherwise at *.fc2: weights channel(int8)", "otherwise at *.fc1: weights as they are"} <= set(lines)
@@ -66,7 +67,7 @@ def test_the_table_names_exceptions(qsim_: Qsim, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("path", "sites"), [("int8", 24), ("fp8", 0)])
 def test_a_path_that_is_named_says_how_many_took_it(path: str, sites: int, qsim_: Qsim) -> None:
-    outcome = qsim_("evaluate", "opt-tiny", "--precision", "w8a8", "--arithmetic", path, "--limit", "1")
+    outcome = qsim_("evaluate", "opt-tiny", "--precision", "w8a8", "--arithmetic", path, "--limit", "1", *SHORT)
 
     assert f"{sites} of 33 matmuls were computed in {path}; the others do not fit it here " in joined(outcome.stdout)
 
@@ -87,7 +88,7 @@ def test_a_result_is_no_recipe_and_a_recipe_no_result(qsim_: Qsim, tmp_path: Pat
 
 
 def test_the_table_says_what_a_reader_needs(qsim_: Qsim) -> None:
-    outcome = qsim_("evaluate", "opt-tiny", "--plugin", "abfp", "--limit", "2")
+    outcome = qsim_("evaluate", "opt-tiny", "--plugin", "abfp", "--limit", "2", *SHORT)
 
     assert outcome.exit_code == 0
     for row in ("float32 perplexity", "simulated perplexity", "ratio", "seconds, in all"):
@@ -148,7 +149,7 @@ def test_a_result_has_everything_that_its_schema_promises(record: Path) -> None:
     }
     assert set(result["plugins"]) == {"abfp", "core", "evaluators", "fp", "int", "opt", "zoo"}
     assert result["plugins"]["abfp"] == {"distribution": "qsim-abfp", "version": qsim.__version__}
-    assert (result["model"], result["adapter"], result["evaluator"]) == ("opt-tiny", "opt", "perplexity")
+    assert (result["model"], result["adapter"], result["evaluator"]) == ("opt-tiny", "opt", "perplexity(32)")
     assert set(result["audit"]) >= {"sites", "covered", "found", "bits_per_weight", "bits_per_activation"}
     assert set(result["audit"]["sites"][0]) >= {"site", "op", "input", "weight", "output", "arithmetic"}
     assert (result["audit"]["covered"], result["audit"]["found"]) == (32, 33)
@@ -236,7 +237,9 @@ def test_names_with_brackets_are_names_and_no_markup(qsim_: Qsim, tmp_path: Path
     (tmp_path / "x[").mkdir()
     (tmp_path / "x[" / "b].txt").write_text("Some words of documentation, said again and again. " * 200)
 
-    outcome = qsim_("evaluate", "--weights", "int8", "--data", "x[/b].txt", "--skip", "*.[kq]_proj", "--limit", "2")
+    outcome = qsim_(
+        "evaluate", "--weights", "int8", "--data", "x[/b].txt", "--skip", "*.[kq]_proj", "--limit", "2", *SHORT
+    )
 
     assert outcome.exit_code == 0, outcome.output
     assert "x[/b].txt (sha256" in joined(outcome.stdout)
@@ -324,7 +327,7 @@ def test_the_path_is_an_option_and_in_the_audit(qsim_: Qsim) -> None:
 
 
 def test_the_value_axis_is_an_option(qsim_: Qsim) -> None:
-    outcome = qsim_("evaluate", "--plugin", "abfp", "--value-axis", "head", "--limit", "1")
+    outcome = qsim_("evaluate", "--plugin", "abfp", "--value-axis", "head", "--limit", "1", *SHORT)
 
     assert outcome.exit_code == 0
     assert "see later ones" not in outcome.stdout

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 import qsim_core as qsim
@@ -26,7 +27,10 @@ SCHEMES = [
     "tensor({})", "channel({})", "token({}, scale=bf16)", "block({}, 5)", "block({}, [2, 3])", "abfp({}, n=4, scale=none)",
     "mx({}, n=4)", "scaled({}, 4, scale=scaled(e4m3, tensor))",
 ]  # fmt: skip
-TEN = settings(max_examples=40, deadline=None)
+FEW = settings(
+    max_examples=int(os.environ.get("QSIM_EXAMPLES", "10")), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+"""Examples of each property; `tox run -e nightly` asks for many."""
 NUMBER = st.floats(width=32, allow_nan=False, allow_infinity=False)
 ORDINARY = st.floats(width=32, min_value=-1e4, max_value=1e4).filter(lambda v: v == 0 or abs(v) > 1e-4)
 ROWS = st.lists(st.lists(ORDINARY, min_size=11, max_size=11), min_size=3, max_size=3).map(torch.tensor)
@@ -44,7 +48,7 @@ def number_format(text: str) -> Format:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@TEN
+@FEW
 @given(values=st.lists(NUMBER, min_size=1))
 def test_rounding_twice_is_rounding_once(name: str, values: list[float]) -> None:
     y = parsed(name)(torch.tensor(values))
@@ -53,7 +57,7 @@ def test_rounding_twice_is_rounding_once(name: str, values: list[float]) -> None
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@TEN
+@FEW
 @given(values=st.lists(NUMBER, min_size=2))
 def test_a_larger_value_never_rounds_lower(name: str, values: list[float]) -> None:
     y = parsed(name)(torch.tensor(sorted(values)))
@@ -62,7 +66,7 @@ def test_a_larger_value_never_rounds_lower(name: str, values: list[float]) -> No
 
 
 @pytest.mark.parametrize("name", SYMMETRIC)
-@TEN
+@FEW
 @given(values=st.lists(NUMBER, min_size=1))
 def test_a_format_with_a_sign_is_odd(name: str, values: list[float]) -> None:
     x = torch.tensor(values)
@@ -71,7 +75,7 @@ def test_a_format_with_a_sign_is_odd(name: str, values: list[float]) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if not name.startswith("posit")])
-@TEN
+@FEW
 @given(value=NUMBER)
 def test_no_value_of_the_format_is_nearer(name: str, value: float) -> None:
     number = number_format(name)
@@ -83,7 +87,7 @@ def test_no_value_of_the_format_is_nearer(name: str, value: float) -> None:
 
 @pytest.mark.parametrize("rounding", ["even", "away", "zero", "stochastic"])
 @pytest.mark.parametrize("name", FORMATS)
-@TEN
+@FEW
 @given(value=NUMBER)
 def test_the_result_is_one_of_the_two_neighbours(name: str, rounding: str, value: float) -> None:
     number = number_format(name).replace(rounding=rounding)
@@ -95,7 +99,7 @@ def test_the_result_is_one_of_the_two_neighbours(name: str, rounding: str, value
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("element", ["int4", "e4m3", "e2m1", "nf4"])
-@TEN
+@FEW
 @given(x=ROWS, exponent=st.integers(-20, 20))
 def test_a_power_of_two_goes_through_a_scheme(scheme: str, element: str, x: Tensor, exponent: int) -> None:
     quantizer = parsed(scheme.format(element))
@@ -104,7 +108,7 @@ def test_a_power_of_two_goes_through_a_scheme(scheme: str, element: str, x: Tens
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@TEN
+@FEW
 @given(x=ROWS)
 def test_a_scheme_is_odd(scheme: str, x: Tensor) -> None:
     quantizer = parsed(scheme.format("int8"))
@@ -116,7 +120,7 @@ def test_a_scheme_is_odd(scheme: str, x: Tensor) -> None:
     "text",
     [*(scheme.format(e) for scheme in SCHEMES for e in ("int8", "e2m1", "e5m2")), "channel(int4, symmetric=false)"],
 )
-@TEN
+@FEW
 @given(x=ROWS)
 def test_what_was_rounded_under_a_scale_stays_where_it_is_under_the_same_scale(text: str, x: Tensor) -> None:
     scheme = parsed(text)
@@ -131,7 +135,7 @@ def test_what_was_rounded_under_a_scale_stays_where_it_is_under_the_same_scale(t
 @pytest.mark.parametrize(
     "text", [*FORMATS, *(scheme.format("int4") for scheme in SCHEMES), "channel(int4, symmetric=false)"]
 )
-@TEN
+@FEW
 @given(
     x=ROWS,
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),

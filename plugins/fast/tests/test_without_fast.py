@@ -37,7 +37,8 @@ assert ("qsim_fast" in sys.modules) == {loaded}
 def evaluated(folder: Path, program: str, *options: str) -> dict[str, Any]:
     """The result of `qsim evaluate opt-tiny --plugin abfp`, run by a program in a process of its own."""
     path = folder / "result.json"
-    command = ["evaluate", "opt-tiny", "--plugin", "abfp", "--limit", "1", "--json", str(path), *options]
+    short = ["--limit", "1", "--set", "perplexity.seqlen=32"]
+    command = ["evaluate", "opt-tiny", "--plugin", "abfp", *short, "--json", str(path), *options]
     run = subprocess.run([*forked.python(), "-c", program, *command], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     result: dict[str, Any] = json.loads(path.read_text())

@@ -92,8 +92,8 @@ def test_a_model_without_logits_has_nothing_to_teach(tmp_path: Path) -> None:
 
 def test_the_command_brings_a_quantized_model_nearer_to_its_own_float32_outputs(tmp_path: Path) -> None:
     finetuned = result(
-        "vit-tiny", "--plugin", "abfp", "--precision", "w2a4", "--steps", 20, "--lr", "1e-3", "--batch-size", 16,
-        "--limit", 64, "--distill", "--output", tmp_path / "vit",
+        "vit-tiny", "--plugin", "abfp", "--precision", "w2a4", "--steps", 12, "--lr", "1e-3", "--batch-size", 16,
+        "--limit", 32, "--distill", "--output", tmp_path / "vit",
     )  # fmt: skip
 
     before, after = (run.simulated["nll"] for run in (finetuned.before, finetuned.after))

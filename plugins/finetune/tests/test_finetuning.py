@@ -149,11 +149,11 @@ def test_training_recovers_what_quantization_lost(tmp_path: Path) -> None:
     assert ViTForImageClassification.from_pretrained(tmp_path / "vit").num_labels == 10
 
 
-def test_a_control_is_trained_as_no_recipe_was_there(tmp_path: Path) -> None:
-    few = ["--steps", 3, "--limit", 8, "--control"]
+def test_a_control_is_trained_as_no_recipe_was_there(small: Path, tmp_path: Path) -> None:
+    few = [*SHORT, "--steps", 3, "--control"]
 
     coarse, fine = (
-        result("vit-tiny", "--plugin", "abfp", "--precision", precision, *few, "--output", tmp_path / precision)
+        result(small, "--plugin", "abfp", "--precision", precision, *few, "--output", tmp_path / precision)
         for precision in ("w2a4", "w8a8")
     )
 
@@ -164,7 +164,18 @@ def test_a_control_is_trained_as_no_recipe_was_there(tmp_path: Path) -> None:
 
 def test_the_table_says_what_a_reader_needs(tmp_path: Path) -> None:
     outcome = qsim_(
-        "finetune", "vit-tiny", "--plugin", "abfp", "--steps", 2, "--limit", 8, "--output", tmp_path / "vit"
+        "finetune",
+        "vit-tiny",
+        "--plugin",
+        "abfp",
+        "--steps",
+        2,
+        "--limit",
+        8,
+        "--batch-size",
+        8,
+        "--output",
+        tmp_path / "vit",
     )
 
     assert outcome.exit_code == 0, outcome.output
@@ -177,7 +188,7 @@ def test_the_table_says_what_a_reader_needs(tmp_path: Path) -> None:
 def test_transforms_come_before_the_training_and_are_in_the_weights_after_it(tmp_path: Path) -> None:
     finetuned = result(
         "opt-tiny-outliers", "--plugin", "abfp", "--plugin", "smoothquant", *SHORT, "--steps", 2,
-        "--calibration-samples", 4, "--calibration-seqlen", 128, "--output", tmp_path / "run",
+        "--calibration-samples", 4, "--calibration-seqlen", 64, "--output", tmp_path / "run",
     )  # fmt: skip
 
     assert finetuned.before.recipe["transforms"] == ["smoothquant(0.5)"]
@@ -187,23 +198,21 @@ def test_transforms_come_before_the_training_and_are_in_the_weights_after_it(tmp
     assert finetuned.after.simulated["nll"] < qsim.Result.model_validate_json(without.stdout).simulated["nll"] - 0.5
 
 
-def test_a_transform_that_leaves_more_than_weights_is_refused(tmp_path: Path) -> None:
-    outcome = qsim_(
-        "finetune",
-        "vit-tiny",
-        "--precision",
-        "w4a8",
-        "--plugin",
-        "hadamard",
-        "--limit",
-        2,
-        "--output",
-        tmp_path / "run",
-    )
+START = ["finetune", "vit-tiny", "--precision", "w4a8", "--steps", 1, "--limit", 2, "--batch-size", 2]
 
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The directory of a training that was refused after its first evaluation, and the message."""
+    output = tmp_path_factory.mktemp("run") / "refused"
+    outcome = qsim_(*START, "--plugin", "hadamard", "--output", output)
     assert outcome.exit_code == 1
+    return output, outcome.output
+
+
+def test_a_transform_that_leaves_more_than_weights_is_refused(refused: tuple[Path, str]) -> None:
     assert re.match(
-        r"Error: a transform has left rotations at vit\.\S+; a model that trains cannot be saved", outcome.output
+        r"Error: a transform has left rotations at vit\.\S+; a model that trains cannot be saved", refused[1]
     )
 
 
@@ -350,26 +359,14 @@ def test_data_shorter_than_one_sequence_are_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_had_not_got_anywhere_is_begun_anew(tmp_path: Path) -> None:
-    start = [
-        "finetune",
-        "vit-tiny",
-        "--precision",
-        "w4a8",
-        "--steps",
-        "1",
-        "--limit",
-        "2",
-        "--output",
-        tmp_path / "run",
-    ]
-    assert qsim_(*start, "--plugin", "hadamard").exit_code == 1
-    assert (tmp_path / "run" / "before.json").exists()
+def test_a_run_that_had_not_got_anywhere_is_begun_anew(refused: tuple[Path, str]) -> None:
+    output, _ = refused
+    assert (output / "before.json").exists()
 
-    outcome = qsim_(*start)
+    outcome = qsim_(*START, "--output", output)
 
     assert outcome.exit_code == 0, outcome.output
-    assert qsim.Result.read(tmp_path / "run" / "before.json").recipe["transforms"] == []
+    assert qsim.Result.read(output / "before.json").recipe["transforms"] == []
 
 
 def test_a_model_without_data_says_which_to_name(small: Path, tmp_path: Path) -> None:
@@ -398,14 +395,14 @@ def test_a_model_of_no_trainable_field_says_so(tmp_path: Path) -> None:
     assert outcome.output == ("Error: denoising makes no training samples; use an evaluator that does, or Python\n")
 
 
-def test_checkpointing_autocast_and_accumulation_are_options(tmp_path: Path) -> None:
+def test_checkpointing_autocast_and_accumulation_are_options(small: Path, tmp_path: Path) -> None:
     finetuned = result(
-        "vit-tiny", "--plugin", "abfp", "--steps", 2, "--limit", 8, "--gradient-checkpointing", "--bf16",
-        "--accumulate", 2, "--output", tmp_path / "vit",
+        small, "--plugin", "abfp", *SHORT, "--steps", 2, "--gradient-checkpointing", "--bf16", "--accumulate", 2,
+        "--output", tmp_path / "run",
     )  # fmt: skip
 
     assert finetuned.training.bf16 and finetuned.training.gradient_checkpointing
-    assert all(entry.loss < 2 for entry in finetuned.log)
+    assert all(entry.loss < 8 for entry in finetuned.log)
 
 
 def test_a_trained_model_can_train_on(trained: tuple[Path, Finetuned], tmp_path: Path) -> None:

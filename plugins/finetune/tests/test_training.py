@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import resource
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
-import torch.multiprocessing
 import two_processes
 from accelerate import Accelerator
 from families import make, tokens
@@ -99,8 +101,12 @@ def test_two_processes_train_it_as_one_does_with_twice_the_batch(tmp_path: Path)
     before = parameters(model)
     two_processes.train(model, x, y)
 
-    torch.multiprocessing.spawn(two_processes.on_half_of_the_data, (str(tmp_path),), nprocs=2)
+    program = "import sys, two_processes; two_processes.on_half_of_the_data(int(sys.argv[1]), sys.argv[2])"
+    environment = {**os.environ, "PYTHONPATH": str(Path(two_processes.__file__).parent)}
+    commands = [[*forked.python(), "-c", program, str(rank), str(tmp_path)] for rank in (0, 1)]
+    running = [subprocess.Popen(command, env=environment) for command in commands]
 
+    assert [process.wait() for process in running] == [0, 0]
     first, second = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert [name for name in first if "qsim_steps" in name] != []
     for name, value in parameters(model).items():

@@ -16,8 +16,10 @@ import qsim_core as qsim
 
 distributed = pytest.importorskip("distributed")
 TEXT = str(Path(__file__).parents[3] / "README.md")
+EVALUATE = "perplexity(seqlen=16)"
 SMALL: dict[str, Any] = {
     "models": ["opt-tiny"],
+    "recipe": {"evaluate": EVALUATE},
     "vary": {"weights": ["int4", "int6", "int8"]},
     "data": TEXT,
     "limit": 2,
@@ -30,6 +32,20 @@ def cluster() -> Any:
         yield found
 
 
+def alone(weights: str) -> float:
+    """The perplexity of a cell, by an evaluation in this process."""
+    recipe = {"model": "opt-tiny", "weights": weights, "evaluate": EVALUATE}
+    return qsim.evaluate(recipe, data=TEXT, run=qsim.Run(limit=2)).simulated["perplexity"]
+
+
+def test_a_worker_gives_the_numbers_of_this_process(cluster: Any, tmp_path: Path) -> None:
+    found = study(SMALL, tmp_path, executor=Dask(cluster.scheduler_address))
+
+    assert [row["simulated"] for row in found.rows] == [alone(weights) for weights in SMALL["vary"]["weights"]]
+    assert str(os.getpid()) not in {entry.worker.rpartition(":")[2] for entry in found.entries.values()}
+
+
+@pytest.mark.slow
 def test_a_worker_that_is_killed_loses_nothing(cluster: Any, tmp_path: Path) -> None:
     killed: list[int] = []
 
@@ -47,12 +63,7 @@ def test_a_worker_that_is_killed_loses_nothing(cluster: Any, tmp_path: Path) -> 
 
     assert killed
     assert [row.get("failure") for row in found.rows] == [None] * 3
-    assert (
-        found.rows[0]["simulated"]
-        == qsim.evaluate({"model": "opt-tiny", "weights": "int4"}, data=TEXT, run=qsim.Run(limit=2)).simulated[
-            "perplexity"
-        ]
-    )
+    assert found.rows[0]["simulated"] == alone("int4")
 
 
 def test_a_scheduler_that_does_not_answer_is_an_error(tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,14 @@ import qsim_core as qsim
 from qsim_core.components.host import installed
 
 TEXT = str(Path(__file__).parents[3] / "README.md")
-SMALL: dict[str, Any] = {"models": ["opt-tiny"], "vary": {"weights": ["int4", "int8"]}, "data": TEXT, "limit": 2}
+EVALUATE = "perplexity(seqlen=16)"
+SMALL: dict[str, Any] = {
+    "models": ["opt-tiny"],
+    "recipe": {"evaluate": EVALUATE},
+    "vary": {"weights": ["int4", "int8"]},
+    "data": TEXT,
+    "limit": 2,
+}
 
 
 def numbers(found: Study) -> list[dict[str, Any]]:
@@ -42,7 +47,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Study]:
 
 
 def test_a_cell_has_the_numbers_of_an_evaluation(whole: tuple[Path, Study]) -> None:
-    recipe = {"model": "opt-tiny", "weights": "int4"}
+    recipe = {"model": "opt-tiny", "weights": "int4", "evaluate": EVALUATE}
 
     alone = qsim.evaluate(recipe, data=TEXT, run=qsim.Run(limit=2))
 
@@ -85,6 +90,7 @@ def test_processes_give_the_same_numbers(quick_workers: None, whole: tuple[Path,
     assert len({entry.worker for entry in found.entries.values()} - {""}) >= 1
 
 
+@pytest.mark.slow
 def test_jobs_give_the_same_numbers(whole: tuple[Path, Study], tmp_path: Path) -> None:
     pytest.importorskip("submitit")
 
@@ -104,20 +110,35 @@ def test_a_model_that_does_not_load_fails_and_others_run(tmp_path: Path) -> None
 
 
 def test_a_recipe_that_does_not_fit_is_a_row_with_its_reason(tmp_path: Path) -> None:
-    found = study(SMALL | {"recipe": {"skip": ["nothing.*"]}, "vary": {"weights": ["int4"]}}, tmp_path)
+    found = study(
+        SMALL | {"recipe": {"skip": ["nothing.*"], "evaluate": EVALUATE}, "vary": {"weights": ["int4"]}}, tmp_path
+    )
 
     assert "matches no site" in found.rows[0]["failure"]
 
 
+KILLED = """
+import os, signal
+from contextlib import contextmanager
+import qsim_core as qsim
+from qsim_study import study
+
+@contextmanager
+def count(total, done, description):
+    yield lambda text: os.kill(os.getpid(), signal.SIGKILL)
+
+study({spec!r}, {folder!r}, run=qsim.Run(count=count))
+"""
+"""A study that is killed when its first cell is done."""
+
+
 def test_a_study_killed_in_the_middle_goes_on(whole: tuple[Path, Study], tmp_path: Path) -> None:
-    code = f"from qsim_study import study; study({SMALL!r}, {str(tmp_path)!r})"
-    process = subprocess.Popen([sys.executable, "-c", code])
-    while not list(tmp_path.glob("cells/*.jsonl")) and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    program = KILLED.format(spec=SMALL, folder=str(tmp_path))
+    assert subprocess.run([*forked.python(), "-c", program]).returncode == -signal.SIGKILL
+    done = len(list(tmp_path.glob("cells/*.jsonl")))
 
     assert numbers(study(SMALL, tmp_path)) == numbers(whole[1])
+    assert done == 1
 
 
 def test_a_process_that_is_killed_is_started_again(
@@ -199,7 +220,7 @@ def test_samples_are_added_until_comparisons_are_decided(tmp_path: Path) -> None
 
 def test_draws_of_calibration_are_a_spread_of_their_own(tmp_path: Path) -> None:
     spec = SMALL | {
-        "recipe": {"weights": "int8", "activations": "tensor(int6, static=true)"},
+        "recipe": {"weights": "int8", "activations": "tensor(int6, static=true)", "evaluate": EVALUATE},
         "vary": {"calibration_seed": [0, 1, 2]},
         "calibration_samples": 1,
         "calibration_seqlen": 16,
@@ -237,7 +258,7 @@ def test_cells_of_other_weights_are_said_and_not_compared(tmp_path: Path) -> Non
 
 
 def test_warnings_of_results_stand_in_their_rows(tmp_path: Path) -> None:
-    spec = SMALL | {"recipe": {"activations": "cast(e2m1)"}, "vary": {"weights": ["int8"]}}
+    spec = SMALL | {"recipe": {"activations": "cast(e2m1)", "evaluate": EVALUATE}, "vary": {"weights": ["int8"]}}
 
     (row,) = study(spec, tmp_path).rows
 
