@@ -6,6 +6,7 @@ YAML.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import re
@@ -18,7 +19,6 @@ from typing import Any, ClassVar, Self, Union
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_serializer, model_validator
 from pydantic.fields import FieldInfo
 
-from qsim_core.components.default_host import default_host
 from qsim_core.components.syntax import CONSTANTS, Node, read
 from qsim_core.errors import QsimError, did_you_mean, with_article
 
@@ -118,6 +118,11 @@ class Preset:
     doc: str = ""
     stands_for_bits: int | None = None
     """The width at which `--precision` takes this format, like 4 in w4a8; none: at no width."""
+
+
+def default_host() -> Any:
+    """The host of the installed plugins, which builds components from text if no host is given."""
+    return importlib.import_module("qsim_core.components.host").installed()  # that module imports this one
 
 
 def options_of(cls: type[Component]) -> dict[str, FieldInfo]:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from qsim_core.components.catalogue import Offer, catalogue, full_name, offers_of
-from qsim_core.components.default_host import set_default_host
 from qsim_core.components.discovery import ACCELERATORS, GROUP, import_plugin, in_one_line
 from qsim_core.components.discovery import Plugin as Plugin
 from qsim_core.components.discovery import installed as installed_entries
@@ -345,9 +344,6 @@ class Host:
 def installed() -> Host:
     """The host of the installed plugins, made once; `qsim_core.parse` uses it by default."""
     return Host()
-
-
-set_default_host(installed)
 
 
 def parse(text: str, host: Host | None = None) -> Any:

@@ -25,7 +25,7 @@ from qsim_core.sites.arithmetic import FLOAT32, Arithmetic, ExactArithmetic, Low
 from qsim_core.sites.call_stack import CallStack, Reusable, recomputing, reusable
 from qsim_core.sites.operand import Operand, operands_of
 from qsim_core.sites.quantized_weights import Weight, Weights
-from qsim_core.sites.simulated_product import SimulatedCall, check_arithmetic
+from qsim_core.sites.simulated_product import Product, SimulatedCall, check_arithmetic
 from qsim_core.sites.site import Site
 
 SiteObserver = Callable[[Site, str, Tensor, Tensor, Quantizer | None], None]
@@ -35,7 +35,7 @@ If it has a method `examine(site, left, right, product)`, that is shown the `Qua
 """
 
 
-class Execution:
+class Execution(Product):
     """One call at its site: quantizes the operands, multiplies them, quantizes the result."""
 
     def __init__(
@@ -59,19 +59,6 @@ class Execution:
             return operand.tensor
         with at(f"{self.site.name}:{operand.role}", 0 if operand.role == "weight" else self.site.calls):
             return operand.layout.back(operand.quantizer.quantize(operand.rows.detach()))
-
-    def weight_scales(self) -> Scales | None:
-        """Give the scales of a weight whose original values are gone; None: they are there."""
-        return None
-
-    def weight_rows(self, operand: Operand, values: Tensor) -> QuantizedRows | None:
-        """Give the rows of a quantized weight that earlier calls had too; None: there are none."""
-        return None
-
-    @property
-    def examine(self) -> Callable[[QuantizedRows, QuantizedRows, Tensor], None] | None:
-        """A function that is shown the operands and the result of a simulated product; None: there is none."""
-        return None
 
     def product(self, values: Sequence[Tensor]) -> Tensor:
         """Multiply the quantized operands. A mask is left out if the result is quantized; `finished` adds it."""

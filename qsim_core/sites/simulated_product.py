@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,8 @@ PLAIN = frozenset({"linear", "matmul", "rmatmul", "linalg_matmul", "mm", "bmm", 
 CONVOLUTIONS = frozenset({"conv1d", "conv2d"})
 
 
-class Product(Protocol):
-    """One product at its site, as the executor computes it."""
+class Product:
+    """One product at its site, with what is known of its weight."""
 
     site: Site
     arithmetic: Arithmetic
@@ -34,13 +34,16 @@ class Product(Protocol):
 
     def weight_scales(self) -> Scales | None:
         """Give the scales of a weight whose original values are gone; None: they are there."""
+        return None
 
     def weight_rows(self, operand: Operand, values: Tensor) -> QuantizedRows | None:
         """Give the rows of a quantized weight that earlier calls had too; None: there are none."""
+        return None
 
     @property
     def examine(self) -> Callable[[QuantizedRows, QuantizedRows, Tensor], None] | None:
         """A function that is shown the operands and the result; None: there is none."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Run:
 
     @functools.cached_property
     def store(self) -> Store | None:
-        """What keeps things in the work directory; None without one. Raises `QsimError` if no plugin brings it."""
+        """The store of the work directory; None without one. Raises `QsimError` if no plugin brings it."""
         if self.work_dir is None:
             return None
         make = getattr(importlib.import_module("qsim_core"), STORE, None)  # of the group of functions of plugins

@@ -1,4 +1,4 @@
-"""What a run keeps for later runs, as the core asks for it. The plugin `cache` keeps it in a directory."""
+"""The store of a run, which keeps things for later runs. A plugin brings it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What decides a kept value: a model, the machine, and the data, value by value.
+"""The values that decide what is kept: those of a model, of the machine, and of the data.
 
 A model is its tensors' bytes as they were loaded, not a file's name or time. That holds for a directory, a hub and a
 model made in Python alike, and reading the bytes takes less time than a forward.
