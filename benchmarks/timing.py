@@ -19,6 +19,13 @@ def seconds(run: Callable[[], Any], times: int = 1) -> float:
     return (time.perf_counter() - start) / times
 
 
+def cpu_seconds(run: Callable[[], Any]) -> float:
+    """Measure the processor's time of one call, which other programs on the machine change little."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
 def machine(device: str) -> str:
     """Name the GPU, or the number of CPU threads."""
     return torch.cuda.get_device_name(device) if device != "cpu" else f"{torch.get_num_threads()} threads"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,12 +30,12 @@ class Two(nn.Module):
 X = torch.linspace(-1, 1, 24).reshape(3, 8)
 
 
-def test_the_model_as_it_is_goes_on_with_what_a_watcher_gives() -> None:
+def test_the_model_as_it_is_goes_on_with_the_results_that_it_is_given() -> None:
     model = Two()
     exact = model(X)
     simulation = qsim.simulate(model, weights=torch.round, example=X)
 
-    with simulation.unquantized(lambda site, call, result: result + 1 if site.name == "second" else result):
+    with simulation.unquantized(lambda site, call: call.exact() + (site.name == "second")):
         shifted = model(X)
 
     assert torch.equal(shifted, exact + 1)
@@ -44,9 +46,9 @@ def test_a_call_is_computed_under_the_recipe_on_exact_operands() -> None:
     simulation = qsim.simulate(model, weights=torch.round, overrides={"second": {"outputs": torch.floor}}, example=X)
     tried = dict[str, Tensor]()
 
-    def see(site: Site, call: Call, result: Tensor) -> Tensor:
+    def see(site: Site, call: Call) -> Any:
         tried[site.name] = simulation.tried(site, call)
-        return result
+        return call.exact()
 
     with simulation.unquantized(see):
         model(X)
@@ -64,9 +66,9 @@ def test_another_quantizer_can_be_tried_in_the_place_of_one() -> None:
         def quantize(self, x: Tensor) -> Tensor:
             return torch.zeros_like(x)
 
-    def see(site: Site, call: Call, result: Tensor) -> Tensor:
+    def see(site: Site, call: Call) -> Any:
         tried.append(simulation.tried(site, call, change=lambda quantizer: Zero()))
-        return result
+        return call.exact()
 
     with simulation.unquantized(see):
         model(X)
@@ -103,7 +105,7 @@ def test_afterwards_the_model_is_quantized_again() -> None:
     simulation = qsim.simulate(model, weights=torch.round, example=X)
     before = model(X)
 
-    with simulation.unquantized(lambda site, call, result: result):
+    with simulation.unquantized(lambda site, call: call.exact()):
         assert not torch.equal(model(X), before)
 
     assert torch.equal(model(X), before)

@@ -82,6 +82,10 @@ class Call:
                 kwargs[place] = operand
         return self.function(*args, **kwargs)
 
+    def exact(self) -> Any:
+        """Call the function with its own operands."""
+        return self.run(self.operands)
+
     def multiply(self, left: Tensor, right: Tensor) -> Tensor:
         """Compute the product alone, without a bias or an addend."""
         return torch.matmul(left, right)

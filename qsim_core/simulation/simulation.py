@@ -25,7 +25,7 @@ from qsim_core.simulation.work import Hardware, Product, SiteWork, WorkCounter
 from qsim_core.sites.arithmetic import Auto, ExactArithmetic
 from qsim_core.sites.executor import SiteObserver, tried
 from qsim_core.sites.site import Site
-from qsim_core.sites.sites import ResultWatcher, Sites
+from qsim_core.sites.sites import Compute, Sites
 from qsim_core.transforms.applying import apply_transforms, left_behind, needed_beside
 from qsim_core.transforms.context import Context
 from qsim_core.transforms.encoded_weights import EncodedWeight, WeightEncoder
@@ -125,12 +125,12 @@ class Simulation:
             vars(self.sites).update(dict.fromkeys(watchers), quantizing=True)
 
     @contextlib.contextmanager
-    def unquantized(self, results: ResultWatcher) -> Iterator[None]:
-        """Forwards of the model as it is inside; `results(site, call, result)` is shown every matmul of the sites.
+    def unquantized(self, compute: Compute) -> Iterator[None]:
+        """Forwards of the model as it is inside; `compute(site, call)` gives the result of every matmul of the sites.
 
-        The model goes on with the tensor that it gives. `tried(site, call, …)` computes the call under the recipe.
+        `call.exact()` is the result as it is; `tried(site, call, …)` computes the call under the recipe.
         """
-        with self._at_sites(results=results):
+        with self._at_sites(compute=compute):
             yield
 
     def tried(

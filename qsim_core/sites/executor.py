@@ -112,6 +112,15 @@ def known_scales(weights: Weights, operands: Sequence[Operand]) -> Scales | None
     return None
 
 
+def shown_operands(site: Site, call: Call, quantizer_of: Callable[[str], Any]) -> tuple[Operand, ...]:
+    """The operands of a call that a watcher sees, each with the quantizer that `quantizer_of(role)` gives."""
+    weights = [
+        Weight(site.weight or "", operand, owned=True, computed=site.computed) if place == call.weight else None
+        for place, operand in enumerate(call.operands)
+    ]
+    return operands_of(site, call, weights, quantizer_of)
+
+
 def tried(
     site: Site,
     call: Call,
@@ -132,13 +141,15 @@ def tried(
         return _trial(site, call, weights, roles, change, arithmetic).result()
 
 
-def tried_operands(site: Site, call: Call, weights: Weights, roles: Iterable[str]) -> list[Tensor]:
+def tried_operands(
+    site: Site, call: Call, weights: Weights, roles: Iterable[str], change: Callable[[Any], Any] | None = None
+) -> list[Tensor]:
     """The operands of a call that a watcher sees, as its site would multiply them; only the given roles are quantized.
 
-    Raises `RecipeError` where a static scale is needed.
+    `change` gives the quantizer that takes the place of another. Raises `RecipeError` where a static scale is needed.
     """
     with torch.no_grad():
-        trial = _trial(site, call, weights, roles)
+        trial = _trial(site, call, weights, roles, change)
         return [trial.quantized(operand) for operand in trial.operands]
 
 
@@ -151,10 +162,6 @@ def _trial(
     arithmetic: Arithmetic | None = None,
 ) -> TriedExecution:
     wanted = set(roles)
-    met = [
-        Weight(site.weight or "", operand, owned=True, computed=site.computed) if place == call.weight else None
-        for place, operand in enumerate(call.operands)
-    ]
 
     def quantizer_of(role: str) -> Any:
         if role not in wanted:
@@ -165,7 +172,7 @@ def _trial(
         quantizer = site.quantizer(role)
         return quantizer if change is None or quantizer is None else change(quantizer)
 
-    operands = operands_of(site, call, met, quantizer_of)
+    operands = shown_operands(site, call, quantizer_of)
     whole = wanted >= {operand.role for operand in operands}
     chosen = (arithmetic or site.plan.arithmetic) if whole else FLOAT32
     return TriedExecution(site, call, operands, quantizer_of("output"), chosen, weights=weights)

@@ -64,10 +64,10 @@ MEMORY = frozenset(
 MET = frozenset({*OPS, *EXPLICIT, *SOFTMAX, *MEMORY, torch.einsum})
 """The torch functions that a site looks at; all others run untouched."""
 
-ResultWatcher = Callable[[Site, Call, Tensor], Tensor]
-"""Called with the site, the call and its result; the model goes on with the tensor that it gives."""
+Compute = Callable[[Site, Call], Tensor]
+"""Called with the site and the call in place of the multiplication; gives the result."""
 
-WATCHING = ("observer", "watcher", "results")
+WATCHING = ("observer", "watcher", "compute")
 """The attributes of `Sites` that hold what looks at a forward."""
 
 _NOTED = frozenset({Tensor, nn.Parameter, tuple, list, type(None)})
@@ -121,7 +121,7 @@ class Sites:
         self.quantizing = True
         self.observer: SiteObserver | None = None
         self.watcher: Callable[[Site, Call], None] | None = None
-        self.results: ResultWatcher | None = None
+        self.compute: Compute | None = None
         self.checked = False
         self.told = False
         """True once it was said that the model runs uncompiled."""
@@ -190,7 +190,7 @@ class Sites:
     @property
     def watched(self) -> bool:
         """True if an observer or a watcher has to see every tensor."""
-        return self.observer is not None or self.watcher is not None or self.results is not None
+        return self.observer is not None or self.watcher is not None or self.compute is not None
 
     def leave_attention(self, *operands: Tensor, **named: Any) -> bool:
         """Tell if torch may compute attention by itself: nothing at its two products is quantized or watched.
@@ -343,16 +343,16 @@ class Sites:
             rotated = zip(roles_of(weights), call.operands, call.layouts, strict=True)
             call = replace(call, operands=tuple(self._rotated(site, *operand) for operand in rotated))
         shown = call
-        if self.watcher is not None or self.results is not None:
+        if self.watcher is not None or self.compute is not None:
             shown = replace(call, weight=roles_of(weights).index("weight") if site.weight else None)
         if self.watcher is not None:
             self.watcher(site, shown)
-        if site.in_training is not None and self.quantizing and frame.module.training:
+        if self.compute is not None:
+            result = self.compute(site, shown)
+        elif site.in_training is not None and self.quantizing and frame.module.training:
             result = site.in_training(call, site.calls)
         else:
             result = self._execution(site, call, weights, frame.module).result()
-        if self.results is not None:
-            result = self.results(site, shown, result)
         if site.weight is None:
             frame.before_softmax.append((site, result.shape))
         return result

@@ -146,16 +146,16 @@ class Context:
         Raises `RecipeError` in a forward where the recipe wants a static scale.
         """
 
-        def rounded(site: Site, call: Call, result: Tensor) -> Tensor:
+        def rounded(site: Site, call: Call) -> Any:
             roles = (*ACTIVATIONS, "output")
             plain = all(site.standing(role) is None for role in roles)
-            return result if plain else self.simulated(site, call, roles)
+            return call.exact() if plain else self.simulated(site, call, roles)
 
-        before, self.sites.results = self.sites.results, rounded if on else None
+        before, self.sites.compute = self.sites.compute, rounded if on else None
         try:
             yield
         finally:
-            self.sites.results = before
+            self.sites.compute = before
 
     @contextmanager
     def watching(self, watch: MatmulWatcher, sample: int) -> Iterator[None]:

@@ -15,9 +15,8 @@ from torch import Tensor
 from qsim_core import DataError, RecipeError
 from qsim_core.matmuls.call import Call
 from qsim_core.sites.arithmetic import FLOAT32
-from qsim_core.sites.executor import Execution
-from qsim_core.sites.operand import Operand, operands_of
-from qsim_core.sites.quantized_weights import Weight
+from qsim_core.sites.executor import Execution, shown_operands
+from qsim_core.sites.operand import Operand
 from qsim_core.sites.site import Site
 from qsim_core.transforms.context import Context
 from qsim_core.transforms.forward import as_in_evaluation, call
@@ -148,20 +147,16 @@ def _quantized(context: Context) -> Iterator[None]:
     """Inside, the model is computed under its recipe, with gradients, in float32 arithmetic."""
     sites = context.sites
 
-    def compute(site: Site, call: Call, result: Any) -> Any:
-        weights = [
-            Weight(site.weight or "", operand, owned=True, computed=site.computed) if place == call.weight else None
-            for place, operand in enumerate(call.operands)
-        ]
-        operands = operands_of(site, call, weights, site.quantizer)
+    def compute(site: Site, call: Call) -> Tensor:
+        operands = shown_operands(site, call, site.quantizer)
         return StraightThrough(site, call, operands, site.quantizer("output"), FLOAT32).result()
 
-    sites.results = compute
+    sites.compute = compute
     try:
         with sites.uncounted():
             yield
     finally:
-        sites.results = None
+        sites.compute = None
 
 
 @contextmanager

@@ -63,6 +63,20 @@ def test_an_answer_is_read_back_from_its_json(found: Blame) -> None:
     assert Blame.model_validate_json(found.model_dump_json()) == found
 
 
+def test_costs_are_measured_in_the_metric_that_is_named() -> None:
+    recipe = {"model": "vit-tiny", "overrides": {"classifier": {"weights": "int2"}}}
+
+    found = blame(recipe, metric="nll", samples=8, run=qsim.Run(limit=8))
+
+    assert found.metric == "nll" and found.whole is not None and found.whole.value > 0
+    assert found.whole.value == found.sites[0].alone.value  # type: ignore[union-attr]
+
+
+def test_a_metric_that_does_not_exist_is_one_line() -> None:
+    with pytest.raises(qsim.DataError, match="^the evaluator has no metric 'loss'; there are: accuracy, top5, nll"):
+        blame({"model": "vit-tiny", "weights": "int8"}, metric="loss", samples=1, run=FEW)
+
+
 def test_the_command_writes_a_table_and_json(tmp_path: Path) -> None:
     file = tmp_path / "blame.json"
 
@@ -85,7 +99,6 @@ def test_static_scales_are_found_as_in_an_evaluation() -> None:
     ("options", "message"),
     [
         (["--weights", "none"], "nothing to do: say --plugin, --precision"),
-        (["--weights", "int4", "--plugin", "smoothquant"], "leave transforms out"),
         (["--weights", "int4", "--operations", "softmax: ibert"], "leave operations out"),
         (["--weights", "channel(int4, gradient=lsq)"], "blame cannot tell what trained scales cost"),
     ],
@@ -95,6 +108,15 @@ def test_what_cannot_be_answered_is_one_line(options: list[str], message: str) -
 
     assert isinstance(outcome.exception, qsim.QsimError) and message in str(outcome.exception)
     assert "\n" not in str(outcome.exception)
+
+
+def test_under_transforms_the_transformed_model_is_blamed() -> None:
+    recipe = TWO | {"transforms": ["gptq"]}
+
+    found = blame(recipe, data=TEXT, samples=1, run=FEW, calibration=qsim.Calibration(TEXT, 4, 64))
+
+    assert found.whole is not None and not found.verified
+    assert f"weights that lie on their grids already count as exact: 1, like {FC1}.weight" in found.notes
 
 
 def test_an_evaluator_without_training_samples_is_one_line() -> None:

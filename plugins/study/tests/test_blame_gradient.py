@@ -33,7 +33,7 @@ SAMPLES = [{"x": x, "labels": label} for x, label in zip(X, LABELS, strict=True)
 
 
 def predicted(model: nn.Module, samples: list[dict[str, Tensor]] = SAMPLES, **recipe: Any) -> Prediction:
-    with qsim.simulate(model, example={"x": X}, **recipe) as simulation:
+    with qsim.simulate(model, **{"example": {"x": X}} | recipe) as simulation:
         return predict(simulation, samples, qsim.Run())
 
 
@@ -115,6 +115,40 @@ def test_batches_of_any_size_give_the_same_costs() -> None:
         one, many = (predict(simulation, SAMPLES, qsim.Run(batch_size=size)) for size in (1, 64))
 
     assert [whole(one, site) for site in one.sums] == pytest.approx([whole(many, site) for site in many.sums], rel=1e-3)
+
+
+class Weighing(nn.Module):
+    """Products whose results, weighed by the labels, are the loss: it has no curvature in any of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.left, self.right = nn.Linear(32, 8), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Any:
+        """The loss of two layers that read the same input, and of a product of this input with itself."""
+        squares = (x.unflatten(-1, (4, 8)) @ x.unflatten(-1, (4, 8)).transpose(-1, -2)).flatten(1).sum(-1)
+        y = self.left(x).sum(-1) - 2 * self.right(x).sum(-1) + squares
+        return SimpleNamespace(loss=(y * labels).mean())
+
+
+@pytest.mark.parametrize(
+    ("site", "reached"),
+    [
+        ("left", {"weights": "nvfp4", "activations": "int3"}),
+        ("right", {"weights": "nvfp4", "activations": "int3"}),
+        (":matmul.0", {"activations": "int3"}),
+    ],
+)
+def test_where_the_loss_is_linear_a_site_costs_what_it_costs_alone(site: str, reached: Mapping[str, Any]) -> None:
+    model, example = Weighing(), {"x": X, "labels": LABELS}
+    before = model(**example).loss.detach()
+
+    found = predicted(model, weights="nvfp4", activations="int3", example=example)
+
+    with qsim.simulate(model, **reached, skip=[other for other in found.sums if other != site]):
+        alone = float(model(**example).loss.detach() - before)
+    assert whole(found, site) == pytest.approx(alone, rel=1e-2)
 
 
 def test_the_model_is_as_it_was() -> None:

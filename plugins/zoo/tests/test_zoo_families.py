@@ -23,6 +23,7 @@ LARGEST = {
     "codegen-tiny": 8,
     "ddpm-tiny": 4,
     "llama-tiny": 3,
+    "opt-1m": 2,
     "qwen3-tiny": 3,
     "phi-tiny": 3,
 }

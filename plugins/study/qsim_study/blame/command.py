@@ -29,6 +29,7 @@ LOOKING = (
     ),
     click.option("--leave-one-out", is_flag=True, help="Measure the whole recipe without each of them too."),
     click.option("--exhaustive", is_flag=True, help="Measure every site."),
+    click.option("--metric", metavar="NAME", help="The metric of measured costs, like nll; the evaluator's main one."),
 )
 
 
@@ -59,6 +60,7 @@ def blame(json_file: str | None, quiet: bool, **options: Any) -> None:
         verify=options["verify"],
         leave_one_out=options["leave_one_out"],
         exhaustive=options["exhaustive"],
+        metric=options["metric"],
         calibration=calibration_of(options),
         host=host,
         device=options["device"],

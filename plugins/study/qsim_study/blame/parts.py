@@ -1,13 +1,13 @@
 """The parts of a site's error: element, scale, clipping, arithmetic.
 
-The parts are switched on one after the other, and each part is the change of the site's result. At first the values
-inside the range are rounded to the grid, under scales that are not rounded; those beyond it stay as they are. Then
-scales are rounded, then values are clipped, and then the arithmetic is simulated.
+The parts are switched on one after the other, and each part is the change of the value that it makes. At first the
+values inside the range are rounded to the grid, under scales that are not rounded; those beyond it stay as they are.
+Then scales are rounded, then values are clipped, and then the arithmetic is simulated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,23 +18,10 @@ from qsim_core.formats.format import unscaled_format
 from qsim_core.formats.quantizer import Granularity, SiteQuantizer
 from qsim_core.quantizers.calibrators import AbsMax, MinMax
 from qsim_core.quantizers.scheme import Scheme
-from qsim_core.sites.arithmetic import FLOAT32, Arithmetic
 from qsim_core.sites.site import Site
 
 PARTS = ("element", "scale", "clipping", "arithmetic")
 ROLES = ("input", "input2", "weight", "output")
-
-Change = Callable[[Any], Any]
-"""Gives the quantizer that takes the place of another one."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One part, and the quantizers and the arithmetic of a site once it is switched on."""
-
-    part: str
-    change: Change
-    arithmetic: Arithmetic
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,32 +43,6 @@ class Unclipped(SiteQuantizer):
         return self.whole.by_rows
 
 
-@dataclass(frozen=True, eq=False)
-class KnownWeight(SiteQuantizer):
-    """A quantizer that computes the rows of one parameter once. The parameter has to stay as it is."""
-
-    whole: SiteQuantizer
-    weight: Tensor
-    known: dict[Any, Tensor]
-    """The quantized rows by their place in memory: a parameter may be multiplied along several axes."""
-
-    def quantize(self, x: Tensor) -> Tensor:
-        if x.untyped_storage().data_ptr() != self.weight.untyped_storage().data_ptr():
-            return self.whole.quantize(x)
-        place = (x.data_ptr(), x.shape, x.stride())
-        if place not in self.known:
-            self.known[place] = self.whole.quantize(x)
-        return self.known[place]
-
-    @property
-    def granularity(self) -> Granularity | None:
-        return self.whole.granularity
-
-    @property
-    def by_rows(self) -> bool:
-        return self.whole.by_rows
-
-
 def quantizers_of(site: Site) -> list[Any]:
     """The quantizers that a site has, in the order of `ROLES`."""
     roles = (role for role in ROLES if role == "output" or role == "weight" or role in site.input_roles)
@@ -93,17 +54,13 @@ def changes(site: Site) -> bool:
     return site.plan.arithmetic.simulates or bool(quantizers_of(site))
 
 
-def steps(site: Site) -> Iterator[Step]:
-    """The parts that the quantizers and the arithmetic of a site can have; the last step is the site as it is."""
-    quantizers = quantizers_of(site)
-    if quantizers:
-        yield Step("element", lambda quantizer: unclipped(with_exact_scale(quantizer)), FLOAT32)
-    if any(with_exact_scale(quantizer) is not quantizer for quantizer in quantizers):
-        yield Step("scale", unclipped, FLOAT32)
-    if any(can_clip(quantizer) for quantizer in quantizers):
-        yield Step("clipping", _as_it_is, FLOAT32)
-    if site.plan.arithmetic.simulates:
-        yield Step("arithmetic", _as_it_is, site.plan.arithmetic)
+def steps(quantizer: Any) -> Iterator[tuple[str, Any]]:
+    """The parts of a quantizer's error, each with the quantizer once it is switched on; the last is the whole one."""
+    yield "element", unclipped(with_exact_scale(quantizer))
+    if with_exact_scale(quantizer) is not quantizer:
+        yield "scale", unclipped(quantizer)
+    if can_clip(quantizer):
+        yield "clipping", quantizer
 
 
 def unsplit(site: Site) -> Iterator[str]:
@@ -134,7 +91,3 @@ def can_clip(quantizer: Any) -> bool:
 def unclipped(quantizer: Any) -> Any:
     """The quantizer without clipping; itself if it never clips."""
     return Unclipped(quantizer) if can_clip(quantizer) else quantizer
-
-
-def _as_it_is(quantizer: Any) -> Any:
-    return quantizer

@@ -47,12 +47,12 @@ def measured_sites(
     sites: Sequence[Site],
     recipe: Recipe,
     whole: Measured,
+    metric: str,
     measure: Callable[[Recipe], Measured],
     leave_one_out: bool,
     higher_is_better: bool,
 ) -> Iterator[SiteBlame]:
     """Measure the chosen sites one after the other, and give each with its costs."""
-    metric = whole.result.metric
     for one in chosen:
         alone = measure(at_sites(recipe, [site for site in sites if site.name == one.site]))
         found = {"alone": cost_of(whole.baseline, alone.simulated, metric, higher_is_better)}

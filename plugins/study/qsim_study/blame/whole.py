@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from qsim_core import Bench, Calibration, CalibrationWarning, Recipe, RecipeError, Run, Simulation, simulate
+from qsim_core import Bench, Calibration, CalibrationWarning, DataError, Recipe, RecipeError, Run, Simulation, simulate
 from qsim_core.components.host import Host, installed
 from qsim_core.evaluation.data import Data
 from qsim_core.evaluation.job import Job
 from qsim_core.evaluation.record import data_record, description
 from qsim_core.simulation.environment import Environment
 from qsim_core.sites.site import Site
-from qsim_study.blame.gradient import Prediction, Sample, predict
+from qsim_study.blame.gradient import Prediction, predict, spread
 from qsim_study.blame.parts import changes, unsplit
 from qsim_study.blame.report import Blame, SiteBlame
 from qsim_study.blame.verification import cost_of, measured_sites, tau
@@ -33,6 +33,7 @@ def blame(
     verify: int = 5,
     leave_one_out: bool = False,
     exhaustive: bool = False,
+    metric: str | None = None,
     calibration: Calibration | None = None,
     run: Run | None = None,
     host: Host | None = None,
@@ -42,7 +43,9 @@ def blame(
     """Predict what each site of a recipe costs, and measure the first `verify` sites in its order.
 
     The prediction takes one gradient pass over so many `samples`, drawn evenly from the evaluation's. `exhaustive`
-    measures every site. `leave_one_out` measures each of them in the whole recipe too. Raises a `QsimError`.
+    measures every site. `leave_one_out` measures each of them in the whole recipe too. `metric` names the evaluator's
+    metric of measured costs, of which less is better unless it is the main one. Under transforms only the whole recipe
+    is measured. Raises a `QsimError`.
     """
     host, run, start = host or installed(), run or Run(), time.perf_counter()
     recipe = Recipe.of(recipe, host)
@@ -52,7 +55,7 @@ def blame(
     costs = predicted(bench, job, dataset, given, samples, run)
     answer = Blame(
         **description(job, bench.load(), dataset, host, ()),
-        metric=job.evaluator.metric,
+        metric=metric or job.evaluator.metric,
         sites=costs.rows,
         labels=costs.labels,
         samples=costs.samples,
@@ -65,7 +68,7 @@ def blame(
     )
     if verify or exhaustive:
         before = time.perf_counter()
-        first = len(costs.rows) if exhaustive else verify
+        first = 0 if recipe.transforms else len(costs.rows) if exhaustive else verify
         answer = _verified(answer, first, leave_one_out, costs.sites, job, bench, data, given, run)
         answer.seconds["verification"] = time.perf_counter() - before
     answer.seconds["total"] = time.perf_counter() - start
@@ -100,6 +103,7 @@ def predicted(bench: Bench, job: Job, dataset: Data, given: Calibration, samples
         sites = [site for site in simulation.sites.table.values() if changes(site)]
         notes = [*job.notes(bench.dtype), *simulation.warnings]
         notes += _short(line for site in sites for line in unsplit(site))
+        notes += _of_transforms(simulation)
         rows = [_row(site, prediction) for site in sites if site.name in prediction.sums]
         environment = Environment.here(bench.device, bench.dtype, simulation.model)
     rows.sort(key=lambda row: -row.predicted)
@@ -107,21 +111,13 @@ def predicted(bench: Bench, job: Job, dataset: Data, given: Calibration, samples
     return Predicted(rows, sites, prediction.labels, len(chosen), notes, environment, seconds)
 
 
-def spread(samples: Sequence[Sample], many: int, limit: int | None = None) -> list[Sample]:
-    """So many of the first `limit` samples, from the first one on at equal distances; all, if there are fewer."""
-    among = len(samples) if limit is None else min(limit, len(samples))
-    many = min(many, among)
-    return [samples[place * among // many] for place in range(many)]
-
-
 def _check(job: Job) -> None:
     """Raise `RecipeError` for a recipe whose cost does not come from its sites."""
     recipe = job.recipe
     if not recipe.quantizes:
         raise RecipeError("the recipe quantizes nothing; name weights, activations or outputs")
-    for key in ("transforms", "operations"):
-        if getattr(recipe, key):
-            raise RecipeError(f"blame tells what the sites of matmuls cost a model as it is; leave {key} out")
+    if recipe.operations:
+        raise RecipeError("blame tells what the sites of matmuls cost; leave operations out")
     if recipe.learns or job.trained_so:
         raise RecipeError("blame cannot tell what trained scales cost; name a recipe without them")
 
@@ -134,9 +130,25 @@ def _simulated(job: Job, bench: Bench, dataset: Data, given: Calibration, run: R
     example = job.evaluator.example(loaded, dataset)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)  # they are among the notes
-        simulation = simulate(loaded.model, job.recipe, example=example, calibration=batches, run=run)
+        simulation = simulate(
+            loaded.model,
+            job.recipe,
+            example=example,
+            calibration=batches,
+            structure=job.located.adapter.structure(loaded.model),
+            final=loaded.final,
+            run=run,
+        )
     with simulation:
         yield simulation
+
+
+def _of_transforms(simulation: Simulation) -> Iterator[str]:
+    """Lines that say what costs are compared with, if that is not the model as it was loaded."""
+    if simulation.recipe.transforms:
+        yield "costs are those of rounding the transformed model; single sites are not measured under transforms"
+    if pinned := simulation.sites.weights.pinned:
+        yield f"weights that lie on their grids already count as exact: {len(pinned)}, like {min(pinned)}"
 
 
 def _row(site: Site, prediction: Prediction) -> SiteBlame:
@@ -169,18 +181,21 @@ def _verified(
     quiet = Run(run.batch_size, run.limit, run.seed)
     with run.stage("measuring the whole recipe"):
         whole = bench.measure(job.recipe, data, calibration=given, run=quiet)
-    rows, better = answer.sites[:first], job.evaluator.higher_is_better
+    metric = answer.metric or whole.result.metric
+    if metric not in whole.simulated:
+        raise DataError(f"the evaluator has no metric {metric!r}; there are: {', '.join(whole.simulated)}")
+    rows, better = answer.sites[:first], job.evaluator.higher_is_better and metric == whole.result.metric
 
     def measure(recipe: Recipe) -> Any:
         return bench.measure(recipe, data, calibration=given, run=quiet)
 
-    runs = measured_sites(rows, sites, job.recipe, whole, measure, leave_one_out, better)
+    runs = measured_sites(rows, sites, job.recipe, whole, metric, measure, leave_one_out, better)
     measured = list(run.track(runs, len(rows), "single sites"))
     return answer.model_copy(
         update={
-            "metric": whole.result.metric,
+            "metric": metric,
             "sites": [*measured, *answer.sites[first:]],
-            "whole": cost_of(whole.baseline, whole.simulated, whole.result.metric, better),
+            "whole": cost_of(whole.baseline, whole.simulated, metric, better),
             "tau": tau((row.predicted, row.alone) for row in measured),
             "tau_left_out": tau((row.predicted, row.left_out) for row in measured),
             "tau_fisher": tau((row.fisher, row.alone) for row in measured),
