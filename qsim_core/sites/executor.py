@@ -165,7 +165,7 @@ def _trial(
 ) -> TriedExecution:
     wanted = set(roles)
     met = [
-        Weight(site.weight or "", operand, owned=True, computed=site.computed) if place == call.weight else None
+        weights.shown(site.weight or "", operand, site.computed) if place == call.weight else None
         for place, operand in enumerate(call.operands)
     ]
 
