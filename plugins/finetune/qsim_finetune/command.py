@@ -49,6 +49,13 @@ TRAINING = (
     click.option("--seqlen", metavar="N", type=LENGTH, help="Tokens of a sample; default: what the evaluator takes."),
     click.option("--seed", metavar="N", type=SEED, default=0, help="Seed of the order of samples and of dropout."),
     click.option("--distill", is_flag=True, help="Learn the float32 model's outputs instead of the data's labels."),
+    click.option(
+        "--hidden",
+        metavar="X",
+        type=click.FloatRange(0),
+        default=0.0,
+        help="With --distill, weight of the hidden states' error.",
+    ),
     click.option("--control", is_flag=True, help="Train in float32 and round afterwards: what training alone does."),
 )
 COMPUTATION = (

@@ -69,6 +69,8 @@ def finetune(
     """
     host, run, training = host or installed(), run or Run(), training or Training()
     _check_trainer()
+    if training.hidden and not training.distill:
+        raise RecipeError("the error of hidden states is part of the loss of --distill; name it too")
     with run.stage("looking at model and data"):
         job = Job.of(Recipe.of(recipe, host), host)
         if not job.recipe.quantizes:

@@ -22,6 +22,12 @@ class Training(BaseModel):
     learning_rate: float = Field(1e-4, gt=0, description="at its highest")
     seqlen: int | None = Field(None, description="tokens of a sample; none: what the evaluator takes")
     distill: bool = Field(False, description="learn the float32 model's outputs instead of the data's labels")
+    hidden: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="weight of the hidden states' relative squared error",
+    )
     control: bool = Field(False, description="train in float32, so that what training alone does can be seen")
     seed: int = Field(0, description="of the order of samples and of dropout")
     checkpoint_every: int = Field(100, ge=1, description="steps from one checkpoint to the next")
