@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from families import make, tokens
+from families import FAMILIES, make, tokens
 from torch import nn
 
 import qsim_core as qsim
@@ -67,8 +68,23 @@ def test_a_command_goes_on_where_another_stopped(small: Path, tmp_path: Path, mo
     assert first.transforms[:layers] == second.transforms[:layers], "those are the first run's own, seconds and all"
 
 
-@pytest.mark.parametrize("transform", ["smoothquant", "gptq", "rptq", "awq", "hadamard", "bias_correction"])
-@pytest.mark.parametrize("family", ["opt-350m", "opt", "llama", "gpt2", "codegen"])
+METHODS = ["smoothquant", "gptq", "rptq", "awq", "hadamard", "bias_correction"]
+KINDS = [
+    ["wush(8)", "hadamard(size=8)", "spinquant(1, size=8)"],
+    ["gptaq", "qronos", "gptq(activations=true)"],
+    ["signround(2)", "adaround(2)"],
+    ["imatrix", "local_hessian"],
+]
+"""Methods that share their way through a model: each family meets one of each kind, each in its turn."""
+
+
+@pytest.mark.parametrize(
+    ("transform", "family"),
+    [
+        *itertools.product(METHODS, FAMILIES),
+        *((kind[turn % len(kind)], family) for turn, family in enumerate(FAMILIES) for kind in KINDS),
+    ],
+)
 def test_every_method_runs_on_every_family(transform: str, family: str) -> None:
     """Norms that cannot be changed are refused by name, and the run continues with the others."""
     model = make(family)
@@ -109,8 +125,18 @@ def test_a_method_that_comes_too_late_is_refused(transforms: list[str], late: st
     assert torch.equal(model(**batches[0]).logits, exact)
 
 
-@pytest.mark.parametrize("transform", ["smoothquant", "gptq", "rptq", "awq", "hadamard", "wush(8)"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("transform", "dtype"),
+    [
+        *itertools.product(
+            ["smoothquant", "gptq", "rptq", "awq", "hadamard", "wush(8)"], [torch.bfloat16, torch.float16]
+        ),
+        ("qronos", torch.bfloat16),
+        ("signround(2)", torch.float16),
+        ("imatrix", torch.bfloat16),
+        ("spinquant(1, size=8)", torch.float16),
+    ],
+)
 def test_every_method_runs_in_half_precision(transform: str, dtype: torch.dtype) -> None:
     batches = [{"input_ids": tokens(seed)} for seed in range(6)]
     layers = {}

@@ -58,7 +58,10 @@ def test_a_walk_changes_weights_where_they_are_kept(how: str, make: Make, ids: T
     assert all(torch.equal(dict(state(elsewhere))[name], p) for name, p in here.named_parameters())
 
 
-@pytest.mark.parametrize("transform", ["gptq", "smoothquant", "hadamard", "hadamard(size=8)", "wush(8)", "awq", "rptq"])
+PLAIN = ["gptq", "smoothquant", "hadamard", "hadamard(size=8)", "wush(8)", "awq", "rptq"]
+
+
+@pytest.mark.parametrize("transform", [*PLAIN, "gptaq", "adaround(2)", "imatrix", "spinquant(1, size=8)"])
 def test_methods_change_weights_where_they_are_kept(transform: str, make: Make, ids: Tensor, tmp_path: Path) -> None:
     batches = [{"input_ids": (ids + shift) % 96, "use_cache": False} for shift in range(6)]
     here, elsewhere = make("llama"), offload(make("llama"), "disk", tmp_path)

@@ -89,7 +89,9 @@ def test_padded_texts_give_the_static_scales_of_the_texts_one_by_one(model: Any,
 
 
 @pytest.mark.filterwarnings("ignore::qsim_core.errors.CalibrationWarning")
-@pytest.mark.parametrize("method", ["smoothquant", "gptq", "awq", "rptq", "bias_correction"])
+@pytest.mark.parametrize(
+    "method", ["smoothquant", "gptq", "awq", "rptq", "bias_correction", "wush(8)", "qronos(0.01)", "imatrix"]
+)
 def test_padded_texts_give_every_transform_what_the_texts_one_by_one_give(model: Any, method: str) -> None:
     alone = outcome(model, [{"input_ids": text[None]} for text in texts()], method)
 

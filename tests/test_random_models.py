@@ -11,7 +11,7 @@ from torch import Tensor
 
 import qsim_core as qsim
 
-TRANSFORMS = ["smoothquant", "rptq", "hadamard", "awq", "gptq", "bias_correction"]
+TRANSFORMS = ["smoothquant", "rptq", "hadamard", "awq", "gptq", "bias_correction", "wush", "gptaq", "signround(2)"]
 FEW, MANY = range(100, 112), range(200, 500)
 
 

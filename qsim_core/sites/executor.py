@@ -112,13 +112,13 @@ def known_scales(weights: Weights, operands: Sequence[Operand]) -> Scales | None
     return None
 
 
-def shown_operands(site: Site, call: Call, quantizer_of: Callable[[str], Any]) -> tuple[Operand, ...]:
+def shown_operands(site: Site, call: Call, weights: Weights, quantizer_of: Callable[[str], Any]) -> tuple[Operand, ...]:
     """The operands of a call that a watcher sees, each with the quantizer that `quantizer_of(role)` gives."""
-    weights = [
-        Weight(site.weight or "", operand, owned=True, computed=site.computed) if place == call.weight else None
+    met = [
+        weights.shown(site.weight or "", operand, site.computed) if place == call.weight else None
         for place, operand in enumerate(call.operands)
     ]
-    return operands_of(site, call, weights, quantizer_of)
+    return operands_of(site, call, met, quantizer_of)
 
 
 def tried(
@@ -172,7 +172,7 @@ def _trial(
         quantizer = site.quantizer(role)
         return quantizer if change is None or quantizer is None else change(quantizer)
 
-    operands = shown_operands(site, call, quantizer_of)
+    operands = shown_operands(site, call, weights, quantizer_of)
     whole = wanted >= {operand.role for operand in operands}
     chosen = (arithmetic or site.plan.arithmetic) if whole else FLOAT32
     return TriedExecution(site, call, operands, quantizer_of("output"), chosen, weights=weights)

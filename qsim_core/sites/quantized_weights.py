@@ -172,6 +172,11 @@ class Weights:
         """The scales of a pinned weight, and the scales of these, as far as they are known."""
         return self._pins[name].scales, self._pins[name].of_scales
 
+    def shown(self, name: str, operand: Tensor, computed: bool) -> Weight:
+        """Give the weight that an operand is, or is a part of, where a watcher is shown a call."""
+        parameter = operand if computed or name not in self.names else self.model.get_parameter(name)
+        return Weight(name, parameter, owned=parameter.numel() == operand.numel(), computed=computed)
+
     def final(self, weight: Weight) -> _Pinned | None:
         """Find the record of a weight that a transform has quantized; what is computed from such a weight has none.
 

@@ -280,6 +280,8 @@ VARIANTS = {
     "p3109": [f"binary8p{p}{suffix}" for p in range(1, 8) for suffix in ("", "f")],
     "codebook": ["nf4", "codebook([-1, 0, 1])", "codebook([-3, -0.7, 0, 0.2, 0.9, 4])"],
     "exotic": ["log2", "log2(8)", "log2(5, signed=false)", "posit", "posit(16)", "posit(8, es=0)", "posit(6, es=1)"],
+    "scales": ["e5m3", "e6m2"],
+    "p3109 by name": [f"p3109(binary{name})" for name in ("3p1se", "4p2sf", "5p2ue", "6p3se", "7p4uf", "10p5se", "15p8sf")],
 }  # fmt: skip
 
 
@@ -360,6 +362,9 @@ SCHEMES = {
         "channel(int4(rounding=stochastic))", "token(e2m1(rounding=stochastic, seed=3))", "abfp(int4(rounding=stochastic), n=16)",
         "mx(e2m1(rounding=stochastic))", "tensor(int8(rounding=stochastic), symmetric=false)", "cast(bf16(rounding=stochastic))",
         "scaled(int4(rounding=away), 16, scale=bf16(rounding=stochastic))", "block(int4(rounding=zero), 16)",
+    ],
+    "chosen by block": [
+        "nvfp4_adaptive", "if4", "razer", "razer_weights", "hif4", "mx4", "mx6", "mx9", "mxfp4_mr_gptq", "nvfp4(scale=e5m3)",
     ],
 }  # fmt: skip
 

@@ -65,6 +65,23 @@ class QuestionAnswering(Evaluator):
         windows = (self._windows(loaded, data, place, length, padded=False) for place in chosen)
         return [self._inputs(loaded, window, slice(0, 1)) for window in windows]
 
+    def training(self, loaded: LoadedModel, data: Data, length: int | None) -> list[dict[str, Tensor]]:
+        """Return each window of each question. The labels are the first and the last token of its first answer.
+
+        The answer is where its text stands first in the context. In a window without all of it both labels are the
+        first token.
+        """
+        found = []
+        for number, answers in enumerate(data.content["answers"]):
+            windows = self._windows(loaded, data, number, length)
+            inputs = self._inputs(loaded, windows, slice(None))
+            begin = data.content["context"][number].find(answers[0]) if answers else -1
+            for index in range(len(windows["input_ids"])):
+                first, last = _span(windows, index, begin, begin + len(answers[0])) if begin >= 0 else (0, 0)
+                labels = {"start_positions": torch.tensor(first), "end_positions": torch.tensor(last)}
+                found.append({name: value[index] for name, value in inputs.items()} | labels)
+        return found
+
     def example(self, loaded: LoadedModel, data: Data) -> dict[str, Any]:
         """Return the first window of the first question."""
         return self._inputs(loaded, self._windows(loaded, data, 0), slice(0, 1))
@@ -143,6 +160,18 @@ class QuestionAnswering(Evaluator):
         inputs = {name: torch.tensor(windows[name][part], device=device(loaded)) for name in names}
         check_ids(loaded.model, inputs["input_ids"])
         return inputs
+
+
+def _span(windows: Any, index: int, begin: int, end: int) -> tuple[int, int]:
+    """The first and last token of a part of the context in a window; 0 and 0 if the window has not all of it."""
+    offsets = windows["offset_mapping"][index]
+    inside = [
+        token
+        for token, (part, (a, b)) in enumerate(zip(windows.sequence_ids(index), offsets, strict=True))
+        if part == 1 and a < end and b > begin
+    ]
+    whole = inside and offsets[inside[0]][0] <= begin and offsets[inside[-1]][1] >= end
+    return (inside[0], inside[-1]) if whole else (0, 0)
 
 
 def _likely(logits: Tensor) -> Tensor:

@@ -145,6 +145,29 @@ def test_no_answer_is_given_only_where_some_questions_have_none() -> None:
     assert ask(none, [["dog ran away"]] * 3)["exact_match"] == 1
 
 
+def test_the_labels_of_a_window_are_the_ends_of_the_answer_or_the_first_token() -> None:
+    loaded, data = qsim.LoadedModel(Pointer("dog", "away"), BertTokenizer(vocab=vocabulary())), cats([["dog ran"]] * 3)
+
+    samples = qsim.parse("question_answering(16, stride=4)").training(loaded, data, None)
+
+    words = {place: word for word, place in vocabulary().items()}
+    spans = [
+        [words[int(i)] for i in sample["input_ids"][int(sample["start_positions"]) : int(sample["end_positions"]) + 1]]
+        for sample in samples
+    ]
+    assert [next(s for s in spans if s[0] == word) for word in ("dog", "[CLS]")] == [["dog", "ran"], ["[CLS]"]]
+    assert all(span in (["dog", "ran"], ["[CLS]"]) for span in spans)
+    assert all(len(sample["input_ids"]) == 16 for sample in samples)
+
+
+def test_a_question_without_an_answer_is_labelled_with_the_first_token() -> None:
+    loaded = qsim.LoadedModel(Pointer("dog", "away"), BertTokenizer(vocab=vocabulary()))
+
+    samples = qsim.parse("question_answering(64, stride=8)").training(loaded, cats([[], ["cat"], []]), None)
+
+    assert [int(sample["end_positions"]) for sample in samples] == [0, 7, 0]
+
+
 def test_squads_own_file_and_data_sets_read_the_same(tmp_path: Path) -> None:
     questions = [
         {"id": str(n), "question": q, "answers": [{"text": "cat", "answer_start": 2}]} for n, q in enumerate(QUESTIONS)

@@ -38,6 +38,9 @@ DATA = (
         metavar="FILE|NAME",
         help="Data to measure on; default: the model's own, or a test split.",
     ),
+    click.option(
+        "--valid-data", type=FILE, metavar="FILE|NAME", help="Held-out data, on which several --lr are compared."
+    ),
     click.option("--limit", metavar="N", type=COUNT, help="Measure on so many samples only."),
 )
 TRAINING = (
@@ -45,10 +48,25 @@ TRAINING = (
     click.option("--epochs", metavar="X", type=POSITIVE, default=1.0, help="Passes over the data."),
     click.option("--batch-size", metavar="N", type=COUNT, default=8, help="Samples at a time."),
     click.option("--accumulate", metavar="N", type=COUNT, default=1, help="Batches in one step."),
-    click.option("--lr", "learning_rate", metavar="X", type=POSITIVE, default=1e-4, help="Highest learning rate."),
+    click.option(
+        "--lr",
+        "rates",
+        metavar="X",
+        type=POSITIVE,
+        multiple=True,
+        default=[1e-4],
+        help="Highest learning rate; of several, the best on --valid-data after a trial of each.",
+    ),
     click.option("--seqlen", metavar="N", type=LENGTH, help="Tokens of a sample; default: what the evaluator takes."),
     click.option("--seed", metavar="N", type=SEED, default=0, help="Seed of the order of samples and of dropout."),
     click.option("--distill", is_flag=True, help="Learn the float32 model's outputs instead of the data's labels."),
+    click.option(
+        "--hidden",
+        metavar="X",
+        type=click.FloatRange(0),
+        default=0.0,
+        help="With --distill, weight of the hidden states' error.",
+    ),
     click.option("--control", is_flag=True, help="Train in float32 and round afterwards: what training alone does."),
 )
 COMPUTATION = (
@@ -108,6 +126,8 @@ def _finetuned(options: dict[str, Any], quiet: bool) -> Finetuned:
     progress.hush_libraries()
     warnings.simplefilter("ignore", CalibrationWarning)  # the results hold them
     warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
+    options["learning_rate"], several = options["rates"][0], len(options["rates"]) > 1
+    options["rates"] = options["rates"] if several else ()
     finetuned = train(
         recipe_of(options, host),
         options["output"],
@@ -115,6 +135,7 @@ def _finetuned(options: dict[str, Any], quiet: bool) -> Finetuned:
         host=host,
         data=options["data"],
         eval_data=options["eval_data"],
+        valid_data=options["valid_data"],
         device=options["device"],
         calibration=calibration_of(options),
         resume=options["resume"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,23 +16,28 @@ class DistillationTrainer(SavingTrainer):
     """transformers' `Trainer` with the divergence from `teacher`, which takes the same inputs, as its loss.
 
     The teacher has no dropout, and no gradient; labels are not looked at. Hinton et al., arXiv 1503.02531, at
-    temperature 1; for quantized models Polino et al., arXiv 1802.05668, and Liu et al., arXiv 2305.17888.
+    temperature 1; for quantized models Polino et al., arXiv 1802.05668, and Liu et al., arXiv 2305.17888. `hidden`
+    times the error of the hidden states is added, as in Jiao et al., arXiv 1909.10351.
     """
 
-    def __init__(self, *args: Any, teacher: nn.Module, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, teacher: nn.Module, hidden: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.hidden = hidden
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
         self.model_accepts_loss_kwargs = False  # a mean over the batch, for the Trainer to divide among several
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
     ) -> Tensor | tuple[Tensor, Any]:
-        """The loss of a batch. Raises `TrainingError` where there are no logits."""
+        """The loss of a batch. Raises `TrainingError` where there are no logits, or no hidden states."""
         given = {name: value for name, value in inputs.items() if name != "labels"}
+        asked = {"output_hidden_states": True} if self.hidden else {}
         with torch.no_grad():
-            taught = _logits(self.teacher(**given))
-        outputs = model(**given)
-        loss = divergence(_logits(outputs), taught, given.get("attention_mask"))
+            taught = self.teacher(**given, **asked)
+        outputs, mask = model(**given, **asked), given.get("attention_mask")
+        loss = divergence(_logits(outputs), _logits(taught), mask)
+        if self.hidden:
+            loss = loss + self.hidden * hidden_error(_states(outputs), _states(taught), mask)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -43,6 +49,26 @@ def divergence(logits: Tensor, taught: Tensor, mask: Tensor | None = None) -> Te
     log_q, log_p = logits.float().log_softmax(-1), taught.float().log_softmax(-1)
     each = (log_p.exp() * (log_p - log_q)).sum(-1)
     return each.mean() if mask is None or mask.shape != each.shape else each[mask != 0].mean()
+
+
+def hidden_error(states: Sequence[Tensor], taught: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+    """|h - `taught`|² / |`taught`|² of hidden states h [samples, positions, channels]: the mean over all layers.
+
+    A mask [samples, positions] leaves out positions that are 0.
+    """
+    errors = []
+    for mine, wanted in zip(states, taught, strict=True):
+        kept = ... if mask is None or mask.shape != mine.shape[:2] else mask != 0
+        one, other = mine[kept].float(), wanted[kept].float()
+        errors.append((one - other).square().sum() / other.square().sum())
+    return torch.stack(errors).mean()
+
+
+def _states(outputs: Any) -> Sequence[Tensor]:
+    states: Sequence[Tensor] | None = getattr(outputs, "hidden_states", None)
+    if not states:
+        raise TrainingError(f"the model gives a {type(outputs).__name__} without hidden states; leave --hidden out")
+    return states
 
 
 def _logits(outputs: Any) -> Tensor:

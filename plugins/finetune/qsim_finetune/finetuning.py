@@ -10,12 +10,14 @@ import contextlib
 import copy
 import importlib.util
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from qsim_core.components.host import Host, installed
 from qsim_core.errors import ModelError, RecipeError, TrainingError
@@ -43,6 +45,7 @@ from qsim_finetune.output_directory import (
     plan_of,
     save_model,
 )
+from qsim_finetune.rates import losses_of, steps_of_a_trial
 from qsim_finetune.training import Finetuned, Logged, Training
 from qsim_finetune.training_data import measured_on, training_data
 
@@ -55,6 +58,7 @@ def finetune(
     host: Host | None = None,
     data: str | None = None,
     eval_data: str | None = None,
+    valid_data: str | None = None,
     device: str = "cpu",
     calibration: Calibration | None = None,
     resume: bool = False,
@@ -65,10 +69,15 @@ def finetune(
 
     `output` then holds the float32 model, `qsim.json` and `sites.safetensors`, checkpoints, and `loss.svg`; with `fold`
     also `folded`, the model with its weights quantized. With `resume` an interrupted run goes on from its last
-    checkpoint. Raises a `QsimError` that says what to do.
+    checkpoint. Of several `rates` the one is taken that has the least loss on `valid_data` after a fifth of the steps.
+    Raises a `QsimError` that says what to do.
     """
     host, run, training = host or installed(), run or Run(), training or Training()
     _check_trainer()
+    if training.hidden and not training.distill:
+        raise RecipeError("the error of hidden states is part of the loss of --distill; name it too")
+    if bool(training.rates) != (valid_data is not None):
+        raise RecipeError("several learning rates and --valid-data, on which they are compared, belong together")
     with run.stage("looking at model and data"):
         job = Job.of(Recipe.of(recipe, host), host)
         if not job.recipe.quantizes:
@@ -93,6 +102,13 @@ def finetune(
         evaluator=str(job.evaluator),
         data=from_anywhere(measured),
     ).write(output)
+    tried: dict[float, float] = {}
+    if valid_data is not None:
+        held = job.evaluator.read(valid_data, split="validation")
+        tried = losses_of(
+            training.rates, lambda rate: _trial(job, taught, held, training, rate, device, given, run), output
+        )
+        training = training.model_copy(update={"learning_rate": min(tried, key=lambda rate: tried[rate])})
     log, unfolded = _train(job, taught, output, training, device, given, fold, run)
     seal(output)
     seconds = time.perf_counter() - start
@@ -104,6 +120,7 @@ def finetune(
         training=training,
         data=source,
         log=log,
+        tried=tried,
         left_unfolded=unfolded,
         seconds=seconds,
     )
@@ -124,11 +141,7 @@ def _train(
     from qsim_finetune.trainer import Ended, trainer
 
     loaded = _loaded(job)
-    samples = job.evaluator.training(loaded, taught, training.seqlen)
-    teacher = copy.deepcopy(loaded.model) if training.distill else None
-    simulation = _simulated(job, loaded, taught, given, run)
-    simulation.state_dict()  # raises now if it could not be saved at the end
-    simulation.sites.quantizing = not training.control
+    samples, teacher, simulation = _student(job, loaded, taught, training, given, run)
     checkpoints = output / CHECKPOINTS
     checkpoints.mkdir(exist_ok=True)
     drop_unfinished(checkpoints)
@@ -162,6 +175,36 @@ def _train(
     model: Any = loaded.model
     save_model(loaded, output / FOLDED, partial(model.save_pretrained, state_dict=tensors))
     return log, left
+
+
+def _trial(
+    job: Job, taught: Data, held: Data, training: Training, rate: float, device: str, given: Calibration, run: Run
+) -> float:
+    """Train a fifth of the steps at a learning rate. Gives the loss on held-out data."""
+    from qsim_finetune.trainer import trainer
+
+    loaded = _loaded(job)
+    samples, teacher, simulation = _student(job, loaded, taught, training, given, run)
+    at_once = training.batch_size * training.accumulate
+    steps = steps_of_a_trial(training.steps, len(samples), training.epochs, at_once)
+    trial = training.model_copy(update={"learning_rate": rate, "steps": steps})
+    with TemporaryDirectory() as folder, contextlib.ExitStack() as shown, torch.random.fork_rng(devices=[]):
+        at_work = trainer(simulation, samples, trial, Path(folder), device, run, shown, teacher)
+        at_work.train()
+        loss: float = at_work.evaluate(job.evaluator.training(loaded, held, training.seqlen))["eval_loss"]
+    return loss
+
+
+def _student(
+    job: Job, loaded: LoadedModel, taught: Data, training: Training, given: Calibration, run: Run
+) -> tuple[Sequence[dict[str, Tensor]], nn.Module | None, Simulation]:
+    """The samples, the teacher if there is one, and the simulation of a model that is to be trained."""
+    samples = job.evaluator.training(loaded, taught, training.seqlen)
+    teacher = copy.deepcopy(loaded.model) if training.distill else None
+    simulation = _simulated(job, loaded, taught, given, run)
+    simulation.state_dict()  # raises now if it could not be saved at the end
+    simulation.sites.quantizing = not training.control
+    return samples, teacher, simulation
 
 
 def _loaded(job: Job) -> LoadedModel:

@@ -140,7 +140,12 @@ def trainer(
         made = SavingTrainer(simulation.model, arguments, train_dataset=samples, callbacks=callbacks)
     else:
         made = DistillationTrainer(
-            simulation.model, arguments, train_dataset=samples, callbacks=callbacks, teacher=teacher
+            simulation.model,
+            arguments,
+            train_dataset=samples,
+            callbacks=callbacks,
+            teacher=teacher,
+            hidden=training.hidden,
         )
     made.remove_callback(PrinterCallback)
     return made

@@ -20,8 +20,17 @@ class Training(BaseModel):
     batch_size: int = Field(8, ge=1, description="samples computed at a time")
     accumulate: int = Field(1, ge=1, description="batches whose gradients make one step")
     learning_rate: float = Field(1e-4, gt=0, description="at its highest")
+    rates: tuple[float, ...] = Field(
+        (), description="highest learning rates to try; the one with the least loss on held-out data is taken"
+    )
     seqlen: int | None = Field(None, description="tokens of a sample; none: what the evaluator takes")
     distill: bool = Field(False, description="learn the float32 model's outputs instead of the data's labels")
+    hidden: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="weight of the hidden states' relative squared error",
+    )
     control: bool = Field(False, description="train in float32, so that what training alone does can be seen")
     seed: int = Field(0, description="of the order of samples and of dropout")
     checkpoint_every: int = Field(100, ge=1, description="steps from one checkpoint to the next")
@@ -45,6 +54,7 @@ class Finetuned(BaseModel):
     training: Training
     data: DataRecord
     log: list[Logged]
+    tried: dict[float, float] = Field(default={}, description="learning rate -> loss on held-out data after its trial")
     left_unfolded: list[str] = Field(default=[], description="weights that --fold had to leave as they are")
     seconds: float = Field(description="of the training itself")
 

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from qsim_finetune.distillation import DistillationTrainer, divergence
+from families import make, tokens
+from qsim_finetune.distillation import DistillationTrainer, divergence, hidden_error
+from qsim_finetune.finetuning import finetune
+from qsim_finetune.training import Training
 from test_finetuning import result
 from torch import Tensor, nn
 from transformers import TrainingArguments
@@ -36,6 +39,15 @@ def test_positions_that_are_padding_do_not_count() -> None:
     masked = divergence(logits, taught, torch.tensor([[1, 1, 0], [1, 0, 0]]))
 
     torch.testing.assert_close(masked, divergence(logits.flatten(0, 1)[[0, 1, 3]], taught.flatten(0, 1)[[0, 1, 3]]))
+
+
+def test_the_error_of_hidden_states_is_relative_in_each_layer_and_without_padding() -> None:
+    taught = [torch.tensor([[[3.0, 4.0], [9.0, 9.0]]]), torch.tensor([[[0.0, 10.0], [9.0, 9.0]]])]
+    states = [torch.tensor([[[3.0, 5.0], [0.0, 0.0]]]), torch.tensor([[[2.0, 10.0], [0.0, 0.0]]])]
+
+    error = hidden_error(states, taught, torch.tensor([[1, 0]]))
+
+    torch.testing.assert_close(error, torch.tensor((1 / 25 + 4 / 100) / 2))
 
 
 class Net(nn.Module):
@@ -88,6 +100,29 @@ def test_a_model_without_logits_has_nothing_to_teach(tmp_path: Path) -> None:
         qsim.QsimError, match=r"^the model gives a SimpleNamespace without logits to learn; leave --distill out$"
     ):
         trainer.train()
+
+
+def test_hidden_states_come_nearer_to_the_teachers(tmp_path: Path) -> None:
+    ids = tokens()
+    samples = [{"input_ids": row, "labels": row} for row in ids]
+
+    def error_after(hidden: float) -> float:
+        student, teacher = make("llama").train(), make("llama")
+        qsim.simulate(student, weights="int2", activations="int4", example={"input_ids": ids})
+        arguments = TrainingArguments(str(tmp_path), **{**OPTIONS, "learning_rate": 1e-3, "max_steps": 15})
+        DistillationTrainer(student, arguments, train_dataset=samples, teacher=teacher, hidden=hidden).train()
+        with torch.no_grad():
+            mine, wanted = (model.eval()(ids, output_hidden_states=True).hidden_states for model in (student, teacher))
+        return float(hidden_error(mine, wanted))
+
+    assert error_after(hidden=10.0) < 0.8 * error_after(hidden=0.0)
+
+
+def test_hidden_states_without_a_teacher_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        qsim.RecipeError, match=r"^the error of hidden states is part of the loss of --distill; name it"
+    ):
+        finetune({"model": "vit-tiny", "weights": "int4"}, tmp_path / "run", Training(hidden=1.0))
 
 
 def test_the_command_brings_a_quantized_model_nearer_to_its_own_float32_outputs(tmp_path: Path) -> None:

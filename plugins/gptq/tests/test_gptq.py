@@ -587,6 +587,19 @@ def test_a_tied_weight_is_left_alone() -> None:
     assert notes == {"lm_head": "left alone: it is tied to another parameter, which would change with it"}
 
 
+def test_activations_are_rounded_beside_a_weight_that_is_multiplied_as_a_view() -> None:
+    class Transposed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight.T
+
+    model, x = nn.Sequential(*(Transposed(16, 16, bias=False) for _ in range(2))), torch.randn(99, 16)
+    recipe = {"weights": "int4", "activations": "int3", "transforms": ["gptq(activations=true)"]}
+
+    found = qsim.simulate(model, recipe, calibration=[x])
+
+    assert [report.layer for report in found.reports if report.after is not None] == ["0", "1"]
+
+
 class Einsum(Loop):
     def forward(self, x: Tensor) -> Tensor:
         return (

@@ -148,7 +148,7 @@ def _quantized(context: Context) -> Iterator[None]:
     sites = context.sites
 
     def compute(site: Site, call: Call) -> Tensor:
-        operands = shown_operands(site, call, site.quantizer)
+        operands = shown_operands(site, call, sites.weights, site.quantizer)
         return StraightThrough(site, call, operands, site.quantizer("output"), FLOAT32).result()
 
     sites.compute = compute

@@ -11,7 +11,8 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from qsim_core import Scheme, Transform
+from qsim_core import RecipeError, Scheme, Transform
+from qsim_core.errors import one_line
 from qsim_core.matmuls.call import Call
 from qsim_core.matmuls.layout import Layout, layout_of
 from qsim_core.quantizers.scales import Scales
@@ -136,13 +137,22 @@ class LearnedRounding(Transform):
             for sample in chosen:
                 with _learning(parameters):
                     loss = (block.output(sample) - targets[sample]).square().sum(-1).mean() / count
-                    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+                    found = self._gradient(loss, parameters)
                 total += float(loss.detach())
                 for gathered, gradient in zip(sums, found, strict=True):
                     if gradient is not None:
                         gathered += gradient
             show(f"error {total:.3g}")  # type: ignore[operator]
             yield total, [layer.layout.rows(x) for layer, x in zip(layers, sums, strict=True)]
+
+    def _gradient(self, loss: Tensor, parameters: list[nn.Parameter]) -> Sequence[Tensor | None]:
+        """The gradients of a loss by parameters. Raises `RecipeError` for a model that has none."""
+        try:
+            return torch.autograd.grad(loss, parameters, allow_unused=True)
+        except RuntimeError as error:  # such as an operator without a derivative
+            raise RecipeError(
+                f"{self.name} needs gradients, and this model has none: {one_line(error).partition('. Hint')[0]}"
+            ) from None
 
     def _finish(
         self, layer: Layer, outcome: tuple[Tensor, Tensor, Tensor | None], context: Context, **found: float

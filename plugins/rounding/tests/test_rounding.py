@@ -145,6 +145,18 @@ def test_where_nothing_can_be_learned_it_says_why(weights: str, reason: str, tex
         rounded(layers(noise(8, 8)), [noise(20, 8)], weights, text)
 
 
+@pytest.mark.parametrize("text", METHODS)
+def test_a_model_without_gradients_is_refused(text: str) -> None:
+    class Cut(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).detach()
+
+    model = nn.Sequential(Cut(8, 8, dtype=torch.float64))
+
+    with pytest.raises(qsim.RecipeError, match=r"^\w+ needs gradients, and this model has none: element 0 of tensors"):
+        rounded(model, [noise(20, 8)], "int4", text)
+
+
 def test_what_another_method_has_rounded_stays() -> None:
     recipe = {"weights": "int4", "transforms": ["signround(2)", "adaround(2)"]}
 

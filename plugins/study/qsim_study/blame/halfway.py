@@ -117,7 +117,7 @@ class Halfway(Execution):
     """A call of operands that are half-way to the recipe; so is its result, if that is rounded."""
 
     def __init__(self, site: Site, call: Call, halfway: HalfwayPass) -> None:
-        operands = shown_operands(site, call, site.quantizer)
+        operands = shown_operands(site, call, halfway.simulation.sites.weights, site.quantizer)
         super().__init__(site, call, operands, site.quantizer("output"), FLOAT32)
         self.shown, self.halfway = call, halfway
 
