@@ -105,9 +105,7 @@ def finetune(
     tried: dict[float, float] = {}
     if valid_data is not None:
         held = job.evaluator.read(valid_data, split="validation")
-        tried = losses_of(
-            training.rates, lambda rate: _trial(job, taught, held, training, rate, device, given, run), output
-        )
+        tried = losses_of(training.rates, partial(_trial, job, taught, held, training, device, given, run), output)
         training = training.model_copy(update={"learning_rate": min(tried, key=lambda rate: tried[rate])})
     log, unfolded = _train(job, taught, output, training, device, given, fold, run)
     seal(output)
@@ -178,7 +176,7 @@ def _train(
 
 
 def _trial(
-    job: Job, taught: Data, held: Data, training: Training, rate: float, device: str, given: Calibration, run: Run
+    job: Job, taught: Data, held: Data, training: Training, device: str, given: Calibration, run: Run, rate: float
 ) -> float:
     """Train a fifth of the steps at a learning rate. Gives the loss on held-out data."""
     from qsim_finetune.trainer import trainer
