@@ -70,10 +70,10 @@ def test_weights_on_disk_take_less_than_half_a_checkpoint_of_memory(large: Path,
 
 @pytest.mark.parametrize("device", ["auto", "disk"])
 def test_where_weights_are_kept_changes_no_number(device: str) -> None:
-    recipe = qsim.Recipe.of({"model": "opt-tiny", "weights": "int4", "activations": "int8"})
+    recipe = {"model": "opt-tiny", "weights": "int4", "activations": "int8", "evaluate": "perplexity(seqlen=32)"}
     run = qsim.Run(limit=2)
 
-    here, elsewhere = (qsim.evaluate(recipe, device=where, run=run) for where in ("cpu", device))
+    here, elsewhere = (qsim.evaluate(qsim.Recipe.of(recipe), device=where, run=run) for where in ("cpu", device))
 
     assert elsewhere.simulated == here.simulated
 
@@ -91,6 +91,7 @@ def test_an_adapter_that_cannot_do_it_says_so() -> None:
 
 def test_the_command_line_says_nothing_but_qsims_own() -> None:
     run = [*forked.python(), "-m", "qsim_core", "evaluate", "--weights", "int4", "--limit", "1", "--device", "disk"]
+    run += ["--set", "perplexity.seqlen=32"]
 
     done = subprocess.run(run, capture_output=True, text=True, check=True)
 

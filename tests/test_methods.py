@@ -19,7 +19,8 @@ from qsim_core.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ["--data", str(ROOT / "README.md"), "--calibration-data", str(ROOT / "CHANGELOG.md")]
-FEW = [*TEXTS, "--calibration-samples", "2", "--calibration-seqlen", "64", "--limit", "1"]
+SHORT = ["--limit", "1", "--set", "perplexity.seqlen=32"]
+FEW = [*TEXTS, "--calibration-samples", "2", "--calibration-seqlen", "32", *SHORT]
 COMBINATIONS = {
     "ABFP-SQ": (["--plugin", "abfp", "--plugin", "smoothquant"], ["smoothquant(0.5)"]),
     "SQ, GPTQ": (["--precision", "w4a8", "--plugin", "smoothquant", "--plugin", "gptq"], ["smoothquant(0.5)", "gptq(0.01)"]),

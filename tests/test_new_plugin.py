@@ -78,15 +78,20 @@ def run(plugins: Path, tmp_path_factory: pytest.TempPathFactory) -> Program:
     return program
 
 
-def test_every_suite_is_green(run: Program, plugins: Path) -> None:
-    """Of the new plugins and the examples, one of each kind, in one process; a warning is an error."""
-    tests = [str(path) for path in sorted(plugins.rglob("test_*.py"))]
+@pytest.mark.parametrize(
+    "names",
+    [[f"new_{kind}" for kind in KINDS], pytest.param([*EXAMPLES], marks=pytest.mark.slow)],
+    ids=["new", "examples"],
+)
+def test_every_suite_is_green(names: list[str], run: Program, plugins: Path) -> None:
+    """One plugin of each kind, in one process; a warning is an error."""
+    tests = [str(path) for name in names for path in sorted((plugins / name).rglob("test_*.py"))]
     options = ["-q", "-W", "error", "-p", "no:cacheprovider", "--import-mode=importlib"]
 
     outcome = run("-m", "pytest", *options, *tests)
 
     assert outcome.returncode == 0, outcome.stdout[-4000:] + outcome.stderr
-    assert len(tests) == 2 * len(KINDS) + 2
+    assert len({Path(test).parents[1] for test in tests}) == len(KINDS)
 
 
 def test_a_new_plugin_is_used_as_the_page_says(run: Program) -> None:

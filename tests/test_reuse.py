@@ -33,7 +33,7 @@ def evaluate(small: Path) -> Evaluate:
 
     def evaluated(work_dir: Path | None, weights: str = "int4", **run: Any) -> qsim.Result:
         dtype = run.pop("dtype", "float32")
-        recipe = qsim.Recipe.of({"model": str(small), "weights": weights})
+        recipe = qsim.Recipe.of({"model": str(small), "weights": weights, "evaluate": "perplexity(seqlen=32)"})
         return qsim.evaluate(recipe, data=TEXT, dtype=dtype, run=Run(**({"limit": 3} | run), work_dir=work_dir))
 
     return evaluated
@@ -83,6 +83,8 @@ def test_two_runs_at_once_share_a_work_directory(small: Path, tmp_path: Path) ->
         TEXT,
         "--limit",
         "1",
+        "--set",
+        "perplexity.seqlen=32",
         "--quiet",
         "--work-dir",
         "work",
