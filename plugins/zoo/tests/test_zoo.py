@@ -135,7 +135,7 @@ def perplexities(model: str) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("model", ["opt-tiny", "opt-tiny-outliers"])
+@pytest.mark.parametrize("model", [pytest.param("opt-tiny", marks=pytest.mark.slow), "opt-tiny-outliers"])
 def test_the_papers_order_comes_out(model: str) -> None:
     found = perplexities(model)
 
