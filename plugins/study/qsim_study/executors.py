@@ -5,6 +5,7 @@ All of them run the same `Worker` on the same folder, so none has results of its
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,8 +13,9 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -33,6 +35,10 @@ LAST_WORDS = 2000
 class Executor(ABC):
     """Computes the cells of a folder."""
 
+    def started(self) -> AbstractContextManager[Any]:
+        """Surrounds planning and `run`: what takes time to start may start here."""
+        return nullcontext()
+
     @abstractmethod
     def run(self, folder: Folder, host: Host, run: Run) -> Iterator[str]:
         """Compute every cell that is missing, and give the key of each that is done. Raises `QsimError`."""
@@ -48,47 +54,73 @@ class InProcess(Executor):
 
 
 class Processes(Executor):
-    """Several processes of this machine, which share its cores. One that dies is started again."""
+    """Several processes of this machine, which share its cores. One that dies is started again.
+
+    On Linux they are forks of one process, which starts while cells are planned. Cells of a GPU are not for forks.
+    """
 
     def __init__(self, many: int) -> None:
         self.many = many
+        self._started: list[subprocess.Popen[bytes]] = []
+        self._errors: IO[bytes] | None = None
+
+    @contextmanager
+    def started(self) -> Iterator[None]:
+        """Inside, one process is there or starts; all end with the block."""
+        with tempfile.TemporaryFile() as self._errors:
+            self._start()
+            try:
+                yield
+            finally:
+                for process in self._started:
+                    process.terminate()
+                while self._started:
+                    self._started.pop().communicate()
 
     def run(self, folder: Folder, host: Host, run: Run) -> Iterator[str]:
-        """Start the processes, and look at the folder until no cell is missing."""
+        """Have the processes work, and look at the folder until no cell is missing."""
         many = min(self.many, len(folder.missing()))
-        threads = max(1, torch.get_num_threads() // max(many, 1))
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        command = [sys.executable, "-m", "qsim_study.worker", str(folder.path)]
-        with tempfile.TemporaryFile() as errors:
-            started: list[subprocess.Popen[bytes]] = []
-            budget = [None] * (DEATHS * len(folder.cells) + many)  # a process may die before it claims a cell
+        if not many:
+            return
+        forks = sys.platform == "linux" and all(cell.circumstances.device == "cpu" for cell in folder.cells.values())
+        threads = max(1, torch.get_num_threads() // many)
+        task = {"folder": str(folder.path), "forks": many if forks else 0, "threads": threads}
+        budget = [None] * (DEATHS * len(folder.cells) + many)  # a process may die before it claims a cell
 
-            def start() -> None:
-                started.append(subprocess.Popen(command, env=environment, stderr=errors, stdin=subprocess.DEVNULL))
+        def revive() -> None:
+            for process in [one for one in self._started if one.poll() is not None]:
+                self._started.remove(process)
+                process.communicate()
+                budget.pop()
+                if process.returncode > 0 or not budget:  # not killed: it will fail again
+                    raise QsimError(f"a worker ended with {process.returncode}: {self._last_words()}")
+                self._give(task, self._start())
 
-            def revive() -> None:
-                for process in [one for one in started if one.poll() is not None]:
-                    started.remove(process)
-                    if process.returncode == 0:
-                        continue
-                    budget.pop()
-                    if process.returncode > 0 or not budget:  # not killed: it will fail again
-                        errors.seek(max(0, errors.tell() - LAST_WORDS))
-                        last = errors.read().decode(errors="replace").strip().splitlines()
-                        raise QsimError(f"a worker ended with {process.returncode}: {last[-1] if last else ''}")
-                    start()
-                if not started and folder.missing():
-                    start()
+        while len(self._started) < (1 if forks else many):
+            self._start()
+        for process in self._started:
+            self._give(task, process)
+        yield from _watch(folder, set(folder.missing()), revive)
 
-            try:
-                for _ in range(many):
-                    start()
-                yield from _watch(folder, set(folder.missing()), revive)
-            finally:
-                for process in started:
-                    process.terminate()
-                for process in started:
-                    process.wait()
+    def _start(self) -> subprocess.Popen[bytes]:
+        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // self.many))}
+        command = [sys.executable, "-m", "qsim_study.worker"]
+        process = subprocess.Popen(command, env=environment, stderr=self._errors, stdin=subprocess.PIPE)
+        self._started.append(process)
+        return process
+
+    @staticmethod
+    def _give(task: dict[str, Any], process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):  # it died, and is started again
+            process.stdin.write(json.dumps(task).encode() + b"\n")
+            process.stdin.flush()
+
+    def _last_words(self) -> str:
+        """The last line of what processes wrote as errors."""
+        assert self._errors is not None
+        self._errors.seek(max(0, self._errors.tell() - LAST_WORDS))
+        return (self._errors.read().decode(errors="replace").strip().splitlines() or [""])[-1]
 
 
 class Dask(Executor):

@@ -70,26 +70,27 @@ def study(
         specification = Specification.read(Path(specification))
     elif not isinstance(specification, Specification):
         specification = Specification.of(specification)
-    with run.stage("planning"):
-        cells = specification.cells(host, many)
     executor = executor or InProcess()
     limits = [FIRST_LOOK << look for look in range(LOOKS)] if until_decided else [None]
     last: dict[int, tuple[str, Cell]] = {}
     entries: dict[str, Entry] = {}
     pairs: dict[tuple[int, int], Comparison] = {}
-    going = list(range(len(cells)))
-    for limit in limits:
-        folder = Folder.make(output, specification, [_limited(cells[place], limit) for place in going], host)
-        last |= dict(zip(going, folder.cells.items(), strict=True))
-        places = dict(zip(folder.cells, going, strict=True))
-        _compute(folder, executor, host, run)
-        entries |= (found := folder.entries())
-        compared = comparisons(found, len(limits))
-        pairs |= {(places[one.first], places[one.second]): one for one in compared}
-        open_ = [one for one in compared if not one.settled(difference)]
-        going = sorted({places[key] for one in open_ for key in (one.first, one.second)})
-        if not going or _all_samples_seen(found, limit):
-            break
+    with executor.started():
+        with run.stage("planning"):
+            cells = specification.cells(host, many)
+        going = list(range(len(cells)))
+        for limit in limits:
+            folder = Folder.make(output, specification, [_limited(cells[place], limit) for place in going], host)
+            last |= dict(zip(going, folder.cells.items(), strict=True))
+            places = dict(zip(folder.cells, going, strict=True))
+            _compute(folder, executor, host, run)
+            entries |= (found := folder.entries())
+            compared = comparisons(found, len(limits))
+            pairs |= {(places[one.first], places[one.second]): one for one in compared}
+            open_ = [one for one in compared if not one.settled(difference)]
+            going = sorted({places[key] for one in open_ for key in (one.first, one.second)})
+            if not going or _all_samples_seen(found, limit):
+                break
     notes = doubts(entries.values())
     if until_decided and going:
         notes.append(f"undecided after {limit} samples: {len(going)} cells")

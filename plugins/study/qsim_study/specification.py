@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from qsim_core import ModelError, QsimError, Recipe, RecipeError
 from qsim_core.cli.recipe_options import ROLES, compose, with_setting
@@ -53,6 +53,18 @@ class Specification(BaseModel):
     circumstances: Circumstances = Field(
         default_factory=Circumstances, description="data, limit, seed, calibration, dtype and device of all cells"
     )
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _some_models(cls, models: Any) -> Any:
+        return (models,) if isinstance(models, str) else models
+
+    @field_validator("vary", mode="before")
+    @classmethod
+    def _some_values(cls, vary: Any) -> Any:
+        if not isinstance(vary, Mapping):
+            return vary
+        return {key: [value] if isinstance(value, str | int | float) else value for key, value in vary.items()}
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import time
@@ -29,6 +30,12 @@ class Worker:
     def __init__(self, host: Host, run: Run | None = None) -> None:
         self.host, self.run = host, run or Run()
         self._bench: tuple[Place, Bench] | None = None
+
+    def prepare(self, folder: Folder) -> None:
+        """Load the model of the first cell that is missing. If that fails, the cell will say so."""
+        with contextlib.suppress(Exception):
+            cell = folder.cells[folder.missing()[0]]
+            self._on_bench((cell.model, cell.circumstances.device, cell.circumstances.dtype)).load()
 
     def work(self, folder: Folder, keys: Iterable[str] | None = None) -> Iterator[str]:
         """Compute the cells that no other process has claimed, and give the key of each when it is done."""

@@ -34,6 +34,12 @@ def test_cells_of_a_model_stand_together() -> None:
     assert [label.split(",")[0] for label in found] == ["model=opt-tiny"] * 2 + ["model=bert-tiny"] * 2
 
 
+def test_one_model_and_one_value_need_no_list() -> None:
+    found = labels(models="opt-tiny", vary={"weights": "int4"})
+
+    assert found == labels(models=["opt-tiny"], vary={"weights": ["int4"]})
+
+
 def test_recipes_are_named_and_share_what_they_have_in_common() -> None:
     study = Specification.of(
         {

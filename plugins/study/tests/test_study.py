@@ -141,8 +141,9 @@ def test_a_study_killed_in_the_middle_goes_on(whole: tuple[Path, Study], tmp_pat
     assert done == 1
 
 
+@pytest.mark.parametrize("many", [1, 2])
 def test_a_process_that_is_killed_is_started_again(
-    quick_workers: None, whole: tuple[Path, Study], tmp_path: Path
+    many: int, quick_workers: None, whole: tuple[Path, Study], tmp_path: Path
 ) -> None:
     killed: list[int] = []
 
@@ -156,7 +157,7 @@ def test_a_process_that_is_killed_is_started_again(
     def count(total: int, done: int, description: str) -> Any:
         yield kill
 
-    found = study(SMALL, tmp_path, executor=Processes(1), run=qsim.Run(count=count))
+    found = study(SMALL, tmp_path, executor=Processes(many), run=qsim.Run(count=count))
 
     assert killed
     assert numbers(found) == numbers(whole[1])
