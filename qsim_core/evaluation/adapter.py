@@ -69,7 +69,7 @@ class StoredQuantization:
         and says the rest. Raises `RecipeError` for weights and transforms.
         """
         own = self.recipe.overrides
-        stored = {pattern: override.weights for pattern, override in own.items()}
+        stored = {pattern: override.weights for pattern, override in own.items() if override.weights is not None}
         others = [o.weights for pattern, o in recipe.overrides.items() if stored.get(pattern) != o.weights]
         if any(weights is not None for weights in (recipe.weights, *others)):
             raise RecipeError(

@@ -50,6 +50,7 @@ class Simulation:
         self._before_transforms: dict[str, Tensor] = {}
         self._left = ""
         self.needed_beside = ""
+        self.hooks_left = 0
         """Things that transforms have left, without which the changed weights compute something else; or empty."""
         self.reports: list[LayerReport] = []
         """The reports of the transforms, layer by layer."""
@@ -274,8 +275,9 @@ class Simulation:
         for name, tensor in state_of(self.model):  # what no transform has changed may be trained, and stays so
             if name in self._before_transforms and torch.equal(self._before_transforms[name], tensor):
                 del self._before_transforms[name]
-        self._left = left_behind(self.sites, len(self._handles) - hooks)
-        self.needed_beside = needed_beside(self.sites, len(self._handles) - hooks)
+        self.hooks_left = len(self._handles) - hooks
+        self._left = left_behind(self.sites, self.hooks_left)
+        self.needed_beside = needed_beside(self.sites, self.hooks_left)
         self.reports += [report for context in contexts for report in context.reports]
         self.warnings += [warning for context in contexts for warning in context.warnings]
 

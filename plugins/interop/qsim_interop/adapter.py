@@ -13,7 +13,6 @@ from qsim_core.evaluation.adapter import StoredQuantization
 from qsim_core.quantizers.scales import Scales
 from qsim_interop.reading.checkpoint import READERS, open_checkpoint
 from qsim_interop.reading.reader import Reader
-from qsim_interop.reading.recipe import recipe_of
 
 PLAIN = ("weight", "bias")
 """The tensors of a packed layer that a plain layer has too."""
@@ -45,8 +44,7 @@ class Checkpoint(Pretrained):
     def stored_quantization(self, source: str) -> StoredQuantization:
         """The recipe that the checkpoint stands for, and the scales of its inputs. Raises `ModelError`."""
         reader = open_checkpoint(source)
-        recipe = recipe_of(reader.layers, reader.plain, reader.host)
-        return StoredQuantization(reader.kind, recipe, reader.input_scales(), tuple(reader.notes))
+        return StoredQuantization(reader.kind, reader.recipe, reader.input_scales(), tuple(reader.notes))
 
 
 def _dequantized(reader: Reader) -> tuple[dict[str, Tensor], dict[str, Scales | None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shlex
@@ -15,7 +16,7 @@ from architectures import FAMILIES, build, write
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 import qsim_core as qsim
 from qsim_core.cli.main import main
@@ -69,6 +70,18 @@ def quantized(folder: Path, weights: dict[str, Any], inputs: dict[str, Any] | No
     said["quantization_config"] = config | {"quantization_status": "compressed", "config_groups": {"group_0": group}}
     (folder / "config.json").write_text(json.dumps(said))
     return folder
+
+
+def with_cache(folder: Path, scheme: dict[str, Any], scales: bool = True) -> None:
+    """Let a checkpoint ask for a quantized key-value cache."""
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = scheme
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if scales and name.endswith("k_proj.weight")]:
+        attention = name.removesuffix(".k_proj.weight")
+        tensors |= {f"{attention}.k_scale": torch.tensor([0.03]), f"{attention}.v_scale": torch.tensor([0.02])}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def plain(folder: Path) -> Any:
@@ -159,6 +172,56 @@ def test_the_logits_are_those_that_compressed_tensors_computes(
         ours = call(loaded.model, EXAMPLE)[0]
 
     assert torch.equal(ours, call(theirs, EXAMPLE)[0])
+
+
+@pytest.mark.parametrize("of", [FP8, INT8], ids=["fp8", "int8"])
+def test_the_cache_is_quantized_as_compressed_tensors_does(of: dict[str, Any], tmp_path: Path) -> None:
+    scheme = {**of, "strategy": "tensor", "dynamic": False}
+    with_cache(quantized(tmp_path, INT8), scheme)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        of_library = pytest.importorskip("compressed_tensors.quantization")
+        rounded = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward").fake_quantize
+    args = of_library.QuantizationArgs(**scheme)
+
+    class Quantized(DynamicCache):
+        def update(self, keys: Tensor, values: Tensor, *more: Any, **named: Any) -> Any:
+            both = ((keys, 0.03), (values, 0.02))
+            held = (rounded(x, torch.tensor([scale]), None, args) for x, scale in both)
+            return super().update(*held, *more, **named)
+
+    theirs = plain(tmp_path)
+    located = locate(str(tmp_path), qsim.Host())
+    job = Job.at(located, qsim.Recipe(), qsim.Host())
+    loaded = located.adapter.load(located.source, torch.float32)
+    dequantized = call(loaded.model, EXAMPLE)[0]
+
+    with qsim.simulate(loaded.model, job.recipe, example=EXAMPLE, final=loaded.final, state=job.state()):
+        ours = call(loaded.model, EXAMPLE)[0]
+
+    named = "cache" if "cache" in inspect.signature(theirs.forward).parameters else "past_key_values"
+    wanted = call(theirs, {**EXAMPLE, named: Quantized()})[0]
+    torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=0)
+    assert (ours - dequantized).abs().max() > 1e-3
+
+
+def test_without_scales_of_the_cache_servers_take_one(tmp_path: Path) -> None:
+    with_cache(quantized(tmp_path, INT8), {**FP8, "dynamic": False}, scales=False)
+
+    stored = locate(str(tmp_path), qsim.Host()).stored
+
+    assert stored is not None
+    overrides = stored.recipe.record()["overrides"]
+    assert overrides["*:qk"] == {"keys": "at_scale(e4m3, scale=1.0)"}
+    assert overrides["*:pv"] == {"values": "at_scale(e4m3, scale=1.0)"}
+
+
+def test_a_cache_with_dynamic_scales_is_named(text: Path, tmp_path: Path) -> None:
+    with_cache(quantized(tmp_path / "model", INT8), {**FP8, "dynamic": True}, scales=False)
+
+    run = evaluate(tmp_path / "model", "--data", text)
+
+    assert "Warning: the checkpoint asks for a key-value cache in tensor(e4m3), which is not simulated\n" in run.stderr
 
 
 def test_static_inputs_have_the_scales_of_the_checkpoint(tmp_path: Path) -> None:

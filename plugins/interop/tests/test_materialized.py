@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import make, tokens
 from torch import Tensor, nn
 
 import qsim_core as qsim
@@ -100,6 +101,57 @@ def test_it_compiles_without_a_break() -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_inductor_gives_the_same_bits() -> None:
+    model = linear()
+    plain = qsim.materialize(simulated(model, {"weights": "int4", "activations": "tensor(int8, static=true)"}))
+
+    compiled = torch.compile(plain, fullgraph=True)
+
+    assert torch.equal(outputs(compiled, X), outputs(model, X))
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("activations", ["int8", "tensor(int8, static=true)", "block(int8, 4)"])
+def test_quantized_products_of_activations_make_the_model_one_graph(activations: str) -> None:
+    model = Scores().eval()
+    simulation = simulated(model, {"weights": "int4", "activations": activations})
+
+    plain = qsim.materialize(simulation)
+
+    for x in (X, X[:3] * 2):
+        assert torch.equal(outputs(plain, x), outputs(model, x))
+    program = torch.export.export(plain, (X,), strict=False)
+    assert torch.equal(outputs(program.module(), X), outputs(model, X))
+    assert outputs(simulation.restore(), X).isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_of_a_language_model_in_any_batch_and_length(attention: str) -> None:
+    model, ids = make("llama", attention), tokens()
+    recipe = {"weights": "int4", "activations": "int8", "kv_cache": "token(int4)", "arithmetic": "float32"}
+    simulation = qsim.simulate(model, qsim.Recipe.of(recipe), example={"input_ids": ids[:1]})
+
+    plain = qsim.materialize(simulation)
+
+    with torch.no_grad():
+        for x in (ids, ids[:1, :9]):
+            assert torch.equal(plain(input_ids=x, use_cache=False).logits, model(x, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("size", ["whole", "16"])
+def test_rotations_of_inputs_are_in_it(size: str) -> None:
+    pytest.importorskip("qsim_hadamard")
+    model = linear()
+    recipe = {"weights": "int4", "activations": "int8", "transforms": [f"hadamard(size={size})"]}
+
+    plain = qsim.materialize(simulated(model, recipe))
+
+    assert torch.equal(outputs(plain, X), outputs(model, X))
+
+
 def test_tied_layers_and_layers_that_are_used_twice() -> None:
     layer, other = nn.Linear(32, 32), nn.Linear(32, 32)
     other.weight = layer.weight
@@ -138,11 +190,6 @@ def test_the_simulation_stays_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("make", "recipe", "message"),
     [
-        (
-            Scores,
-            {"activations": "int8"},
-            r"^:qk: it multiplies activations, and no layer holds their quantizers; skip '\*:qk'",
-        ),
         (
             linear,
             {"activations": "int8(rounding=stochastic)"},

@@ -103,6 +103,34 @@ def test_awq_is_what_compressed_tensors_converts_it_to(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("size", "filled"), [(32, 4), (-1, 1)])
+def test_awqs_gemv_has_its_codes_along_the_inputs(size: int, filled: int, tmp_path: Path) -> None:
+    codes, group = numbers(N, K), torch.arange(K) // (size if size > 0 else K)
+    zeros, scales = (torch.zeros(N, 8 * filled, dtype=kind) for kind in (torch.int64, torch.float16))
+    groups = int(group.max()) + 1
+    zeros[:, :groups], scales[:, :groups] = numbers(N, groups), (numbers(N, groups) + 1).half()
+    packed = {
+        name: torch.tensor([words(row.tolist(), 4) for row in rows], dtype=torch.int32)
+        for name, rows in (("qweight", codes), ("qzeros", zeros))
+    }
+    tensors = {"fc.scales": scales} | {f"fc.{name}": tensor for name, tensor in packed.items()}
+    write(tmp_path, tensors, quant_method="awq", bits=4, group_size=size, version="gemv")
+
+    checkpoint = open_checkpoint(tmp_path)
+    found = checkpoint.read(checkpoint.layers[0]).dequantize()
+
+    assert torch.equal(found, (codes - zeros[:, group]).float() * scales[:, group].float())
+    assert examine(checkpoint).findings == []
+
+
+def test_pickles_are_named_and_not_loaded(tmp_path: Path) -> None:
+    write(tmp_path, {}, quant_method="torchao")
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+
+    with pytest.raises(ModelError, match="holds pytorch_model.bin, a pickle, which could run code; load it where you"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("powers", [False, True])
 def test_fine_grained_fp8_is_what_transformers_dequantizes(powers: bool, tmp_path: Path) -> None:
     finegrained = pytest.importorskip("transformers.integrations.finegrained_fp8")
@@ -153,8 +181,9 @@ def test_layers_that_a_method_usually_leaves_are_not_findings(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "has the layout 'marlin'; of gptq, gptq and gptq_v2 are read"),
-        ({"quant_method": "awq", "version": "gemv"}, "has 4 bits in the layout 'gemv'; of awq, gemm of 4 bits is read"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "has the layout 'marlin', whose words are ordered for one kernel; of gptq, gptq and gptq_v2 are read"),
+        ({"quant_method": "gptq", "is_marlin_format": True}, "has the layout 'marlin'"),
+        ({"quant_method": "awq", "version": "gemv_fast"}, "has 4 bits in the layout 'gemv_fast'; of awq, gemm and gemv of 4 bits are read"),
         ({"quant_method": "gptq", "bits": "four"}, "its quantization_config cannot be read: "),
         ({"quant_method": "gptq", "group_size": 40}, "fc: its groups of 40 do not divide K = 96; fetch or quantize"),
     ],

@@ -60,7 +60,23 @@ def test_fp8_has_a_scale_of_the_tensor_and_one_of_the_inputs(tmp_path: Path) -> 
     assert torch.equal(checkpoint.read(checkpoint.layers[0]).dequantize(), weight.float() * 0.3)
     assert str(checkpoint.layers[0].activations) == "tensor(e4m3, static=true)"
     assert checkpoint.input_scales() == {"fc:input.scale": torch.tensor([[0.1]])}
-    assert checkpoint.notes == ["the checkpoint asks for a key-value cache in FP8"]
+    assert checkpoint.notes == []
+    assert checkpoint.cache()["*:qk"] == {"keys": "at_scale(e4m3, 1.0)"}
+
+
+def test_the_scales_of_the_cache_lie_with_the_projections(tmp_path: Path) -> None:
+    weight = torch.ones(8, 16).to(torch.float8_e4m3fn)
+    stored = {
+        "a.k_proj.weight": weight,
+        "a.k_proj.weight_scale": torch.tensor(0.25),
+        "a.k_proj.k_scale": torch.tensor(0.5),
+    }
+
+    checkpoint = open_checkpoint(write(tmp_path, stored | {"a.v_proj.v_scale": torch.tensor(2.0)}, "FP8"))
+
+    overrides = checkpoint.recipe.record()["overrides"]
+    assert overrides["a:qk"] == {"keys": "at_scale(e4m3, scale=0.5)"}
+    assert overrides["a:pv"] == {"values": "at_scale(e4m3, scale=2.0)"}
 
 
 def test_modules_are_left_out_by_patterns(tmp_path: Path) -> None:

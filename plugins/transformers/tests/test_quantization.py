@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pipelines import write_stable_diffusion
 from qsim_transformers import QsimConfig, save_pretrained
 from qsim_transformers.pretrained import load_model
 from tokenizers import Tokenizer
@@ -265,6 +266,40 @@ def test_a_trainer_trains_it_and_every_forward_sees_the_new_weights(directory: P
     fresh.load_state_dict(model.state_dict())
     QsimConfig(**RECIPE).apply(fresh)
     assert torch.equal(logits(model.eval()), logits(fresh))
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("diffusers")
+    return write_stable_diffusion(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_pipeline_of_diffusers_gives_its_text_encoder_the_configuration(stable_diffusion: Path) -> None:
+    import diffusers
+
+    config = diffusers.PipelineQuantizationConfig(quant_mapping={"text_encoder": QsimConfig(**RECIPE)})
+
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(stable_diffusion, quantization_config=config)
+
+    assert pipe.text_encoder.hf_quantizer.simulation.recipe.weights == qsim.parse("channel(int4)")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_of_diffusers_is_simulated_once_it_is_loaded(stable_diffusion: Path) -> None:
+    import diffusers
+
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(stable_diffusion)
+    make = {"num_inference_steps": 1, "output_type": "np"}
+    before = pipe("abc", generator=torch.Generator().manual_seed(0), **make).images
+
+    simulation = QsimConfig(**RECIPE).apply(pipe.unet)
+
+    during = pipe("abc", generator=torch.Generator().manual_seed(0), **make).images
+    simulation.restore()
+    after = pipe("abc", generator=torch.Generator().manual_seed(0), **make).images
+    assert abs(during - before).max() > 1e-3
+    assert abs(after - before).max() == 0
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from qsim_core.simulation.recipe import Recipe
 from qsim_interop.reading.packed_weight import OF_WEIGHT, Layer
 from qsim_interop.reading.reader import Reader
-from qsim_interop.reading.recipe import recipe_of
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
 """Layers that servers fuse into one product, which has one global scale."""
@@ -52,7 +51,7 @@ def examine(reader: Reader) -> Examined:
     packed, of_all = _bits(reader)
     return Examined(
         kind=reader.kind,
-        recipe=recipe_of(reader.layers, reader.plain, reader.host),
+        recipe=reader.recipe,
         layers=reader.layers,
         plain=reader.plain,
         bits_per_weight=packed,

@@ -16,13 +16,21 @@ from qsim_core.components.host import Host
 from qsim_core.errors import ModelError, one_line
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.quantizers.scheme import Scheme
+from qsim_core.simulation.recipe import Recipe
 from qsim_interop.reading.packed_weight import Layer, PackedWeight
+from qsim_interop.reading.recipe import recipe_of
 from qsim_interop.reading.tensors import FLOATS, Tensors
 
 EMBEDDING = re.compile(r"embe?d|(^|\.)(wte|wpe|shared|tok_embeddings)$")
 """Found in the paths of modules that look rows up: their weights have two axes, and no matmul."""
 USUALLY_LEFT = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier|gate|router)$")
 """Found in the paths of heads and routers, which methods leave as they are unless they are told otherwise."""
+
+
+CACHED = (("k_scale", "qk", "keys"), ("v_scale", "pv", "values"))
+"""The scales of a key-value cache, the products of attention that read it, and the operands that it holds."""
+PROJECTION = re.compile(r"\.[kv]_proj$")
+"""The end of the paths of projections to keys and values."""
 
 
 class Reader(ABC):
@@ -45,6 +53,11 @@ class Reader(ABC):
     def kind(self) -> str:
         """The kind of the checkpoint, for people."""
         return self.method
+
+    @property
+    def cache_format(self) -> str | None:
+        """The format of keys and values in the cache, under one scale each; None: none, or one that is not read."""
+        return None
 
     @property
     def notes(self) -> list[str]:
@@ -146,6 +159,33 @@ class Reader(ABC):
                 inverse = role == "input_global_scale" and self.divides
                 found[f"{layer.module}:input.{roles[role]}"] = 1 / value if inverse else value
         return found
+
+    def cache(self) -> dict[str, dict[str, str]]:
+        """The quantizers of keys and values in the cache, as overrides of attention's products.
+
+        Scales lie with the attention, or with its projections. Servers take 1 where the checkpoint has none.
+        Raises `ModelError` for a scale that is not one number.
+        """
+        form = self.cache_format
+        found = {}
+        for last, product, role in CACHED if form is not None else ():
+            scales = [name for name in self.tensors if name.rpartition(".")[2] == last]
+            for name in scales:
+                value = self.tensors.read(name).float()
+                if value.numel() != 1:
+                    raise ModelError(
+                        f"{self.path}: {name} has shape {list(value.shape)}; one scale of the cache is read"
+                    )
+                module = PROJECTION.sub("", name.rpartition(".")[0])
+                found[f"{module}:{product}"] = {role: f"at_scale({form}, {float(value)!r})"}
+            if not scales:
+                found[f"*:{product}"] = {role: f"at_scale({form}, 1.0)"}
+        return found
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that the checkpoint stands for. Raises `ModelError`."""
+        return recipe_of(self.layers, self.plain, self.host, self.cache())
 
     def scheme(self, text: str) -> Scheme:
         """The quantizer of a text. Raises `SpecError` if a plugin that it needs is not installed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qsim_core.components.host import Host
@@ -10,8 +10,10 @@ from qsim_core.simulation.recipe import Recipe
 from qsim_interop.reading.packed_weight import Layer
 
 
-def recipe_of(layers: Iterable[Layer], plain: Iterable[str], host: Host) -> Recipe:
-    """The recipe of packed layers; `plain` names the modules that stay as they are.
+def recipe_of(
+    layers: Iterable[Layer], plain: Iterable[str], host: Host, cache: Mapping[str, Mapping[str, str]] | None = None
+) -> Recipe:
+    """The recipe of packed layers; `plain` names the modules that stay as they are, `cache` has overrides of attention.
 
     Layers that end in the same name, and are all packed in the same way, share a pattern like `*.q_proj`.
     """
@@ -24,7 +26,7 @@ def recipe_of(layers: Iterable[Layer], plain: Iterable[str], host: Host) -> Reci
         parent, _, last = module.rpartition(".")
         alike = all(other == quantizers for other in by_end[last])
         overrides[f"*.{last}" if parent and alike else module] = quantizers
-    return Recipe.of({"overrides": overrides}, host)
+    return Recipe.of({"overrides": {**overrides, **(cache or {})}}, host)
 
 
 def _quantizers(layer: Layer) -> dict[str, str]:

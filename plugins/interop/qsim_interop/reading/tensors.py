@@ -94,6 +94,12 @@ class Safetensors(Tensors):
         index = self.directory / "model.safetensors.index.json"
         if not index.is_file():
             files = sorted(self.directory.glob("*.safetensors"))
+            pickles = [path for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(self.directory.glob(pattern))]
+            if pickles and not files:
+                raise ModelError(
+                    f"{self.directory} holds {pickles[0].name}, a pickle, which could run code; load it where you "
+                    f"trust it, and save it as safetensors"
+                )
             if not files:
                 raise ModelError(f"{self.directory} has no weights: expected safetensors files")
             return files, {}

@@ -42,7 +42,17 @@ class CompressedTensors(Reader):
     @property
     def notes(self) -> list[str]:
         cache = self.config.get("kv_cache_scheme")
-        return [] if not cache else [f"the checkpoint asks for a key-value cache in {self._text(cache, 'input')}"]
+        if not cache or self.cache_format is not None:
+            return []
+        return [f"the checkpoint asks for a key-value cache in {self._text(cache, 'input')}, which is not simulated"]
+
+    @property
+    def cache_format(self) -> str | None:
+        args = self.config.get("kv_cache_scheme") or {}
+        static = not args.get("dynamic") and args.get("strategy", "tensor") == "tensor" and args.get("symmetric", True)
+        if not args or not static:
+            return None
+        return "e4m3" if args.get("type") == "float" else f"int({args['num_bits']}, narrow=false)"
 
     def targets(self, module: str) -> bool:
         return self._group(module) is not None and not _matches(module, self.config.get("ignore") or ())

@@ -35,6 +35,8 @@ class GPTQ(Reader):
 
     @property
     def _layout(self) -> str:
+        if self.config.get("is_marlin_format"):
+            return "marlin"
         return str(self.config.get("checkpoint_format") or self.config.get("format") or "gptq")
 
     def targets(self, module: str) -> bool:
@@ -48,7 +50,10 @@ class GPTQ(Reader):
 
     def _layers(self) -> Iterator[Layer]:
         if self._layout not in LAYOUTS:
-            raise ModelError(f"{self.path} has the layout {self._layout!r}; of gptq, {' and '.join(LAYOUTS)} are read")
+            raise ModelError(
+                f"{self.path} has the layout {self._layout!r}, whose words are ordered for one kernel; of gptq, "
+                f"{' and '.join(LAYOUTS)} are read: take the checkpoint that it was made from"
+            )
         for name in self.tensors:
             module, _, last = name.rpartition(".")
             if last == "qweight":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -35,8 +35,19 @@ class ModelOpt(Reader):
 
     @property
     def notes(self) -> list[str]:
-        cache = self.config.get("kv_cache_quant_algo") or self.config.get("kv_cache_scheme")
-        return [f"the checkpoint asks for a key-value cache in {cache}"] if cache else []
+        cache = self._cache
+        known = not cache or self.cache_format is not None
+        return [] if known else [f"the checkpoint asks for a key-value cache in {cache}, which is not simulated"]
+
+    @property
+    def cache_format(self) -> str | None:
+        eight = {"num_bits": 8, "type": "float"}.items()
+        fp8 = self._cache == "FP8" or (isinstance(self._cache, dict) and eight <= self._cache.items())
+        return "e4m3" if fp8 else None
+
+    @property
+    def _cache(self) -> Any:
+        return self.config.get("kv_cache_quant_algo") or self.config.get("kv_cache_scheme")
 
     def targets(self, module: str) -> bool:
         layers = self.config.get("quantized_layers")

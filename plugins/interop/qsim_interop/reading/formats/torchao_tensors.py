@@ -57,6 +57,7 @@ class TorchAO(Reader):
             beside = "".join(f" with {name}" for name in names if name not in PARTS)
             raise ModelError(
                 f"{self.path}: {module} is of class {kind}{beside}; of torchao, {', '.join(CLASSES)} are read"
+                + (", and torchao itself dequantizes no Int4Tensor" if kind.startswith("Int4") else "")
             )
         stored = self.tensors[codes]
         shape, (rows, columns) = (stored.shape[0], stored.shape[1]), data["block_size"]
