@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import FAMILIES as ARCHITECTURES
+from architectures import build
 from click.testing import CliRunner
 from families import FAMILIES, make, tokens
 from torch import nn
@@ -105,6 +107,25 @@ def test_every_method_runs_on_every_family(transform: str, family: str) -> None:
         assert model(**batches[0]).logits.isfinite().all()
     assert any(report.after is not None for report in simulation.reports)
     assert all(report.note for report in simulation.reports if report.after is None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transform", ["gptaq", "signround(1)", "imatrix"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_method_changes_every_architecture_or_says_why_not(name: str, transform: str) -> None:
+    example = ARCHITECTURES[name].example
+    recipe: Any = {"weights": "int4", "activations": "int8", "transforms": [transform]}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", qsim.CalibrationWarning)
+        try:
+            reports = qsim.simulate(build(name), recipe, calibration=[example], example=example).reports
+        except qsim.RecipeError as error:
+            assert re.search("left alone|needs gradients", str(error))
+            return
+
+    assert any(report.after is not None for report in reports)
+    assert all(report.note for report in reports if report.after is None)
 
 
 @pytest.mark.parametrize(

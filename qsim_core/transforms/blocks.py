@@ -270,7 +270,8 @@ def _capture(context: Walked, paths: list[str], whole: bool = False) -> _Capture
 
 
 def _hidden(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple | list) else output
+    """The first output that is there; a block may give None before it."""
+    return next((one for one in output if one is not None), None) if isinstance(output, tuple | list) else output
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -145,6 +145,26 @@ def test_where_nothing_can_be_learned_it_says_why(weights: str, reason: str, tex
         rounded(layers(noise(8, 8)), [noise(20, 8)], weights, text)
 
 
+def test_a_block_may_give_nothing_before_its_output() -> None:
+    class Second(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+            return None, super().forward(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Second(8, 8, dtype=torch.float64) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                _, x = block(x)
+            return x
+
+    reports = rounded(Model(), [noise(20, 8)], "int4", "signround(2)").reports
+
+    assert [report.layer for report in reports] == ["blocks.0", "blocks.1"]
+
+
 @pytest.mark.parametrize("text", METHODS)
 def test_a_model_without_gradients_is_refused(text: str) -> None:
     class Cut(nn.Linear):
