@@ -51,7 +51,9 @@ print(model(torch.ones(1, 8)).tolist())
 
 
 def run(work_dir: Path, die_at: int = -1) -> tuple[int, list[str]]:
-    done = subprocess.run([*forked.python(), "-c", PROGRAM, str(work_dir), str(die_at)], capture_output=True, text=True)
+    work_dir.with_name("halving.py").write_text(PROGRAM)
+    program = f"import sys; sys.path.insert(0, {str(work_dir.parent)!r}); import halving"
+    done = subprocess.run([*forked.python(), "-c", program, str(work_dir), str(die_at)], capture_output=True, text=True)
     return done.returncode, done.stdout.splitlines()
 
 
@@ -75,19 +77,39 @@ class Double(qsim.Transform):
             context.report(block.path)
 
 
-def simulate(work_dir: Path, **recipe: Any) -> qsim.Simulation:
+class Scaled(nn.Linear):
+    """A linear layer whose code reads an attribute."""
+
+    scale = 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.scale
+
+
+def simulate(work_dir: Path, seed: int = 0, scale: float | None = None, **recipe: Any) -> qsim.Simulation:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    return qsim.simulate(
-        model, transforms=[Double()], calibration=[torch.ones(2, 4)], run=Run(work_dir=work_dir), **recipe
-    )
+    model = nn.Sequential(Scaled(4, 4), Scaled(4, 4))
+    if scale is not None:
+        model[0].scale = scale
+    run = Run(work_dir=work_dir, seed=seed)
+    return qsim.simulate(model, transforms=[Double()], calibration=[torch.ones(2, 4)], run=run, **recipe)
 
 
-def test_another_recipe_starts_anew(tmp_path: Path) -> None:
-    for weights in ("int4", "int8", "int4"):
-        simulate(tmp_path, weights=weights)
+@pytest.mark.parametrize("other", [{"seed": 1}, {"scale": 2.0}, {"weights": "int8"}], ids=str)
+def test_what_decides_a_block_starts_anew(other: dict[str, Any], tmp_path: Path) -> None:
+    for values in ({}, other, {}):
+        simulate(tmp_path, **{"weights": "int4", **values})
 
     assert len(list(tmp_path.glob("*/block-000.pt"))) == 2
+
+
+def test_of_a_transform_that_was_typed_in_no_block_is_kept(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*forked.python(), "-c", PROGRAM, str(tmp_path), "-1"], capture_output=True, text=True, check=True
+    )
+
+    assert "no blocks are kept for later runs: the code of __main__ is not in a file" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_block_is_computed_again(tmp_path: Path) -> None:

@@ -290,6 +290,14 @@ def test_nan_in_the_calibration_data_names_site_and_sample() -> None:
         qsim.simulate(nn.Sequential(nn.Linear(4, 4)), weights="int4", transforms=[probe(apply)], calibration=batches)
 
 
+def test_nan_in_a_weight_is_not_blamed_on_the_calibration_data() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight.data[0, 0] = torch.nan
+
+    with pytest.raises(qsim.ModelError, match="^the weight of 0 holds NaN or Inf$"):
+        qsim.simulate(model, weights="int4", transforms=["gptq"], calibration=[torch.ones(8, 4)])
+
+
 @pytest.mark.parametrize("what", ["order", "site"])
 def test_a_new_order_and_a_new_quantizer_are_changes(what: str) -> None:
     class Change(qsim.Transform):

@@ -39,3 +39,16 @@ def test_a_model_trains_after_it(recipe: str, inside: str, keep: bool, make: Any
 
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     assert model.model.layers[0].mlp.down_proj.weight.grad is not None
+
+
+@pytest.mark.parametrize("transform", ["gptq", "gptaq"])
+def test_a_model_that_was_made_in_it_is_rounded_and_restored(transform: str) -> None:
+    with torch.inference_mode():
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)).requires_grad_(False)
+    batch = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    before = model(batch)
+
+    simulation = qsim.simulate(model, weights="int4", transforms=[transform], calibration=[batch])
+
+    assert not torch.equal(model(batch), before)
+    assert torch.equal(simulation.restore()(batch), before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -139,6 +140,24 @@ def test_95_of_100_intervals_hold_the_true_ratio(draw: Any, many: int) -> None:
         held += low <= math.exp(0.09) <= high
 
     assert 0.93 <= held / trials <= 0.97
+
+
+@pytest.mark.parametrize("many", [FEWEST, 16, 60])
+@pytest.mark.parametrize(("right", "changed"), [(0.5, 0.02), (0.8, 0.1), (0.95, 0.1)])
+def test_intervals_of_shares_hold_the_true_one_also_where_few_answers_change(
+    right: float, changed: float, many: int
+) -> None:
+    trials, held = 200, Counter[str]()
+    generator = torch.Generator().manual_seed(0)
+    after = right * (1 - changed) + (1 - right) * changed
+    for _ in range(trials):
+        answers, flips = (torch.rand(many, generator=generator) < share for share in (right, changed))
+        pair = (qsim.Metrics({"right": found.double()}) for found in (answers, answers ^ flips))
+        found = intervals(*pair)["right"]
+        truth = {"baseline": right, "simulated": after, "ratio": after / right, "difference": after - right}
+        held.update(name for name, value in truth.items() if found[name][0] <= value <= found[name][1])
+
+    assert min(held.values()) >= 0.93 * trials
 
 
 def test_pairs_are_surer_than_their_parts() -> None:

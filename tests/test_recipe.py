@@ -104,3 +104,9 @@ def test_plain_data_are_evaluated_as_the_recipe_that_they_say() -> None:
     assert plain.simulated == recipe.simulated
     with pytest.raises(qsim.RecipeError, match="^a recipe is a mapping of keys to values, not str$"):
         qsim.evaluate("opt-tiny")  # type: ignore[arg-type]
+
+
+def test_fp32_is_float32() -> None:
+    recipe = qsim.Recipe.of({"weights": "int4", "outputs": "fp32", "arithmetic": "fp32"})
+
+    assert recipe == qsim.Recipe.of({"weights": "int4", "outputs": "float32", "arithmetic": "float32"})

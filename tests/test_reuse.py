@@ -13,15 +13,15 @@ from typing import Any
 import forked
 import pytest
 import torch
-from qsim_cache.baselines import cached_baseline, of_component
+from qsim_cache.baselines import cached_baseline
 from qsim_cache.entry import CacheEntry
-from qsim_cache.made_from import of_model
+from qsim_cache.made_from import of_components, of_model
 from torch import nn
 
 import qsim_core as qsim
 from qsim_core import Metrics, Run
 from qsim_core.files import kept
-from qsim_core.simulation.fingerprint import of_code, sha256
+from qsim_core.simulation.fingerprint import Unknowable, of_code, sha256
 
 Evaluate = Callable[..., qsim.Result]
 TEXT = str(Path(__file__).parent.parent / "README.md")
@@ -281,13 +281,17 @@ def test_a_fingerprint_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_model_is_its_tensors_and_what_its_modules_say() -> None:
-    def digest(epsilon: float = 1e-5, bias: float = 0.0, activation: type[nn.Module] = nn.ReLU) -> str:
+    def digest(epsilon: float = 1e-5, bias: float = 0.0, activation: type[nn.Module] = nn.ReLU, **settings: Any) -> str:
         model = nn.Sequential(nn.LayerNorm(4, eps=epsilon), activation())
         model[0].bias.data[3] = bias
+        vars(model).update(settings)
         return sha256(of_model(model))
 
-    assert digest() == digest()
-    assert len({digest(), digest(epsilon=1e-6), digest(bias=1e-30), digest(activation=nn.GELU)}) == 4
+    modules = [digest(), digest(epsilon=1e-6), digest(bias=1e-30), digest(activation=nn.GELU)]
+    settings = [digest(scale=0.5), digest(scale=2.0), digest(act=torch.relu), digest(act=torch.tanh), digest(steps=[1])]
+
+    assert digest(scale=0.5, seen=object()) == digest(scale=0.5)
+    assert len({*modules, *settings}) == 9
 
 
 @pytest.fixture
@@ -334,8 +338,15 @@ class Told(qsim.Evaluator):
 
 def test_the_files_that_a_component_names_are_part_of_it(tmp_path: Path) -> None:
     (tmp_path / "task.yaml").write_text("metric: accuracy")
-    before = sha256(of_component(Told(directory=tmp_path)))
+    before = sha256(of_components(Told(directory=tmp_path)))
 
     (tmp_path / "task.yaml").write_text("metric: exact match")
 
-    assert sha256(of_component(Told(directory=tmp_path))) != before
+    assert sha256(of_components(Told(directory=tmp_path))) != before
+
+
+def test_of_a_plain_function_the_code_is_not_known() -> None:
+    recipe = qsim.Recipe.of({"weights": lambda x: x.round()})
+
+    with pytest.raises(Unknowable, match="^the code of a plain function is not known$"):
+        sha256(of_components(recipe))

@@ -202,7 +202,7 @@ class Host:
         """Find a class or preset with this name; of several plugins that offer one, the plugin in `scope`."""
         from qsim_core.components.component import Component
 
-        kind = kind or Component
+        kind, name = kind or Component, name.removeprefix("torch.")  # torch prints its dtypes so
         plugin, _, bare = name.rpartition(".")
         if plugin:
             candidates = [offer for offer in self._offers_of(plugin) if offer.name == bare]

@@ -57,8 +57,8 @@ def _of_hook(hook: str) -> tuple[Any, ...]:
 
 
 def _unless_none(value: Any) -> Any:
-    """Read the texts `none` and `float32`, in which simulation computes, as no quantizer."""
-    return None if value in ("none", "float32") else value
+    """Read the texts `none`, `float32` and `fp32`, in which simulation computes, as no quantizer."""
+    return None if value in ("none", "float32", "fp32") else value
 
 
 def _several(value: Any) -> Any:

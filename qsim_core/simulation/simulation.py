@@ -234,7 +234,8 @@ class Simulation:
                 with at_hand(module, inside=False):
                     for name, tensor in [*module.named_parameters(path, False), *module.named_buffers(path, False)]:
                         if name in before:
-                            tensor.copy_(before[name])
+                            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                                tensor.copy_(before[name])
         return self.model
 
     def __enter__(self) -> Simulation:

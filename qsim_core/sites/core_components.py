@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qsim_core.components.component import Preset
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.hookspecs import hookimpl
 from qsim_core.quantizers.calibrators import MSE, AbsMax, Calibrator, MinMax, Percentile
@@ -20,5 +21,5 @@ def qsim_calibrators() -> list[type[Calibrator]]:
 
 
 @hookimpl
-def qsim_arithmetics() -> list[type[Arithmetic]]:
-    return [Auto, Float32]
+def qsim_arithmetics() -> list[type[Arithmetic] | Preset]:
+    return [Auto, Float32, Preset("fp32", "float32", "float32 by its shorter name")]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from qsim_core.matmuls.call import Call
@@ -199,7 +200,10 @@ class Originals:
         module = self.context.model.get_submodule(path)
         given = self.inputs.pop(path)
         inputs = [_completed(self.hidden[place], rest) if _is_open(rest) else rest for place, rest in enumerate(given)]
-        values = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+        values = {}
+        for name, parameter in module.named_parameters():
+            with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+                values[name] = parameter.detach().clone()
         return OriginalBlock(path, module, inputs, self.context, values=values)
 
     def finish(self, block: Block) -> None:

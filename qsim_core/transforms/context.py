@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qsim_core.errors import DataError
+from qsim_core.errors import DataError, ModelError
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.matmuls.call import Call
 from qsim_core.quantizers.scales import Scales
@@ -159,11 +159,13 @@ class Context:
 
     @contextmanager
     def watching(self, watch: MatmulWatcher, sample: int) -> Iterator[None]:
-        """Inside, `watch` is shown every matmul. Raises `DataError` where a calibration sample makes NaN or Inf."""
+        """Inside, `watch` is shown every matmul. Raises `DataError` or `ModelError` where an operand has NaN or Inf."""
 
         def checked(site: Site, call: Call) -> None:
-            for operand in call.operands:
+            for place, operand in enumerate(call.operands):
                 if not operand.isfinite().all():
+                    if place == call.weight:
+                        raise ModelError(f"the weight of {site.name} holds NaN or Inf")
                     raise DataError(f"calibration batch {sample} brings NaN or Inf to {site.name}; leave it out")
             watch(site, call)
 
@@ -206,8 +208,8 @@ class Context:
         if self.run.store is None:
             return None
         seen = [*self.batches, self._example]
-        texts = self.sites.recipe.to_yaml(), self.name, repr(self.declared)
-        return self.run.store.blocks(self.model, seen, *texts)
+        texts = self.sites.recipe.to_yaml(), self.name, repr(self.declared), str(self.run.seed)
+        return self.run.store.blocks(self.model, seen, self.sites.recipe, *texts)
 
     def pin(self, weight: MatmulWeight, scales: Scales | None = None, of_scales: Scales | None = None) -> None:
         """Declare that a weight lies on its quantizer's grid: it is final and is not rounded again.

@@ -31,8 +31,11 @@ class Blocks(Protocol):
 class Store(Protocol):
     """Keeps what later runs can use. A value is found again by everything that decides it."""
 
-    def blocks(self, model: nn.Module, batches: Sequence[Any], *texts: str) -> Blocks:
-        """The blocks of the transform that these texts, the model as it is now and the data describe."""
+    def blocks(self, model: nn.Module, batches: Sequence[Any], recipe: Any, *texts: str) -> Blocks | None:
+        """The blocks of the transform that the recipe, these texts, the model as it is now and the data describe.
+
+        None where they cannot be told from others.
+        """
 
     def statistics(self, model: nn.Module, value_axis: str, wanted: Any, batches: Sequence[Any]) -> Entry | None:
         """The place of the statistics for static scales; None where they cannot be told from others."""

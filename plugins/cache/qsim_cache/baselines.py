@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from qsim_cache.entry import CacheEntry
-from qsim_cache.made_from import of_machine, of_model
-from qsim_core.components.component import Component, components_in
+from qsim_cache.made_from import of_components, of_machine, of_model
+from qsim_core.components.component import components_in
 from qsim_core.components.host import Host
 from qsim_core.evaluation.adapter import LoadedModel
 from qsim_core.evaluation.data import Data
 from qsim_core.evaluation.job import Job
 from qsim_core.evaluation.metrics import LeftOut, Metrics
-from qsim_core.simulation.fingerprint import Unknowable, of_code, of_requirements
+from qsim_core.simulation.fingerprint import Unknowable, of_requirements
 from qsim_core.transforms.run import Run
 
 
@@ -35,7 +35,7 @@ def baseline_entry(
         of_model(loaded.model),
         of_preparation(loaded.tokenizer),
         of_preparation(loaded.processor),
-        *map(of_component, parts),
+        of_components(*parts),
         (job.evaluator.protocol_for(loaded, data), data.sha256, *options),
         of_machine(device, dtype, loaded.model),
         of_requirements({"qsim-core", *(plugin.distribution for plugin in plugins)}),
@@ -78,14 +78,3 @@ def of_preparation(thing: Any) -> Iterator[Any]:
         thing.save_pretrained(folder)
         for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
             yield from (str(file.relative_to(folder)), file.read_bytes())
-
-
-def of_component(component: Component) -> Iterator[Any]:
-    """A component's text, its code, and the size and time of each file that it names."""
-    yield str(component)
-    parts = list(components_in(component))
-    yield from of_code(*map(type, parts))
-    named = [value for part in parts for _, value in part if isinstance(value, Path)]
-    for path in named:
-        for file in sorted(p for p in (path, *path.rglob("*")) if p.is_file()):
-            yield from (str(file), file.stat().st_size, file.stat().st_mtime_ns)

@@ -1,7 +1,8 @@
 """The blocks that a transform has finished, kept in a directory: a run that died goes on where it was.
 
-What was kept is found again by what it was made from: the recipe, the transform, every parameter before it, and the
-calibration data, by their SHA-256. Another run of another recipe may use the same directory; nothing is mistaken.
+What was kept is found again by what it was made from: the recipe and the transform with their code, the model as it was
+before, and the calibration data, by their SHA-256. Another run of another recipe may use the same directory; nothing is
+mistaken.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from qsim_cache.made_from import leaves
+from qsim_cache.made_from import leaves, of_components, of_model
 from qsim_core.files import keep, kept
 from qsim_core.simulation.fingerprint import sha256
-from qsim_core.transforms.offload import state
 from qsim_core.version import __version__
 
 
@@ -28,10 +28,14 @@ class Blocks:
         self.directory = directory
 
     @classmethod
-    def of(cls, work_dir: Path, model: nn.Module, batches: Sequence[Any], *texts: str) -> Blocks:
-        """The blocks of what these texts, the model as it is now and the data say."""
-        tensors = (tensor for _, tensor in state(model))
-        made_from = sha256(itertools.chain((__version__, torch.__version__, *texts), tensors, leaves(list(batches))))
+    def of(cls, work_dir: Path, model: nn.Module, batches: Sequence[Any], recipe: Any, *texts: str) -> Blocks:
+        """The blocks of what a recipe's components, these texts, the model as it is now and the data say.
+
+        Raises `Unknowable` where code that takes part was typed in.
+        """
+        said = __version__, torch.__version__, *texts
+        parts = said, of_components(recipe), of_model(model), leaves(list(batches))
+        made_from = sha256(itertools.chain.from_iterable(parts))
         return cls(work_dir / made_from[:16])
 
     def save(self, index: int, block: nn.Module, said: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from torch import nn
 from qsim_cache.blocks import Blocks
 from qsim_cache.entry import CacheEntry
 from qsim_core.files import make_work_dir
+from qsim_core.simulation.fingerprint import Unknowable
 from qsim_core.simulation.static_calibration import Wanted
+
+log = logging.getLogger(__name__)
 
 
 class WorkDirectory:
@@ -22,9 +26,13 @@ class WorkDirectory:
         make_work_dir(path)
         self.path = path
 
-    def blocks(self, model: nn.Module, batches: Sequence[Any], *texts: str) -> Blocks:
-        """The finished blocks of the transform that these texts, the model as it is now and the data describe."""
-        return Blocks.of(self.path, model, batches, *texts)
+    def blocks(self, model: nn.Module, batches: Sequence[Any], recipe: Any, *texts: str) -> Blocks | None:
+        """The finished blocks of a transform; None, and a line in the log, where they cannot be told from others."""
+        try:
+            return Blocks.of(self.path, model, batches, recipe, *texts)
+        except Unknowable as reason:
+            log.warning("no blocks are kept for later runs: %s", reason)
+            return None
 
     def statistics(
         self, model: nn.Module, value_axis: str, wanted: Wanted, batches: Sequence[Any]

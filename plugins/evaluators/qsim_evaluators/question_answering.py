@@ -94,11 +94,11 @@ class QuestionAnswering(Evaluator):
         with torch.no_grad():
             for place in run.track(places, len(places), "questions"):
                 with finite_outputs(loaded.model) as finite:
-                    answers = self._answers(loaded, data, place, run.batch_size, may_be_none)
+                    answers, scored = self._answers(loaded, data, place, run.batch_size, may_be_none)
                 truths = data.content["answers"][place] or [""]
                 scores = (max(overlap(answer, truth) for truth in truths) for answer in answers)
                 right = (any(normalized(answer) == normalized(truth) for truth in truths) for answer in answers)
-                f1.append(min(scores) if finite() else math.nan)
+                f1.append(min(scores) if finite() and scored else math.nan)
                 exact.append(float(all(right)))
         return Metrics({"f1": torch.tensor(f1), "exact_match": torch.tensor(exact)}, counts={"questions": len(places)})
 
@@ -106,8 +106,10 @@ class QuestionAnswering(Evaluator):
         """Describe the windows in words."""
         return f"SQuAD's F1 and exact match, windows of {self.seqlen} tokens that share {self.stride}"
 
-    def _answers(self, loaded: LoadedModel, data: Data, place: int, at_once: int, may_be_none: bool) -> set[str]:
-        """Return the likeliest answer, or all that are equally likely."""
+    def _answers(
+        self, loaded: LoadedModel, data: Data, place: int, at_once: int, may_be_none: bool
+    ) -> tuple[set[str], bool]:
+        """Return the likeliest answer, or all that are equally likely, and false if it has no finite score."""
         windows = self._windows(loaded, data, place)
         best, texts, none = float("-inf"), {""}, float("inf")
         for first in range(0, len(windows["input_ids"]), at_once):
@@ -121,9 +123,10 @@ class QuestionAnswering(Evaluator):
                 found = {data.content["context"][place][offsets[a][0] : offsets[b][1]] for a, b in spans}
                 if spans and score >= best:
                     best, texts = score, found if score > best else texts | found
+        scored = max(none, best) < math.inf
         if not may_be_none or none < best:
-            return texts
-        return {""} if none > best else {"", *texts}
+            return texts, scored
+        return ({""} if none > best else {"", *texts}), scored
 
     def _likeliest(self, start: Tensor, end: Tensor, parts: list[int | None]) -> tuple[float, list[list[int]]]:
         """Return the largest sum of logits of a span of the context, and the first and last token of each such span."""

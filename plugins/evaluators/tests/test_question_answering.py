@@ -109,9 +109,10 @@ def test_of_equally_likely_answers_the_worst_counts() -> None:
     assert ask(model, [["the dog ran away"], ["A cat"], []])["f1"] == 0
 
 
-def test_logits_that_are_nan_answer_nothing_not_even_what_has_no_answer() -> None:
+@pytest.mark.parametrize("logit", [math.nan, math.inf])
+def test_logits_that_are_not_finite_answer_nothing_not_even_what_has_no_answer(logit: float) -> None:
     model = Pointer("dog", "away")
-    model.end.data.fill_(math.nan)
+    model.end.data.fill_(logit)
 
     assert math.isnan(ask(model, [["the dog ran away"], [], []])["exact_match"])
 

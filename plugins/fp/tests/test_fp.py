@@ -484,7 +484,13 @@ class TestFloat(QuantizerSuite):
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("fp8", "'e4m3' or 'e5m2'"), ("fp4", "'e2m1'")],
+    [
+        ("fp8", "'e4m3' or 'e5m2'"),
+        ("fp4", "'e2m1'"),
+        ("fp4_e2m1", "'e2m1'"),
+        ("e5m2fn", "'e5m2'"),
+        ("float64", "'float'"),
+    ],
 )
 def test_the_names_of_other_projects_lead_to_ours(name: str, meant: str) -> None:
     with pytest.raises(
@@ -499,4 +505,5 @@ def test_the_names_of_other_projects_lead_to_ours(name: str, meant: str) -> None
 def test_torchs_name_is_a_format_that_rounds_as_torch_does(dtype: torch.dtype) -> None:
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 4
 
-    assert torch.equal(qsim.parse(str(dtype).removeprefix("torch."))(x), x.to(dtype).float())
+    assert torch.equal(qsim.parse(str(dtype))(x), x.to(dtype).float())
+    assert qsim.parse(str(dtype)) == qsim.parse(str(dtype).removeprefix("torch."))

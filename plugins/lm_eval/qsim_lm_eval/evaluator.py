@@ -95,7 +95,7 @@ class LMEval(Evaluator):
             from qsim_lm_eval.scores import score
 
             try:
-                with tasks.seeded(run.seed), finite_outputs(loaded.model) as finite:
+                with tasks.seeded(run.seed), tasks.right_choices_last(), finite_outputs(loaded.model) as finite:
                     results = lm_eval.evaluate(
                         InMemory(loaded, run, self.max_length),
                         {"tasks": tasks.tasks, "groups": tasks.groups},

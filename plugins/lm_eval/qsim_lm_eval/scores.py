@@ -25,14 +25,6 @@ OF_MEANS: dict[Any, Callable[[Tensor], Tensor]] = {
 """Aggregations of the harness that are functions of Σ value / Σ weight, with that function."""
 
 
-LENGTHS: dict[str, Callable[[str], int]] = {
-    "acc": lambda choice: 1,
-    "acc_norm": len,
-    "acc_bytes": lambda choice: len(choice.encode()),
-}
-"""Metrics of the harness's multiple-choice tasks, and the length by which each divides log-likelihoods."""
-
-
 def score(results: Any, tasks: Tasks, finite: bool) -> Metrics:
     """Make metrics of the harness's results. Sample i is the i-th document of every task.
 
@@ -45,7 +37,7 @@ def score(results: Any, tasks: Tasks, finite: bool) -> Metrics:
     links: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {}
     most = max(count["effective"] for count in results["n-samples"].values())
     for name, task in tasks.tasks.items():
-        for key, values in _by_metric(task, results["samples"][name]).items():
+        for key, values in _by_metric(results["samples"][name]).items():
             aggregate = task.aggregation().get(key.partition(",")[0], harness.mean)
             weighted = [_weighted(value) if finite else (math.nan, 1.0) for value in values]
             if aggregate not in OF_MEANS or None in weighted:
@@ -71,24 +63,13 @@ def score(results: Any, tasks: Tasks, finite: bool) -> Metrics:
     return Metrics(columns, metrics, counts={**counts, "documents": float(documents)})
 
 
-def _by_metric(task: Any, samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
+def _by_metric(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """Map `metric,filter` to the values of the documents in their order; None for a document without a value."""
     names = dict.fromkeys((metric, sample["filter"]) for sample in samples for metric in sample["metrics"])
     found: dict[str, list[Any]] = defaultdict(list)
     for metric, kind in names:
-        found[f"{metric},{kind}"] = [_value(task, sample, metric) for sample in samples if sample["filter"] == kind]
+        found[f"{metric},{kind}"] = [sample.get(metric) for sample in samples if sample["filter"] == kind]
     return found
-
-
-def _value(task: Any, sample: dict[str, Any], metric: str) -> Any:
-    """Return a document's value. A choice that others equal ranks last, and is wrong: the harness takes the first."""
-    if not sample.get(metric) or metric not in LENGTHS or task.OUTPUT_TYPE != "multiple_choice":
-        return sample.get(metric)
-    choices, length = task.doc_to_choice(sample["doc"]), LENGTHS[metric]
-    answers = zip(sample["filtered_resps"], choices, strict=False)  # others follow, of choices without the question
-    likelihoods = [answer[0] / max(length(choice), 1) for answer, choice in answers]
-    best = [place for place, value in enumerate(likelihoods) if value == max(likelihoods)]
-    return sample[metric] if len(best) == 1 or task.multiple_target else 0.0
 
 
 def _weighted(value: Any) -> tuple[float, float] | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from lm_eval.utils import handle_non_serializable
 
 from qsim_core import Data, DataError
 from qsim_core.errors import did_you_mean
+
+LESS = 1e-12
+"""The share of its log-likelihood by which a right choice is lowered."""
 
 
 @dataclass
@@ -47,6 +51,27 @@ class Tasks:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
+
+    @contextmanager
+    def right_choices_last(self) -> Iterator[None]:
+        """Inside, a right choice ranks after those that are as likely. The harness takes the first of them."""
+        several = (task for task in self.tasks.values() if task.OUTPUT_TYPE == "multiple_choice")
+        asked = [task for task in several if task.config.doc_to_target is not None]
+        try:
+            for task in asked:
+                task.process_results = partial(_scored, task, task.process_results)
+            yield
+        finally:
+            for task in asked:
+                vars(task).pop("process_results", None)
+
+
+def _scored(task: Any, score: Callable[..., Any], doc: Any, answers: list[tuple[float, bool]]) -> Any:
+    """Score the answers to a document; each right choice has become less likely by `LESS`."""
+    found, choices = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc), task.doc_to_choice(doc)
+    right = [choices.index(one) if one in choices else one for one in (found if isinstance(found, list) else [found])]
+    lower = [x - LESS * max(1.0, abs(x)) if place in right else x for place, (x, *_) in enumerate(answers)]
+    return score(doc, [(x, *rest) for x, (_, *rest) in zip(lower, answers, strict=True)])
 
 
 def load(names: tuple[str, ...], num_fewshot: int | None, include_path: Path | None) -> Data:

@@ -121,9 +121,17 @@ def test_what_is_generated_is_compared_and_a_corpus_score_has_no_interval(
 
 
 def test_choices_that_are_equally_likely_are_wrong(loaded: Any, ends: Callable[..., Path]) -> None:
-    directory = ends(count=6, doc_to_choice="{{['no end', 'no end']}}", doc_to_target="0")
+    metrics = ["acc", "acc_norm", "acc_bytes", "acc_mutual_info", "f1", "mcc"]
+    asked: Any = {"doc_to_target": "0", "metric_list": [{"metric": metric} for metric in metrics]}
+    directory = ends(count=6, doc_to_choice="{{['no end', 'no end']}}", **asked)
 
-    assert measure(loaded, "ends", directory) == {"ends/acc": 0, "ends/acc_norm": 0, "documents": 6}
+    assert measure(loaded, "ends", directory) == {**{f"ends/{metric}": 0 for metric in metrics}, "documents": 6}
+
+
+def test_of_equally_likely_choices_no_right_one_is_the_answer(loaded: Any, ends: Callable[..., Path]) -> None:
+    directory = ends(count=6, doc_to_choice="{{['no end', 'no end', 'no end']}}", doc_to_target="{{[0, 1]}}")
+
+    assert measure(loaded, "ends", directory)["ends/acc"] == 0
 
 
 @pytest.mark.parametrize("kind", ["multiple_choice", "loglikelihood_rolling", "generate_until"])

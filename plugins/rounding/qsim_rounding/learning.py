@@ -199,6 +199,8 @@ def _why_left_alone(weight: MatmulWeight, paths: list[str], context: Context) ->
         return "it has another use, which would change with it"
     if not isinstance(scheme, Scheme) or type(scheme).quantize is not Scheme.quantize:
         return f"{scheme} does not round each element under a scale"
+    if weight.parameter.is_inference():
+        return "it was made under torch.inference_mode, and has no gradient"
     if scheme.draws or scheme.learns:
         return f"{scheme} draws random numbers, or learns its scales"
     if not any(not path or weight.name.startswith(f"{path}.") for path in paths):

@@ -222,3 +222,11 @@ class TestSignRound(TransformSuite):
 
 class TestAdaRound(TransformSuite):
     text = "adaround(3)"
+
+
+def test_what_was_made_in_inference_mode_is_one_line() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(4, 4))
+
+    with pytest.raises(qsim.RecipeError, match="it was made under torch.inference_mode, and has no gradient$"):
+        qsim.simulate(model, weights="int4", transforms=["signround(4)"], calibration=[torch.ones(8, 4)])

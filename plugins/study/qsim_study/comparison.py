@@ -17,7 +17,7 @@ from math import isfinite
 import torch
 from scipy import special
 
-from qsim_core.evaluation.metrics import FEWEST, FEWEST_IN_ORDER, Jackknife
+from qsim_core.evaluation.metrics import FEWEST, FEWEST_IN_ORDER, Jackknife, with_doubt
 from qsim_study.cell import Entry
 
 LEVEL = 0.05
@@ -71,13 +71,14 @@ def compare(first: Entry, second: Entry, level: float = LEVEL) -> tuple[float, f
     values = [torch.tensor(one.values[metric], dtype=torch.float64) for one in (scores, other)]
     if len(left[0]) != len(left[1]) or len(left[0]) < (FEWEST_IN_ORDER if in_order else FEWEST):
         return None
-    ratio, without = values[0] / values[1], left[0] / left[1]
-    if not bool(without.isfinite().all()):
+    if not bool((left[0] / left[1]).isfinite().all()):
         return None
 
+    (value, without), (value_of_other, without_other) = with_doubt(*zip(values, left, strict=True))
+    ratio, without = value / value_of_other, without / without_other
     found = Jackknife.of(ratio, without, in_order)
     low, high = found.interval(float(-special.stdtrit(found.degrees, level / 2)))
-    return found.value, low, high, 2 * float(special.stdtr(found.degrees, -abs(found.t_of(1.0))))
+    return float(values[0] / values[1]), low, high, 2 * float(special.stdtr(found.degrees, -abs(found.t_of(1.0))))
 
 
 def holm(values: Sequence[float]) -> list[float]:
