@@ -160,6 +160,14 @@ def test_intervals_of_shares_hold_the_true_one_also_where_few_answers_change(
     assert min(held.values()) >= 0.93 * trials
 
 
+def test_an_interval_of_shares_stays_among_shares() -> None:
+    answers = torch.tensor([1.0] * 19 + [0.0], dtype=torch.float64)
+
+    found = intervals(qsim.Metrics({"right": answers}), qsim.Metrics({"right": answers}))["right"]
+
+    assert found["baseline"][1] == 1.0 and found["baseline"][0] < 0.95
+
+
 def test_pairs_are_surer_than_their_parts() -> None:
     """Samples that are hard for both runs do not add to the uncertainty of the ratio."""
     hard = torch.rand(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import isnan, nan
+from math import inf, isnan, nan
 from statistics import NormalDist
 from typing import Any
 
@@ -28,6 +28,8 @@ TINY = 1e-12
 """Differences below this share of a number are rounding."""
 NEARLY = 1e-6
 """Samples that are computed from means are as exact as this."""
+SHARES = {"baseline": (0.0, 1.0), "simulated": (0.0, 1.0), "ratio": (0.0, inf), "difference": (-1.0, 1.0)}
+"""The limits of shares."""
 FEWEST = 8
 """Of fewer samples there is no interval: it would hold the true value less often than it says."""
 FEWEST_IN_ORDER = 16
@@ -167,13 +169,23 @@ def intervals(baseline: dict[str, float], simulated: dict[str, float]) -> dict[s
         b, a = (torch.tensor(metrics[name], dtype=torch.float64) for metrics in (baseline, simulated))
         if max(_moving(b, before[name]), _moving(a, after[name])) >= fewest:
             (b, without_b), (a, without_a) = with_doubt((b, before[name]), (a, after[name]))
+            limits = SHARES if len(without_b) > len(before[name]) else {}
+            estimates = {
+                "baseline": (b, without_b),
+                "simulated": (a, without_a),
+                "ratio": (a / b, without_a / without_b),
+                "difference": (a - b, without_a - without_b),
+            }
             found[name] = {
-                "baseline": interval(b, without_b, in_order),
-                "simulated": interval(a, without_a, in_order),
-                "ratio": interval(a / b, without_a / without_b, in_order),
-                "difference": interval(a - b, without_a - without_b, in_order),
+                of: _within(interval(*estimate, in_order), *limits.get(of, (-inf, inf)))
+                for of, estimate in estimates.items()
             }
     return found
+
+
+def _within(found: tuple[float, float], low: float, high: float) -> tuple[float, float]:
+    """Cut an interval off at limits; NaN stays NaN."""
+    return max(found[0], low), min(found[1], high)
 
 
 def with_doubt(*pair: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], ...]:
