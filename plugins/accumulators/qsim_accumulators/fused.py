@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -19,6 +20,7 @@ from qsim_core import Arithmetic, Format, RecipeError
 from qsim_core.formats.accelerator import compiled
 from qsim_core.sites.arithmetic import QuantizedRows
 
+log = logging.getLogger(__name__)
 SOURCE = Path(__file__).parent / "fused.cpp"
 """The same sums in C++, for a CPU."""
 NATIVE_FRACTION = 28
@@ -179,16 +181,15 @@ class Fused(Arithmetic):
         return written if sums is None else torch.where(sums.isinf(), sums, written)
 
     def _native(self, left: Terms, right: Terms) -> Tensor | None:
-        """Multiply in C++; None: without a compiler, on another device, or for numbers that do not fit its integers."""
+        """Multiply in C++, or on a GPU in Triton; None: without a compiler, or for numbers that do not fit integers."""
         digits, register = left.digits + right.digits, OUTPUTS[self.output]
         (rows, length), columns = left.significand.shape, len(right.significand)
-        if (
-            self.output == "float16"
-            or self.fraction > NATIVE_FRACTION
-            or digits > NATIVE_FRACTION
-            or left.significand.is_cuda
-        ):
+        if self.output == "float16" or self.fraction > NATIVE_FRACTION or digits > NATIVE_FRACTION:
             return None
+        if left.significand.is_cuda:
+            kernel = kernel_on(left.significand.device)
+            settings = self.n, self.promote or 0, self.fraction, register.digits
+            return None if kernel is None else kernel(left, right, *settings)
         library = compiled(SOURCE, rows * columns * length // NATIVE_TERMS)
         if library is None:
             return None
@@ -215,6 +216,21 @@ class Fused(Arithmetic):
         each = zip(terms.significand.split(count, -1), terms.exponent.split(count, -1), strict=True)
         product = self._added_up(Terms(x, of_x, terms.digits) for x, of_x in each)
         return product * outer_x * outer_w.transpose(-1, -2)
+
+
+@functools.cache
+def kernel_on(device: torch.device) -> Callable[..., Tensor] | None:
+    """Give Triton's kernel for a device; None where it does not run. Triton comes with torch's builds for GPUs."""
+    try:
+        from qsim_accumulators.fused_triton import fused_products
+
+        ones = torch.ones(1, 1, dtype=torch.long, device=device)
+        one = Terms(ones, ones, 0)
+        fused_products(one, one, n=1, promote=0, fraction=1, kept=1)
+    except Exception as error:  # Triton needs a C compiler, a folder to write in, a GPU that it knows
+        log.info("fused dot products in Python on %s: no kernel runs there (%s)", device, error)
+        return None
+    return fused_products
 
 
 def _steps(left: Terms, right: Terms, n: int) -> Iterator[Terms]:
