@@ -39,8 +39,8 @@ def _fused(
 ):  # fmt: skip
     """Add up products of x [K, rows] and w [K, columns] as `Sums` in fused.cpp does: a running sum in every place.
 
-    After PROMOTE steps the sums go to a float32 register. UP or DOWN are the digits by which FRACTION exceeds those of a
-    product, or they exceed it; SUM_UP and SUM_DOWN are the same for the register.
+    After PROMOTE steps the sums go to a float32 register. A product is shifted up or down by UP or DOWN digits to have
+    FRACTION of them, and a running sum by SUM_UP or SUM_DOWN.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
