@@ -24,14 +24,14 @@ def test_the_rate_with_the_least_loss_on_held_out_data_is_taken(small: Path, tmp
     held.write_text((Path(__file__).parents[3] / "README.md").read_text()[:2000])
 
     finetuned = result(
-        small, "--weights", "int4", *SHORT, "--steps", 10, "--lr", 1e-9, "--lr", 1e-3, "--valid-data", held,
+        small, "--weights", "int4", *SHORT, "--steps", 10, "--lr", 0.3, "--lr", 1e-9, "--valid-data", held,
         "--output", tmp_path / "run",
     )  # fmt: skip
 
-    assert list(finetuned.tried) == [1e-9, 1e-3]
-    assert finetuned.tried[1e-3] < finetuned.tried[1e-9]
-    assert finetuned.training.learning_rate == 1e-3
-    assert max(entry.learning_rate for entry in finetuned.log) == pytest.approx(1e-3, rel=0.2)
+    assert list(finetuned.tried) == [0.3, 1e-9]
+    assert finetuned.tried[1e-9] < finetuned.tried[0.3]
+    assert finetuned.training.learning_rate == 1e-9
+    assert max(entry.learning_rate for entry in finetuned.log) == pytest.approx(1e-9, rel=0.2)
 
 
 def test_trials_that_were_made_are_not_made_again(tmp_path: Path) -> None:

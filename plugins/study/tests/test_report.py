@@ -121,7 +121,7 @@ def test_a_recipe_that_allows_no_prediction_says_so(tmp_path: Path) -> None:
     said = SMALL | {
         "models": ["opt-tiny"],
         "vary": {},
-        "recipe": SMALL["recipe"] | {"weights": "int4", "transforms": ["smoothquant"]},
+        "recipe": SMALL["recipe"] | {"weights": "int4", "operations": {"softmax": {"output": "bf16"}}},
     }
     write_report(study(said, tmp_path / "study"), path := tmp_path / "report.html")
 

@@ -45,7 +45,9 @@ class Unclipped(SiteQuantizer):
 
 def quantizers_of(site: Site) -> list[Any]:
     """The quantizers that a site has, in the order of `ROLES`."""
-    roles = (role for role in ROLES if role == "output" or role == "weight" or role in site.input_roles)
+    roles = (
+        role for role in ROLES if role == "output" or role in site.input_roles or (role == "weight" and site.weight)
+    )
     return [quantizer for role in roles if (quantizer := site.standing(role)) is not None]
 
 
