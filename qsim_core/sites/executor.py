@@ -335,8 +335,8 @@ class LiveExecution(Execution):
         for place, operand in enumerate(self.operands):
             if operand.weight is not None:
                 self.weights.met(operand.weight, operand.layout)
-                quantizer = operand.quantizer
-                taken.append(self.weights.lowered(operand.weight, operand.tensor, operand.layout, quantizer, lowering))
+                given = operand.weight, operand.tensor, operand.layout, operand.quantizer, lowering
+                taken.append(self.weights.lowered(*given, keep_scales=self.arithmetic.simulates))
                 continue
             key, last = lowering.of(place), self.stack.lowered
             if operand.layout is LAST and Reusable.holds(last, key, operand.tensor):

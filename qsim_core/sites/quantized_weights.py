@@ -228,7 +228,13 @@ class Weights:
         return value
 
     def lowered(
-        self, weight: Weight, operand: Tensor, layout: Layout, quantizer: SiteQuantizer, lowering: Lowering
+        self,
+        weight: Weight,
+        operand: Tensor,
+        layout: Layout,
+        quantizer: SiteQuantizer,
+        lowering: Lowering,
+        keep_scales: bool = False,
     ) -> Lowered | None:
         """Lower the operand's rows, once for all calls; None if the lowering is not exact for them.
 
@@ -242,7 +248,7 @@ class Weights:
             found: Lowered | None = lowering.pinned(rows, self._scales_for(pin, weight, rows))
             return found
         with self.lock:
-            folded = self._fold(weight, operand, layout, quantizer, lowering)
+            folded = self._fold(weight, operand, layout, quantizer, lowering, keep_scales)
             if not folded.in_place:
                 if folded.key != lowering.key:
                     with torch.inference_mode(False):

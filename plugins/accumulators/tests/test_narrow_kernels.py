@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import qsim_core as qsim
 from qsim_core.sites.arithmetic import QuantizedRows
 
-pytestmark = pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="needs a CPU with AVX2 or NEON"
+WITH_KERNELS = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"), reason="needs a CPU with AVX2 or NEON"
 )
 PAIRS = [
     ("channel(int4)", "token(int4)"),
@@ -72,6 +72,7 @@ def test_the_bits_are_those_of_multiply(weights: str, activations: str, arithmet
     assert all(torch.equal(found, right) for found, right in zip(outputs, expected, strict=True))
 
 
+@WITH_KERNELS
 @pytest.mark.parametrize("arithmetic", ["int10", "int16(overflow=saturate)", "int16(overflow=error)"])
 def test_kernels_compute_what_wraps_and_what_stays_in_range(arithmetic: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = Layer(), example()
@@ -102,3 +103,19 @@ def test_an_audit_still_tells_what_the_sums_did() -> None:
     first = simulation.audit(x).sites[0]
 
     assert first.arithmetic == "int12" and first.sums is not None and first.sums.overflowed > 0
+
+
+@pytest.mark.parametrize("arithmetic", ["int12(overflow=saturate)", "int16(overflow=saturate)"])
+def test_an_overwritten_weight_keeps_its_scales_for_what_kernels_decline(arithmetic: str) -> None:
+    torch.manual_seed(0)
+    layer, x = Layer(), example()
+    large = x.clone()
+    large[0, 0] = 100 * layer.linear.weight[0].detach().sign()
+    recipe = {"weights": "block(int4, n=32, range=percentile(60))", "activations": "int8", "arithmetic": arithmetic}
+    kept, overwritten = (qsim.simulate(copy.deepcopy(layer), recipe, keep=keep).model for keep in (True, False))
+
+    with torch.no_grad():
+        kept(x), overwritten(x)
+        pairs = list(zip(overwritten(large), kept(large), strict=True))
+
+    assert all(torch.equal(found, right) for found, right in pairs)
