@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -141,26 +139,53 @@ def test_a_study_killed_in_the_middle_goes_on(whole: tuple[Path, Study], tmp_pat
     assert done == 1
 
 
+MORTAL = """
+import os, signal
+from pathlib import Path
+import qsim_core as qsim
+
+class KillsOnce(qsim.Transform):
+    name = "kills_once"
+
+    def apply(self, model, context):
+        next(model.parameters()).mul_(2)
+        try:
+            Path({mark!r}).open("x")
+        except FileExistsError:
+            return
+        os.kill(os.getpid(), signal.SIGKILL)
+
+@qsim.hookimpl
+def qsim_transforms():
+    return [KillsOnce]
+"""
+"""A plugin whose transform kills the first process that applies it."""
+
+
+@pytest.fixture
+def mortal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Install the plugin for this process and those that it starts; return the file that marks the kill."""
+    place, mark = tmp_path / "installed", tmp_path / "killed"
+    info = place / "qsim_mortal-1.0.dist-info"
+    info.mkdir(parents=True)
+    (place / "qsim_mortal.py").write_text(MORTAL.format(mark=str(mark)))
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: qsim-mortal\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[qsim]\nmortal = qsim_mortal\n")
+    monkeypatch.syspath_prepend(str(place))
+    monkeypatch.setenv("PYTHONPATH", str(place))
+    return mark
+
+
 @pytest.mark.parametrize("many", [1, 2])
 def test_a_process_that_is_killed_is_started_again(
-    many: int, quick_workers: None, whole: tuple[Path, Study], tmp_path: Path
+    many: int, quick_workers: None, mortal: Path, tmp_path: Path
 ) -> None:
-    killed: list[int] = []
+    specification = SMALL | {"recipe": SMALL["recipe"] | {"transforms": ["kills_once"]}}
 
-    def kill(text: str) -> None:
-        if not killed:
-            entry = next(iter(Folder.open(tmp_path).entries().values()))
-            killed.append(int(entry.worker.rpartition(":")[2]))
-            os.kill(killed[0], signal.SIGKILL)
+    found = study(specification, tmp_path / "out", executor=Processes(many), host=qsim.Host())
 
-    @contextmanager
-    def count(total: int, done: int, description: str) -> Any:
-        yield kill
-
-    found = study(SMALL, tmp_path, executor=Processes(many), run=qsim.Run(count=count))
-
-    assert killed
-    assert numbers(found) == numbers(whole[1])
+    assert mortal.exists()
+    assert numbers(found) == numbers(study(specification, tmp_path / "again", host=qsim.Host()))
 
 
 def test_a_cell_that_kills_its_process_fails(tmp_path: Path) -> None:
