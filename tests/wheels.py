@@ -9,19 +9,21 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PROGRAM = """
-import os, sys
-from setuptools import build_meta
+import os, sys, tomllib
+from importlib import import_module
 
-wheels, *sources = sys.argv[1:]  # a build changes sys.argv
+kind, target, *sources = sys.argv[1:]  # a build changes sys.argv
 for source in sources:
     os.chdir(source)
-    build_meta.build_wheel(wheels)
+    with open("pyproject.toml", "rb") as file:
+        backend = import_module(tomllib.load(file)["build-system"]["build-backend"])
+    getattr(backend, f"build_{kind}")(target)
 """
 
 
-def build(sources: Iterable[Path], wheels: Path) -> None:
-    """Build a wheel of each source directory by setuptools. A build leaves files in the source."""
-    subprocess.run([sys.executable, "-c", PROGRAM, wheels, *sources], check=True, capture_output=True)
+def build(sources: Iterable[Path], target: Path, kind: str = "wheel") -> None:
+    """Build a wheel (or a "sdist") of each source directory by its backend. A build may leave files in the source."""
+    subprocess.run([sys.executable, "-c", PROGRAM, kind, target, *sources], check=True, capture_output=True)
 
 
 def unpack(wheels: Iterable[Path], target: Path) -> Path:
