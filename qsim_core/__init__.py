@@ -16,15 +16,14 @@ from qsim_core import moved
 from qsim_core.lazy import names_of
 from qsim_core.version import __version__ as __version__
 
-FUNCTIONS = "qsim.functions"
-"""The entry-point group of functions that plugins add to this module."""
-
 _named, __all__ = names_of(__name__, __file__)
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__ and not name.startswith("_"):
         from importlib.metadata import entry_points
+
+        from qsim_core.components.discovery import FUNCTIONS
 
         for entry in entry_points(group=FUNCTIONS, name=name):
             return entry.load()

@@ -29,7 +29,6 @@ from qsim_core.formats.format import Format as Format
 from qsim_core.formats.quantizer import Quantizer as Quantizer
 from qsim_core.hookspecs import hookimpl as hookimpl
 from qsim_core.operations.functions import OperationCall as OperationCall
-from qsim_core.operations.operation import Approximation as Approximation
 from qsim_core.operations.operation import Operation as Operation
 from qsim_core.quantizers.calibrators import Calibrator as Calibrator
 from qsim_core.quantizers.scheme import Scheme as Scheme

@@ -199,14 +199,24 @@ def test_what_is_not_declared_is_not_found(install: Callable[[str], Path], run: 
     assert (status != 0, printed.splitlines()[-1]) == (True, "ModuleNotFoundError: No module named 'transformers'")
 
 
-def test_the_core_alone_says_what_keeps_a_work_directory(
-    install: Callable[[str], Path], run: Callable[..., Any]
+@pytest.mark.parametrize(
+    ("asked", "purpose"),
+    [
+        ("Run(work_dir='work').store", "keeps the work directory work"),
+        (
+            "simulate(torch.nn.Linear(2, 2), {'operations': {'relu': {'output': 'none'}}})",
+            "computes operations between products",
+        ),
+    ],
+)
+def test_the_core_alone_says_what_a_plugin_does(
+    asked: str, purpose: str, install: Callable[[str], Path], run: Callable[..., Any]
 ) -> None:
-    status, printed = run("import qsim_core; qsim_core.Run(work_dir='work').store", [install("qsim-core")])
+    status, printed = run(f"import qsim_core, torch; qsim_core.{asked}", [install("qsim-core")])
 
     assert (status != 0, printed.splitlines()[-1].partition(": ")[2]) == (
         True,
-        "no plugin keeps the work directory work; pip install 'qsim-core[all]'",
+        f"no plugin {purpose}; pip install 'qsim-core[all]'",
     )
 
 

@@ -7,10 +7,10 @@ import importlib
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, distributions
+from importlib.metadata import EntryPoint, distributions, entry_points
 from typing import Any
 
-from qsim_core.errors import PluginError
+from qsim_core.errors import PluginError, QsimError
 
 GROUP = "qsim"
 """The entry-point group of modules with hooks."""
@@ -18,6 +18,8 @@ COMMANDS = "qsim.commands"
 """The entry-point group of click commands."""
 ACCELERATORS = "qsim.accelerators"
 """The entry-point group of accelerators."""
+FUNCTIONS = "qsim.functions"
+"""The entry-point group of functions that plugins add to `qsim_core`. The core itself calls some of them."""
 GROUPS = {GROUP: "plugin", COMMANDS: "command", ACCELERATORS: "accelerator"}
 """Each entry-point group, and the noun for its entry points in messages."""
 RESERVED = frozenset({"core", "inline"})
@@ -97,6 +99,16 @@ def installed(groups: Collection[str]) -> dict[str, dict[str, Plugin]]:
     return {
         group: {name: _plugin(group, name, claim) for name, claim in names.items()} for group, names in claims.items()
     }
+
+
+def added(name: str, purpose: str) -> Any:
+    """Give the function of this name that a plugin adds to the core. Raises `QsimError` if no plugin does so.
+
+    `purpose` says in the message what the function is for, like "keeps the work directory work".
+    """
+    for entry in entry_points(group=FUNCTIONS, name=name):
+        return entry.load()
+    raise QsimError(f"no plugin {purpose}; pip install 'qsim-core[all]'")
 
 
 def _plugin(group: str, name: str, claim: dict[str, EntryPoint]) -> Plugin:

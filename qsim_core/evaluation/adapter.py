@@ -93,7 +93,7 @@ class StoredQuantization:
 
     def fits(self, recipe: Recipe) -> bool:
         """True if a recipe quantizes what the checkpoint says and no more, so that its scales belong to the sites."""
-        return recipe.overrides == self.recipe.overrides and not recipe.quantizers and not recipe.names_operations
+        return recipe.overrides == self.recipe.overrides and not recipe.quantizers and not recipe.operations
 
 
 class Adapter(Component):

@@ -126,7 +126,7 @@ class Bench:
             metric=job.evaluator.metric or next(iter(before.metrics)),
             alone=alone,
             audit=audit,
-            environment=Environment.here(self.device, self.dtype, loaded.model),
+            environment=Environment.here(self.device, self.dtype, loaded.model, simulation.sites.operations),
             data=data_record(data, dataset),
             calibration=None if seen is None else calibration_record(given, seen),
             transforms=simulation.reports,

@@ -100,10 +100,6 @@ KINDS: dict[Callable[..., Any], tuple[str, ...]] = {
 """The torch functions that are operations, and the names of their kinds."""
 OPERANDS = {"add": ("input", "other"), "embedding": ()}
 """The activations that a kind reads, where they are not one `input`."""
-PRODUCTS = frozenset(function for function in _named("mul") if not function.__name__.endswith("_"))
-"""The functions that multiply elements, of which a rotary embedding is made."""
-ROTARY = ("rotary",)
-"""The kind of rotary embeddings, for which torch has no function."""
 IN_ORDER = {"softmax": ("input", "dim", "dtype"), "log_softmax": ("input", "dim", "dtype"), "add": ("input", "other")}
 """The positional arguments of functions that are not written in Python."""
 

@@ -24,10 +24,10 @@ class Environment(BaseModel):
     threads: int
 
     @classmethod
-    def here(cls, device: str, dtype: str, model: nn.Module) -> Environment:
-        """This process; the libraries are qsim, torch and those that define modules of the model."""
-        defining = {type(module).__module__.partition(".")[0] for module in model.modules()}
-        libraries = ("qsim-core", "torch", *sorted(defining - {"torch"}))
+    def here(cls, device: str, dtype: str, model: nn.Module, *others: object) -> Environment:
+        """This process; the libraries are qsim, torch and those that define modules of the model, or `others`."""
+        defining = {type(part).__module__.partition(".")[0] for part in (*model.modules(), *others)}
+        libraries = ("qsim-core", "torch", *sorted(defining - {"torch", "qsim_core"}))
         return cls(
             python=platform.python_version(),
             platform=platform.platform(),

@@ -9,7 +9,8 @@ import hashlib
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import PackageNotFoundError, entry_points, requires
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qsim_core.components.component import Component
+from qsim_core.components.discovery import FUNCTIONS
 from qsim_core.simulation.environment import version_of
 from qsim_core.snapshots import octets
 
@@ -42,11 +44,13 @@ def sha256(leaves: Iterable[Any]) -> str:
 def of_code(*classes: type) -> Iterator[Any]:
     """The source of the packages that define classes and the components they derive from, and of the core.
 
-    Raises `Unknowable` for a class that was typed in.
+    Packages whose functions the core calls belong to it. Raises `Unknowable` for a class that was typed in.
     """
+    core = {"qsim_core", *(entry.module.partition(".")[0] for entry in entry_points(group=FUNCTIONS))}
     deriving = [base for cls in classes for base in cls.__mro__ if base is cls or issubclass(base, Component)]
-    for top in sorted({"qsim_core", *(cls.__module__.partition(".")[0] for cls in deriving)}):
-        folders = list(getattr(sys.modules.get(top), "__path__", ()))
+    for top in sorted(core.union(cls.__module__.partition(".")[0] for cls in deriving)):
+        found = find_spec(top) if top in core else getattr(sys.modules.get(top), "__spec__", None)
+        folders = getattr(found, "submodule_search_locations", None) or ()
         files = [path for folder in folders for path in Path(folder).rglob("*.py")]
         for source in sorted(files) if folders else [file_of(top)]:
             yield from (top, source.name, source.read_bytes())

@@ -32,7 +32,7 @@ from qsim_core.formats.quantizer import Quantizer
 from qsim_core.operations.operation import Operation
 from qsim_core.quantizers.standard_schemes import Cast, Channel, Token
 from qsim_core.sites.arithmetic import AUTO, Arithmetic
-from qsim_core.sites.plan import OperationPlan, Plan
+from qsim_core.sites.plan import Plan
 from qsim_core.transforms.transform import Transform
 
 
@@ -238,12 +238,7 @@ class Recipe(_Quantizers):
     @property
     def quantizes(self) -> bool:
         """True if any quantizer is named at all."""
-        return self.names_operations or any(part.quantizers for part in self.parts)
-
-    @property
-    def names_operations(self) -> bool:
-        """True if anything is said of operations between products."""
-        return bool(self.operations)
+        return bool(self.operations) or any(part.quantizers for part in self.parts)
 
     @property
     def has_static(self) -> bool:
@@ -283,24 +278,6 @@ class Recipe(_Quantizers):
             value_axis=self.value_axis,
             own=frozenset(said.keys() & {*ROLES}),
         )
-
-    def plan_operation(self, names: Iterable[str], around: Collection[str] = ()) -> OperationPlan:
-        """Plan the operation that has these names, inside the operation that has the names `around`."""
-        said: dict[str, Any] = {}
-        names = list(names)
-        for pattern, change in self.operations.items():
-            if matches(pattern, names) and not matches(pattern, around):
-                said |= {key: getattr(change, key) for key in change.model_fields_set}
-        return OperationPlan(**said)
-
-    def check_operations(self, operations: Iterable[Sequence[str]]) -> None:
-        """Raise `RecipeError` for a pattern of operations that matches none of these, each given by its names."""
-        known = list(dict.fromkeys(name for names in operations for name in names))
-        for pattern in self.operations:
-            if not matches(pattern, known):
-                kinds = [name for name in known if ":" not in name] or ["none"]
-                hint = did_you_mean(pattern, known) or f"; this model has {', '.join(sorted(kinds))}"
-                raise RecipeError(f"operations: {pattern!r} matches no operation{hint}")
 
     def patterns(self) -> list[str]:
         """The patterns of sites: those to leave alone, and those of overrides."""

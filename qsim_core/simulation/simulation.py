@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qsim_core.components.discovery import added
 from qsim_core.components.host import Host, installed
 from qsim_core.errors import CalibrationWarning, QsimError, RecipeError
 from qsim_core.matmuls.call import Call
@@ -24,6 +25,7 @@ from qsim_core.simulation.recipe import Recipe
 from qsim_core.simulation.work import Hardware, Product, SiteWork, WorkCounter
 from qsim_core.sites.arithmetic import Auto, ExactArithmetic
 from qsim_core.sites.executor import SiteObserver, tried
+from qsim_core.sites.operation_sites import OperationSites
 from qsim_core.sites.site import Site
 from qsim_core.sites.sites import Compute, Sites
 from qsim_core.transforms.applying import apply_transforms, left_behind, needed_beside
@@ -45,7 +47,7 @@ class Simulation:
         self.recipe = recipe
         self.keep = keep
         self.example: Example = None
-        self.sites = Sites(model, recipe, keep, exact)
+        self.sites = Sites(model, recipe, keep, exact, operation_sites(recipe))
         self._handles: list[RemovableHandle] = []
         self._before_transforms: dict[str, Tensor] = {}
         self._left = ""
@@ -422,3 +424,11 @@ def exact_arithmetics(recipe: Recipe, host: Host | None) -> list[ExactArithmetic
         return []
     made: list[Any] = [found() for found in (host or installed()).classes_without_search(ExactArithmetic)]
     return sorted((one for one in made if one.automatic), key=lambda one: (one.order, one.name))
+
+
+def operation_sites(recipe: Recipe) -> OperationSites:
+    """The sites of operations between products, which a plugin computes; none where the recipe names no operation."""
+    if not recipe.operations:
+        return OperationSites()
+    made: OperationSites = added("operation_sites", "computes operations between products")(recipe)
+    return made

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
-from collections import defaultdict
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,23 +19,6 @@ from qsim_core.sites.site import Site
 from qsim_core.sites.workspace import Memory, Workspace, like
 
 
-class Scaled(NamedTuple):
-    """A product of elements, its factors, and their versions."""
-
-    product: Tensor
-    factors: tuple[Tensor, Tensor]
-    versions: tuple[int, ...]
-
-    @classmethod
-    def of(cls, product: Tensor, factors: tuple[Tensor, Tensor]) -> Scaled:
-        """Remember a product as it is now."""
-        return cls(product, factors, _versions(product, *factors))
-
-
-def _versions(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(0 if x.is_inference() else x._version for x in tensors)
-
-
 @dataclass
 class Frame:
     """One running module, the count of its products of activations, and those that a softmax may connect."""
@@ -48,23 +29,12 @@ class Frame:
     before_softmax: list[tuple[Site, torch.Size]] = field(default_factory=list)
     softmax: tuple[torch.Size, ...] = ()
     """The shapes that the probabilities may have: that of the softmax, and without the columns of attention sinks."""
-    operations: dict[str, int] = field(default_factory=functools.partial(defaultdict, int))
-    """The operations between products that the module has computed, by kind."""
-    around: tuple[str, ...] = ()
-    """The names of the operation whose written-out form is being computed."""
+    operations: Any = None
+    """The state of the module's operations between products, which `OperationSites` keep here."""
     explicit: bool = False
     """True while torch's own attention is written out: the sums in it add masks."""
-    scaled: list[Scaled] = field(default_factory=list)
-    """The last two products of elements: a rotary embedding adds them."""
     compiling: Any = None
     """The state of torch.compile before this module, which `resume_compiling` brings back."""
-
-    def factors(self, product: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The factors of one of the last two products of elements, if nothing was written to them since."""
-        for scaled in self.scaled:
-            if scaled.product is product:
-                return scaled.factors if scaled.versions == _versions(product, *scaled.factors) else None
-        return None
 
     def own(self, tensor: Tensor) -> str | None:
         """The full name of the parameter that a tensor is, if it is this module's own (also under functional_call)."""

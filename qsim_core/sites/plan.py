@@ -49,11 +49,7 @@ class OperationPlan:
 
 
 class Planner(Protocol):
-    """Gives each matmul and each operation its plan, as a `Recipe` does."""
-
-    @property
-    def names_operations(self) -> bool:
-        """True if the plan of any operation may have something in it."""
+    """Gives each matmul its plan, as a `Recipe` does."""
 
     def plan(self, names: Iterable[str]) -> Plan:
         """Plan the matmul that has these names."""
@@ -66,13 +62,3 @@ class Planner(Protocol):
 
         Each matmul is given by all its names, and the roles that it has.
         """
-
-    def plan_operation(self, names: Iterable[str], around: Collection[str] = ()) -> OperationPlan:
-        """Plan the operation that has these names: its own, and those of its kinds.
-
-        `around` are the names of the operation in whose written-out form it stands. A pattern that matches these means
-        that operation, and not what is inside.
-        """
-
-    def check_operations(self, operations: Iterable[Sequence[str]]) -> None:
-        """Raise `RecipeError` for a pattern that matches none of these operations, each given by its names."""

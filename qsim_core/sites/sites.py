@@ -38,9 +38,8 @@ from qsim_core.matmuls.call import Call
 from qsim_core.matmuls.constants import VALUES, Constant, Constants
 from qsim_core.matmuls.layout import POSITIONS, Layout
 from qsim_core.matmuls.operators import OPS, read_call
-from qsim_core.operations.functions import PRODUCTS
 from qsim_core.sites.arithmetic import FLOAT32, ExactArithmetic
-from qsim_core.sites.call_stack import CallStack, Frame, Reusable, Scaled, recomputing, reusable
+from qsim_core.sites.call_stack import CallStack, Frame, Reusable, recomputing, reusable
 from qsim_core.sites.executor import Layer, LiveExecution, SiteObserver, check_planned
 from qsim_core.sites.operand import operands_of, roles_of
 from qsim_core.sites.operation_sites import OperationSite, OperationSites
@@ -83,7 +82,7 @@ class _Mode(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if function in self.sites.operations.functions and self.sites.stack.running():
-            return self.sites.operate(self, function, args, kwargs or {})
+            return self.sites.operations.meet(self.sites, self, function, args, kwargs or {})
         if function not in MET or not self.sites.stack.running():
             return self.sites.watch(function, args, kwargs or {})
         if function in MEMORY:
@@ -107,12 +106,19 @@ class _Mode(TorchFunctionMode):
 class Sites:
     """Every site of one model, with its quantizers."""
 
-    def __init__(self, model: nn.Module, recipe: Planner, keep: bool, exact: Sequence[ExactArithmetic] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Planner,
+        keep: bool,
+        exact: Sequence[ExactArithmetic] = (),
+        operations: OperationSites | None = None,
+    ) -> None:
         self.recipe = recipe
         self.exact = tuple(exact)
         """The exact arithmetics that `auto` asks, in this order."""
         self.table: dict[str, Site] = {}
-        self.operations = OperationSites(recipe)
+        self.operations = operations or OperationSites()
         self.weights = Weights(model, keep)
         self.constants = Constants(self._is_parameter)
         self._names: dict[tuple[str, int], tuple[weakref.ref[Tensor], str | None]] = {}
@@ -171,7 +177,7 @@ class Sites:
         """Raise `RecipeError` if a pattern of the recipe matches no site, or one of its quantizers reaches none."""
         self.checked = True
         self.recipe.check((site.names, site.recipe_roles) for site in self.table.values())
-        self.recipe.check_operations(site.names for site in self.operations.table.values())
+        self.operations.check()
 
     @contextlib.contextmanager
     def uncounted(self) -> Iterator[dict[str, int]]:
@@ -235,26 +241,6 @@ class Sites:
                 return result.to(dtype)
         return explicit_attention(query, key, value, *args, **kwargs).to(dtype)
 
-    def operate(self, mode: TorchFunctionMode, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute an operation between products at its site; a function that is not one here is left to torch."""
-        frame = self.stack.frames[-1]
-        if function in SOFTMAX:
-            self._connect(args[0] if args else kwargs["input"])
-        if function in PRODUCTS:
-            result = self.watch(function, args, kwargs)
-            if len(args) == 2 and all(type(x) is Tensor for x in args):
-                frame.scaled = [*frame.scaled[-1:], Scaled.of(result, (args[0], args[1]))]
-            return result
-        call = self.operations.read(frame, function, args, kwargs, self.constants.find)
-        if call is None:
-            return self.watch(function, args, kwargs)
-        site = self.operations.site(frame, call)
-        if not self.quantizing:
-            self.operations.meet(frame, site, call, mode)
-        if not self.quantizing or not self.operations.changes(frame, site, call):
-            return self.watch(function, args, kwargs)
-        return self.operations.compute(frame, site, call, self.watch, mode)
-
     def watch(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function that is not a matmul; note the weights that it computes, and the parameters that it reads."""
         result = function(*args, **kwargs)
@@ -268,7 +254,7 @@ class Sites:
     def meet(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute a matmul with quantized operands and result, or note the products that a softmax connects."""
         if function in SOFTMAX:
-            self._connect(args[0] if args else kwargs["input"])
+            self.connect(args[0] if args else kwargs["input"])
             return self.watch(function, args, kwargs)
         stack = self.stack
         if stack.inside:
@@ -434,7 +420,7 @@ class Sites:
             self.table[name] = Site(name, operation, weight, self.recipe.plan([name]))
         return self.table[name]
 
-    def _connect(self, scores: Tensor) -> None:
+    def connect(self, scores: Tensor) -> None:
         """Give aliases to the products that a softmax connects.
 
         The product before it that has the shape of the scores is `qk`, if there is exactly one. Attention sinks

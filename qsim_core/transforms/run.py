@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qsim_core.errors import QsimError
+from qsim_core.components.discovery import added
 from qsim_core.transforms.store import Store
 
 STORE = "work_directory"
@@ -58,8 +57,5 @@ class Run:
         """The store of the work directory; None without one. Raises `QsimError` if no plugin brings it."""
         if self.work_dir is None:
             return None
-        make = getattr(importlib.import_module("qsim_core"), STORE, None)  # of the group of functions of plugins
-        if make is None:
-            raise QsimError(f"no plugin keeps the work directory {self.work_dir}; pip install 'qsim-core[all]'")
-        store: Store = make(self.work_dir)
+        store: Store = added(STORE, f"keeps the work directory {self.work_dir}")(self.work_dir)
         return store

@@ -24,8 +24,8 @@ USES = {
     "evaluator": "qsim evaluate --precision w4a8 --evaluator $name --data TEXT",
 }
 """Kind -> the command that uses a new plugin."""
-NEEDS = {"adapter": ["safetensors>=0.4"]}
-"""The distributions that a plugin's module imports besides the core."""
+NEEDS = {"adapter": ["safetensors>=0.4"], "operation": ["qsim-nonlinear{versions}"]}
+"""The distributions that a plugin needs besides the core; those of qsim in the same `versions`."""
 SUITES = dict.fromkeys(("format", "scheme"), "QuantizerSuite")
 """Kinds whose conformance suite is that of a more general kind."""
 
@@ -40,7 +40,8 @@ def write(kind: str, name: str, directory: Path) -> Path:
     if target.exists():
         raise QsimError(f"{target} is there already; choose another name or --directory")
     major, minor, _ = __version__.split(".")
-    needs = [f"qsim-core>={major}.{minor},<{major}.{int(minor) + 1}", *NEEDS.get(kind, [])]
+    versions = f">={major}.{minor},<{major}.{int(minor) + 1}"
+    needs = [need.format(versions=versions) for need in ("qsim-core{versions}", *NEEDS.get(kind, []))]
     words = {
         "name": name,
         "Name": "".join(part.title() for part in name.split("_")),

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qsim_core import Approximation
+from qsim_nonlinear.approximation import Approximation
 from qsim_nonlinear.reduction import by_exponent
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qsim_core import Approximation
+from qsim_nonlinear.approximation import Approximation
 
 
 class IBert(Approximation):

@@ -11,7 +11,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from qsim_core import Approximation, OperationCall, RecipeError
+from qsim_core import OperationCall, RecipeError
+from qsim_nonlinear.approximation import Approximation
 from qsim_nonlinear.reduction import TAILS, by_exponent
 
 Function = Callable[[Tensor], Tensor]

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from qsim_nonlinear.approximation import Approximation
 from torch import Tensor, nn
 
 import qsim_core as qsim
 from qsim_core.testing.component import noise
 
 
-class Halves(qsim.Approximation):
+class Halves(Approximation):
     """Functions of one number in float16."""
 
     name = "halves"
