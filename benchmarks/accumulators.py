@@ -28,6 +28,9 @@ RECIPES = {
     "hopper_fp8": FP8,
     "deepseek": FP8,
     "blackwell_fp8": FP8,
+    "sequential(bf16)": FP8,
+    "chunked(fp16, 64)": FP8,
+    "tree(bf16)": FP8,
 }
 
 

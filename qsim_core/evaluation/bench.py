@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from qsim_core.components.component import components_in
 from qsim_core.components.host import Host, installed
 from qsim_core.errors import DataError, RecipeError, one_line
 from qsim_core.evaluation.adapter import LoadedModel
@@ -79,9 +82,12 @@ class Bench:
         keep: bool = True,
         observer: SiteObserver | None = None,
         baseline: str | None = None,
+        known: dict[int, Tensor] | None = None,
     ) -> Measured:
         """Measure the model under a recipe; `evaluate` explains the arguments, and `Simulation.audit` the observer.
 
+        `known` has the numbers of batches that the same recipe has given for fewer samples, and gets the others. A
+        recipe that draws random numbers does without: its draws depend on the forwards before.
         The model is as it was afterwards; with `keep=False` it stays under the recipe, and the bench is of no use any
         more. A recipe that quantizes nothing measures the model alone, once. Raises a `QsimError`.
         """
@@ -115,7 +121,9 @@ class Bench:
             )
         with simulation if keep else nullcontext():
             audit = simulation.audit(on=on, observer=observer)
-            compared = replace(run, reference=getattr(before.metrics, "outputs", None))
+            draws = any(getattr(part, "draws", False) for part in components_in(job.recipe))
+            reference = getattr(before.metrics, "outputs", None)
+            compared = replace(run, reference=reference, known=None if draws else known)
             after = _Pass(before.metrics) if alone else _passed(job.evaluator, loaded, dataset, compared, "simulated")
         if samples is not None:
             _save_samples(job.evaluator, before.metrics, after.metrics, samples)

@@ -34,7 +34,11 @@ class Evaluator(Component):
         """The metrics that `evaluate` gives; NaN if an output of the model was not finite, as it has no score then."""
         with finite_outputs(loaded.model) as finite:
             metrics = self.evaluate(loaded, data, run)
-        return metrics if finite() else unscored(metrics)
+        if finite():
+            return metrics
+        if run.known is not None:
+            run.known.clear()  # a longer run has to see what is not finite
+        return unscored(metrics)
 
     def read(self, source: str, split: str = "test") -> Data:
         """The data of a path or name; of a data set the part `split`, unless the name says another.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from qsim_core.components.discovery import added
 from qsim_core.transforms.store import Store
@@ -45,12 +48,29 @@ class Run:
     """The directory of what later runs can use, from which a run that died goes on."""
     reference: Any = None
     """The `outputs` of the baseline's `Metrics`, for the simulated run; none in the baseline's own."""
+    known: dict[int, Tensor] | None = None
+    """The numbers of whole batches, by place, that an earlier run of fewer samples has found. `over` adds others."""
     allow_code_execution: bool = False
     """True if an evaluator may run programs that the model wrote."""
 
     def __post_init__(self) -> None:
         if isinstance(self.work_dir, str):
             object.__setattr__(self, "work_dir", Path(self.work_dir))
+
+    def over(self, batches: Sequence[Any], numbers: Callable[[Any], Tensor], description: str) -> Tensor:
+        """Compute numbers `[…, samples]` of each batch, and put them together in float64; progress is shown.
+
+        What is known is not computed again. The last batch may be short, and then is another one in a longer run.
+        """
+        known = {} if self.known is None else self.known
+        found = []
+        for place, batch in enumerate(self.track(batches, len(batches), description)):
+            if place not in known or place == len(batches) - 1:
+                known[place] = numbers(batch).double()
+            found.append(known[place])
+        if found and found[-1].shape[-1] < self.batch_size:
+            del known[len(found) - 1]
+        return torch.cat(found, -1)
 
     @functools.cached_property
     def store(self) -> Store | None:

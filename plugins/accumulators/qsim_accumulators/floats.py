@@ -1,4 +1,7 @@
-"""Sums in a narrow number format: one product after the other, in chunks with a wider outer sum, or in a tree."""
+"""Sums in a narrow number format: one product after the other, in chunks with a wider outer sum, or in a tree.
+
+This is the reference. Where there is a compiler, a CPU computes the same bits in C++.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from qsim_accumulators.float_kernels import Order, native_sums
 from qsim_core import Accumulator, Format
 from qsim_core.formats.random_bits import part
 from qsim_core.sites.arithmetic import QuantizedRows
@@ -47,7 +51,15 @@ class FloatAccumulator(Accumulator):
     def sums(self, products: Iterator[Tensor], rounded: Rounded) -> Tensor:
         """Add up products, which are given column by column in float64, with each sum rounded."""
 
+    def order(self, length: int) -> Order | None:
+        """The order in which native code adds up so many products, in place of `sums`; None: it cannot."""
+        return None
+
     def _added_up(self, left: Tensor, right: Tensor, rounded: Rounded) -> Tensor:
+        order = self.order(left.shape[-1])
+        found = None if order is None else native_sums(order, self.product, left, right)
+        if found is not None:
+            return found.to(left.dtype)
         columns = zip(left.double().unbind(-1), right.double().unbind(-1), strict=True)
         exact = (x.unsqueeze(-1) * w.unsqueeze(-2) for x, w in columns)
         products = exact if self.product is None else (rounded(product, self.product) for product in exact)
@@ -66,6 +78,9 @@ class Sequential(FloatAccumulator):
 
     def sums(self, products: Iterator[Tensor], rounded: Rounded) -> Tensor:
         return in_order(products, self.format, rounded)
+
+    def order(self, length: int) -> Order:
+        return Order(self.format, length, self.format)
 
 
 class Chunked(FloatAccumulator):
@@ -91,6 +106,9 @@ class Chunked(FloatAccumulator):
 
         return in_order(chunks(), self.outer, rounded)
 
+    def order(self, length: int) -> Order:
+        return Order(self.format, self.n, self.outer)
+
 
 class Tree(FloatAccumulator):
     """Adds up neighbouring products in pairs, then neighbouring sums in pairs, until one is left: `tree(bf16)`.
@@ -111,6 +129,9 @@ class Tree(FloatAccumulator):
             pairs = [rounded(odd_sum(*pair), self.format) for pair in zip(level[::2], level[1::2], strict=False)]
             level = pairs + level[2 * len(pairs) :]
         return level[0]
+
+    def order(self, length: int) -> Order:
+        return Order(self.format, 0, self.format)
 
 
 def in_order(terms: Iterator[Tensor], format: Format | None, rounded: Rounded) -> Tensor:

@@ -195,8 +195,8 @@ class Fused(Arithmetic):
             return None
         whole = -(-length // self.n) * self.n
         fills = (0, ZERO_EXPONENT)
-        own = [padded_to(x, whole, fill) for x, fill in zip(left[:2], fills, strict=True)]
-        others = [panels(x, whole, fill) for x, fill in zip(right[:2], fills, strict=True)]
+        own = [padded_to(x.int(), whole, fill) for x, fill in zip(left[:2], fills, strict=True)]
+        others = [panels(x.int(), whole, fill) for x, fill in zip(right[:2], fills, strict=True)]
         product = torch.empty(rows, len(others[0]) * LANES)
         sizes = (*product.shape, whole, self.n, self.promote or 0)
         settings = (self.fraction, digits, register.digits, torch.get_num_threads())

@@ -164,7 +164,7 @@ class IntegerAccumulator(Accumulator):
         library = compiled(SOURCE, left.numel() * columns // NATIVE_TERMS)
         if library is None or not left.isfinite().all() or not right.isfinite().all():
             return None
-        own, others = padded_to(left, length), panels(right, length)
+        own, others = padded_to(left.int(), length), panels(right.int(), length)
         product = torch.empty(len(left), len(others) * LANES)
         limits = (self._highest(self.bits + self.guard), self._highest(self.bits), self._highest(self.product or 32))
         library.functions.saturating_products(

@@ -10,11 +10,11 @@ LANES = 16
 
 
 def panels(rows: Tensor, length: int, fill: int = 0) -> Tensor:
-    """Put whole numbers `[N, K]` into panels of 16 rows: int32 `[ceil(N / 16), length, 16]`, filled up."""
+    """Put numbers `[N, K]` into panels of 16 rows: `[ceil(N / 16), length, 16]`, filled up."""
     padded = padded_to(rows, length, fill, -len(rows) % LANES)
     return padded.view(-1, LANES, length).transpose(1, 2).contiguous()
 
 
 def padded_to(rows: Tensor, length: int, fill: int = 0, more_rows: int = 0) -> Tensor:
-    """Fill up whole numbers `[M, K]` to `[M + more_rows, length]`, int32."""
-    return F.pad(rows.int(), (0, length - rows.shape[-1], 0, more_rows), value=fill).contiguous()
+    """Fill up numbers `[M, K]` to `[M + more_rows, length]`."""
+    return F.pad(rows, (0, length - rows.shape[-1], 0, more_rows), value=fill).contiguous()

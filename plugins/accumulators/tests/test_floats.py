@@ -14,8 +14,10 @@ from qsim_accumulators.floats import odd_sum
 import qsim_core as qsim
 from qsim_core.formats.format import table_of
 from qsim_core.sites.arithmetic import QuantizedRows
-from qsim_core.testing import ArithmeticSuite
+from qsim_core.testing import ArithmeticSuite, both_ways
 
+__all__ = ["both_ways"]
+pytestmark = pytest.mark.usefixtures("both_ways")
 HOST = qsim.Host()
 
 

@@ -112,16 +112,17 @@ class Accuracy(Evaluator):
         places = list(range(len(data.content["label"])))[: run.limit]
         labels = self._labels(loaded, data).of(data.content["label"], len(places), kind)
         batches = [places[start : start + run.batch_size] for start in range(0, len(places), run.batch_size)]
-        found = []
+
+        def scored(batch: list[int]) -> Tensor:
+            outputs = logits(loaded, self._inputs(loaded, data, batch)).float().cpu()
+            truth = labels[batch]
+            _check_classes(outputs, truth)
+            place = rank(outputs, truth)
+            nll = F.cross_entropy(outputs, truth, reduction="none")
+            return torch.stack([(place == 1).double(), (place <= 5).double(), nll.double()])
+
         with torch.no_grad():
-            for batch in run.track(batches, len(batches), f"{kind}s"):
-                outputs = logits(loaded, self._inputs(loaded, data, batch)).float().cpu()
-                truth = labels[batch]
-                _check_classes(outputs, truth)
-                place = rank(outputs, truth)
-                nll = F.cross_entropy(outputs, truth, reduction="none")
-                found.append(torch.stack([(place == 1).double(), (place <= 5).double(), nll.double()]))
-        top1, top5, nll = torch.cat(found, 1)
+            top1, top5, nll = run.over(batches, scored, f"{kind}s")
         majority = max(Counter(labels.tolist()).values()) / len(places)
         counts = {"majority": majority, f"{kind}s": float(len(places))}
         return Metrics({"accuracy": top1, "top5": top5, "nll": nll}, counts=counts)

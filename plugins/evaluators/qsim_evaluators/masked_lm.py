@@ -62,15 +62,17 @@ class MaskedLM(Evaluator):
         """Compute `masked_perplexity`, `nll` (nats per masked token) and `accuracy`, and count masked `tokens`."""
         seen, labels = (part[: run.limit] for part in self._windows(loaded, data))
         batches = list(zip(seen.split(run.batch_size), labels.split(run.batch_size), strict=True))
-        found = []
+
+        def scored(pair: tuple[Tensor, Tensor]) -> Tensor:
+            batch, answers = pair
+            scores = logits(loaded, self._batch(loaded, batch)).float().cpu()
+            wanted = scores[answers >= 0].view(len(batch), -1, scores.shape[-1])
+            truth = answers[answers >= 0].view(len(batch), -1)
+            nll = F.cross_entropy(wanted.transpose(1, 2), truth, reduction="none").double()
+            return torch.stack([nll.mean(1), (rank(wanted, truth) == 1).double().mean(1)])
+
         with torch.no_grad():
-            for batch, answers in run.track(batches, len(batches), "masked tokens"):
-                scores = logits(loaded, self._batch(loaded, batch)).float().cpu()
-                wanted = scores[answers >= 0].view(len(batch), -1, scores.shape[-1])
-                truth = answers[answers >= 0].view(len(batch), -1)
-                nll = F.cross_entropy(wanted.transpose(1, 2), truth, reduction="none").double()
-                found.append(torch.stack([nll.mean(1), (rank(wanted, truth) == 1).double().mean(1)]))
-        nll, right = torch.cat(found, 1)
+            nll, right = run.over(batches, scored, "masked tokens")
 
         def metrics(means: Means) -> Means:
             return {"masked_perplexity": means["nll"].exp(), **means}

@@ -89,18 +89,19 @@ class Perplexity(Evaluator):
         """Compute perplexities per token, word and byte, `nll` (nats per token), `bits_per_byte`, and `tokens`."""
         opening, text_tokens = self._tokens(loaded, data)
         windows, stride = self._windows(loaded, opening, text_tokens, data.name)
-        batches = list(windows[: run.limit].split(run.batch_size))
-        sums: list[Tensor] = []
-        tokens: list[Tensor] = []
+        batches = list(enumerate(windows[: run.limit].split(run.batch_size)))
+
+        def sums(numbered: tuple[int, Tensor]) -> Tensor:
+            place, batch = numbered
+            losses = _losses(loaded, batch)[:, max(len(opening) - 1, 0) :]
+            fresh = losses[:, -min(stride, losses.shape[1]) :]
+            total, count = fresh.sum(1), torch.full((len(batch),), float(fresh.shape[1]), dtype=torch.float64)
+            if place == 0:  # only the first window contains the first tokens
+                total[0], count[0] = losses[0].sum(), losses.shape[1]
+            return torch.stack([total, count])
+
         with torch.no_grad():
-            for batch in run.track(batches, len(batches), "perplexity"):
-                losses = _losses(loaded, batch)[:, max(len(opening) - 1, 0) :]
-                fresh = losses[:, -min(stride, losses.shape[1]) :]
-                total, count = fresh.sum(1), torch.full((len(batch),), fresh.shape[1])
-                if not sums:  # only the first window contains the first tokens
-                    total[0], count[0] = losses[0].sum(), losses.shape[1]
-                sums.append(total)
-                tokens.append(count)
+            lost, tokens = run.over(batches, sums, "perplexity")
         words, letters = len(re.split(r"\s+", data.content)), len(data.content.encode())
 
         def metrics(means: Means) -> Means:
@@ -114,8 +115,8 @@ class Perplexity(Evaluator):
                 "bits_per_byte": per_byte / math.log(2),
             }
 
-        samples = {"nll": torch.cat(sums), "tokens": torch.cat(tokens)}
-        return Metrics(samples, metrics, counts={"tokens": float(samples["tokens"].sum())}, in_order=True)
+        counts = {"tokens": float(tokens.sum())}
+        return Metrics({"nll": lost, "tokens": tokens}, metrics, counts=counts, in_order=True)
 
     def protocol(self, loaded: LoadedModel) -> str:
         """Describe the windows and the stride in words."""

@@ -64,6 +64,7 @@ class Cell(_Frozen):
     circumstances: Circumstances = Circumstances()
     varied: dict[str, str] = Field(default={}, description="the values by which it differs from other cells")
     needs: dict[str, str] = Field(default={}, description="distributions of the plugins that it needs, and versions")
+    batches: str = Field(default="", description="the key of the same cell with any number of samples")
 
     @property
     def label(self) -> str:
@@ -90,11 +91,14 @@ class Cell(_Frozen):
         parts, source = self._parts(host)
         plugins = {plugin for part in parts for plugin in host.plugins_of(part)}
         needs = {plugin.distribution: plugin.version for plugin in sorted(plugins, key=lambda plugin: plugin.name)}
-        said = self.model_dump_json(exclude={"varied", "needs"})
+        beside = {"varied": True, "needs": True, "batches": True}
+        said = self.model_dump_json(exclude=beside)
+        unlimited = self.model_dump_json(exclude=beside | {"circumstances": {"limit"}})
         files = (source, self.circumstances.data, self.circumstances.calibration_data, *_named_files(parts))
         code = _of_code(frozenset(map(type, parts))), _of_requirements(frozenset({"qsim-core", *needs}))
-        made_from = [said, *map(str, parts), *itertools.chain.from_iterable(map(_of_files, files)), *code]
-        return sha256(made_from)[:32], self.model_copy(update={"needs": needs})
+        made_from = [*map(str, parts), *itertools.chain.from_iterable(map(_of_files, files)), *code]
+        batches = sha256([unlimited, *made_from])[:32]
+        return sha256([said, *made_from])[:32], self.model_copy(update={"needs": needs, "batches": batches})
 
     def _parts(self, host: Host) -> tuple[list[Component], str | None]:
         """The components that have a part in it, and the place of the model's files."""

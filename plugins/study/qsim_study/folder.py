@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from qsim_core import QsimError
 from qsim_core.components.host import Host
@@ -46,7 +48,7 @@ class Folder:
                 )
         elif any(path.iterdir()):
             raise QsimError(f"{path} is not empty and holds no study; name another directory with --output")
-        for part in ("cells", "claims"):
+        for part in ("cells", "claims", "batches"):
             (path / part).mkdir(exist_ok=True)
         folder = cls(path, keyed)
         folder.plan(specification.name)
@@ -79,6 +81,17 @@ class Folder:
     def write(self, key: str, entry: Entry) -> None:
         """Write what was found in a cell. Raises `QsimError` if that is impossible."""
         write_checked(self._file(key), entry.model_dump_json().encode())
+
+    def batches(self, cell: Cell) -> dict[int, Tensor]:
+        """The numbers of batches that the cell has given with fewer samples, by place."""
+        content = read_checked(self._batches(cell))
+        found = {} if content is None else json.loads(content)
+        return {int(place): torch.tensor(numbers, dtype=torch.float64) for place, numbers in found.items()}
+
+    def write_batches(self, cell: Cell, found: Mapping[int, Tensor]) -> None:
+        """Write the numbers of batches for a later look at more samples. Raises `QsimError` if that is impossible."""
+        numbers = {place: rows.tolist() for place, rows in found.items()}
+        write_checked(self._batches(cell), json.dumps(numbers).encode())
 
     def is_done(self, key: str) -> bool:
         """Tell if a cell has its file. `entry` looks into it."""
@@ -128,6 +141,9 @@ class Folder:
 
     def _file(self, key: str) -> Path:
         return self.path / "cells" / f"{key}.jsonl"
+
+    def _batches(self, cell: Cell) -> Path:
+        return self.path / "batches" / cell.batches
 
     def _claim(self, key: str) -> Path:
         return self.path / "claims" / key

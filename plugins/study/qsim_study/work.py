@@ -65,7 +65,7 @@ class Worker:
         bench = self._on_bench((cell.model, around.device, around.dtype))
         run = replace(around.run(self.run), work_dir=folder.path / "shared")
         on = hardware_of(around.on, self.host)
-        counted = Histograms(around.histograms)
+        counted, known = Histograms(around.histograms), folder.batches(cell)
         try:
             measured = bench.measure(
                 recipe,
@@ -74,7 +74,9 @@ class Worker:
                 run=run,
                 on=on,
                 observer=counted if around.histograms else None,
+                known=known,
             )
+            folder.write_batches(cell, known)
             blamed = self._blamed(bench, recipe, around, run) if around.blame else None
         finally:
             if not bench.intact:

@@ -244,6 +244,17 @@ def test_samples_are_added_until_comparisons_are_decided(tmp_path: Path) -> None
     assert (coarse["rank"], coarse["tied"]) == (3, False)
 
 
+@pytest.mark.parametrize("weights", ["int4", "int(4, rounding=stochastic)"])
+def test_a_look_at_more_samples_has_the_numbers_of_a_study_of_as_many(weights: str, tmp_path: Path) -> None:
+    spec = SMALL | {"vary": {"weights": [weights]}, "batch_size": 3}
+    for limit in (5, 8):
+        longer = study(spec | {"limit": limit}, tmp_path / "looks")
+
+    at_once = study(spec | {"limit": 8}, tmp_path / "once")
+
+    assert [one.scores for one in longer.entries.values()] == [one.scores for one in at_once.entries.values()]
+
+
 def test_draws_of_calibration_are_a_spread_of_their_own(tmp_path: Path) -> None:
     spec = SMALL | {
         "recipe": {"weights": "int8", "activations": "tensor(int6, static=true)", "evaluate": EVALUATE},
