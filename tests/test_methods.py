@@ -77,8 +77,11 @@ KINDS = [
     ["gptaq", "qronos", "gptq(activations=true)"],
     ["signround(2)", "adaround(2)"],
     ["imatrix", "local_hessian"],
+    ["svdquant(4, grid=2)", "arcquant"],
 ]
 """Methods that share their way through a model: each family meets one of each kind, each in its turn."""
+BLOCKS = {"arcquant": "block(int8, 8)"}
+"""The activations of a method that takes block formats alone."""
 
 
 @pytest.mark.parametrize(
@@ -97,7 +100,11 @@ def test_every_method_runs_on_every_family(transform: str, family: str) -> None:
         warnings.simplefilter("ignore", qsim.CalibrationWarning)
         try:
             simulation = qsim.simulate(
-                model, weights="int4", activations="int8", transforms=[transform], calibration=batches
+                model,
+                weights="int4",
+                activations=BLOCKS.get(transform, "int8"),
+                transforms=[transform],
+                calibration=batches,
             )
         except qsim.RecipeError as error:
             assert (transform, family, "left alone: it has no bias" in str(error)) == ("bias_correction", "llama", True)
@@ -134,6 +141,8 @@ def test_every_method_changes_every_architecture_or_says_why_not(name: str, tran
         (["gptq", "smoothquant"], "smoothquant(0.5)"),
         (["gptq", "hadamard"], "hadamard(0)"),
         (["rptq", "awq"], "awq(20)"),
+        (["svdquant(4, grid=0)", "smoothquant"], "smoothquant(0.5)"),
+        (["svdquant(4, grid=0)", "hadamard"], "hadamard(0)"),
     ],
 )
 def test_a_method_that_comes_too_late_is_refused(transforms: list[str], late: str) -> None:
@@ -157,6 +166,7 @@ def test_a_method_that_comes_too_late_is_refused(transforms: list[str], late: st
         ("signround(2)", torch.float16),
         ("imatrix", torch.bfloat16),
         ("spinquant(1, size=8)", torch.float16),
+        ("svdquant(4, grid=2)", torch.bfloat16),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*has learned nothing")  # one step may be too few

@@ -106,6 +106,11 @@ class SiteQuantizer(ABC):
         return None
 
     @property
+    def appended(self) -> int:
+        """The columns that it appends to each row: hardware multiplies them too, by columns that the weight repeats."""
+        return 0
+
+    @property
     def plain(self) -> Any:
         """The quantizer without the tensors that it holds; itself if it holds none."""
         return self

@@ -40,6 +40,8 @@ class Call:
     """The index of the operand that is a parameter, or part of one. None until a site has found it."""
     masked: bool = False
     """True if the addend is computed, like a mask, and is not a parameter. It is added to the quantized product."""
+    beside: Tensor | None = None
+    """The product of the factors beside the weight, which is added to the result; None: there are none."""
 
     @property
     def input(self) -> Tensor:
@@ -80,7 +82,11 @@ class Call:
                 args[place] = operand
             else:
                 kwargs[place] = operand
-        return self.function(*args, **kwargs)
+        return self.with_beside(self.function(*args, **kwargs))
+
+    def with_beside(self, product: Any) -> Any:
+        """Add the product of the factors beside the weight, if there are any."""
+        return product if self.beside is None else product + self.beside
 
     def exact(self) -> Any:
         """Call the function with its own operands."""

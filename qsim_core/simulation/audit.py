@@ -272,6 +272,8 @@ class _Watch:
                     f"each element of its {role} has a scale of its own: {quantizer} rounds nothing"
                 ] = None
             found = _Sums.of(before, after, quantizer)
+            if role == "weight" and found.bits is not None:
+                found.bits += site.bits_beside(before.shape, found.bits)
             self.sums[site.name, role.rstrip("2")].include(found)
             if (named := site.named(role)) in ATTENTION_ROLES:
                 self.sums[site.name, named].include(found)
@@ -398,6 +400,7 @@ def _notes(site: Site, value_axis: str) -> list[str]:
         notes.append(f"its weight is computed from {site.weight}, and is quantized in each forward")
     notes += [f"in training it is not quantized: {site.in_training}"] if site.in_training else []
     notes += [f"its {role} is rotated by {rotation}" for role, rotation in site.rotations.items()]
+    notes += [f"beside its weight stand {site.beside}"] if site.beside else []
     for role, quantizer in (*(("input", quantizer) for quantizer in site.inputs), ("output", site.plan.output)):
         sharing = quantizer.sharing if quantizer is not None else frozenset()
         if isinstance(quantizer, Quantizer) and quantizer.granularity is None and not quantizer.by_rows:

@@ -22,6 +22,9 @@ from qsim_core.matmuls.size import Size, size_of
 from qsim_core.sites.operand import roles_of
 from qsim_core.sites.site import Site
 
+SUM_BITS = 32
+"""The width of the sums of factors beside a weight."""
+
 
 class Product(BaseModel):
     """Products of one size: `[M, K]` times `[K, N]`, for each matrix of a batch."""
@@ -140,12 +143,13 @@ class WorkCounter:
         """Give the work of these sites, under the quantizers that they have; others are in the model's dtype."""
         for site in sites:
             for met, calls in self._counts[site.name].items():
-                batch, m, n, _ = met.size
+                batch, m, n, k = met.size
                 left, right = (_tensor(site, *operand, dtype) for operand in met.operands)
                 result = _tensor(site, "output", batch * m * n, torch.Size([batch, m, n]), dtype)
-                product = Product(**met.size._asdict(), calls=calls)
+                product = Product(batch=batch, m=m, n=n, k=k + site.appended, calls=calls)
                 sum_bits = site.plan.arithmetic.accumulator_bits
                 yield SiteWork(site.name, product, (left, right), result, sum_bits, site.weight)
+                yield from _beside(site, product)
 
 
 def _elements(call: Call, size: Size) -> list[int]:
@@ -156,10 +160,25 @@ def _elements(call: Call, size: Size) -> list[int]:
     return [left.numel(), right.numel()]
 
 
+def _beside(site: Site, product: Product) -> Iterator[SiteWork]:
+    """Give the work of the two factors beside a weight. The sums of the second one go on in those of the product."""
+    rows = product.batch * product.m
+    for factor, results in () if site.beside is None else zip(site.beside.factors, (rows, 0), strict=True):
+        (n, k), dtype = factor.shape, factor.dtype
+        tensors = [
+            TensorWork(role, elements, 8 * dtype.itemsize, dtype, None)
+            for role, elements in (("input", rows * k), ("weight", n * k), ("output", results * n))
+        ]
+        size = product.model_copy(update={"n": n, "k": k})
+        yield SiteWork(site.name, size, (tensors[0], tensors[1]), tensors[2], SUM_BITS, site.weight)
+
+
 def _tensor(site: Site, role: str, elements: int, rows: torch.Size, dtype: torch.dtype) -> TensorWork:
     quantizer = site.standing(role)
     if role == "input2" and site.plan.value_axis == "head" and site.is_value_product:
         rows = torch.Size([*rows[:-2], rows[-1], rows[-2]])
     bits = None if quantizer is None or math.prod(rows) == 0 else quantizer.bits_per_element(rows)
+    if bits is not None and role == "weight":
+        bits *= 1 + site.appended / rows[-1]
     found = None if bits is None else quantizer.rounds_to
     return TensorWork(site.named(role), elements, bits or dtype.itemsize * 8, dtype, found)

@@ -251,7 +251,7 @@ class LiveExecution(Execution):
         A module in training is computed in float32. Gradient checkpointing computes its forward again, with gradients,
         and must get the same numbers. An observer of simulated products is shown what `multiply` gets.
         """
-        if self.module.training or self.call.masked:
+        if self.module.training or self.call.masked or self.call.beside is not None:
             return None
         if self.arithmetic.simulates and self.examine is not None:
             return None
@@ -389,6 +389,7 @@ class Layer:
             or len(site.fixed) != len(self.fixed)
             or any(site.fixed.get(role) is not quantizer for role, quantizer in self.fixed.items())
             or site.rotations
+            or site.beside is not None
             or site.in_training is not None
         ):
             return None

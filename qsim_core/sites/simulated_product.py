@@ -63,7 +63,7 @@ class SimulatedCall(Call):
         left, right = operands
         if self.operation in CONVOLUTIONS:
             return self._with_gradient(super().run, operands, self._convolved(right))
-        product = self.multiply(left, right)
+        product = self.with_beside(self.multiply(left, right))
         if self.addend is not None:
             alpha, beta = self.kwargs.get("alpha", 1), self.kwargs.get("beta", 1)
             product = alpha * product if beta == 0 else beta * self.addend + alpha * product

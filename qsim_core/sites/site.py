@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qsim_core.errors import RecipeError
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.matmuls.call import Call
+from qsim_core.matmuls.low_rank import LowRank
 from qsim_core.sites.plan import Plan
 
 OPERANDS = ("input", "input2")
@@ -46,6 +48,9 @@ class Site:
 
     rotations: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     """By role, an orthogonal map along the reduction axis that a transform adds. It is applied before quantizing."""
+
+    beside: LowRank | None = None
+    """Two factors that a transform has taken out of the weight; what they give is added to the product."""
 
     in_training: Callable[[Call, int], Tensor] | None = None
     """A function of a call and its count that computes the call in training, in place of all quantizers."""
@@ -100,6 +105,16 @@ class Site:
         """The quantizers of the operands that are not weights, each once."""
         found = map(self.standing, self.input_roles)
         return list({id(quantizer): quantizer for quantizer in found if quantizer is not None}.values())
+
+    @property
+    def appended(self) -> int:
+        """The columns that the quantizer of the input appends to each row of both operands."""
+        found = self.standing("input")
+        return 0 if found is None else int(found.appended)
+
+    def bits_beside(self, rows: torch.Size, bits: float) -> float:
+        """Count the bits of what stands beside a weight [N, K] of so many bits: repeated columns, and two factors."""
+        return bits * self.appended / max(rows[-1], 1) + (0 if self.beside is None else self.beside.bits)
 
     @property
     def changes_products(self) -> bool:

@@ -328,6 +328,8 @@ class Sites:
         if site.rotations:
             rotated = zip(roles_of(weights), call.operands, call.layouts, strict=True)
             call = replace(call, operands=tuple(self._rotated(site, *operand) for operand in rotated))
+        if site.beside is not None:
+            call = replace(call, beside=site.beside(call.operands[0]))
         shown = call
         if self.watcher is not None or self.compute is not None:
             shown = replace(call, weight=roles_of(weights).index("weight") if site.weight else None)

@@ -1,6 +1,7 @@
 """Apply a recipe's transforms in their order, each on the result of the one before. A transform must change something.
 
-Pinned weights, and weights whose inputs have static scales, are final: a later transform that changes one is refused.
+Weights that are pinned, that have factors beside them, or whose inputs have static scales stay: a later transform may
+pin them, and is refused if it changes one otherwise.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def apply_transforms(transforms: Iterable[tuple[Transform, Context]], model: nn.
         late = sorted(changed & settled - (sites.weights.pinned - pinned))
         if late:
             raise RecipeError(
-                f"{transform} would change {late[0]}, which an earlier transform has put on its grid or whose inputs "
-                f"it has found scales for; put {transform} before that one"
+                f"{transform} would change {late[0]}, which an earlier transform has put on its grid, split in parts, "
+                f"or found scales for the inputs of; put {transform} before that one"
             )
         before = after
 
@@ -60,7 +61,7 @@ def _digests(model: nn.Module) -> dict[str, str]:
 
 def left_behind(sites: Sites, hooks: int) -> str:
     """Describe anything that transforms have left beside changed weights and scales at sites; empty if nothing."""
-    for name, plan, fixed, rotations, _ in _standing(sites):  # noise in training is no part of what was trained
+    for name, plan, fixed, rotations, *_ in _standing(sites):  # noise in training is no part of what was trained
         if plan or fixed or rotations:
             return f"a transform has left {'rotations' if rotations else 'quantizers of its own'} at {name}"
     if needed := needed_beside(sites, hooks):
@@ -72,9 +73,9 @@ def left_behind(sites: Sites, hooks: int) -> str:
 
 def needed_beside(sites: Sites, hooks: int) -> str:
     """Describe what transforms have left without which the changed weights compute something else; empty if nothing."""
-    rotated = [site.name for site in sites.table.values() if site.weight and site.rotations]
-    if rotated:
-        return f"a transform has left rotations at {rotated[0]}"
+    for site in sites.table.values():
+        if site.weight and (site.rotations or site.beside):
+            return f"a transform has left {site.beside or 'rotations'} at {site.name}"
     return f"a transform has left {hooks} hooks on the model" if hooks else ""
 
 
@@ -83,16 +84,16 @@ def _standing(sites: Sites) -> list[Any]:
     stands = []
     for site in sites.table.values():
         plan = None if site.plan == sites.recipe.plan(site.names) else site.plan
-        if plan or site.fixed or site.rotations or site.in_training:
-            stands.append((site.name, plan, dict(site.fixed), dict(site.rotations), site.in_training))
+        if plan or site.fixed or site.rotations or site.beside or site.in_training:
+            stands.append((site.name, plan, dict(site.fixed), dict(site.rotations), site.beside, site.in_training))
     return stands
 
 
 def _settled(sites: Sites, names: Iterable[str]) -> set[str]:
-    """Name the weights that must stay: pinned ones, and all but biases once any input has a scale from a transform."""
+    """Name the weights that must stay: pinned and split ones, all but biases once an input has a transform's scale."""
     if any(site.fixed for site in sites.table.values()):
         return sites.weights.pinned | {name for name in names if not name.endswith("bias")}
-    return set(sites.weights.pinned)
+    return sites.weights.pinned | {site.weight for site in sites.table.values() if site.weight and site.beside}
 
 
 def _why(context: Context) -> str:

@@ -100,9 +100,18 @@ def _generation(name: str, told: Sequence[PhaseReport], shapes: Shapes) -> Gener
 
 
 def _weights(work: Sequence[SiteWork]) -> tuple[int, float]:
-    """Count the elements and the bytes of the weights that products read, one that several sites read once."""
-    weights = {one.weight: operand for one in work for operand in one.operands if operand.role == "weight"}
-    return sum(weight.elements for weight in weights.values()), sum(weight.bytes for weight in weights.values())
+    """Count the elements and the bytes of the weights that products read, one that several sites read once.
+
+    The factors beside a weight add to its bytes.
+    """
+    elements: dict[str | None, int] = {}
+    sizes: dict[tuple[Any, ...], float] = {}
+    for one in work:
+        for operand in one.operands:
+            if operand.role == "weight":
+                elements.setdefault(one.weight, operand.elements)
+                sizes[one.weight, one.product.n, one.product.k] = operand.bytes
+    return sum(elements.values()), sum(sizes.values())
 
 
 def _others(model: nn.Module, work: Sequence[SiteWork]) -> list[nn.Parameter]:

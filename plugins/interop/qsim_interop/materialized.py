@@ -181,6 +181,8 @@ def _why_not(site: Site, met: MetLayers) -> str:
     roles = (*site.input_roles, "output")
     if any(site.standing(role) is not None and site.quantizer(role).draws for role in roles):
         return "its quantizers draw random numbers in each forward; round to nearest"
+    if site.beside is not None:
+        return f"a transform has left {site.beside} beside its weight, which no layer holds; leave the transform out"
     if site.weight is None:
         return ""
     if site.computed or not site.weight.endswith("weight") or site.name not in met.weights:
