@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from qsim_finetune.trained import STATE, Trained, read_state, write_state
 from torch import Tensor, nn
 
 import qsim_core as qsim
 from qsim_core.cli.main import main
-from qsim_core.evaluation.trained import STATE, Trained, read_state, write_state
 
 Make = Callable[..., Any]
 ZOO = Path(__file__).parent.parent / "plugins" / "zoo" / "qsim_zoo" / "models"

@@ -24,7 +24,7 @@ from qsim_core.evaluation.adapter import Adapter
 from qsim_core.evaluation.data import Calibration
 from qsim_core.evaluation.evaluator import Evaluator
 from qsim_core.evaluation.job import Job
-from qsim_core.evaluation.trained import RECORD
+from qsim_core.evaluation.locate import RECORD
 from qsim_core.files import place, read_text
 from qsim_core.formats.format import Format
 from qsim_core.formats.quantizer import Quantizer

@@ -7,12 +7,13 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from qsim_core.components.component import Component
+from qsim_core.components.host import Host
 from qsim_core.errors import ModelError, RecipeError
 from qsim_core.evaluation import configuration
 from qsim_core.evaluation.data import Data
@@ -49,6 +50,33 @@ class NamedModel:
     """True if this is the model of a recipe that names none."""
 
 
+class StoredRecipe(Protocol):
+    """The recipe that a checkpoint was made for, and the state of the sites under it."""
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """The state of the sites, as `Simulation.state_dict` names it."""
+
+    def beside(self, recipe: Recipe, name: str, host: Host) -> dict[str, Any]:
+        """The keys of a recipe that change beside the checkpoint of this name. Raises `RecipeError`."""
+
+    def fits(self, recipe: Recipe, host: Host) -> bool:
+        """True if a recipe is the checkpoint's own, so that the state belongs to its sites."""
+
+    def lines(self, name: str, fits: bool) -> list[str]:
+        """Lines for the reader of a result under a recipe that fits or does not."""
+
+
+class TrainedModel(StoredRecipe, Protocol):
+    """A checkpoint that was trained under a recipe. A plugin reads its record."""
+
+    base: str
+    """The model that was trained."""
+    evaluator: str
+    data: str | None
+    """The data that it is evaluated on, as `--data` says it; None: the base's own."""
+
+
 @dataclass(frozen=True)
 class StoredQuantization:
     """The quantization in which a checkpoint stores its weights, and the one that it asks for at their inputs."""
@@ -62,7 +90,7 @@ class StoredQuantization:
     notes: tuple[str, ...] = ()
     """Lines about what the checkpoint asks for and the simulation does otherwise."""
 
-    def beside(self, recipe: Recipe, name: str) -> dict[str, Any]:
+    def beside(self, recipe: Recipe, name: str, host: Host) -> dict[str, Any]:
         """The keys of a recipe that change beside the stored weights of a model.
 
         A recipe without quantizers gets all that the checkpoint says. Another one gets the quantizers of the weights,
@@ -91,9 +119,17 @@ class StoredQuantization:
             }
         }
 
-    def fits(self, recipe: Recipe) -> bool:
+    def fits(self, recipe: Recipe, host: Host) -> bool:
         """True if a recipe quantizes what the checkpoint says and no more, so that its scales belong to the sites."""
         return recipe.overrides == self.recipe.overrides and not recipe.quantizers and not recipe.operations
+
+    def lines(self, name: str, fits: bool) -> list[str]:
+        """Lines about what was stored, and about what is simulated otherwise."""
+        return [
+            f"its weights are stored quantized, as {self.kind}, and none is rounded again: the baseline is this "
+            f"checkpoint, dequantized, with no quantizer of inputs; --baseline MODEL compares with another",
+            *self.notes,
+        ]
 
 
 class Adapter(Component):

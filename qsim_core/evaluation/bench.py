@@ -121,6 +121,7 @@ class Bench:
             )
         with simulation if keep else nullcontext():
             audit = simulation.audit(on=on, observer=observer)
+            environment = Environment.here(self.device, self.dtype, loaded.model, simulation.sites.operations)
             draws = any(getattr(part, "draws", False) for part in components_in(job.recipe))
             reference = getattr(before.metrics, "outputs", None)
             compared = replace(run, reference=reference, known=None if draws else known)
@@ -134,7 +135,7 @@ class Bench:
             metric=job.evaluator.metric or next(iter(before.metrics)),
             alone=alone,
             audit=audit,
-            environment=Environment.here(self.device, self.dtype, loaded.model, simulation.sites.operations),
+            environment=environment,
             data=data_record(data, dataset),
             calibration=None if seen is None else calibration_record(given, seen),
             transforms=simulation.reports,

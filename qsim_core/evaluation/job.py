@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,7 +14,6 @@ from qsim_core.evaluation.adapter import LoadedModel, check_plain
 from qsim_core.evaluation.data import Calibration, Data
 from qsim_core.evaluation.evaluator import Evaluator
 from qsim_core.evaluation.locate import Located, default_model, locate
-from qsim_core.evaluation.trained import STATE, read_state
 from qsim_core.simulation.recipe import Recipe
 from qsim_core.transforms.run import Run
 
@@ -33,10 +31,8 @@ class Job:
     recipe: Recipe
     located: Located
     evaluator: Evaluator
-    trained_so: bool = False
-    """True if the model was trained under this recipe: then its directory has the state of the sites."""
-    stored_so: bool = False
-    """True if the recipe is the one of a checkpoint with quantized weights: then that has the scales of the inputs."""
+    as_stored: bool = False
+    """True if the checkpoint was trained or quantized under this recipe: then it has the state of the sites."""
 
     @classmethod
     def of(cls, recipe: Recipe, host: Host) -> Job:
@@ -51,15 +47,11 @@ class Job:
         skip = adapter.skip if recipe.skip is None else recipe.skip
         said = {key: getattr(recipe, key) for key in recipe.model_fields_set}
         filled = {**said, "model": located.name, "skip": skip}
-        trained = located.trained
-        if trained is not None and not recipe.quantizes and not recipe.transforms:
-            filled |= {**trained.simulated(host), **said, "model": located.name}
         stored = located.stored
         if stored is not None:
-            filled |= stored.beside(recipe, located.name)
+            filled |= stored.beside(recipe, located.name, host)
         complete = Recipe.of({**filled, "evaluate": evaluator}, host)
-        trained_so = trained is not None and trained.fits(complete, host)
-        return cls(complete, located, evaluator, trained_so, stored is not None and stored.fits(complete))
+        return cls(complete, located, evaluator, stored is not None and stored.fits(complete, host))
 
     def data(self, source: str | None, beside: Located | None = None) -> Data:
         """The data named by `source`, else the evaluator's own, the model's, or those of the model to compare with.
@@ -81,20 +73,15 @@ class Job:
 
     def state(self) -> Mapping[str, torch.Tensor] | None:
         """The state of the sites that the model brings for this recipe: of its training, or of its checkpoint."""
-        if self.trained_so:
-            return read_state(Path(self.located.source) / STATE)
-        return self.located.stored.state if self.stored_so and self.located.stored else None
+        return self.located.stored.state if self.as_stored and self.located.stored else None
 
     def notes(self, dtype: str) -> list[str]:
         """Lines for the reader of a result: how the model was found and loaded, and in which dtype it is computed."""
-        notes = self.located.notes(dtype)
-        if self.located.trained is not None and not self.trained_so:
-            notes.append(f"{self.located.name} was trained under another recipe; what its sites learned is left aside")
-        return notes
+        return self.located.notes(dtype, self.as_stored)
 
     def calibration(self, given: Calibration) -> Data | None:
         """The data for transforms and static scales, if the recipe has any. Raises `DataError` if none are named."""
-        if self.trained_so or self.stored_so or (not self.recipe.transforms and not self.recipe.has_static):
+        if self.as_stored or (not self.recipe.transforms and not self.recipe.has_static):
             return None
         return self.calibration_data(given, str([*self.recipe.transforms, "a static scale"][0]))
 

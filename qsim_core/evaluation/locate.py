@@ -15,13 +15,16 @@ from pathlib import Path
 
 from qsim_core.components.catalogue import Offer
 from qsim_core.components.component import Component
+from qsim_core.components.discovery import added
 from qsim_core.components.host import Host
 from qsim_core.errors import ModelError, did_you_mean, file_did_you_mean
 from qsim_core.evaluation import configuration
-from qsim_core.evaluation.adapter import Adapter, NamedModel, StoredQuantization
+from qsim_core.evaluation.adapter import Adapter, NamedModel, StoredRecipe, TrainedModel
 from qsim_core.evaluation.data import Data
-from qsim_core.evaluation.trained import Trained
 from qsim_core.files import place
+
+RECORD = "qsim.json"
+"""The file of a model's directory that says what it was trained under."""
 
 
 @dataclass(frozen=True)
@@ -37,25 +40,24 @@ class Located:
     calibration: Callable[[], Data] | None = None
     evaluator: str | None = None
     """Text of the evaluator for these data."""
-    trained: Trained | None = None
+    trained: TrainedModel | None = None
     """The record of the training, if the model was trained under a recipe."""
 
     @functools.cached_property
-    def stored(self) -> StoredQuantization | None:
-        """The quantization in which its weights are stored, where its adapter takes them as final."""
-        return self.adapter.stored_quantization(self.source)
+    def stored(self) -> StoredRecipe | None:
+        """The recipe that it was trained under, or in which its weights are stored for good; none for most models."""
+        return self.trained or self.adapter.stored_quantization(self.source)
 
-    def notes(self, dtype: str) -> list[str]:
-        """Lines for the reader of a result: how the model was loaded, and in which dtype it is computed."""
+    def notes(self, dtype: str, as_stored: bool = True) -> list[str]:
+        """Lines for the reader of a result: how the model was loaded, and in which dtype it is computed.
+
+        `as_stored` says that it runs under the recipe that it was trained under or stored in.
+        """
         note, stored = self.adapter.note(self.source), self.adapter.stored_dtype(self.source)
         notes = [] if note is None else [note]
         quantized = configuration.quantization(self.adapter.configuration(self.source))
         if self.stored is not None:
-            notes.append(
-                f"its weights are stored quantized, as {self.stored.kind}, and none is rounded again: the baseline is "
-                f"this checkpoint, dequantized, with no quantizer of inputs; --baseline MODEL compares with another"
-            )
-            notes += self.stored.notes
+            notes += self.stored.lines(self.name, as_stored)
         elif quantized is not None:
             notes.append(
                 f"its checkpoint is quantized, as {quantized}: the baseline has these values, and the recipe rounds "
@@ -131,12 +133,21 @@ def locate(name: str, host: Host) -> Located:
         adapter = _adapter(name, name, host)
         return Located(name, name, adapter, (adapter,))
     source = str(path.resolve())  # a record must mean the same from any directory
-    trained = Trained.of(path)
+    trained = _trained(path)
     adapter = _adapter(source, name, host)
     return Located(source, source, adapter, (adapter,)) if trained is None else _as(trained, source, adapter, host)
 
 
-def _as(trained: Trained, source: str, adapter: Adapter, host: Host) -> Located:
+def _trained(directory: Path) -> TrainedModel | None:
+    """The record of the training in a directory; None if there is none. Raises `QsimError` if it cannot be read."""
+    record = directory / RECORD
+    if not record.is_file():
+        return None
+    found: TrainedModel = added("trained_model", f"reads {record}, the record of a training")(directory)
+    return found
+
+
+def _as(trained: TrainedModel, source: str, adapter: Adapter, host: Host) -> Located:
     """A trained model, with the data of the model that it was made from if that is still there."""
     try:
         base = locate(trained.base, host)

@@ -5,7 +5,7 @@ Rounding has no useful derivative. The derivative of another function takes its 
     clipped    clamp(x, lowest - half a step, highest + half a step): 1 for every value that is only rounded
     piecewise  clamp(x, lowest, highest), the piecewise linear gradient of TensorRT's quantization toolkit
     identity   x (Bengio et al., arXiv 1308.3432, section 4)
-    lsq        as piecewise for x; the scales are parameters with their own gradient (`learned_steps`)
+    lsq        as piecewise for x; the scales are parameters with their own gradient, in a plugin
 
 Scales that are found anew in every tensor count as constants.
 """

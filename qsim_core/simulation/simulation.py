@@ -15,7 +15,6 @@ from qsim_core.components.discovery import added
 from qsim_core.components.host import Host, installed
 from qsim_core.errors import CalibrationWarning, QsimError, RecipeError
 from qsim_core.matmuls.call import Call
-from qsim_core.quantizers.learned_steps import LearnedSteps
 from qsim_core.quantizers.scales import Scales
 from qsim_core.simulation import site_state, static_calibration
 from qsim_core.simulation.audit import Audit, measured_audit
@@ -226,10 +225,10 @@ class Simulation:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for module in self.model.modules():
+        for module in list(self.model.modules()):
             if isinstance(vars(module).get("extra_repr"), ModuleText):
                 del vars(module)["extra_repr"]
-        LearnedSteps.forget(self.model)
+            module._modules.pop(site_state.STEPS, None)
         before, self._before_transforms = self._before_transforms, {}
         with torch.no_grad():
             for path, module in self.model.named_modules() if before else ():

@@ -12,13 +12,16 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from qsim_core.components.discovery import added
 from qsim_core.errors import QsimError
-from qsim_core.quantizers.learned_steps import LearnedScheme, LearnedSteps
 from qsim_core.quantizers.scheme import Scheme
 from qsim_core.quantizers.standard_schemes import AtScale
 from qsim_core.quantizers.static_scale import StaticScheme
 from qsim_core.sites.site import Site
 from qsim_core.sites.sites import Sites
+
+STEPS = "qsim_steps"
+"""The name of the submodules that hold scales which are trained. A plugin makes them."""
 
 
 def gather(sites: Sites) -> dict[str, Tensor]:
@@ -101,9 +104,6 @@ def hold(
         scale, zero = scale.detach().clone(), None if zero is None else zero.detach().clone()
     fixed = StaticScheme(scheme, scale, zero, where)
     if scheme.learns:
-        step = nn.Parameter(scale)
-        owner, _, name = site.weight.rpartition(".") if site.weight else site.name.rpartition(":")
-        LearnedSteps.register(model.get_submodule(owner), f"{name}:{role}", step)
-        fixed = LearnedScheme(scheme, step, zero, where, of_weight=role == "weight")
+        fixed = added("learned_scheme", "trains scales, as gradient=lsq does")(fixed, site, role, model)
     site.fixed[role] = fixed
     return fixed

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qsim_core.errors import DataError, RecipeError
 from qsim_core.formats.quantizer import Quantizer, SiteQuantizer
-from qsim_core.quantizers.learned_steps import of_weight
+from qsim_core.formats.rounding import working
 from qsim_core.quantizers.observers import Observer
 from qsim_core.quantizers.scheme import Scheme
 from qsim_core.quantizers.static_scale import StaticScheme, check_blocks
@@ -46,7 +46,7 @@ class Fitter:
         if scheme is None or not before.numel():  # an expert without tokens
             return
         if role == "weight":
-            self.weights.setdefault(site.name, (site, scheme, *of_weight(scheme, before)))
+            self.weights.setdefault(site.name, (site, scheme, *_of_weight(scheme, before)))
             return
         scheme, before = _found_for(scheme, before)
         if not (scheme.granularity == "tensor" or isinstance(scheme.granularity, int)):
@@ -109,6 +109,17 @@ def _wants(site: Site, role: str) -> Scheme | None:
     if not isinstance(scheme, Scheme) or role in site.fixed:
         return None
     return scheme if scheme.needs_held_scales(role) else None
+
+
+def _of_weight(scheme: Scheme, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The scales and zero points, [..., B, 1] each, from which the training of a weight's scales starts.
+
+    Raises `RecipeError` if the experts of a layer would share scales.
+    """
+    if x.dim() > 2 and not scheme.by_rows:
+        raise RecipeError(f"{scheme}: experts cannot share learned scales; give each channel its own")
+    blocks = scheme.split(working(x))
+    return scheme.fit(blocks, scheme.counts(x, blocks))
 
 
 def _found_for(scheme: Scheme, x: Tensor) -> tuple[Scheme, Tensor]:

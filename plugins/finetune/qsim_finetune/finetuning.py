@@ -27,7 +27,6 @@ from qsim_core.evaluation.data import Calibration, Data
 from qsim_core.evaluation.job import Job
 from qsim_core.evaluation.record import from_anywhere
 from qsim_core.evaluation.result import DataRecord, Result
-from qsim_core.evaluation.trained import STATE, Trained, write_state
 from qsim_core.files import damaged, seal, writing
 from qsim_core.simulation.recipe import Recipe
 from qsim_core.simulation.simulation import Simulation, simulate
@@ -46,6 +45,7 @@ from qsim_finetune.output_directory import (
     save_model,
 )
 from qsim_finetune.rates import losses_of, steps_of_a_trial
+from qsim_finetune.trained import STATE, Trained, write_state
 from qsim_finetune.training import Finetuned, Logged, Training
 from qsim_finetune.training_data import measured_on, training_data
 

@@ -14,8 +14,8 @@ from qsim_core.errors import TrainingError, one_line
 from qsim_core.evaluation.adapter import LoadedModel
 from qsim_core.evaluation.job import Job
 from qsim_core.evaluation.result import DataRecord
-from qsim_core.evaluation.trained import STATE
 from qsim_core.files import damaged, writing
+from qsim_finetune.trained import STATE
 from qsim_finetune.training import Training
 
 PLAN = "training.json"

@@ -12,13 +12,13 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qsim_core.errors import ModelError, QsimError
-from qsim_core.evaluation.trained import STATE, read_state, write_state
 from qsim_core.files import damaged, seal
 from qsim_core.simulation.simulation import Simulation
 from qsim_core.transforms.run import Run
 from qsim_finetune.distillation import DistillationTrainer
 from qsim_finetune.divergence import Watch
 from qsim_finetune.saving import SavingTrainer
+from qsim_finetune.trained import STATE, read_state, write_state
 
 if TYPE_CHECKING:
     from qsim_finetune.training import Training

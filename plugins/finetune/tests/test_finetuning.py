@@ -17,12 +17,12 @@ import torch
 from click.testing import CliRunner
 from qsim_finetune.finetuning import finetune
 from qsim_finetune.loss_curve import loss_curve
+from qsim_finetune.trained import Trained, read_state
 from qsim_finetune.training import Finetuned, Training
 from transformers import AutoModelForCausalLM, OPTForCausalLM, ViTForImageClassification
 
 import qsim_core as qsim
 from qsim_core.cli.main import main
-from qsim_core.evaluation.trained import Trained, read_state
 
 ROOT = Path(__file__).parents[3]
 WINDOWS = ["--limit", "2", "--seqlen", "32", "--batch-size", "2"]

@@ -21,12 +21,12 @@ from families import make, tokens
 from qsim_finetune.divergence import Watch
 from qsim_finetune.output_directory import last_checkpoint
 from qsim_finetune.saving import SavingTrainer
+from qsim_finetune.trained import read_state
 from qsim_finetune.trainer import SimulationCallback
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import qsim_core as qsim
-from qsim_core.evaluation.trained import read_state
 
 LEARNED = {"weights": "channel(int4, gradient=lsq)", "activations": "abfp(int8, n=8, gradient=lsq)"}
 

@@ -118,7 +118,7 @@ def _check(job: Job) -> None:
         raise RecipeError("the recipe quantizes nothing; name weights, activations or outputs")
     if recipe.operations:
         raise RecipeError("blame tells what the sites of matmuls cost; leave operations out")
-    if recipe.learns or job.trained_so:
+    if recipe.learns or (job.as_stored and job.located.trained is not None):
         raise RecipeError("blame cannot tell what trained scales cost; name a recipe without them")
 
 

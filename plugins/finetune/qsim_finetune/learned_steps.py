@@ -13,14 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsim_core.errors import RecipeError
 from qsim_core.formats.quantizer import laid_out_as
 from qsim_core.formats.rounding import working
-from qsim_core.quantizers.scheme import Scheme, divisor_of
+from qsim_core.quantizers.scheme import divisor_of
 from qsim_core.quantizers.static_scale import StaticScheme
-
-HOME = "qsim_steps"
-"""The name of these submodules."""
+from qsim_core.simulation.site_state import STEPS
+from qsim_core.sites.site import Site
 
 
 class LearnedSteps(nn.Module):
@@ -38,15 +36,9 @@ class LearnedSteps(nn.Module):
     @classmethod
     def register(cls, module: nn.Module, name: str, step: nn.Parameter) -> None:
         """Add a step to the parameters of a module, under a name."""
-        if HOME not in module._modules:
-            module.add_module(HOME, cls())
-        module.get_submodule(HOME).register_parameter(name.replace(".", "/"), step)
-
-    @staticmethod
-    def forget(model: nn.Module) -> None:
-        """Remove all steps from a model."""
-        for module in list(model.modules()):
-            module._modules.pop(HOME, None)
+        if STEPS not in module._modules:
+            module.add_module(STEPS, cls())
+        module.get_submodule(STEPS).register_parameter(name.replace(".", "/"), step)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,12 +109,9 @@ class _LearnedStep(torch.autograd.Function):
         return torch.where(inside, gradient, 0.0), of_step, None
 
 
-def of_weight(scheme: Scheme, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The scales and zero points, [..., B, 1] each, from which the training of a weight's steps starts.
-
-    Raises `RecipeError` if the experts of a layer would share scales.
-    """
-    if x.dim() > 2 and not scheme.by_rows:
-        raise RecipeError(f"{scheme}: experts cannot share learned scales; give each channel its own")
-    blocks = scheme.split(working(x))
-    return scheme.fit(blocks, scheme.counts(x, blocks))
+def learned_scheme(fixed: StaticScheme, site: Site, role: str, model: nn.Module) -> LearnedScheme:
+    """Let the scales of a site's static scheme be trained, from their values on: they are parameters of the model."""
+    step = nn.Parameter(fixed.scale)
+    owner, _, name = site.weight.rpartition(".") if site.weight else site.name.rpartition(":")
+    LearnedSteps.register(model.get_submodule(owner), f"{name}:{role}", step)
+    return LearnedScheme(fixed.scheme, step, fixed.zero, fixed.where, of_weight=role == "weight")

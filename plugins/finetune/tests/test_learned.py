@@ -5,18 +5,16 @@ from __future__ import annotations
 import copy
 import io
 import math
-from collections.abc import Callable
 from typing import Any
 
+import families
 import pytest
 import torch
 import torch.nn.functional as F
+from qsim_finetune.learned_steps import LearnedScheme
 from torch import Tensor, nn
 
 import qsim_core as qsim
-from qsim_core.quantizers.learned_steps import LearnedScheme
-
-Make = Callable[..., Any]
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -201,9 +199,11 @@ def test_a_step_below_zero_counts_by_its_magnitude() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_gives_the_steps_the_same_gradient(make: Make, ids: Tensor, reentrant: bool) -> None:
+def test_gradient_checkpointing_gives_the_steps_the_same_gradient(reentrant: bool) -> None:
+    ids = families.tokens()
+
     def gradients(checkpointing: bool) -> dict[str, Tensor]:
-        model = make("opt").train()
+        model = families.make("opt").train()
         learning(model, {"input_ids": ids, "use_cache": False}, activations="abfp(int8, n=8, gradient=lsq)")
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
