@@ -14,10 +14,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from qsim_core.formats.quantizer import Quantizer
+from qsim_core.operations.functions import OperationCall
 from qsim_core.sites.plan import OperationPlan
 
 OperationObserver = Callable[["OperationSite", str, Tensor, Tensor, Quantizer | None], None]
 """Called with the site, the role (input, implementation or output), the tensor before and after, and its quantizer."""
+OperationWatcher = Callable[["OperationSite", OperationCall, Tensor], None]
+"""Called with the site, the call and its result."""
 
 
 @dataclass
@@ -47,9 +50,18 @@ class OperationSites:
     def __init__(self) -> None:
         self.table: dict[str, OperationSite] = {}
         self.observer: OperationObserver | None = None
+        self.watcher: OperationWatcher | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "observer": None}
+        return {**self.__dict__, "observer": None, "watcher": None}
+
+    def enter(self, sites: Any, frame: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Meet a module that is an operation itself; give other arguments for it, or None."""
+        return None
+
+    def leave(self, sites: Any, frame: Any, output: Any) -> Any:
+        """Give another result of such a module, or None."""
+        return None
 
     def meet(
         self, sites: Any, mode: TorchFunctionMode, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -148,7 +148,7 @@ class Sites:
             handles.append(module.register_forward_hook(functools.partial(self._leave, path), always_call=True))
 
     @functools.partial(uncompiled, inside=False)
-    def _enter(self, path: str, module: nn.Module, args: Any) -> None:
+    def _enter(self, path: str, module: nn.Module, args: Any) -> Any:
         compiling, stack = stop_compiling(), self.stack
         if compiling and not self.told:
             self.told = True
@@ -158,20 +158,24 @@ class Sites:
         if not stack.frames:
             self.weights.begin()
             stack.begin(_Mode(self), sys._getframe(1))
-        stack.frames.append(Frame(path, module, compiling=compiling))
+        stack.frames.append(frame := Frame(path, module, compiling=compiling))
+        return self.operations.enter(self, frame, args)
 
     @functools.partial(uncompiled, inside=False)
-    def _leave(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
+    def _leave(self, path: str, module: nn.Module, args: Any, output: Any) -> Any:
         stack = self.stack
         if not any(frame.module is module for frame in reversed(stack.frames)):
-            return
-        while (frame := stack.frames.pop()).module is not module:
-            pass
+            return None
+        while (frame := stack.frames[-1]).module is not module:
+            stack.frames.pop()
+        changed = self.operations.leave(self, frame, output)
+        stack.frames.pop()
         if not stack.frames:
             stack.clear()
         resume_compiling(frame.compiling)
         if not stack.frames and path == "" and not self.checked and output is not None:
             self.check()
+        return changed
 
     def check(self) -> None:
         """Raise `RecipeError` if a pattern of the recipe matches no site, or one of its quantizers reaches none."""

@@ -22,18 +22,42 @@ from qsim_core.sites.operation_sites import OperationSite, OperationSites
 from qsim_core.sites.plan import OperationPlan
 from qsim_core.sites.sites import Sites
 from qsim_nonlinear.running import Running
-from qsim_nonlinear.sums import PRODUCTS, ROTARY, hidden, read_sum
+from qsim_nonlinear.sums import DIFFERENCES, JOINS, PRODUCTS, ROTARY, hidden, read_join, read_sum
+from qsim_nonlinear.written_norms import WrittenNorms
 from qsim_nonlinear.written_out import parts_of, written_out
 
 
 class ComputedOperations(OperationSites):
     """The sites of all operations of one model under a recipe that names some."""
 
-    functions: ClassVar[frozenset[Any]] = frozenset({*KINDS, *PRODUCTS})
+    functions: ClassVar[frozenset[Any]] = frozenset({*KINDS, *PRODUCTS, *DIFFERENCES, *JOINS})
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.recipe = recipe
+        self._norms = WrittenNorms()
+
+    def enter(self, sites: Sites, frame: Frame, args: tuple[Any, ...]) -> tuple[Tensor] | None:
+        call = self._norms.read(frame.module, args)
+        if call is None:
+            return None
+        site, running = self._site(frame, call), Running.of(frame)
+        running.around = site.names
+        if sites.quantizing and site.plan.input is not None:
+            call = replace(call, operands=(self._quantized(site, "input", call.input, site.plan.input),))
+        running.norm = site, call
+        return None if call.input is args[0] else (call.input,)
+
+    def leave(self, sites: Sites, frame: Frame, output: Any) -> Tensor | None:
+        if Running.of(frame).norm is None or not isinstance(output, Tensor):
+            return None
+        site, call = Running.of(frame).norm  # type: ignore[misc]
+        self._show(site, call, output)
+        if not sites.quantizing or not site.plan.changes:
+            return None
+        if site.plan.implementation is not None:
+            output = self._implemented(site, call, site.plan.implementation).to(output.dtype)
+        return self._quantized(site, "output", output, site.plan.output)
 
     def meet(
         self, sites: Sites, mode: TorchFunctionMode, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -47,14 +71,19 @@ class ComputedOperations(OperationSites):
                 Running.of(frame).remember(result, (args[0], args[1]))
             return result
         call = _read(sites, frame, function, args, kwargs)
-        if call is None:
-            return sites.watch(function, args, kwargs)
+        if call is None or self._is_unchanged_part(frame, call):
+            result = sites.watch(function, args, kwargs)
+            Running.of(frame).remember_half("sub" if function in DIFFERENCES else "add", args, result)
+            return result
         site = self._site(frame, call)
         if not sites.quantizing and self._has_inner(frame, site, call):
             _written_out(frame, site, call, mode)  # the functions inside get their sites
         if not sites.quantizing or not (site.plan.changes or self._has_inner(frame, site, call)):
-            return sites.watch(function, args, kwargs)
-        return self._compute(sites, frame, site, call, mode)
+            result = sites.watch(function, args, kwargs)
+        else:
+            result = self._compute(sites, frame, site, call, mode)
+        self._show(site, call, result)
+        return result
 
     def check(self) -> None:
         known = list(dict.fromkeys(name for site in self.table.values() for name in site.names))
@@ -120,6 +149,12 @@ class ComputedOperations(OperationSites):
         result = self._quantized(site, "output", result, plan.output)
         return given[0].copy_(result) if call.in_place else result
 
+    def _is_unchanged_part(self, frame: Frame, call: OperationCall) -> bool:
+        """Tell if a call is a part of another operation, and is computed as torch does it."""
+        running = Running.of(frame)
+        names = f"{frame.path}:{call.operation}.{running.counts[call.operation]}", *call.kinds
+        return bool(running.around) and not self._plan(names, running.around).changes
+
     def _has_inner(self, frame: Frame, site: OperationSite, call: OperationCall) -> bool:
         """Tell if a function of one number inside this operation is computed in another way."""
         parts = ((f"{frame.path}:{part}.0", *KINDS[getattr(torch, part)]) for part in parts_of(call))
@@ -153,6 +188,10 @@ class ComputedOperations(OperationSites):
         self._observe(site, role, x, found, quantizer)
         return found
 
+    def _show(self, site: OperationSite, call: OperationCall, result: Any) -> None:
+        if self.watcher is not None and isinstance(result, Tensor):
+            self.watcher(site, call, result)
+
     def _observe(self, site: OperationSite, role: str, before: Tensor, after: Tensor, quantizer: Any) -> None:
         if self.observer is not None and not recomputing():
             self.observer(site, role, before.detach(), after.detach(), quantizer)
@@ -162,6 +201,8 @@ def _read(
     sites: Sites, frame: Frame, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> OperationCall | None:
     """Read a call as an operation on activations; None if it is not one."""
+    if function in JOINS:
+        return read_join(frame, function, args, kwargs)
     call = read_operation(function, args, kwargs)
     if call is not None and call.operation == "add":
         call = None if frame.explicit else read_sum(frame, call)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,10 @@ from qsim_nonlinear.running import Running
 
 PRODUCTS = frozenset({torch.mul, Tensor.mul})
 """The functions that multiply elements, of which a rotary embedding is made."""
+DIFFERENCES = frozenset({torch.sub, torch.subtract, Tensor.sub, Tensor.subtract})
+"""The functions that subtract, as the first half of a split rotary embedding does."""
+JOINS = frozenset({torch.cat, torch.concat, torch.concatenate})
+"""The functions that put the halves of a split rotary embedding together."""
 ROTARY = ("rotary",)
 """The kind of rotary embeddings, for which torch has no function."""
 
@@ -29,15 +36,34 @@ def read_sum(frame: Frame, call: OperationCall) -> OperationCall | None:
         (x, cosine), (turned, sine) = first, second
         halves = x._base is not None and x._base is turned._base  # of a rotation whose other half is a difference
         if not halves and _is_rotation(cosine, sine):
-            operands = x, cosine, turned, sine
-            places, layouts = tuple(range(4)), (LAST,) * 4
-            return OperationCall(_rotated, operands, {}, operands, layouts, places, operation="rotary", kinds=ROTARY)
+            return _rotary(_rotated, (x, cosine, turned, sine))
     if first is not None or second is not None or any(not x.is_meta and bool(hidden(x).any()) for x in call.operands):
         return None  # a recurrence, or a mask
     rows = left.dim() > 1 < right.dim() and left.shape[-1] == right.shape[-1] > 1
     scores = [shape[-2:] for site, shape in frame.before_softmax if not site.is_value_product]
     masks = any(x.shape[-2:] in scores for x in call.operands)
     return call if rows and not masks and any(frame.module.children()) else None
+
+
+def read_join(frame: Frame, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OperationCall | None:
+    """Read the call that joins x cos - y sin and y cos + x sin, the halves of a rotary embedding; None: it does not."""
+    tensors = args[0] if args and isinstance(args[0], tuple | list) else ()
+    halves = Running.of(frame).halves
+    if len(tensors) != 2 or len(halves) != 2:
+        return None
+    difference, total = (halves[kind].factors_of(x) for kind, x in zip(("sub", "add"), tensors, strict=True))
+    if difference is None or total is None:
+        return None
+    x, cosine, y, sine = difference
+    same = all(a is b for a, b in zip(total, (y, cosine, x, sine), strict=True))
+    if not same or not _is_rotation(cosine, sine):
+        return None
+
+    def joined(x: Tensor, cosine: Tensor, y: Tensor, sine: Tensor) -> Tensor:
+        result: Tensor = function((x * cosine - y * sine, y * cosine + x * sine), *args[1:], **kwargs)
+        return result
+
+    return _rotary(joined, (x, cosine, y, sine))
 
 
 def hidden(x: Tensor) -> Tensor:
@@ -50,10 +76,18 @@ def _rotated(x: Tensor, cosine: Tensor, turned: Tensor, sine: Tensor) -> Tensor:
     return x * cosine + turned * sine
 
 
+def _rotary(function: Callable[..., Tensor], operands: tuple[Tensor, ...]) -> OperationCall:
+    layouts, places = (LAST,) * len(operands), tuple(range(len(operands)))
+    return OperationCall(function, operands, {}, operands, layouts, places, operation="rotary", kinds=ROTARY)
+
+
 def _is_rotation(cosine: Tensor, sine: Tensor) -> bool:
-    """Tell if two factors are the cosines and sines of angles, up to one common factor."""
+    """Tell if two factors are the cosines and sines of angles, up to one common factor.
+
+    Without values each pair of one shape counts as such.
+    """
     if cosine.shape != sine.shape or cosine.is_meta:
-        return False
+        return cosine.shape == sine.shape
     radius = cosine.detach().float().square() + sine.detach().float().square()
     most = radius.max()
     return bool(most > 0) and bool((radius.min() - most).abs() <= most / 32)

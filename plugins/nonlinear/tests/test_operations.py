@@ -333,3 +333,82 @@ def test_a_softmax_has_torchs_own_axis_where_none_is_given(shape: tuple[int, ...
         simulated, _ = run(Calls(F.softmax), x, {"exp": Halves()})
 
         assert torch.allclose(simulated, F.softmax(x), atol=1e-3)
+
+
+class WrittenNorm(nn.Module):
+    """An RMS norm as models write it out; `more` is added to its parameter."""
+
+    def __init__(self, more: float = 0.0) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon, self.more = nn.Parameter(torch.linspace(0.5, 1.5, 8) - more), 1e-6, more
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight + self.more) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+class Softened(WrittenNorm):
+    """The same parameter and number, and no norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.abs() + self.variance_epsilon)
+
+
+@pytest.mark.parametrize("more", [0.0, 1.0])
+def test_a_norm_that_a_module_writes_out_is_a_norm(more: float) -> None:
+    model, grid = nn.Sequential(WrittenNorm(more)), qsim.parse("token(int8)").quantize
+
+    simulated, audit = run(model, X, {"norm": {"input": "int8", "output": "bf16"}})
+
+    assert torch.equal(simulated, model(grid(X)).bfloat16().float())
+    assert [(found.site, found.kinds) for found in audit.operations] == [("0:rms_norm.0", ["rms_norm", "norm"])]
+
+
+@pytest.mark.parametrize("more", [0.0, 1.0])
+def test_a_norm_that_is_written_out_takes_an_implementation(more: float) -> None:
+    model = nn.Sequential(WrittenNorm(more))
+
+    simulated, _ = run(model, X, {"norm": Halves()})
+
+    assert 1e-6 < (simulated - model(X)).abs().max() < 3e-3
+
+
+def test_the_function_inside_a_norm_that_is_written_out_is_named_by_itself() -> None:
+    model = nn.Sequential(WrittenNorm())
+
+    simulated, audit = run(model, X, {"rsqrt": Halves()})
+
+    assert 1e-6 < (simulated - model(X)).abs().max() < 3e-3
+    assert [found.site for found in audit.operations] == ["0:rms_norm.0", "0:rsqrt.0"]
+
+
+def test_a_module_that_computes_something_else_is_no_norm() -> None:
+    _, audit = run(nn.Sequential(Softened(), nn.ReLU()), X, {"relu": {"output": "bf16"}})
+
+    assert [found.site for found in audit.operations] == ["0:rsqrt.0", "1:relu.0"]
+
+
+def split_rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+
+
+def test_a_rotary_embedding_of_two_halves_is_one_operation() -> None:
+    cosine, sine = ANGLES[:, :4].cos(), ANGLES[:, :4].sin()
+    grid = qsim.parse("token(int8)").quantize
+
+    simulated, audit = run(
+        Calls(lambda x: split_rotary(x, cosine, sine)), X, {"rotary": {"input": "int8", "output": "bf16"}}
+    )
+
+    first, second = map(grid, X.chunk(2, -1))
+    turned = (first * grid(cosine) - second * grid(sine), second * grid(cosine) + first * grid(sine))
+    assert torch.equal(simulated, torch.cat(turned, -1).bfloat16().float())
+    assert [found.site for found in audit.operations] == [":rotary.0"]
+
+
+def test_halves_that_turn_nothing_are_no_rotary_embedding() -> None:
+    _, audit = run(
+        Calls(lambda x: split_rotary(x, ANGLES[:, :4], ANGLES[:, :4]).relu()), X, {"relu": {"output": "bf16"}}
+    )
+
+    assert [found.site for found in audit.operations] == [":relu.0"]
