@@ -27,6 +27,7 @@ class Computes(nn.Module):
         self.down, self.up = nn.Parameter(drawn(2, 12)), nn.Parameter(drawn(8, 2))
         self.stack = nn.Parameter(drawn(3, 8, 12))
         self.register_buffer("mask", (drawn(8, 12) > 0).float())
+        self.plain, self.kept = drawn(8, 12) > 0, {"masks": [drawn(8, 12) > 0]}
         self.weight, self.product = weight, product
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,6 +37,9 @@ class Computes(nn.Module):
 WEIGHTS: dict[str, Callable[[Computes], Tensor]] = {
     "pruned": lambda m: m.mask * m.parameter,
     "pruned by a mask made on the spot": lambda m: m.parameter * torch.ones(8, 12).tril(),
+    "pruned by a plain tensor": lambda m: m.plain * m.parameter,
+    "pruned by one in a list": lambda m: m.parameter * m.kept["masks"][0][:1],
+    "scaled by a tensor of numbers": lambda m: m.parameter * torch.tensor(0.5),
     "triangular": lambda m: m.parameter.tril(),
     "normed": lambda m: F.normalize(m.parameter, dim=1),
     "normed by gains": lambda m: torch._weight_norm(m.parameter, m.other[:, :1], 0),
@@ -91,6 +95,49 @@ def test_whatever_function_multiplies_by_it(product: Callable[[Tensor, Tensor], 
 
     with torch.no_grad(), qsim.simulate(model, weights="int3", activations="none", example=x):
         assert torch.allclose(model(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        lambda x, w: w.type_as(x),
+        lambda x, w: w.to(x),
+        lambda x, w: _block(x.new_zeros(8, 12), w),
+        lambda x, w: w * torch.full_like(x[:1], 2.0),
+    ],
+)
+def test_it_may_have_the_dtype_or_the_shape_of_an_activation(weight: Callable[[Tensor, Tensor], Tensor]) -> None:
+    model, x = Computes(lambda m: m.parameter, lambda x, w: F.linear(x, weight(x, w))), drawn(5, 12).double()
+    expected = F.linear(x, qsim.parse("channel(int3)")(weight(x, model.parameter)))
+
+    with torch.no_grad(), qsim.simulate(model, weights="int3", example=x):
+        assert torch.allclose(model(x), expected)
+
+
+def test_a_layer_may_be_pruned_after_it_is_simulated() -> None:
+    model, x = nn.Sequential(nn.Linear(12, 8)), drawn(5, 12)
+    simulation = qsim.simulate(model, weights="int3", example=x)
+
+    prune.l1_unstructured(model[0], "weight", 0.5)
+
+    assert torch.allclose(model(x), F.linear(x, qsim.parse("channel(int3)")(model[0].weight), model[0].bias), atol=1e-6)
+    assert simulation.audit().sites[0].site == "0"
+
+
+def test_what_a_forward_leaves_at_a_module_is_an_activation() -> None:
+    class Recurrent(Computes):
+        def forward(self, x: Tensor) -> Tensor:
+            self.state: Tensor = torch.tanh(x @ self.parameter.T if "state" not in vars(self) else self.state @ self.up)
+            return self.state
+
+    model, x = Recurrent(lambda m: m.parameter, F.linear), drawn(5, 12)
+    model.up = nn.Parameter(drawn(8, 8))
+    qsim.simulate(model, weights="int3")
+    with torch.no_grad():
+        state = model(x).clone()
+        y = model(x)
+
+        assert torch.allclose(y, torch.tanh(state @ qsim.parse("channel(int3)")(model.up.T).T), atol=1e-6)
 
 
 def old(name: str) -> Callable[[nn.Module], nn.Module]:

@@ -69,7 +69,7 @@ def test_a_model_in_one_flat_parameter_is_refused(originals: bool, mesh: object)
 
     simulated = perceptron()
     qsim.simulate(simulated, **RECIPE, example=X)
-    with pytest.raises(qsim.QsimError, match=r"^0.weight was a parameter and is part of another tensor now"):
+    with pytest.raises(qsim.QsimError, match=r"^0.weight was a parameter, and a plain tensor stands in its place now"):
         wrapped(simulated)(X)
 
 

@@ -148,10 +148,9 @@ class IMatrix(Transform):
                 float(weigh(scheme.split(part)).double().square().sum())
                 for part in (rows, weight.quantizer.quantize(rows) - rows, rounded - rows)
             ]
+            of_scales = scheme.scales_of_scales(rows)  # `rows` may lie in the memory of the parameter
             parameter.copy_(moments.layout.back(rounded))
-            context.pin(
-                weight, _by_block(scheme, Scales(scale, zero)), _by_block(scheme, scheme.scales_of_scales(rows))
-            )
+            context.pin(weight, _by_block(scheme, Scales(scale, zero)), _by_block(scheme, of_scales))
         whole, before, after = energies
         context.report(
             weight.name,

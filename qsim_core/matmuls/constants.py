@@ -13,9 +13,27 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-MADE = frozenset({torch.ones, torch.zeros, torch.eye, torch.full})
+from qsim_core.snapshots import has_memory
+
+LIKE = frozenset(
+    {
+        torch.ones_like,
+        torch.zeros_like,
+        torch.full_like,
+        torch.empty_like,
+        Tensor.new_ones,
+        Tensor.new_zeros,
+        Tensor.new_full,
+        Tensor.new_empty,
+    }
+)
+"""The functions that take no values from their first argument, but a shape, a dtype or a device."""
+MADE = frozenset({torch.ones, torch.zeros, torch.eye, torch.full, torch.empty, torch.tensor, *LIKE})
 """The functions that make a constant of numbers alone."""
+AS = frozenset({Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.reshape_as, Tensor.expand_as})
+"""The functions that take values from their first argument alone."""
 CHOOSE = frozenset({torch.Tensor.__getitem__, torch.index_select, torch.Tensor.index_select})
 """The functions that take matrices out of a stack: the weights of the experts that a token is sent to."""
 VALUES = frozenset(
@@ -32,7 +50,9 @@ VALUES = frozenset(
 )
 """The functions that give a tensor's values to code outside of torch."""
 _NUMBERS = torch.empty(0)
-"""The origin of such a constant."""
+"""The origin of a constant of numbers alone."""
+_REGISTERED = frozenset({"_parameters", "_buffers", "_modules"})
+"""The attributes of a module that hold what is registered."""
 
 
 class Constant(NamedTuple):
@@ -51,6 +71,20 @@ class Constants:
         self._is_parameter = is_parameter
         self._read: dict[int, weakref.ref[Tensor]] = {}
         self._made: dict[int, tuple[weakref.ref[Tensor], Constant]] = {}
+        self._begun = False
+
+    def begin(self, model: nn.Module) -> None:
+        """Note the plain tensors that stand at modules, by themselves or in lists and mappings, at the first forward.
+
+        A tensor that a later forward leaves there is an activation.
+        """
+        if not self._begun:
+            self._begun = True
+            for module in model.modules():
+                plain = [value for name, value in vars(module).items() if name not in _REGISTERED]
+                for x in tree_leaves(plain):
+                    if type(x) is Tensor:
+                        self._keep(x, _NUMBERS)
 
     def find(self, x: Tensor, module: nn.Module) -> Constant | None:
         """Find what a constant is computed from; None for any other tensor. `module` is the running one."""
@@ -67,9 +101,10 @@ class Constants:
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, module: nn.Module
     ) -> Iterable[Tensor]:
         """Note the result of a call, if it is a constant; give the parameters that this is the first to read."""
-        if not module._buffers and self._is_usual(function, (*args, *kwargs.values())):
+        values = args[:1] if function in AS else (*args[function in LIKE :], *kwargs.values())
+        if not module._buffers and self._is_usual(function, values):
             return ()
-        given = [(x, self.find(x, module)) for x in _tensors((*args, *kwargs.values()))]
+        given = [(x, self.find(x, module)) for x in _tensors(values)]
         found = [constant for _, constant in given if constant is not None]
         if not found and (given or function not in MADE):
             return ()
@@ -133,11 +168,8 @@ def _in_place(function: Any) -> bool:
 
 def _share(x: Tensor, other: Tensor) -> bool:
     """Tell if two tensors lie in the same memory."""
-    return (
-        x.layout == other.layout == torch.strided
-        and x.data_ptr() != 0
-        and (x.untyped_storage().data_ptr() == other.untyped_storage().data_ptr())
-    )
+    there = has_memory(x) and has_memory(other) and x.data_ptr() != 0
+    return there and x.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

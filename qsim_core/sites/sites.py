@@ -157,6 +157,7 @@ class Sites:
             stack.clear()
         if not stack.frames:
             self.weights.begin()
+            self.constants.begin(self.weights.model)
             stack.begin(_Mode(self), sys._getframe(1))
         stack.frames.append(frame := Frame(path, module, compiling=compiling))
         return self.operations.enter(self, frame, args)
@@ -308,7 +309,8 @@ class Sites:
         left = (frame.full(key) for key, value in vars(frame.module).items() if any(value is x for x in call.operands))
         if name := next((name for name in left if name in self.weights.names), None):
             raise QsimError(
-                f"{name} was a parameter and is part of another tensor now (FullyShardedDataParallel?); use fully_shard"
+                f"{name} was a parameter, and a plain tensor stands in its place now; simulate the model as it is now, "
+                f"and in place of FullyShardedDataParallel use fully_shard"
             )
 
     def _compute(self, call: Call) -> Any:
@@ -319,7 +321,7 @@ class Sites:
         weights = [self._weight_of(*operand) for operand in zip(call.operands, constants, strict=True)]
         if all(weights):  # a parameter times a parameter, such as a learned query: the last one counts as the weight
             weights = [*(None for _ in weights[:-1]), weights[-1]]
-        if call.is_layer and not any(weight and weight.owned for weight in weights):
+        if call.is_layer and not any(weight and (weight.owned or weight.computed) for weight in weights):
             self._check_in_place(frame, call)
         if not any(weights) and call.is_outer and call.operands[0].shape[-2:] not in frame.softmax:
             frame.products += 1  # of a longer axis it may be a matmul in another call

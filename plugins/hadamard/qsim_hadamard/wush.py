@@ -94,13 +94,15 @@ def transform(moments: Tensor, columns: Tensor, damping: float, eigen_damping: f
     """A and A⁻¹ [B, n, n] for E[x xᵀ] [B, n, n] and Wᵀ [B, n, N], in the dtype of these.
 
     A block whose inputs are always zero has the identity as its second moment. The sign of each column of V is such
-    that its largest element is positive.
+    that its largest element is positive. Raises `RecipeError` for second moments without an inverse.
     """
     size, rows = columns.shape[-2:]
     unit = torch.eye(size, dtype=moments.dtype, device=moments.device)
     mean = moments.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     damped = torch.where(mean == 0, unit, moments + damping * mean * unit)
-    upper = torch.linalg.cholesky(damped, upper=True)
+    upper, failed = torch.linalg.cholesky_ex(damped, upper=True)
+    if bool(failed.any()):
+        raise RecipeError(f"wush: the inputs of a block of {size} span fewer directions; damp them, or add samples")
     product = upper @ columns
     values, vectors = torch.linalg.eigh(product @ product.transpose(-1, -2))  # = V S² Vᵀ, ascending
     values, vectors = values.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1)

@@ -107,6 +107,14 @@ def test_a_block_without_inputs_is_mapped_too() -> None:
     assert torch.allclose(model(x + 1), exact, atol=1e-5)
 
 
+def test_too_few_samples_without_damping_are_an_error() -> None:
+    with pytest.raises(qsim.RecipeError, match="the inputs of a block of 4 span fewer directions"):
+        qsim.simulate(
+            nn.Sequential(nn.Linear(8, 2)), weights="block(int4, 4)", transforms=["wush(damping=0)"],
+            calibration=[noise(3, 8).float()],
+        )  # fmt: skip
+
+
 def test_after_a_rotation_it_is_refused() -> None:
     message = r"^wush\(4\) changed nothing in this model: left alone: its input is rotated already"
     with pytest.raises(qsim.RecipeError, match=message):

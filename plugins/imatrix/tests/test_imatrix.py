@@ -107,7 +107,14 @@ def test_the_scale_of_a_tensors_scales_is_that_of_the_whole_tensor() -> None:
 
 
 @pytest.mark.parametrize(
-    "weights", ["channel(int4)", "tensor(int4)", "block(int4, [4, 8])", "channel(int3, symmetric=false)"]
+    "weights",
+    [
+        "channel(int4)",
+        "tensor(int4)",
+        "block(int4, [4, 8])",
+        "channel(int3, symmetric=false)",
+        "block(int4, 4, scale=scaled(int8, channel))",
+    ],
 )
 def test_other_granularities_and_zero_points(weights: str) -> None:
     weight, x = noise(8, 16), inputs(200, 16)

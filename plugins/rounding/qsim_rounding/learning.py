@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qsim_core import RecipeError, Scheme, Transform
 from qsim_core.errors import one_line
+from qsim_core.formats.rounding import working
 from qsim_core.matmuls.call import Call
 from qsim_core.matmuls.layout import Layout, layout_of
 from qsim_core.quantizers.scales import Scales
@@ -136,7 +137,7 @@ class LearnedRounding(Transform):
             chosen, order = order[:count], order[count:]
             for sample in chosen:
                 with _learning(parameters):
-                    loss = (block.output(sample) - targets[sample]).square().sum(-1).mean() / count
+                    loss = working(block.output(sample) - targets[sample]).square().sum(-1).mean() / count
                     found = self._gradient(loss, parameters)
                 total += float(loss.detach())
                 for gathered, gradient in zip(sums, found, strict=True):
@@ -221,7 +222,6 @@ def _layers(block: Block, weights: dict[str, MatmulWeight], context: Context) ->
         layout = layout_of(parameter, call.operands[call.weight], call.layouts[call.weight])
         if layout is None or call.operands[call.weight].shape != parameter.shape or parameter.dim() != 2:
             refused[weight.name] = "it is not multiplied as one matrix"
-            found.pop(weight.name, None)
             return
         if weight.name not in found:
             assert isinstance(weight.quantizer, Scheme)
@@ -230,9 +230,10 @@ def _layers(block: Block, weights: dict[str, MatmulWeight], context: Context) ->
         found[weight.name].tokens += call.input.shape[:-1].numel()
 
     block.observe(watch)
+    refused |= {name: "no calibration sample reached it" for name, layer in found.items() if not layer.tokens}
     for name, reason in refused.items():
         context.report(weights[name].site.name, note=f"left alone: {reason}")
-    return list(found.values())
+    return [layer for name, layer in found.items() if name not in refused]
 
 
 def _error(block: Block, targets: list[Tensor]) -> float:

@@ -56,7 +56,8 @@ class SignRound(LearnedRounding):
         return Offsets(grid, self.ranges)
 
     def learn(self, choices: Sequence[Choice], gradients: Iterator[tuple[float, list[Tensor]]]) -> None:
-        learned, least, best = flat(choices), float("inf"), []
+        learned, least = flat(choices), float("inf")
+        best = [x.detach().clone() for x in learned]
         for step, (error, by_rows) in enumerate(gradients):
             if error < least:
                 least, best = error, [x.detach().clone() for x in learned]

@@ -191,6 +191,20 @@ def test_too_few_tokens_are_warned_of() -> None:
         rounded(layers(noise(8, 8)), [noise(3, 8)], "int4", "signround(2)")
 
 
+@pytest.mark.parametrize("text", METHODS)
+def test_what_no_sample_reaches_is_left_alone(text: str) -> None:
+    with pytest.raises(qsim.RecipeError, match="left alone: no calibration sample reached it"):
+        rounded(layers(noise(4, 8)), [noise(0, 8)], "int4", text)
+
+
+def test_it_learns_from_errors_that_float16_does_not_hold() -> None:
+    model, x = layers(10 * noise(8, 32)).half(), 30 * noise(64, 32, seed=1).half()
+
+    (report,) = rounded(model, [x], "int3", "signround(30)").reports
+
+    assert report.before is not None and report.after is not None and report.after < report.before
+
+
 def test_without_calibration_data_it_says_how_to_give_some() -> None:
     with pytest.raises(qsim.DataError, match="needs calibration data"):
         qsim.simulate(layers(noise(8, 8)), {"weights": "int4", "transforms": ["signround"]}, example=noise(2, 8))
