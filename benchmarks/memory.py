@@ -1,10 +1,10 @@
 """Measure the peak memory of a simulated forward, against the float32 model's.
 
-    python benchmarks/memory.py [--batch N] [--layers N] [FORMAT …]
+    python benchmarks/memory.py [--shape 125m|1.3b] [--batch N] [--layers N] [--vocabulary N] [FORMAT …]
 
 Each line is a process of its own. The model has the blocks of benchmarks/forward.py and OPT's vocabulary of 50,272;
-the input is BATCH x 512 tokens. The weights are overwritten (`keep=False`, as in `qsim evaluate`) or kept beside
-(`keep=True`).
+the input is BATCH x 512 tokens. Embeddings are not quantized, so a small vocabulary shows what blocks hold. The
+weights are overwritten (`keep=False`, as in `qsim evaluate`) or kept beside (`keep=True`).
 
 The peak is that of the resident set, less the memory that the process held before the model was made. It is measured
 twice: from the making of the model to the end of the first quantized forward, and in one later forward. Before the
@@ -26,7 +26,7 @@ import threading
 import time
 from pathlib import Path
 
-from forward import FORMATS
+from forward import FORMATS, SHAPES
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -49,7 +49,7 @@ class Peak(threading.Thread):
             time.sleep(0.002)
 
 
-def child(name: str, keep: bool, batch: int, layers: int) -> tuple[int, int, int]:
+def child(name: str, keep: bool, shape: str, batch: int, layers: int, vocabulary: int) -> tuple[int, int, int]:
     """Measure one format, or the float32 model: the peak, the last forward's peak, and the loaded code, in bytes."""
     import torch
     from forward import model_of
@@ -57,7 +57,7 @@ def child(name: str, keep: bool, batch: int, layers: int) -> tuple[int, int, int
     import qsim_core as qsim
 
     def run(layers: int, vocabulary: int, ids: torch.Tensor) -> torch.nn.Module:
-        model = model_of("125m", layers, vocabulary)
+        model = model_of(shape, layers, vocabulary)
         if name != "float32":
             recipe = qsim.Recipe(**FORMATS[name], skip=("lm_head",))  # type: ignore[arg-type]
             qsim.simulate(model, recipe, example={"input_ids": ids[:1, :64]}, keep=keep)
@@ -72,7 +72,7 @@ def child(name: str, keep: bool, batch: int, layers: int) -> tuple[int, int, int
         before = resident()
         watch = Peak()
         watch.start()
-        model = run(layers, 50272, ids)
+        model = run(layers, vocabulary, ids)
         everything = watch.highest
         _trim()
         watch.highest = 0
@@ -91,15 +91,17 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("formats", nargs="*", metavar="FORMAT", help=", ".join(FORMATS))
+    parser.add_argument("--shape", choices=SHAPES, default="125m")
+    parser.add_argument("--vocabulary", type=int, default=50272)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         name, keep = given.child
-        print(*child(name, keep == "keep", given.batch, given.layers))
+        print(*child(name, keep == "keep", given.shape, given.batch, given.layers, given.vocabulary))
         return
-    size = ["--batch", str(given.batch), "--layers", str(given.layers)]
+    size = [f"--{option}={vars(given)[option]}" for option in ("shape", "batch", "layers", "vocabulary")]
 
     def peaks(name: str, keep: str) -> tuple[int, int, int]:
         command = [sys.executable, __file__, *size, "--child", name, keep]
@@ -107,7 +109,8 @@ def main() -> None:
         return int(first), int(later), int(loaded)
 
     first, later, loaded = peaks("float32", "fold")
-    print(f"{given.layers} blocks, {given.batch} x 512 tokens: the float32 model peaks at {first / 2**20:.0f} MiB")
+    model = f"{given.layers} blocks of OPT-{given.shape.upper()}, {given.batch} x 512 tokens"
+    print(f"{model}: the float32 model peaks at {first / 2**20:.0f} MiB")
     print(f"(and {loaded / 2**20:.0f} MiB that are loaded once)")
     print("format    overwritten  a later forward  kept beside  a later forward  loaded once, MiB more")
     for name in given.formats or FORMATS:

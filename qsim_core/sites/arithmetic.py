@@ -285,6 +285,10 @@ class Lowering(ABC):
         """Give the part of a result of `new` that `again` needs."""
         return made.scales
 
+    def compact(self, made: Any) -> bool:
+        """Tell if a weight's lowered form is smaller than its values, and serves any number of rows as well."""
+        return False
+
     @abstractmethod
     def product(self, call: Call, first: Any, second: Any) -> Tensor | None:
         """Compute the call's product, with its bias, in float32."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qsim_core.errors import RecipeError
+from qsim_core.formats.coded_parameter import PARAMETERS
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.formats.random_bits import at
 from qsim_core.matmuls.call import Call
@@ -282,7 +283,7 @@ class LiveExecution(Execution):
     def _weight(self, operand: Operand) -> Tensor:
         quantizer, weight = operand.quantizer, operand.weight
         assert weight is not None
-        before = value = operand.tensor
+        before, value = None, operand.tensor
         self.weights.met(weight, operand.layout)
         if quantizer is not None:
             if self.observer is not None and not self.weights.overwritten(weight):
@@ -298,7 +299,7 @@ class LiveExecution(Execution):
                     self.lowering,
                     keep_scales=self.arithmetic.simulates,
                 )
-        self._observe("weight", before, value, operand.layout, quantizer)
+        self._observe("weight", value if before is None else before, value, operand.layout, quantizer)
         return value
 
     def _input(self, operand: Operand) -> Tensor:
@@ -382,7 +383,7 @@ class Layer:
         site, tensors = self.site, args[:2]
         x, weight = tensors
         if (
-            type(weight) is not nn.Parameter
+            type(weight) not in PARAMETERS
             or weight is not module._parameters.get(self.attribute)
             or module is not self.execution.module
             or site.plan is not self.plan
@@ -395,8 +396,8 @@ class Layer:
             return None
         site.calls += not recomputing()
         (role, layout, quantizer), of_weight = self.operands
-        own = Weight(self.name, weight, owned=True)
-        operands = Operand(role, x, layout, quantizer), Operand(of_weight[0], weight, *of_weight[1:], own)
+        own = Weight(self.name, tensors[1], owned=True)
+        operands = Operand(role, x, layout, quantizer), Operand(of_weight[0], tensors[1], *of_weight[1:], own)
         return self.execution.again(self.call.again(args, tensors), operands)
 
 

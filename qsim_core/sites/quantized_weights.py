@@ -3,7 +3,8 @@
 With `keep`, a quantized copy is held here, and the model's parameters stay as they are. Without `keep`, the parameter
 itself is overwritten, unless another user would see the change. A copy is held of a weight that is tied, is another
 module's, is used in parts, or is read by other code. A weight that is computed from a parameter is quantized in every
-forward.
+forward. Where an exact arithmetic multiplies codes that are smaller than the values, a `CodedParameter` with these
+takes the place of an overwritten parameter.
 
 A weight in training is quantized in every forward, with its straight-through gradient. Elsewhere `Snapshot` tells in
 each forward if a parameter has changed; it is then quantized again. A weight that a transform has quantized may not
@@ -26,8 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from qsim_core.errors import QsimError, natural_order
+from qsim_core.formats.coded_parameter import PARAMETERS, CodedParameter
 from qsim_core.formats.quantizer import SiteQuantizer, straight_through
-from qsim_core.matmuls.layout import Layout
+from qsim_core.matmuls.layout import LAST, Layout
 from qsim_core.quantizers.scales import Scales
 from qsim_core.sites.arithmetic import Lowered, Lowering, QuantizedRows
 from qsim_core.snapshots import Snapshot, has_memory
@@ -112,12 +114,14 @@ class Weights:
         self.uses: dict[str, set[str]] = {}
         """The layouts in which each weight is multiplied: with two different ones it cannot be overwritten."""
         self._pins: dict[str, _Pinned] = {}
+        self._coded: dict[str, tuple[CodedParameter, tuple[Any, ...]]] = {}
+        """The overwritten parameters that hold codes, each with the key of the lowering that made these."""
         self.lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out quantized copies, which a copied model makes again; the record of overwritten parameters stays."""
         in_place = {key: folded for key, folded in self.folded.items() if folded.in_place}
-        return {**self.__dict__, "folded": in_place, "moves": Counter(), "lock": None}
+        return {**self.__dict__, "folded": in_place, "moves": Counter(), "_coded": {}, "lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -183,7 +187,7 @@ class Weights:
         Raises `QsimError` if the weight has changed since.
         """
         pin = None if weight.computed or not self._pins else self._pins.get(weight.name)
-        if pin is None or pin.seen.holds(weight.parameter):
+        if pin is None or self._coded_by(weight) is not None or pin.seen.holds(weight.parameter):
             return pin
         if pin.dtype == weight.parameter.dtype:
             raise QsimError(
@@ -200,8 +204,9 @@ class Weights:
         return pin.scales if whole else None
 
     def overwritten(self, weight: Weight) -> bool:
-        """Tell if the parameter itself was overwritten with quantized values."""
-        return any(key[0] == weight.name and folded.in_place for key, folded in self.folded.items())
+        """Tell if the parameter itself was overwritten with quantized values, or with their codes."""
+        coded = weight.name in self._coded
+        return coded or any(key[0] == weight.name and folded.in_place for key, folded in self.folded.items())
 
     def quantized(
         self,
@@ -214,6 +219,10 @@ class Weights:
         keep_scales: bool = False,
     ) -> Tensor:
         """Quantize the operand: anew if it trains, else once for all calls."""
+        codes = self._coded_by(weight)
+        if codes is not None and layout is LAST and not torch.is_grad_enabled():
+            value: Tensor = codes.values()
+            return value
         if self.final(weight) is not None:
             return operand
         learns = quantizer.learns
@@ -238,15 +247,18 @@ class Weights:
     ) -> Lowered | None:
         """Lower the operand's rows, once for all calls; None if the lowering is not exact for them.
 
-        The lowered form of an overwritten parameter is made again in each call, from the parameter's values.
+        The lowered form of an overwritten parameter takes its place, or is made again in each call from its values.
         """
+        found: Lowered | None = self._coded_by(weight, lowering)
+        if found is not None and layout is LAST:
+            return found
         if weight.computed:
             new: Lowered | None = lowering.new(layout.rows(operand.detach()))
             return new
         if (pin := self.final(weight)) is not None:
             rows = layout.rows(operand.detach())
-            found: Lowered | None = lowering.pinned(rows, self._scales_for(pin, weight, rows))
-            return found
+            found = lowering.pinned(rows, self._scales_for(pin, weight, rows))
+            return found if self.keep else self._in_place_of(weight, layout, lowering, found, pin)
         with self.lock:
             folded = self._fold(weight, operand, layout, quantizer, lowering, keep_scales)
             if not folded.in_place:
@@ -259,14 +271,41 @@ class Weights:
         if folded.key is None or folded.key[0] != lowering.arithmetic:
             return None
         again: Lowered | None = lowering.again(layout.rows(operand.detach()), folded.lowered)
-        return again
+        return again if folded.held else self._in_place_of(weight, layout, lowering, again, folded)
+
+    def _coded_by(self, weight: Weight, lowering: Lowering | None = None) -> Any:
+        """The codes that a parameter holds, if this lowering made them, or any; None: it holds values."""
+        coded, key = self._coded.get(weight.name, (None, None))
+        if coded is None or coded is not weight.parameter or not weight.owned:
+            return None
+        return coded.codes if lowering is None or lowering.key == key else None
+
+    def _in_place_of(
+        self, weight: Weight, layout: Layout, lowering: Lowering, made: Lowered | None, record: _Quantized | _Pinned
+    ) -> Lowered | None:
+        """Put codes in the place of a parameter with their values, if they are smaller and this is its only use."""
+        path, _, attribute = weight.name.rpartition(".")
+        if made is None or layout is not LAST or not self._only_use(weight) or not lowering.compact(made):
+            return made
+        parameters = self.model.get_submodule(path)._parameters
+        own = parameters.get(attribute)
+        if own is not None and own is weight.parameter and type(own) in PARAMETERS:
+            record.seen = Snapshot(made.values(), whole=True)  # a zero has no sign any more
+            parameters[attribute] = coded = CodedParameter(own, made)
+            self._coded[weight.name] = coded, lowering.key
+        return made
+
+    def _only_use(self, weight: Weight) -> bool:
+        """Tell if no other code sees the values of a parameter, which may be overwritten then."""
+        alone = len(self.uses[weight.name]) == 1 and weight.name not in self.elsewhere
+        return weight.owned and alone and weight.name not in self.tied
 
     def scales_of(self, weight: Weight, operand: Tensor, layout: Layout) -> Scales | None:
         """The scales of a weight whose original values were overwritten; None for any other, or if unknown."""
         if weight.computed:
             return None
         if (pin := self.final(weight)) is not None:
-            return self._scales_for(pin, weight, layout.rows(operand.detach()))
+            return self._scales_for(pin, weight, layout.rows(operand))
         folded = self.folded.get(_key(weight, operand, layout))
         return None if folded is None or not folded.in_place else folded.scales
 
@@ -297,7 +336,7 @@ class Weights:
         folded = self.folded.get(key)
         if folded is None and self.overwritten(weight):
             raise _second_use(weight.name, "multiplied along two axes")
-        if folded is not None and folded.holds(parameter, quantizer):
+        if folded is not None and (self._coded_by(weight) is not None or folded.holds(parameter, quantizer)):
             return folded
         if folded is not None and not folded.seen.is_of(parameter):
             self.moves[weight.name] += 1
@@ -305,8 +344,7 @@ class Weights:
             rows = layout.rows(operand.detach())
             lowered = lowering.new(rows) if lowering is not None else None
             quantized: Any = quantizer.quantize(rows) if lowered is None else None
-            only_use = len(self.uses[weight.name]) == 1 and weight.name not in self.elsewhere
-            in_place = not self.keep and weight.owned and only_use and weight.name not in self.tied
+            in_place = not self.keep and self._only_use(weight)
             scales = quantizer.scales(rows) if in_place and keep_scales else None
             if in_place:
                 parameter.data.copy_(layout.back(quantized if lowered is None else lowered.values()))

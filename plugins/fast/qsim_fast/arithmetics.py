@@ -25,16 +25,12 @@ from qsim_fast import bf16, blockwise, int8, integer_blocks, tensor_cores
 from qsim_fast.bf16 import BF16Convolution, BF16Product
 from qsim_fast.blockwise import BlockwiseProduct
 from qsim_fast.int8 import Int8Product
-from qsim_fast.integer_blocks import IntegerBlocksProduct
+from qsim_fast.integer_blocks import SMALLEST_PRODUCT, IntegerBlocksProduct
 from qsim_fast.kernels import gpu, native
 from qsim_fast.quantizing import DEVICES, needs_reference, scheme_of
 from qsim_fast.tensor_cores import FP8Product, TF32Product
 
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm)
-
-
-SMALLEST_PRODUCT = 2**19
-"""The multiplications of a product for which codes are worth packing."""
 
 
 @dataclass(frozen=True)

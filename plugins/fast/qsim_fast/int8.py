@@ -164,7 +164,7 @@ def to_nearest(scheme: Scheme) -> Scheme:
 
 
 class Int8Product(Lowering):
-    """A product of int8 codes. The codes of an overwritten weight are made again from its scales."""
+    """A product of int8 codes, which take the place of an overwritten weight."""
 
     arithmetic = "int8"
 
@@ -173,6 +173,9 @@ class Int8Product(Lowering):
 
     def again(self, rows: Tensor, kept: Scales) -> Int8Rows | None:
         return encode_rows(to_nearest(scheme_of(self.quantizers[1])), rows, kept)
+
+    def compact(self, made: Int8Rows) -> bool:
+        return True
 
     def product(self, call: Call, first: Int8Rows, second: Int8Rows) -> Tensor:
         y: Tensor = product(first, second, call.bias).unflatten(0, call.operands[0].shape[:-1])

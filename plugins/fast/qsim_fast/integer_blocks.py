@@ -40,6 +40,8 @@ from qsim_fast.known_maximum import KnownMaximum
 from qsim_fast.partial_execution import PartialLowering
 from qsim_fast.quantizing import scheme_of
 
+SMALLEST_PRODUCT = 2**19
+"""The multiplications of a product for which codes are worth packing."""
 MARGIN = 1.001
 """Covers the rounding of norms."""
 LARGEST_SCALE = 2.0**64
@@ -184,7 +186,7 @@ def _of_columns(operand: Rows | Packed, inner: int) -> Tensor:
 
 
 class IntegerBlocksProduct(PartialLowering):
-    """A product of codes under the scales of their blocks. The codes of an overwritten weight are made again."""
+    """A product of codes under the scales of their blocks. The codes take the place of a large overwritten weight."""
 
     arithmetic = "int8_blocks"
 
@@ -248,6 +250,9 @@ class IntegerBlocksProduct(PartialLowering):
             return LeftRows(Rows(codes.view(*heads, -1), scale, every), lowest, rows.shape[-1])
         packed = Packed(codes.view(*heads, -1)[..., : rows.shape[-1]], scale, None, every, heads[1], rows.shape[-1])
         return RightRows(packed, self.terms, rows.shape, scales)
+
+    def compact(self, made: RightRows) -> bool:
+        return made.shape.numel() >= SMALLEST_PRODUCT
 
     def product(self, call: Call, first: LeftRows, second: RightRows) -> Tensor | None:
         if self.highest < math.inf and MARGIN * first.norm * second.norm > self.highest:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
+from qsim_core.formats.coded_parameter import PARAMETERS
 from qsim_core.formats.format import Format, unscaled_format
 from qsim_core.formats.rounding import Steps
 from qsim_core.quantizers.calibrators import AbsMax, MinMax
@@ -347,7 +347,7 @@ def uses_base_methods(scheme: type[Scheme]) -> bool:
 def needs_reference(x: Tensor) -> bool:
     """Tell if torch's own operators have to be used: for a gradient, a trace, or a tensor without plain memory."""
     gradient = x.requires_grad and torch.is_grad_enabled()
-    wrapped = type(x) not in (Tensor, Parameter) or torch._C._functorch.peek_interpreter_stack() is not None
+    wrapped = type(x) not in (Tensor, *PARAMETERS) or torch._C._functorch.peek_interpreter_stack() is not None
     return (
         gradient or wrapped or x.is_neg() or torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
     )
