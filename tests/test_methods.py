@@ -159,9 +159,12 @@ def test_a_method_that_comes_too_late_is_refused(transforms: list[str], late: st
 @pytest.mark.parametrize(
     ("transform", "dtype"),
     [
-        *itertools.product(
-            ["smoothquant", "gptq", "rptq", "awq", "hadamard", "wush(8)"], [torch.bfloat16, torch.float16]
-        ),
+        ("smoothquant", torch.bfloat16),
+        ("gptq", torch.float16),
+        ("rptq", torch.bfloat16),
+        ("awq", torch.float16),
+        ("hadamard", torch.bfloat16),
+        ("wush(8)", torch.float16),
         ("qronos", torch.bfloat16),
         ("signround(2)", torch.float16),
         ("imatrix", torch.bfloat16),

@@ -58,10 +58,12 @@ def test_a_walk_changes_weights_where_they_are_kept(how: str, make: Make, ids: T
     assert all(torch.equal(dict(state(elsewhere))[name], p) for name, p in here.named_parameters())
 
 
-PLAIN = ["gptq", "smoothquant", "hadamard", "hadamard(size=8)", "wush(8)", "awq", "rptq"]
+PLAIN = ["gptq", "smoothquant", "hadamard", "awq", "rptq"]
+ALIKE = ["hadamard(size=8)", "wush(8)", "gptaq", "adaround(2)", "imatrix", "spinquant(1, size=8)"]
+"""Transforms that reach weights in the ways of those above: in pairs, block by block, or one by one."""
 
 
-@pytest.mark.parametrize("transform", [*PLAIN, "gptaq", "adaround(2)", "imatrix", "spinquant(1, size=8)"])
+@pytest.mark.parametrize("transform", [*PLAIN, *(pytest.param(text, marks=pytest.mark.slow) for text in ALIKE)])
 def test_methods_change_weights_where_they_are_kept(transform: str, make: Make, ids: Tensor, tmp_path: Path) -> None:
     batches = [{"input_ids": (ids + shift) % 96, "use_cache": False} for shift in range(6)]
     here, elsewhere = make("llama"), offload(make("llama"), "disk", tmp_path)

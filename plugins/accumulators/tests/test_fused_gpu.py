@@ -14,6 +14,8 @@ import qsim_core as qsim
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRESETS = {"hopper_fp8": "e4m3", "deepseek": "e4m3", "ada_fp8": "e5m2", "hopper": "bf16", "turing": "fp16"}
+QUICK = {"deepseek", "turing"}
+"""One with promotion and one without; the others differ in their widths."""
 
 pytest.importorskip("triton", reason="Triton is made for Linux")
 
@@ -27,7 +29,7 @@ def operand(number_format: Any, rows: int, seed: int) -> Tensor:
     return torch.where(found.isfinite(), found, 0.0)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [p if p in QUICK else pytest.param(p, marks=pytest.mark.slow) for p in PRESETS])
 def test_triton_and_the_reference_give_the_same_bits(preset: str) -> None:
     unit: Any = qsim.Host().parse(preset, qsim.Arithmetic)
     number_format = qsim.parse(PRESETS[preset]).rounds_to

@@ -31,6 +31,8 @@ STATIC = {
     "block(uint4, 16, symmetric=false, scale=bf16)": (None, 21),
 }
 """Quantizers of weights that onnxruntime computes on CPUs -> a quantizer of the inputs, and the opset."""
+QUICK = {"channel(int8)", "channel(e4m3)", "block(uint4, 16, symmetric=false, scale=bf16)"}
+"""One of each kind: integers, floats, and blocks with zero points."""
 
 
 def perceptron() -> nn.Module:
@@ -60,7 +62,7 @@ def computed(model: Any, x: Tensor) -> list[NDArray[Any]]:
     return found
 
 
-@pytest.mark.parametrize("weights", STATIC)
+@pytest.mark.parametrize("weights", [w if w in QUICK else pytest.param(w, marks=pytest.mark.slow) for w in STATIC])
 def test_onnxruntime_computes_weights_and_results(weights: str, tmp_path: Path) -> None:
     activations, opset = STATIC[weights]
     simulation = qsim.simulate(perceptron(), weights=weights, activations=activations, calibration=[X * 0.7], example=X)
@@ -74,7 +76,9 @@ def test_onnxruntime_computes_weights_and_results(weights: str, tmp_path: Path) 
     np.testing.assert_allclose(result, simulation.model(X[:3]).detach(), atol=1e-6)
 
 
-@pytest.mark.parametrize("weights", ["nvfp4", "nvfp4_adaptive", "mxfp4"])
+@pytest.mark.parametrize(
+    "weights", ["nvfp4", *(pytest.param(text, marks=pytest.mark.slow) for text in ("nvfp4_adaptive", "mxfp4"))]
+)
 def test_the_reference_computes_four_bit_floats(weights: str, tmp_path: Path) -> None:
     from onnx.reference import ReferenceEvaluator
 
@@ -91,7 +95,12 @@ def test_the_reference_computes_four_bit_floats(weights: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "weights", ["channel(int8)", "tensor(int8)", "block(uint4, 16, symmetric=false, scale=bf16)", "block(int3, 16)"]
+    "weights",
+    [
+        "channel(int8)",
+        "block(uint4, 16, symmetric=false, scale=bf16)",
+        *(pytest.param(text, marks=pytest.mark.slow) for text in ("tensor(int8)", "block(int3, 16)")),
+    ],
 )
 def test_a_weight_that_is_stored_transposed_stays_so(weights: str, tmp_path: Path) -> None:
     with torch.random.fork_rng():

@@ -54,8 +54,14 @@ def outputs(model: Any, x: Tensor) -> Tensor:
     [
         STATIC,
         {"weights": "channel(int4)", "activations": "token(int8)"},
-        {"weights": "int8", "activations": "block(int8, 12, scale=bf16)", "outputs": "tensor(int8)"},
-        {"weights": "scaled(e2m1, 16, scale=scaled(e4m3))", "activations": "scaled(e2m1, 16, scale=scaled(e4m3))"},
+        pytest.param(
+            {"weights": "int8", "activations": "block(int8, 12, scale=bf16)", "outputs": "tensor(int8)"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"weights": "scaled(e2m1, 16, scale=scaled(e4m3))", "activations": "scaled(e2m1, 16, scale=scaled(e4m3))"},
+            marks=pytest.mark.slow,
+        ),
         {"activations": "token(e4m3, rule=ceil, scale=e8m0)"},
         {"weights": "int4", "overrides": {"2": {"weights": None}}},
         {"activations": lambda x: x.bfloat16().float()},
@@ -113,7 +119,9 @@ def test_inductor_gives_the_same_bits() -> None:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("activations", ["int8", "tensor(int8, static=true)", "block(int8, 4)"])
+@pytest.mark.parametrize(
+    "activations", ["int8", "tensor(int8, static=true)", pytest.param("block(int8, 4)", marks=pytest.mark.slow)]
+)
 def test_quantized_products_of_activations_make_the_model_one_graph(activations: str) -> None:
     model = Scores().eval()
     simulation = simulated(model, {"weights": "int4", "activations": activations})
@@ -141,7 +149,7 @@ def test_attention_of_a_language_model_in_any_batch_and_length(attention: str) -
             assert torch.equal(plain(input_ids=x, use_cache=False).logits, model(x, use_cache=False).logits)
 
 
-@pytest.mark.parametrize("size", ["whole", "16"])
+@pytest.mark.parametrize("size", [pytest.param("whole", marks=pytest.mark.slow), "16"])
 def test_rotations_of_inputs_are_in_it(size: str) -> None:
     pytest.importorskip("qsim_hadamard")
     model = linear()

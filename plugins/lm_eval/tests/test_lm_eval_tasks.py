@@ -73,6 +73,7 @@ def test_the_fingerprint_is_of_documents_prompts_and_versions(ends: Callable[...
     assert data("ends", ends(), ", num_fewshot=1").sha256 != first
 
 
+@pytest.mark.slow  # the harness reads each of its tasks
 def test_an_unknown_task_is_told_with_what_is_like_it(ends: Callable[..., Path]) -> None:
     with pytest.raises(qsim.DataError, match=r"^lm_eval has no task 'piqaa'; did you mean 'piqa'\? There are \d{4,}"):
         data("[ends, piqaa]", ends())

@@ -519,4 +519,4 @@ class TestUnitInterval(QuantizerSuite):
 
 
 class TestRptq(TransformSuite):
-    text = ("rptq", "rptq(8, only_kv=true)")
+    text = ("rptq(6)", "rptq(3, only_kv=true)")

@@ -93,7 +93,10 @@ finally:
     ("arguments", "message"),
     [
         (["acme/model"], "Error: no model 'acme/model': it is neither a directory nor a model that a plugin names, and the hub"),
-        (["acme"], "Error: no model 'acme': it is neither a directory nor a model that a plugin names, and the hub"),
+        pytest.param(
+            *(["acme"], "Error: no model 'acme': it is neither a directory nor a model that a plugin names, and the hub"),
+            marks=pytest.mark.slow,
+        ),
         (["{model}", "--data", "acme/data"], "Error: 'acme/data' is not a file, and datasets cannot load it: "),
     ],
 )  # fmt: skip

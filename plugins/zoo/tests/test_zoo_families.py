@@ -73,7 +73,7 @@ def test_a_model_is_small_and_of_float16(name: str) -> None:
 
 
 def test_it_sees_digits() -> None:
-    exact, eight, four = measure("vit-tiny", "accuracy", 200, (8, 4))
+    exact, eight, four = measure("vit-tiny", "accuracy", 100, (8, 4))
 
     assert exact["accuracy"] >= 0.95
     assert eight["accuracy"] >= exact["accuracy"] - 0.01
@@ -81,7 +81,7 @@ def test_it_sees_digits() -> None:
 
 
 def test_it_predicts_code() -> None:
-    exact, eight, four = measure("codegen-tiny", "perplexity", 24, (8, 4))
+    exact, eight, four = measure("codegen-tiny", "perplexity", 12, (8, 4))
 
     assert exact["perplexity"] < 60
     assert exact["perplexity"] * 1.02 > eight["perplexity"]
@@ -90,7 +90,7 @@ def test_it_predicts_code() -> None:
 
 @pytest.mark.parametrize("name", ["llama-tiny", "qwen3-tiny", "phi-tiny"])
 def test_models_of_newer_families_predict_documentation(name: str) -> None:
-    exact, eight, four = measure(name, "perplexity", 16, (8, 4))
+    exact, eight, four = measure(name, "perplexity", 8, (8, 4))
 
     assert exact["perplexity"] < 70
     assert exact["perplexity"] * 1.02 > eight["perplexity"]
