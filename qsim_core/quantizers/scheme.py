@@ -68,7 +68,7 @@ class Scheme(Quantizer):
     element: Format = Field(description="the number format of the scaled values")
     scale: Quantizer | None = Field(None, description="the quantizer of the scales; none keeps them in float32")
     symmetric: bool = Field(True, description="without a zero point; false: one for each scale, for integers")
-    range: Calibrator = Field(MinMax(), description="the range that a scale covers: minmax, absmax, percentile, mse")
+    range: Calibrator = Field(MinMax(), description="the range that a scale covers: minmax, absmax, or one of a plugin")
     rule: ScaleRule = Field(
         "divide", description="how the range becomes a scale: divided, or a power of two (floor, ceil, even, rceil)"
     )
