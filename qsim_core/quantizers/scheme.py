@@ -305,10 +305,7 @@ class Scheme(Quantizer):
         if fast is not None:
             return fast
         _, exact, zero, of_scales = self.measured(x)
-        scale = self.rounded_scale(exact, of_scales)
-        if zero is not None:
-            zero = zero.reshape(-1, zero.shape[-2])
-        return Scales(scale.reshape(-1, scale.shape[-1]), zero)
+        return Scales(self.rounded_scale(exact, of_scales), None if zero is None else zero.squeeze(-1)).by_rows()
 
     def quantize_at(self, x: Tensor, scale: Tensor, zero: Tensor | None, out: Tensor | None = None) -> Tensor:
         """Quantize `x` under given scales and zero points [..., B, 1]; the result has the dtype of `x`."""
