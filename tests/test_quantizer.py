@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 import qsim_core as qsim
-from qsim_core.formats import rounding
 from qsim_core.testing import QuantizerSuite
 
 SCHEMES = (
@@ -204,21 +203,6 @@ def test_the_gradient_comes_back_in_the_tensors_own_dtype() -> None:
     qsim.parse("abfp(int4, n=8)")(x).sum().backward()
 
     assert torch.equal(x.grad, torch.ones_like(x))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("mantissa", "exponent", "largest"), [(3, -6, 448.0), (2, -14, 57344.0), (1, 0, 6.0), (10, -14, 65504.0)]
-)
-def test_the_fast_rounding_is_the_reference(mantissa: int, exponent: int, largest: float) -> None:
-    bits = torch.randint(-(2**31), 2**31 - 1, (200_000,), generator=torch.Generator().manual_seed(3), dtype=torch.int64)
-    x = bits.to(torch.int32).view(torch.float32)
-    x = x[~x.isnan()].clamp(-2 * largest, 2 * largest)
-
-    fast = rounding._round_by_magic_number(x, mantissa, exponent)
-
-    assert torch.equal(
-        fast.view(torch.int32), rounding.round_to_float_reference(x, mantissa, exponent).view(torch.int32)
-    )
 
 
 def test_bits_count_the_scales() -> None:

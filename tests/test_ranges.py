@@ -9,7 +9,7 @@ from torch import Tensor
 
 import qsim_core as qsim
 from qsim_core.formats.rounding import power_of_two_scale
-from qsim_core.quantizers.calibrators import ErrorOf, Percentile
+from qsim_core.quantizers.calibrators import ErrorOf
 
 
 def noise(*shape: int) -> Tensor:
@@ -104,7 +104,7 @@ def test_nor_in_a_static_scale() -> None:
 def test_a_value_that_stands_for_three_counts_as_three_in_a_percentile() -> None:
     values, counts = torch.tensor([[4.0, 1.0, 3.0]]), torch.tensor([[1.0, 3.0, 2.0]])
 
-    _, high = Percentile(p=70).range(values, lambda low, high: low, counts)
+    _, high = qsim.parse("percentile(70)").range(values, lambda low, high: low, counts)
 
     assert high.item() == np.percentile([1, 1, 1, 3, 3, 4], 70)
 

@@ -168,7 +168,7 @@ def test_an_unknown_name_lists_what_exists_and_guesses() -> None:
         host.parse("chanel(int4)")
 
     assert str(error.value) == (
-        "no component 'chanel'; did you mean 'channel'? There are: absmax, at_scale, auto, block, cast, channel, float32, fp32, minmax, mse, percentile, "
+        "no component 'chanel'; did you mean 'channel'? There are: absmax, at_scale, auto, block, cast, channel, float32, fp32, minmax, "
         "scaled, tensor, token "
         "(character 1 of 'chanel(int4)')"
     )

@@ -1,14 +1,63 @@
-"""Calibrators beside the core's `minmax`, `absmax`, `percentile` and `mse`: `max`, `entropy`, `moving_average`."""
+"""Calibrators that leave values out, or average: `percentile`, `mse`, `entropy`, `moving_average`, and `max`."""
 
 from __future__ import annotations
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from qsim_core import Calibrator, Preset, hookimpl
 from qsim_core.formats.rounding import power_of_two
+from qsim_core.quantizers.calibrators import ErrorOf
 from qsim_core.quantizers.observers import MovingExtremes, Observer, bin_exponent
+
+
+class Percentile(Calibrator):
+    """Covers all but the outermost values: p percent of the magnitudes, or with a zero point p percent at each end.
+
+    It interpolates linearly between two values, as numpy's `percentile` does by default.
+    """
+
+    name = "percentile"
+    p: float = Field(99.9, gt=50, le=100, description="percent of the values to cover")
+
+    def range(self, blocks: Tensor, error: ErrorOf, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+        ordered, order = blocks.sort(-1)
+        counts_in_order = torch.ones_like(blocks) if counts is None else counts.gather(-1, order)
+        cumulative = counts_in_order.double().cumsum(-1)
+        lowest, highest = ordered[..., 0], ordered[..., -1]
+        low = _quantile(ordered, cumulative, 1 - self.p / 100)
+        high = _quantile(ordered, cumulative, self.p / 100)
+        return torch.where(lowest.isfinite(), low, lowest), torch.where(highest.isfinite(), high, highest)
+
+
+class MSE(Calibrator):
+    """Covers the part of the whole range, from minimum to maximum, that makes the quantization error least.
+
+    The candidates are 1, 1 - 1/steps, 1 - 2/steps, … times the whole range, down to the share `lowest`, which is left
+    out. The first candidate with the least sum of |error|^norm is taken. Source: the grid search of GPTQ's
+    reference implementation (arXiv 2210.17323); the defaults are its norm 2.4, 100 steps and 0.2.
+    """
+
+    name = "mse"
+    norm: float = Field(2.4, gt=0, description="power of the error")
+    steps: PositiveInt = Field(100, description="number of candidates from the whole range down to zero")
+    lowest: float = Field(0.2, ge=0, lt=1, description="share of the range where the search ends")
+
+    def range(self, blocks: Tensor, error: ErrorOf, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+        low, high = blocks.amin(-1), blocks.amax(-1)
+        least = torch.full_like(high, torch.inf)
+        best = torch.ones_like(high)
+        for step in range(int((1 - self.lowest) * self.steps + 1e-9)):
+            share = 1 - step / self.steps
+            powers = error(share * low, share * high).abs().pow(self.norm)
+            if counts is not None:
+                powers = powers * counts
+            total = powers.sum(-1)
+            better = total < least
+            least = torch.where(better, total, least)
+            best = torch.where(better, share, best)
+        return best * low, best * high
 
 
 class MovingAverage(Calibrator):
@@ -84,6 +133,14 @@ def _divergence(histogram: Tensor, bins: int, levels: int) -> Tensor:
     return torch.where(p > 0, p * (p / q.clamp(min=1e-12)).log(), 0.0).sum()
 
 
+def _quantile(ordered: Tensor, cumulative: Tensor, share: float) -> Tensor:
+    """The quantile `share` (0 to 1) of ascending values [..., n] with cumulative counts [..., n]: [...]."""
+    rank = share * (cumulative[..., -1:] - 1)
+    low = ordered.gather(-1, torch.searchsorted(cumulative, rank.floor(), right=True))
+    high = ordered.gather(-1, torch.searchsorted(cumulative, rank.ceil(), right=True))
+    return (low + (high - low) * (rank - rank.floor()).to(low.dtype)).squeeze(-1)
+
+
 @hookimpl
 def qsim_calibrators() -> list[type[Calibrator] | Preset]:
-    return [MovingAverage, Entropy, Preset("max", "minmax", "from the lowest to the highest value")]
+    return [Percentile, MSE, MovingAverage, Entropy, Preset("max", "minmax", "from the lowest to the highest value")]

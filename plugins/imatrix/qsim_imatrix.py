@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from qsim_core import Calibrator, Preset, RecipeError, Scheme, Transform, hookimpl
+from qsim_core import Calibrator, Preset, RecipeError, Scheme, Transform, hookimpl, parse
 from qsim_core.formats.rounding import working
 from qsim_core.matmuls.call import Call
 from qsim_core.matmuls.layout import Layout, layout_of
-from qsim_core.quantizers.calibrators import MSE
 from qsim_core.quantizers.scales import Scales
 from qsim_core.sites.quantized_weights import READ
 from qsim_core.sites.site import Site
@@ -136,7 +135,7 @@ class IMatrix(Transform):
                 compared = True
                 return weigh(error)
 
-            for tried in [scheme.range, MSE(norm=2)] if self.range is None else [self.range]:
+            for tried in [scheme.range, parse("mse(norm=2)")] if self.range is None else [self.range]:
                 scheme = scheme.replace(range=tried)
                 scale, zero = scheme.scale_map(rows, seen)
                 if compared:

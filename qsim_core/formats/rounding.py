@@ -27,7 +27,6 @@ ScaleRule = Literal["divide", "floor", "ceil", "even", "rceil"]
 """The rules that turn a block's largest magnitude into its scale: a quotient, or a power of two (see
 `power_of_two_scale`)."""
 
-FLOAT32_EXPONENT_BITS = 0x7F800000
 FLOAT32_MANTISSA = 23
 FLOAT64_BIAS, FLOAT64_MANTISSA = 1023, 52
 
@@ -71,7 +70,9 @@ class Steps:
         """True if every intermediate of rounding by a magic number is a normal, finite float32."""
         if self.fixed and self.bound > self.smallest * 2.0**22:
             return False
-        return _magic_fits(self.mantissa, self.min_exponent, self.bound)
+        normal = self.min_exponent >= -126 and self.min_exponent - self.mantissa >= -126
+        largest = self.bound * 2.0 ** (FLOAT32_MANTISSA + 1 - self.mantissa)
+        return self.mantissa <= 20 and normal and largest < 2.0**127
 
 
 def working(x: Tensor) -> Tensor:
@@ -112,37 +113,6 @@ def round_to_integer(
     return whole(x, rounding, seed).clamp_(low, high).add_(0.0)  # type: ignore[arg-type]
 
 
-def round_to_float(
-    x: Tensor, mantissa: int, min_exponent: int, largest: float, rounding: Rounding = "even", seed: int = 0
-) -> Tensor:
-    """Round `x` to a binary float format with subnormals, as if the format had more exponents past the largest value.
-
-    `mantissa` is the number of stored fraction bits, at least 1. `min_exponent` is the exponent of the smallest
-    normal value and of all subnormals. `x` is float32 or float64; the result has the same dtype.
-    A magnitude past twice `largest` becomes twice `largest`, which the caller saturates or overflows. The sign of
-    zero is kept.
-    """
-    bound = min(largest * 2, torch.finfo(x.dtype).max)
-    x = x.clamp(-bound, bound)
-    if x.dtype != torch.float32 or not _magic_fits(mantissa, min_exponent, bound):
-        return round_to_float_reference(x, mantissa, min_exponent, rounding, seed)
-    if rounding == "even":
-        return _round_by_magic_number(x, mantissa, min_exponent)
-    step = _binade(x, min_exponent) * 2.0**-mantissa
-    return torch.copysign(whole(x / step, rounding, seed) * step, x)
-
-
-def round_to_float_reference(
-    x: Tensor, mantissa: int, min_exponent: int, rounding: Rounding = "even", seed: int = 0
-) -> Tensor:
-    """Round as `round_to_float` in the obvious way: divide by the step, round to an integer, multiply, in float64."""
-    wide = x.double()
-    exponent = (torch.frexp(wide).exponent - 1).clamp(min=min_exponent)  # frexp has 0.5 <= |fraction| < 1
-    step = power_of_two(exponent - mantissa)
-    rounded = torch.copysign(whole(wide / step, rounding, seed) * step, wide)
-    return torch.where(wide.isnan(), wide, rounded).to(x.dtype)
-
-
 def power_of_two(exponent: Tensor) -> Tensor:
     """Compute 2^exponent in float64 from bits, for exponents -1022 to 1023; `exp2` and `ldexp` may err by an ulp."""
     return ((exponent.long() + FLOAT64_BIAS) << FLOAT64_MANTISSA).view(torch.float64)
@@ -175,20 +145,3 @@ def power_of_two_scale(magnitude: Tensor, rule: ScaleRule, largest: float, beyon
     exponent = torch.where(value.isinf(), 127, exponent)  # the quotient may overflow
     exponent = torch.where(value > 0, exponent, -149).clamp(-149, 127)
     return torch.where(magnitude.isfinite(), power_of_two(exponent).to(magnitude.dtype), torch.nan)
-
-
-def _round_by_magic_number(x: Tensor, mantissa: int, min_exponent: int) -> Tensor:
-    """Round to nearest even in float32. The sum with 1.5 * 2^23 steps has no bits below a step, so adding rounds."""
-    magic = _binade(x, min_exponent) * (1.5 * 2.0 ** (FLOAT32_MANTISSA - mantissa))
-    return torch.copysign((x + magic) - magic, x)
-
-
-def _binade(x: Tensor, min_exponent: int) -> Tensor:
-    """The power of two at or below |x|, at least 2^min_exponent; float32."""
-    return (x.view(torch.int32) & FLOAT32_EXPONENT_BITS).view(torch.float32).clamp(min=2.0**min_exponent)
-
-
-def _magic_fits(mantissa: int, min_exponent: int, bound: float) -> bool:
-    """Tell if every intermediate of rounding in float32 is a normal, finite float32."""
-    normal = min_exponent >= -126 and min_exponent - mantissa >= -126
-    return mantissa <= 20 and normal and bound * 2.0 ** (FLOAT32_MANTISSA + 1 - mantissa) < 2.0**127

@@ -68,7 +68,7 @@ class Scheme(Quantizer):
     element: Format = Field(description="the number format of the scaled values")
     scale: Quantizer | None = Field(None, description="the quantizer of the scales; none keeps them in float32")
     symmetric: bool = Field(True, description="without a zero point; false: one for each scale, for integers")
-    range: Calibrator = Field(MinMax(), description="the range that a scale covers: minmax, absmax, percentile, mse")
+    range: Calibrator = Field(MinMax(), description="the range that a scale covers: minmax, absmax, or one of a plugin")
     rule: ScaleRule = Field(
         "divide", description="how the range becomes a scale: divided, or a power of two (floor, ceil, even, rceil)"
     )
@@ -305,10 +305,7 @@ class Scheme(Quantizer):
         if fast is not None:
             return fast
         _, exact, zero, of_scales = self.measured(x)
-        scale = self.rounded_scale(exact, of_scales)
-        if zero is not None:
-            zero = zero.reshape(-1, zero.shape[-2])
-        return Scales(scale.reshape(-1, scale.shape[-1]), zero)
+        return Scales(self.rounded_scale(exact, of_scales), None if zero is None else zero.squeeze(-1)).by_rows()
 
     def quantize_at(self, x: Tensor, scale: Tensor, zero: Tensor | None, out: Tensor | None = None) -> Tensor:
         """Quantize `x` under given scales and zero points [..., B, 1]; the result has the dtype of `x`."""

@@ -211,24 +211,21 @@ class Recipe(_Quantizers):
         said = self.model_dump(mode="json", exclude_defaults=True)
         values = {key: said[key] for key in ("model", *said) if key in said}
         values |= {key: None for key in ROLES if key in self.model_fields_set and getattr(self, key) is None}
-        if self.operations:
-            values["operations"] = self._operations()
-        if self.overrides:  # an override's None says "leave alone", so it must stay
-            values["overrides"] = {p: o.model_dump(mode="json", exclude_unset=True) for p, o in self.overrides.items()}
+        values |= {key: by_pattern for key, by_pattern in self._by_pattern().items() if by_pattern}
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
     def record(self) -> dict[str, Any]:
         """Give the recipe as plain data for a result: every key, but for unsaid operations and attention's roles."""
         unsaid = {key for key in ROLES if key not in self.model_fields_set} | {"operations"}
         record = self.model_dump(mode="json", exclude={"model", "evaluate", *unsaid})
-        record["overrides"] = {p: o.model_dump(mode="json", exclude_unset=True) for p, o in self.overrides.items()}
-        return record | ({"operations": self._operations()} if self.operations else {})
+        by_pattern = self._by_pattern()
+        return record | (by_pattern if self.operations else {"overrides": by_pattern["overrides"]})
 
-    def _operations(self) -> dict[str, Any]:
-        return {
-            pattern: change.model_dump(mode="json", exclude_defaults=True)
-            for pattern, change in self.operations.items()
-        }
+    def _by_pattern(self) -> dict[str, dict[str, Any]]:
+        """Give overrides and operations as plain data, with what each says: an override's None means "leave alone"."""
+        overrides = {p: one.model_dump(mode="json", exclude_unset=True) for p, one in self.overrides.items()}
+        operations = {p: one.model_dump(mode="json", exclude_defaults=True) for p, one in self.operations.items()}
+        return {"overrides": overrides, "operations": operations}
 
     @property
     def parts(self) -> list[_Quantizers]:
@@ -266,14 +263,12 @@ class Recipe(_Quantizers):
             if matches(pattern, names):
                 said |= override.said
         inputs = said.get("activations")
+        of_attention: dict[str, Any] = {role: said.get(role, inputs) for role in ROLES}
         return Plan(
             weight=said.get("weights"),
             input=inputs,
             output=said.get("outputs"),
-            queries=said.get("queries", inputs),
-            keys=said.get("keys", inputs),
-            probabilities=said.get("probabilities", inputs),
-            values=said.get("values", inputs),
+            **of_attention,
             arithmetic=said.get("arithmetic", AUTO),
             value_axis=self.value_axis,
             own=frozenset(said.keys() & {*ROLES}),

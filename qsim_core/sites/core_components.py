@@ -5,7 +5,7 @@ from __future__ import annotations
 from qsim_core.components.component import Preset
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.hookspecs import hookimpl
-from qsim_core.quantizers.calibrators import MSE, AbsMax, Calibrator, MinMax, Percentile
+from qsim_core.quantizers.calibrators import AbsMax, Calibrator, MinMax
 from qsim_core.quantizers.standard_schemes import AtScale, Block, Cast, Channel, Scaled, Tensorwise, Token
 from qsim_core.sites.arithmetic import Arithmetic, Auto, Float32
 
@@ -17,7 +17,7 @@ def qsim_quantizers() -> list[type[Quantizer]]:
 
 @hookimpl
 def qsim_calibrators() -> list[type[Calibrator]]:
-    return [MinMax, AbsMax, Percentile, MSE]
+    return [MinMax, AbsMax]
 
 
 @hookimpl

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from qsim_fp.rounding import round_by_magic_number, round_to_float_reference
 from torch import Tensor
 
 import qsim_core as qsim
@@ -507,3 +508,16 @@ def test_torchs_name_is_a_format_that_rounds_as_torch_does(dtype: torch.dtype) -
 
     assert torch.equal(qsim.parse(str(dtype))(x), x.to(dtype).float())
     assert qsim.parse(str(dtype)) == qsim.parse(str(dtype).removeprefix("torch."))
+
+
+@pytest.mark.parametrize(
+    ("mantissa", "exponent", "largest"), [(3, -6, 448.0), (2, -14, 57344.0), (1, 0, 6.0), (10, -14, 65504.0)]
+)
+def test_the_fast_rounding_is_the_reference(mantissa: int, exponent: int, largest: float) -> None:
+    bits = torch.randint(-(2**31), 2**31 - 1, (200_000,), generator=torch.Generator().manual_seed(3), dtype=torch.int64)
+    x = bits.to(torch.int32).view(torch.float32)
+    x = x[~x.isnan()].clamp(-2 * largest, 2 * largest)
+
+    fast = round_by_magic_number(x, mantissa, exponent)
+
+    assert torch.equal(fast.view(torch.int32), round_to_float_reference(x, mantissa, exponent).view(torch.int32))

@@ -12,7 +12,8 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from qsim_core import Format, Preset, hookimpl
-from qsim_core.formats.rounding import Steps, power_of_two, round_to_float
+from qsim_core.formats.rounding import Steps, power_of_two
+from qsim_fp.rounding import round_to_float
 
 NATIVE = {(8, 7): torch.bfloat16, (5, 10): torch.float16}
 """IEEE formats, as (exponent, mantissa): torch converts float32 to them as `round_to_float` does, but faster."""
