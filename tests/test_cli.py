@@ -493,6 +493,14 @@ WRONG: dict[str, tuple[list[str], str]] = {
 }  # fmt: skip
 
 
+def test_a_working_directory_that_was_deleted_is_one_line(qsim_: Qsim) -> None:
+    Path.cwd().rmdir()
+
+    run = qsim_("components", "int4")
+
+    assert run.output == "Error: the working directory was deleted; change to another one\n"
+
+
 def test_static_scales_from_one_option(qsim_: Qsim) -> None:
     static = [
         "evaluate",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -78,3 +79,23 @@ def test_vmap_over_the_inputs_of_layers_gives_the_numbers_of_each() -> None:
 def test_vmap_inside_a_model_is_refused_before_anything_is_quantized() -> None:
     with pytest.raises(qsim.QsimError, match=r"^a matmul in the model runs under torch.func.vmap"):
         qsim.simulate(Stacked(), weights="int4", example=X)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize(
+    "recipe", [RECIPE, {"activations": "tensor(int8, static=true)"}, {"weights": "int4", "transforms": ["gptq"]}]
+)
+def test_what_vmap_hides_cannot_be_looked_at(recipe: dict[str, Any]) -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(X.shape[-1], 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = vmap(self.layer)(x)
+            return y
+
+    with pytest.raises(
+        qsim.QsimError, match=r"^a linear in layer runs under torch.func.vmap, which hides its operands"
+    ):
+        qsim.simulate(Inner(), **recipe, example=X, calibration=[X]).audit()

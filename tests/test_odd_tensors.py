@@ -85,3 +85,22 @@ def test_products_of_nested_tensors_are_left_alone_and_named(layout: torch.layou
 def test_a_quantizer_that_reaches_no_site_names_what_has_none(model: nn.Module, example: Tensor, what: str) -> None:
     with pytest.raises(qsim.RecipeError, match=rf"reached no site of this model; products that have no site: :{what}"):
         qsim.simulate(model.eval(), weights="int4", example=example)
+
+
+def test_transforms_take_a_model_with_a_sparse_parameter() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.edges = nn.Parameter(torch.eye(4).to_sparse())
+            self.layer = nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(torch.sparse.mm(self.edges, x))  # type: ignore[no-any-return]
+
+    model, x = Graph(), torch.linspace(-1, 1, 64).reshape(4, 16)
+    exact = model(x)
+
+    simulation = qsim.simulate(model, weights="int4", transforms=["gptq"], calibration=[x] * 4)
+
+    assert not torch.equal(model(x), exact)
+    assert torch.equal(simulation.restore()(x), exact)

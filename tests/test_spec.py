@@ -146,6 +146,8 @@ def test_json_and_yaml_carry_the_same_text() -> None:
         ("scaled(bf16, 2147483648)", "scaled: a block has at most 2147483647 elements along an axis, not 2147483648 "
          "(character 1 of 'scaled(bf16, 2147483648)')"),
         ("abfp(n=18446744073709551616)", "a whole number has more than 64 bits (character 8 of 'abfp(n=18446744073709551616)')"),
+        ("hadamard(9223372036854775808)", "hadamard: seed is beyond the integers of 64 bits "
+         "(character 1 of 'hadamard(9223372036854775808)')"),
         ("hadamard(18446744073709551616)", "a whole number has more than 64 bits "
          "(character 10 of 'hadamard(18446744073709551616)')"),
         ("float(3, 2, bias=-1000)", "float: bias should be greater than or equal to -512, not -1000 "

@@ -58,7 +58,7 @@ class Analog(Arithmetic):
     adc: int = Field(8, ge=2, le=32, description="bits of a tile's digitized output")
     gain: PositiveFloat = Field(1.0, description="amplifies a tile's output before it is digitized")
     noise: NonNegativeFloat = Field(0.0, description="added before it is digitized: uniform, up to so many LSB")
-    seed: int = Field(0, ge=0, lt=2**64, description="of the noise")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the noise")
 
     def check(self, quantizers: Sequence[Any]) -> None:
         """Raise `RecipeError` unless both operands are `abfp` with the same n and scales that a device has."""

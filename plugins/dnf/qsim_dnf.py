@@ -33,7 +33,7 @@ class DNF(Transform):
 
     name = "dnf"
     bins: int = Field(1024, ge=2, le=2**16, description="bins of each site's histogram")
-    seed: int = Field(0, ge=0, lt=2**64, description="seed of the noise")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the noise")
 
     def apply(self, model: nn.Module, context: Context) -> None:
         """Measure the errors of all sites in one pass. Raises `DataError` without calibration data."""

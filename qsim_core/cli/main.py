@@ -56,6 +56,7 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; qsim's own errors become click's, Ctrl-C an exit code."""
         _open_streams()
+        _check_directory()
         if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character shows a question mark
             sys.stdout.reconfigure(errors="replace")
         try:
@@ -86,6 +87,14 @@ def _open_streams() -> None:
     for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+
+
+def _check_directory() -> None:
+    """Raise an error if the working directory is gone: relative paths mean nothing then."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise click.ClickException("the working directory was deleted; change to another one") from None
 
 
 def _of_plugins(ctx: click.Context) -> dict[str, PluginCommand]:

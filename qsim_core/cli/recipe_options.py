@@ -85,7 +85,7 @@ def values_of(options: Mapping[str, Any]) -> dict[str, Any]:
     values = read_recipe_file(options["recipe"]) if options["recipe"] is not None else {}
     values |= {key: options[option] for option, key in KEYS.items() if options[option] is not None}
     if options["operations"] is not None:
-        values["operations"] = read_yaml(options["operations"])
+        values["operations"] = read_yaml(options["operations"], "--operations")
     if options["skip"]:
         values["skip"] = [] if options["skip"] == ("none",) else list(options["skip"])
     return values

@@ -183,7 +183,11 @@ def _files(module: str) -> list[tuple[str, int, int]]:
 
 def _environment() -> str:
     """A digest that changes when something is installed: the times of the directories of modules."""
-    return _sha256(json.dumps([_state(place) for place in sys.path if place and place != os.getcwd()]))
+    try:
+        here = os.getcwd()
+    except OSError:  # it was deleted
+        here = ""
+    return _sha256(json.dumps([_state(place) for place in sys.path if place not in ("", here)]))
 
 
 def _state(path: str) -> tuple[str, int, int]:

@@ -60,11 +60,11 @@ class Component(BaseModel):
 
     @model_validator(mode="after")
     def _integers_fit(self) -> Self:
-        """Refuse integers of more than 64 bits: torch and kernels cannot take them."""
+        """Refuse integers that are not signed ones of 64 bits: torch, kernels and iterators cannot take them."""
         for option, value in self:
             for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, int) and not -(2**63) <= number < 2**64:
-                    raise ValueError(f"{option} has more than 64 bits")
+                if isinstance(number, int) and not -(2**63) <= number < 2**63:
+                    raise ValueError(f"{option} is beyond the integers of 64 bits")
         return self
 
     @model_serializer(mode="plain")

@@ -334,8 +334,8 @@ class _OnceEach(yaml.SafeLoader):
 _OnceEach.add_constructor("tag:yaml.org,2002:int", _OnceEach.construct_yaml_int)
 
 
-def read_yaml(text: str) -> Any:
-    """Read YAML as plain data. Raises `RecipeError` with line and column for text that is not YAML."""
+def read_yaml(text: str, what: str = "recipe") -> Any:
+    """Read YAML as plain data. Raises `RecipeError` with line and column for text, `what` it is, that is not YAML."""
     try:
         loader = _OnceEach(text)
         node = loader.get_single_node()
@@ -346,13 +346,13 @@ def read_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise RecipeError(f"recipe is not YAML: {error.problem or error.context}{where}") from None
+        raise RecipeError(f"{what} is not YAML: {error.problem or error.context}{where}") from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"recipe is not YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{what} is not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
-        raise RecipeError("recipe is not YAML for qsim: it is nested too deep") from None
+        raise RecipeError(f"{what} is not YAML for qsim: it is nested too deep") from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:  # of a tag such as !!int, or of a date
-        raise RecipeError(f"recipe is not YAML: a value cannot be read: {one_line(error)}") from None
+        raise RecipeError(f"{what} is not YAML: a value cannot be read: {one_line(error)}") from None
 
 
 def _size(node: yaml.Node, known: dict[yaml.Node, int]) -> int:

@@ -27,6 +27,7 @@ from qsim_core.sites.executor import SiteObserver, tried
 from qsim_core.sites.operation_sites import OperationSites
 from qsim_core.sites.site import Site
 from qsim_core.sites.sites import Compute, Sites
+from qsim_core.snapshots import digest
 from qsim_core.transforms.applying import apply_transforms, left_behind, needed_beside
 from qsim_core.transforms.context import Context
 from qsim_core.transforms.encoded_weights import EncodedWeight, WeightEncoder
@@ -274,9 +275,10 @@ class Simulation:
             apply_transforms(zip(self.recipe.transforms, contexts, strict=True), self.model, self.sites)
         finally:
             self.sites.quantizing = True
+        before = self._before_transforms
         for name, tensor in state_of(self.model):  # what no transform has changed may be trained, and stays so
-            if name in self._before_transforms and torch.equal(self._before_transforms[name], tensor):
-                del self._before_transforms[name]
+            if name in before and digest([("", before[name])]) == digest([("", tensor)]):
+                del before[name]
         self.hooks_left = len(self._handles) - hooks
         self._left = left_behind(self.sites, self.hooks_left)
         self.needed_beside = needed_beside(self.sites, self.hooks_left)

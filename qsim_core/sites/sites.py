@@ -289,10 +289,12 @@ class Sites:
     def _check_plain(self, call: Call) -> None:
         """Raise `QsimError` for an operand that holds other tensors in the place of values.
 
-        Under `torch.func.vmap` the inputs of a layer may be batched, but not an operand that may be its weight.
+        Under `torch.func.vmap` the inputs of a layer may be batched while nothing looks at them, but not an operand
+        that may be its weight.
         """
         batched = any(map(_is_batched, call.operands))
-        if batched and not any(self._is_parameter(x) for x in call.operands if not is_functorch_wrapped_tensor(x)):
+        plain = (x for x in call.operands if not is_functorch_wrapped_tensor(x))
+        if batched and (self.watched or not any(map(self._is_parameter, plain))):
             raise QsimError(
                 f"a {call.operation} in {self.stack.frames[-1].path or 'the model'} runs under torch.func.vmap, which "
                 f"hides its operands; compute it for each element in a loop, or for all by torch.bmm"

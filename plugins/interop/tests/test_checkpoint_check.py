@@ -129,5 +129,26 @@ def test_what_cannot_be_read_is_one_line(config: dict[str, str], message: str, t
     assert run.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quant_method": "torchao", "quant_type": "int8"}, "its quantization_config cannot be read: "),
+        ({"quant_method": "fp8"}, "says that it is quantized, as fp8, and none of its weights is; take "),
+        ({"quant_method": "compressed-tensors"}, "says that it is quantized, as compressed-tensors (None), and none "),
+    ],
+)
+def test_a_wrong_configuration_of_plain_weights_is_one_line(
+    config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    save_file({"a.q_proj.weight": torch.ones(N, K)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+
+    run = check(tmp_path)
+
+    assert run.exit_code == 1
+    assert message in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
 def test_a_path_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert check(tmp_path / "no").stderr == f"Error: {tmp_path}/no does not exist\n"

@@ -99,6 +99,12 @@ class LearnedRounding(Transform):
     def _learn_block(self, block: Block, layers: list[Layer], context: Context) -> None:
         assert block.original is not None
         targets = block.original.hidden
+        for target in targets:
+            if not isinstance(target, Tensor) or not target.is_floating_point():
+                why = f"{block.path or 'the model'} gives a {type(target).__name__}, and no tensor that has an error"
+                for layer in layers:
+                    context.report(layer.weight.site.name, note=f"left alone: {why}")
+                return
         with context.timed() as seconds, as_in_evaluation(block.module):
             choices = [self.choice(layer.grid) for layer in layers]
             for layer in layers:

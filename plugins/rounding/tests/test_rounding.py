@@ -197,6 +197,16 @@ def test_what_no_sample_reaches_is_left_alone(text: str) -> None:
         rounded(layers(noise(4, 8)), [noise(0, 8)], "int4", text)
 
 
+@pytest.mark.parametrize("text", METHODS)
+def test_a_model_that_gives_no_tensor_is_left_alone(text: str) -> None:
+    class Named(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return {"y": super().forward(x)}
+
+    with pytest.raises(qsim.RecipeError, match="left alone: the model gives a dict, and no tensor that has"):
+        rounded(Named(8, 4).double(), [noise(4, 8)], "int4", text)  # type: ignore[arg-type]
+
+
 def test_it_learns_from_errors_that_float16_does_not_hold() -> None:
     model, x = layers(10 * noise(8, 32)).half(), 30 * noise(64, 32, seed=1).half()
 

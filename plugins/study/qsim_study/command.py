@@ -150,7 +150,7 @@ def specification_of(options: dict[str, Any], given: set[str], host: Host) -> Sp
         key, equals, choices = text.partition("=")
         if not (key.strip() and equals and choices.strip()):
             raise RecipeError(f"--vary is written KEY=VALUE,VALUE, like abfp.n=16,32, not {text!r}")
-        parts = [read_yaml(part) if part.startswith("[") else part for part in split(choices)]
+        parts = [read_yaml(part, "--vary") if part.startswith("[") else part for part in split(choices)]
         values.setdefault("vary", {})[key.strip()] = parts
     said = values_of({**options, "model": None}) | {key: options[key] for key in ROLES if options[key] is not None}
     short = {"plugin": "plugins", "precision": "precision", "static": "static", "set": "settings"}

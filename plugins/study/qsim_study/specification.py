@@ -85,7 +85,7 @@ class Specification(BaseModel):
     @classmethod
     def read(cls, path: Path) -> Self:
         """A specification from a YAML file; without a name it has the file's. Raises `RecipeError`."""
-        values = read_yaml(read_text(path, RecipeError, LARGEST_FILE))
+        values = read_yaml(read_text(path, RecipeError, LARGEST_FILE), f"study {path}")
         if isinstance(values, dict):  # YAML 1.1 reads the key `on` as true
             values = {"name": path.stem} | {"on" if key is True else key: value for key, value in values.items()}
         return cls.of(values)

@@ -111,6 +111,14 @@ def test_a_file_may_name_hardware(tmp_path: Path) -> None:
     assert Specification.read(tmp_path / "study.yaml").circumstances.on == ("h100",)
 
 
+def test_a_file_that_is_not_yaml_is_called_a_study(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("models: [opt-tiny")
+
+    with pytest.raises(qsim.RecipeError, match=f"^study {file} is not YAML: expected ',' or ']', .*line 1, column 18"):
+        Specification.read(file)
+
+
 def test_a_specification_is_read_back_from_what_it_says(tmp_path: Path) -> None:
     file = tmp_path / "formats.yaml"
     file.write_text("models: [opt-tiny]\nvary: {weights: [int4, int8]}\nlimit: 4\nexcept: [{weights: int8}]\n")

@@ -43,7 +43,9 @@ def open_checkpoint(path: Path | str, host: Host | None = None) -> Reader:
         raise ModelError(f"{path} is quantized by {method!r}, which is not read{did_you_mean(method, READERS)}")
     module, name = READERS[method]
     of: type[Reader] = getattr(importlib.import_module(f"qsim_interop.reading.formats.{module}"), name)
-    return of(path, Safetensors(path), config, host)
+    reader = of(path, Safetensors(path), config, host)
+    reader.check_configuration()
+    return reader
 
 
 def quantization_config(directory: Path) -> Mapping[str, Any]:

@@ -76,6 +76,16 @@ class Reader(ABC):
     def targets(self, module: str) -> bool:
         """Tell if the configuration wants the weight of this module packed."""
 
+    def check_configuration(self) -> None:
+        """Read all that the configuration says. Raises `ModelError` for what cannot be read, or names no weight."""
+        with self._understood():
+            kind, cache, _, _ = self.kind, self.cache_format, self.notes, self.left + self.unasked
+        if not self.layers and cache is None and not self.tensors.lost:
+            raise ModelError(
+                f"{self.path} says that it is quantized, as {kind}, and none of its weights is; take "
+                f"quantization_config out of its config.json"
+            )
+
     @functools.cached_property
     def layers(self) -> list[Layer]:
         """The packed layers in the order of the checkpoint. Raises `ModelError`."""
