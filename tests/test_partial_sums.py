@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -74,6 +75,82 @@ def test_sums_of_floats_tell_what_lost_low_bits() -> None:
     found = sums(weight, torch.full((1, 2), 1.0), "sequential(fp16)", "cast(fp16)")
 
     assert (found.outputs, found.inexact, found.overflowed, found.bits) == (2, 0.5, 0.0, None)
+
+
+class Heads(nn.Module):
+    """A product of activations with a matrix for each head."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x @ y.transpose(-1, -2)
+
+
+def whole(*shape: int, seed: int) -> Tensor:
+    return torch.randint(-40, 41, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def by_loop(pairs: list[tuple[list[int], list[int]]], bits: int) -> dict[str, float]:
+    """The shares and extremes that an audit tells of wrapped sums, from rows of whole numbers, one output a pair."""
+    high = 2 ** (bits - 1) - 1
+    could, left, wrong, seen = 0, 0, 0, [0]
+    for x, w in pairs:
+        sums = [sum(a * b for a, b in zip(x[:n], w[:n], strict=True)) for n in range(1, len(x) + 1)]
+        could += sum(abs(a * b) for a, b in zip(x, w, strict=True)) > high
+        left += not all(-high - 1 <= total <= high for total in sums)
+        wrong += not -high - 1 <= sums[-1] <= high
+        seen += sums
+    largest = max(map(abs, seen))
+    bits_needed = next(n for n in range(1, 64) if -(2 ** (n - 1)) <= min(seen) and max(seen) < 2 ** (n - 1))
+    count = len(pairs)
+    return {
+        "outputs": count,
+        "could_overflow": could / count,
+        "overflowed": left / count,
+        "inexact": wrong / count,
+        "largest": largest,
+        "bits": bits_needed,
+    }
+
+
+def told(model: nn.Module, example: tuple[Tensor, ...], recipe: dict[str, str]) -> dict[str, float | None]:
+    with qsim.simulate(model, recipe, example=example) as simulation:
+        (site,) = simulation.audit().sites
+    assert site.sums is not None
+    return site.sums.model_dump()
+
+
+def test_the_sums_of_several_heads_are_those_of_a_loop_over_them() -> None:
+    x, y = whole(2, 3, 5, 24, seed=0), whole(2, 3, 4, 24, seed=1)
+
+    found = told(Heads(), (x, y), {"activations": "cast(int8)", "arithmetic": "int13"})
+
+    rows = [(x[b, h].int().tolist(), y[b, h].int().tolist()) for b in range(2) for h in range(3)]
+    expected = by_loop([(left, right) for lefts, rights in rows for left in lefts for right in rights], 13)
+    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-12)
+    assert 0 < expected["inexact"] < expected["overflowed"] < expected["could_overflow"]
+    all_rows = [row for _, rights in rows for row in rights]
+    assert found["safe_rows"] == sum(127 * sum(map(abs, row)) <= 2**12 - 1 for row in all_rows) / len(all_rows)
+
+
+def test_the_sums_of_a_convolution_in_groups_are_those_of_a_loop_over_its_taps() -> None:
+    model = nn.Conv2d(4, 6, 2, groups=2, bias=False)
+    model.weight.data = whole(6, 2, 2, 2, seed=2)
+    model.weight.data[0] = model.weight.data[4] = torch.eye(2).expand(2, 2, 2)  # rows that no input can make overflow
+    x = whole(3, 4, 3, 3, seed=3)
+
+    found = told(model, (x,), {"weights": "cast(int8)", "activations": "cast(int8)", "arithmetic": "int13"})
+
+    pairs = []
+    for image in x.int():
+        for i in range(2):
+            for j in range(2):
+                for n, row in enumerate(model.weight.data.int()):
+                    taps = image[2 * (n // 3) : 2 * (n // 3) + 2, i : i + 2, j : j + 2]
+                    pairs.append((taps.flatten().tolist(), row.flatten().tolist()))
+    expected = by_loop(pairs, 13)
+    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-12)
+    assert 0 < expected["overflowed"] < expected["could_overflow"]
+    magnitudes = model.weight.data.abs().flatten(1).sum(1)
+    assert found["safe_rows"] == int((127 * magnitudes <= 2**12 - 1).sum()) / 6
 
 
 def test_a_matmul_in_float32_has_no_such_entry() -> None:

@@ -121,9 +121,11 @@ def _sums(audit: Audit) -> Iterator[str]:
         return
     most = max((sums.bits for sums, _ in found if sums.bits is not None), default=None)
     needs = "" if most is None else f"; the largest needs {most} bits"
-    over, where = max((sums.overflowed, name) for sums, name in found)
+    over, where, wrong = max((sums.overflowed, name, sums.inexact) for sums, name in found)
     inexact, place = max((sums.inexact, name) for sums, name in found)
-    lost = f"{over:.2%} of outputs overflowed at {where}" if over else "no output that was looked at overflowed"
+    lost = (
+        f"left the range in {over:.2%} of outputs at {where}, {wrong:.2%} are wrong" if over else "none left the range"
+    )
     rounded = f", {inexact:.2%} lost low bits at {place}" if inexact > over else ""
     yield f"running sums: {lost}{rounded}{needs}"
 

@@ -24,9 +24,9 @@ class PartialSums:
     could_overflow: int | None = None
     """The outputs whose magnitudes add up to more than the accumulator holds; None: it has no such range."""
     overflowed: int = 0
-    """The outputs of which a running sum left the accumulator's range."""
+    """The outputs of which any running sum left the accumulator's range, also if a later one came back."""
     inexact: int = 0
-    """The outputs that are not the exact sum."""
+    """The outputs that are not the exact sum. Where sums wrap around, only the last one decides."""
     lowest: float = 0.0
     """The lowest running sum, in units of the scales if the accumulator adds up codes."""
     highest: float = 0.0

@@ -66,8 +66,10 @@ class SumsAudit(BaseModel):
     could_overflow: float | None = Field(
         description="share of outputs whose magnitudes add up to more than the accumulator holds; none: unknown"
     )
-    overflowed: float = Field(description="share of outputs of which a running sum left the accumulator's range")
-    inexact: float = Field(description="share of outputs that are not the exact sum, but for float32's own rounding")
+    overflowed: float = Field(description="share of outputs of which any running sum left the range, back or not")
+    inexact: float = Field(
+        description="share of outputs that are not the exact sum; of sums that wrap, the last decides"
+    )
     largest: float = Field(description="magnitude of the largest running sum; of codes, in their units")
     bits: int | None = Field(description="bits of that sum in two's complement; none: the sums are not whole")
     safe_rows: float | None = Field(

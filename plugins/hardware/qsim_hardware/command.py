@@ -18,6 +18,7 @@ SHAPES = (
     click.option("--batch", metavar="N", type=COUNT, default=1, help="Sequences or images computed together."),
     click.option("--prompt", metavar="N", type=COUNT, default=512, help="Tokens of each prompt."),
     click.option("--generate", metavar="N", type=click.IntRange(0, 2**31 - 1), default=128, help="Tokens after it."),
+    click.option("--products-only", is_flag=True, help="Leave out softmax, norms and all else between the matmuls."),
     click.option("--dtype", metavar="NAME", help="Of what is not quantized; default: the checkpoint's, or bfloat16."),
     ON,
 )
@@ -71,8 +72,10 @@ def priced(options: dict[str, Any], host: Host) -> Report:
     applied = recipe.model_copy(update={"transforms": (), "skip": skip})
     shapes = Shapes(options["batch"], options["prompt"], options["generate"])
     model = located.adapter.outline(located.source, DTYPES[dtype])
-    found = phases(model, applied, shapes)
+    found = phases(model, applied, shapes, operations=not options["products_only"])
     doubts = list(notes(model, shapes))
+    if not found[0].between and not options["products_only"]:
+        doubts.append("operations between products are left out: qsim-nonlinear, which meets them, is not installed")
     if recipe.transforms:
         named = ", ".join(map(str, recipe.transforms))
         doubts.append(f"transforms change values and are left out, with what they add to a forward: {named}")

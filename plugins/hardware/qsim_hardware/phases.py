@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from qsim_core import ModelError, QsimError, Recipe, Simulation, SiteWork, simulate
 from qsim_core.errors import one_line
 from qsim_core.simulation.work import TensorWork
+from qsim_hardware.between import OperationWork, counted
 
 CACHED = ("keys", "values")
 
@@ -34,26 +36,29 @@ class Phase:
 
     name: str
     work: Sequence[SiteWork]
+    between: Sequence[OperationWork] = ()
+    """The operations between the products."""
 
 
-def phases(model: Any, recipe: Recipe, shapes: Shapes) -> list[Phase]:
+def phases(model: Any, recipe: Recipe, shapes: Shapes, operations: bool = True) -> list[Phase]:
     """Count the work of a prompt, and of the first and the last token after it; of other models that of one forward.
 
-    The prompt of an encoder and decoder is all that its encoder reads, and its decoder's first token.
+    The prompt of an encoder and decoder is all that its encoder reads, and its decoder's first token. Without
+    `operations` products are counted alone.
 
     Raises `ModelError` for a model that cannot run without values, and `RecipeError` for a recipe that does not fit.
     """
     model.set_attn_implementation("eager")  # others look at the values of masks
     with simulate(model, recipe) as simulation:
         start = 1 if _encodes(model) else shapes.prompt
-        prompt, before = _forward(simulation, _inputs(model, shapes, start))
+        prompt, before = _forward("prompt", simulation, _inputs(model, shapes, start), operations)
         if before is None:
-            return [Phase("forward", prompt)]
-        found, read = [Phase("prompt", prompt)], start
+            return [replace(prompt, name="forward")]
+        found, read = [prompt], start
         for name, length in _lengths(start, shapes.generate).items():
             if length > read:
-                _, before = _forward(simulation, _inputs(model, shapes, length))
-            found.append(Phase(name, _forward(simulation, _next_token(model, shapes, before))[0]))
+                _, before = _forward(name, simulation, _inputs(model, shapes, length), False)
+            found.append(_forward(name, simulation, _next_token(model, shapes, before), operations)[0])
         return found
 
 
@@ -146,13 +151,15 @@ def _inputs(model: Any, shapes: Shapes, tokens: int) -> dict[str, Any]:
     )
 
 
-def _forward(simulation: Simulation, inputs: dict[str, Any]) -> tuple[list[SiteWork], Any]:
+def _forward(name: str, simulation: Simulation, inputs: dict[str, Any], operations: bool) -> tuple[Phase, Any]:
     """Count the work of a forward without values, and give its output if it has a cache. Raises `ModelError`."""
     model: Any = simulation.model
     caught: list[Any] = []
     handle = model.register_forward_hook(lambda module, arguments, output: caught.append(output))
+    watched: AbstractContextManager[list[OperationWork]] = counted(simulation) if operations else nullcontext([])
     try:
-        work = simulation.work(inputs)
+        with watched as between:
+            work = simulation.work(inputs)
     except QsimError:
         raise
     except Exception as error:  # of any class, as a model that looks at values likes
@@ -160,7 +167,7 @@ def _forward(simulation: Simulation, inputs: dict[str, Any]) -> tuple[list[SiteW
     finally:
         handle.remove()
     cache = _cache(model, caught[-1])
-    return _read_once(work, cache), None if cache is None else caught[-1]
+    return Phase(name, _read_once(work, cache), between), None if cache is None else caught[-1]
 
 
 def _read_once(work: Sequence[SiteWork], cache: Any) -> list[SiteWork]:

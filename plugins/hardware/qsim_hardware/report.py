@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from qsim_core import Cost, Hardware, SiteWork
+from qsim_hardware.between import PricesOperations
 from qsim_hardware.phases import Phase, Shapes, cached_bytes
 
 ADDITIVE = ("seconds", "joules")
@@ -23,6 +24,8 @@ class PhaseReport(BaseModel):
     flops: int = Field(description="multiplications and additions of all products")
     bops: int = Field(description="multiplications x bits of one operand x bits of the other (arXiv 1811.09426)")
     bytes: float = Field(description="read and written by the products, scales included, each weight once")
+    flops_between: int = Field(0, description="of the operations between products")
+    bytes_between: float = Field(0, description="read and written by the operations between products")
     costs: dict[str, Cost]
 
 
@@ -84,8 +87,16 @@ def _phase(phase: Phase, hardware: Sequence[Hardware]) -> PhaseReport:
         flops=sum(2 * one.product.multiplications for one in work),
         bops=sum(one.product.multiplications * one.operands[0].width * one.operands[1].width for one in work),
         bytes=sum(one.bytes for one in work),
-        costs={str(one): one.cost(work) for one in hardware},
+        flops_between=sum(one.flops for one in phase.between),
+        bytes_between=sum(one.bytes for one in phase.between),
+        costs={str(one): _cost(one, phase) for one in hardware},
     )
+
+
+def _cost(hardware: Hardware, phase: Phase) -> Cost:
+    if phase.between and isinstance(hardware, PricesOperations):
+        return hardware.cost_with(phase.work, phase.between)
+    return hardware.cost(phase.work)
 
 
 def _generation(name: str, told: Sequence[PhaseReport], shapes: Shapes) -> Generation:

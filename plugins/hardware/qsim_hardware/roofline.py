@@ -4,19 +4,37 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator, Field, PositiveFloat
 
-from qsim_core import Cost, Format, Hardware, SiteWork
+from qsim_core import Cost, Format, SiteWork
+from qsim_hardware.between import OperationWork, PricesOperations
 from qsim_hardware.formats import format_of, holds, name_of
+
+ALONE = "matmuls alone: no softmax, norms, embeddings or biases"
+BETWEEN = (
+    "softmax, norms, activation functions, residual sums, rotary and other embeddings read operands and write results "
+    "once, in the model's dtype where the recipe names nothing else; no biases, gates, masks or copies"
+)
+
+
+class _Step(NamedTuple):
+    """One product, or one operation between products, with the unit that computes it."""
+
+    site: str
+    flops: int
+    bytes: float
+    unit: str
+    rate: float
+    notes: Iterable[str]
 
 
 def _pairs(value: Any) -> Any:
     return tuple(value.items()) if isinstance(value, Mapping) else value
 
 
-class Roofline(Hardware):
+class Roofline(PricesOperations):
     """A device with a peak rate for each number format, and one memory.
 
         seconds = max(2 batch M N K / (peak * efficiency), bytes / bandwidth)
@@ -25,6 +43,9 @@ class Roofline(Hardware):
     scales included. A weight is read once in a forward. A product runs in the narrowest format of the device that holds
     all values of both operands. Where none does, it runs in float32, or in the device's widest format. The result says
     so.
+
+    An operation between products, such as softmax, is one step more: max(operations / (float32 * efficiency), bytes /
+    bandwidth), at the widest format's rate where there is no float32.
 
     Source: Williams et al., "Roofline" (CACM 52(4), 2009); by product as in LLM-Viewer (arXiv 2402.16363).
     """
@@ -39,24 +60,26 @@ class Roofline(Hardware):
 
     def cost(self, work: Sequence[SiteWork]) -> Cost:
         """Compute the seconds of each product, and add them up."""
+        return self.cost_with(work, ())
+
+    def cost_with(self, work: Sequence[SiteWork], between: Sequence[OperationWork]) -> Cost:
+        """Compute the seconds of each product and of each operation, and add them up."""
         sites: dict[str, dict[str, float | str]] = {}
         longest: dict[str, float] = defaultdict(float)
         bound_by = dict.fromkeys(("compute", "memory"), 0.0)
         notes: dict[str, None] = {}
-        for one in work:
-            unit, rate, note = self._unit(one)
-            notes |= dict.fromkeys(note)
-            flops = 2 * one.product.multiplications
-            times = {"compute": flops / (rate * self.efficiency), "memory": one.bytes / self.bandwidth}
+        for step in (*map(self._product, work), *map(self._operation, between)):
+            notes |= dict.fromkeys(step.notes)
+            times = {"compute": step.flops / (step.rate * self.efficiency), "memory": step.bytes / self.bandwidth}
             bound = max(times, key=times.__getitem__)
             seconds = times[bound]
             bound_by[bound] += seconds
-            site: dict[str, Any] = sites.setdefault(one.site, {"seconds": 0.0, "flops": 0, "bytes": 0.0})
-            site |= {"seconds": site["seconds"] + seconds, "flops": site["flops"] + flops}
-            site["bytes"] += one.bytes
-            if seconds >= longest[one.site]:
-                longest[one.site] = seconds
-                site |= {"bound": bound, "unit": unit}
+            site: dict[str, Any] = sites.setdefault(step.site, {"seconds": 0.0, "flops": 0, "bytes": 0.0})
+            site |= {"seconds": site["seconds"] + seconds, "flops": site["flops"] + step.flops}
+            site["bytes"] += step.bytes
+            if seconds >= longest[step.site]:
+                longest[step.site] = seconds
+                site |= {"bound": bound, "unit": step.unit}
         return Cost(
             totals={
                 "seconds": sum(bound_by.values()),
@@ -64,8 +87,16 @@ class Roofline(Hardware):
                 "seconds_bound_by_memory": bound_by["memory"],
             },
             sites=sites,
-            assumptions=[*self._assumptions(), *notes],
+            assumptions=[*self._assumptions(), BETWEEN if between else ALONE, *notes],
         )
+
+    def _product(self, one: SiteWork) -> _Step:
+        return _Step(one.site, 2 * one.product.multiplications, one.bytes, *self._unit(one))
+
+    def _operation(self, one: OperationWork) -> _Step:
+        widest = max(self.flops, key=lambda pair: (pair[0].width, pair[1]))
+        unit, rate = (str(widest[0]), widest[1]) if self.float32 is None else ("float32", self.float32)
+        return _Step(one.site, one.flops, one.bytes, unit, rate, ())
 
     def _unit(self, one: SiteWork) -> tuple[str, float, Iterable[str]]:
         """The name and the rate of the unit that computes a product, and a note where no operand is of its format."""
@@ -84,6 +115,5 @@ class Roofline(Hardware):
         return [
             f"roofline at {self.efficiency:.0%} of peak and all of the bandwidth",
             "products one after the other: no overlap, no fusion, no on-chip reuse between them",
-            "matmuls alone: no softmax, norms, embeddings or biases",
             "scales take memory and no arithmetic",
         ]

@@ -18,7 +18,13 @@ PREFIXES = {1e15: "P", 1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k", 1: "", 1e-3: "m"
 LAYER = re.compile(r"^.*?\.\d+(?=[.:])")
 """The beginning of a site's name up to the number of its layer."""
 UNITS = {"seconds": "s", "joules": "J", "bytes": "B", "flops": "FLOP", "bops": "BOP"}
-WORK = {"flops": "FLOPs", "bops": "BOPs", "bytes": "bytes read and written"}
+WORK = {
+    "flops": "FLOPs",
+    "bops": "BOPs",
+    "bytes": "bytes read and written",
+    "flops_between": "FLOPs between products",
+    "bytes_between": "bytes between products",
+}
 
 
 def show(found: Report) -> None:
@@ -40,6 +46,8 @@ def _totals(found: Report) -> Table:
     for phase in found.phases:
         table.add_column(phase.name, justify="right")
     for quantity, title in WORK.items():
+        if quantity.endswith("_between") and not any(phase.bytes_between for phase in found.phases):
+            continue
         table.add_row(title, *(amount(getattr(phase, quantity), quantity) for phase in found.phases))
     for name in found.phases[0].costs:
         table.add_section()

@@ -212,7 +212,7 @@ def test_a_model_that_does_not_continue_texts_has_one_forward(write: Write) -> N
 
 
 def test_opt_66b_is_priced_from_its_configuration_alone(write: Write) -> None:
-    found = report(write(OPT_66B) / "config.json", "--precision", "w4a8", "--on", "a100")
+    found = report(write(OPT_66B) / "config.json", "--precision", "w4a8", "--on", "a100", "--products-only")
 
     weights = 64 * (4 * 9216**2 + 2 * 9216 * 36864)
     head = 50272 * 9216 * 16  # the adapter leaves it alone
@@ -280,6 +280,63 @@ def test_what_cannot_be_priced_is_one_line(
 
     assert outcome.exit_code == 1
     assert message in outcome.stderr and outcome.stderr.count("\n") == 1
+
+
+CHIP = "roofline([[bf16, 1e12]], bandwidth=1e9, float32=1e11)"
+ROWS, HIDDEN, INNER, HEADS, SHARED, DEPTH = 16, 64, 96, 8, 2, 8
+"""The sizes of one layer of LLAMA, and a prompt."""
+
+
+def test_operations_between_products_are_those_of_a_layer_worked_out_by_hand(write: Write) -> None:
+    prompt = phases(report(write(LLAMA, num_hidden_layers=1), "--prompt", ROWS))["prompt"]
+
+    states, scores, angles = ROWS * HIDDEN, HEADS * ROWS * ROWS, ROWS * DEPTH
+    q, k = ROWS * HEADS * DEPTH, ROWS * SHARED * DEPTH
+    read_and_written = {
+        "embedding": 2 * states,
+        "three norms": 3 * 2 * states,
+        "two residual sums": 2 * 3 * states,
+        "softmax": 2 * scores,
+        "silu": 2 * ROWS * INNER,
+        "rotary": 2 * q + 2 * k + 2 * 2 * angles,
+        "cosines and sines": 2 * 2 * angles,
+    }
+    operations = {
+        "three norms": 3 * 4 * states,
+        "two residual sums": 2 * states,
+        "softmax": 5 * scores,
+        "silu": 4 * ROWS * INNER,
+        "rotary": 3 * (q + k),
+        "cosines and sines": 2 * angles,
+    }
+    assert prompt["bytes_between"] == 2 * sum(read_and_written.values())  # bfloat16
+    assert prompt["flops_between"] == sum(operations.values())
+
+
+def test_an_operation_takes_the_time_of_its_bytes_or_of_its_arithmetic_in_float32(write: Write) -> None:
+    prompt = phases(report(write(LLAMA), "--prompt", ROWS, "--on", CHIP))["prompt"]
+
+    (cost,) = prompt["costs"].values()
+    softmax = cost["sites"]["model.layers.0.self_attn:softmax.0"]
+    assert softmax["seconds"] == pytest.approx(2 * 2 * HEADS * ROWS * ROWS / 1e9)
+    assert (softmax["bound"], softmax["unit"]) == ("memory", "float32")
+
+
+def test_the_recipe_says_how_wide_an_operation_reads_and_writes(write: Write) -> None:
+    directory = write(LLAMA)
+    found = report(directory, "--prompt", ROWS, "--operations", "{softmax: {input: cast(e4m3), output: cast(e4m3)}}")
+
+    plain = phases(report(directory, "--prompt", ROWS))["prompt"]["bytes_between"]
+
+    assert plain - phases(found)["prompt"]["bytes_between"] == 2 * 2 * HEADS * ROWS * ROWS
+
+
+def test_products_alone_are_counted_on_demand(write: Write) -> None:
+    found = phases(report(write(LLAMA), "--products-only", "--on", CHIP))["prompt"]
+
+    assert found["bytes_between"] == 0
+    (cost,) = found["costs"].values()
+    assert "matmuls alone: no softmax, norms, embeddings or biases" in cost["assumptions"]
 
 
 @pytest.mark.parametrize("option", ["--batch", "--prompt"])
