@@ -73,7 +73,7 @@ def test_a_command_goes_on_where_another_stopped(small: Path, tmp_path: Path, mo
 
 METHODS = ["smoothquant", "gptq", "rptq", "awq", "hadamard", "bias_correction"]
 KINDS = [
-    ["wush(8)", "hadamard(size=8)", "spinquant(1, size=8)"],
+    ["wush(8)", "hadamard(size=8)", "spinquant(1, size=8)", "flatquant(2)"],
     ["gptaq", "qronos", "gptq(activations=true)"],
     ["signround(2)", "adaround(2)"],
     ["imatrix", "local_hessian"],
@@ -167,6 +167,7 @@ def test_a_method_that_comes_too_late_is_refused(transforms: list[str], late: st
         ("imatrix", torch.bfloat16),
         ("spinquant(1, size=8)", torch.float16),
         ("svdquant(4, grid=2)", torch.bfloat16),
+        ("flatquant(2)", torch.float16),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*has learned nothing")  # one step may be too few
