@@ -141,8 +141,6 @@ def test_every_method_changes_every_architecture_or_says_why_not(name: str, tran
         (["gptq", "smoothquant"], "smoothquant(0.5)"),
         (["gptq", "hadamard"], "hadamard(0)"),
         (["rptq", "awq"], "awq(20)"),
-        (["svdquant(4, grid=0)", "smoothquant"], "smoothquant(0.5)"),
-        (["svdquant(4, grid=0)", "hadamard"], "hadamard(0)"),
     ],
 )
 def test_a_method_that_comes_too_late_is_refused(transforms: list[str], late: str) -> None:
