@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import warnings
 from pathlib import Path
@@ -69,6 +70,22 @@ def test_a_command_goes_on_where_another_stopped(small: Path, tmp_path: Path, mo
     assert first.simulated == second.simulated
     layers = len(first.transforms) // 2
     assert first.transforms[:layers] == second.transforms[:layers], "those are the first run's own, seconds and all"
+
+
+def test_what_stands_beside_weights_has_a_price(small: Path) -> None:
+    """A matrix [N, K] in 4 bits has factors of 16 bits beside it: 4 (N + K) elements for a rank of 4."""
+    command = ["cost", str(small), "--weights", "cast(int4)", "--prompt", "8", "--generate", "0", "--json", "-"]
+
+    plain, split = (
+        json.loads(CliRunner().invoke(main, [*command, *more]).stdout)
+        for more in ([], ["--plugin", "svdquant", "--set", "svdquant.rank=4"])
+    )
+
+    model = make("opt")
+    matrices = [w for name, w in model.named_parameters() if w.dim() == 2 and "layers" in name]
+    extra = sum(4 * sum(w.shape) for w in matrices)
+    assert split["weight_bytes"] - plain["weight_bytes"] == 2 * extra
+    assert split["phases"][0]["flops"] - plain["phases"][0]["flops"] == 2 * 8 * extra
 
 
 METHODS = ["smoothquant", "gptq", "rptq", "awq", "hadamard", "bias_correction"]
