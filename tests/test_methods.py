@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import warnings
 from pathlib import Path
@@ -71,9 +72,25 @@ def test_a_command_goes_on_where_another_stopped(small: Path, tmp_path: Path, mo
     assert first.transforms[:layers] == second.transforms[:layers], "those are the first run's own, seconds and all"
 
 
+def test_what_stands_beside_weights_has_a_price(small: Path) -> None:
+    """A matrix [N, K] in 4 bits has factors of 16 bits beside it: 4 (N + K) elements for a rank of 4."""
+    command = ["cost", str(small), "--weights", "cast(int4)", "--prompt", "8", "--generate", "0", "--json", "-"]
+
+    plain, split = (
+        json.loads(CliRunner().invoke(main, [*command, *more]).stdout)
+        for more in ([], ["--plugin", "svdquant", "--set", "svdquant.rank=4"])
+    )
+
+    model = make("opt")
+    matrices = [w for name, w in model.named_parameters() if w.dim() == 2 and "layers" in name]
+    extra = sum(4 * sum(w.shape) for w in matrices)
+    assert split["weight_bytes"] - plain["weight_bytes"] == 2 * extra
+    assert split["phases"][0]["flops"] - plain["phases"][0]["flops"] == 2 * 8 * extra
+
+
 METHODS = ["smoothquant", "gptq", "rptq", "awq", "hadamard", "bias_correction"]
 KINDS = [
-    ["wush(8)", "hadamard(size=8)", "spinquant(1, size=8)"],
+    ["wush(8)", "hadamard(size=8)", "spinquant(1, size=8)", "flatquant(2)"],
     ["gptaq", "qronos", "gptq(activations=true)"],
     ["signround(2)", "adaround(2)"],
     ["imatrix", "local_hessian"],
@@ -141,8 +158,6 @@ def test_every_method_changes_every_architecture_or_says_why_not(name: str, tran
         (["gptq", "smoothquant"], "smoothquant(0.5)"),
         (["gptq", "hadamard"], "hadamard(0)"),
         (["rptq", "awq"], "awq(20)"),
-        (["svdquant(4, grid=0)", "smoothquant"], "smoothquant(0.5)"),
-        (["svdquant(4, grid=0)", "hadamard"], "hadamard(0)"),
     ],
 )
 def test_a_method_that_comes_too_late_is_refused(transforms: list[str], late: str) -> None:
@@ -170,6 +185,7 @@ def test_a_method_that_comes_too_late_is_refused(transforms: list[str], late: st
         ("imatrix", torch.bfloat16),
         ("spinquant(1, size=8)", torch.float16),
         ("svdquant(4, grid=2)", torch.bfloat16),
+        ("flatquant(2)", torch.float16),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*has learned nothing")  # one step may be too few

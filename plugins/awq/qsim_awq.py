@@ -80,6 +80,8 @@ class AWQ(Transform):
         structure = structure_of(context, "groups", "pairs")
         found: list[NormGroup | WeightPair] = [*structure.groups, *(pair for pair in structure.pairs if pair.scales)]
         foldable = [item for item in found if not weights.keys().isdisjoint(item.weights)]
+        for name in (weight.name for weight in context.weights() if weight.name in state.pinned):
+            context.report(name, note="left alone: it lies on its grid already")
         for refused in structure.refused:
             context.report(refused.name, note=f"not scaled: {'; '.join(refused.reasons)}")
         left = {_maker(item) for item in foldable}

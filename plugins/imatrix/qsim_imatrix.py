@@ -96,8 +96,12 @@ class IMatrix(Transform):
         for name, weight in wanted.items():
             if name not in found or not found[name].count:
                 context.report(name, note="left alone: no calibration sample reached it in a linear layer")
-            else:
-                self._round(model, context, weight, found[name])
+                continue
+            count, size = found[name].count, found[name].total.shape[-1]
+            if self.hessian == "local" and count < size:
+                few = f"saw {count} tokens, fewer than the {size} columns of its blocks: give more samples"
+                context.warn(weight.site.name, few)
+            self._round(model, context, weight, found[name])
 
     def _why_left_alone(self, weight: MatmulWeight, context: Context) -> str | None:
         """Return the reason why the scales of a weight cannot be chosen; None if they can."""

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from qsim_core.components.component import Component
 from qsim_core.formats.format import Format
 from qsim_core.matmuls.call import Call
+from qsim_core.matmuls.low_rank import LowRank
 from qsim_core.matmuls.size import Size, size_of
 from qsim_core.sites.operand import roles_of
 from qsim_core.sites.site import Site
@@ -148,8 +149,9 @@ class WorkCounter:
                 result = _tensor(site, "output", batch * m * n, torch.Size([batch, m, n]), dtype)
                 product = Product(batch=batch, m=m, n=n, k=k + site.appended, calls=calls)
                 sum_bits = site.plan.arithmetic.accumulator_bits
-                yield SiteWork(site.name, product, (left, right), result, sum_bits, site.weight)
-                yield from _beside(site, product)
+                done = SiteWork(site.name, product, (left, right), result, sum_bits, site.weight)
+                yield done
+                yield from () if site.beside is None else work_beside(site.beside, done)
 
 
 def _elements(call: Call, size: Size) -> list[int]:
@@ -160,17 +162,17 @@ def _elements(call: Call, size: Size) -> list[int]:
     return [left.numel(), right.numel()]
 
 
-def _beside(site: Site, product: Product) -> Iterator[SiteWork]:
-    """Give the work of the two factors beside a weight. The sums of the second one go on in those of the product."""
-    rows = product.batch * product.m
-    for factor, results in () if site.beside is None else zip(site.beside.factors, (rows, 0), strict=True):
+def work_beside(factors: LowRank, work: SiteWork) -> Iterator[SiteWork]:
+    """Give the work of two factors beside a weight. The sums of the second one go on in those of the site's product."""
+    rows = work.product.batch * work.product.m
+    for factor, results in zip(factors.factors, (rows, 0), strict=True):
         (n, k), dtype = factor.shape, factor.dtype
         tensors = [
             TensorWork(role, elements, 8 * dtype.itemsize, dtype, None)
             for role, elements in (("input", rows * k), ("weight", n * k), ("output", results * n))
         ]
-        size = product.model_copy(update={"n": n, "k": k})
-        yield SiteWork(site.name, size, (tensors[0], tensors[1]), tensors[2], SUM_BITS, site.weight)
+        product = work.product.model_copy(update={"n": n, "k": k})
+        yield SiteWork(work.site, product, (tensors[0], tensors[1]), tensors[2], SUM_BITS, work.weight)
 
 
 def _tensor(site: Site, role: str, elements: int, rows: torch.Size, dtype: torch.dtype) -> TensorWork:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from qsim_core.components.component import Component
+from qsim_core.matmuls.low_rank import LowRank
 
 if TYPE_CHECKING:
     from qsim_core.transforms.context import Context
@@ -18,6 +19,10 @@ class Transform(Component):
 
     kind: ClassVar[str] = "transform"
     hook: ClassVar[str] = "qsim_transforms"
+
+    def beside(self, rows: int, columns: int) -> LowRank | None:
+        """The factors that it puts beside a quantized weight [rows, columns], on torch's meta device; None: none."""
+        return None
 
     @abstractmethod
     def apply(self, model: nn.Module, context: Context) -> None:

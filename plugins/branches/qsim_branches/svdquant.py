@@ -62,6 +62,13 @@ class SVDQuant(Transform):
     iterations: int = Field(100, ge=1, description="of factors and rest in turn, at most")
     rows: int = Field(1024, ge=1, description="of inputs of each weight, on which errors are measured")
 
+    def beside(self, rows: int, columns: int) -> LowRank | None:
+        if self.rank >= min(rows, columns):
+            return None
+        sizes = (self.rank, columns), (rows, self.rank)
+        down, up = (torch.empty(size, dtype=DTYPES[self.dtype], device="meta") for size in sizes)
+        return LowRank(down, up)
+
     def apply(self, model: nn.Module, context: Context) -> None:
         """Split every weight that is quantized. Raises `DataError` without calibration data."""
 
@@ -69,7 +76,7 @@ class SVDQuant(Transform):
             if site.plan.weight is None:
                 return "it is not quantized"
             shape = model.get_parameter(site.weight or "").shape
-            if self.rank >= min(shape):
+            if self.beside(*shape) is None:
                 return f"a rank of {self.rank} is not below its {min(shape)} rows or columns"
             return None
 

@@ -8,6 +8,7 @@ from torch import nn
 from qsim_core import Transform, hookimpl
 from qsim_core.transforms.context import Context
 from qsim_hadamard.attention import fold_values, rotate_scores, rotations_of_values
+from qsim_hadamard.flatquant import FlatQuant as FlatQuant
 from qsim_hadamard.maps import Rotation as Rotation
 from qsim_hadamard.maps import rotation
 from qsim_hadamard.matrices import hadamard as hadamard
@@ -63,4 +64,4 @@ class Hadamard(Transform):
 
 @hookimpl
 def qsim_transforms() -> list[type[Transform]]:
-    return [Hadamard, SpinQuant, Wush]
+    return [FlatQuant, Hadamard, SpinQuant, Wush]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from qsim_structure.channels import tensors_in
 from torch import Tensor
 
-from qsim_core import DataError, RecipeError
+from qsim_core import DataError, RecipeError, Transform
 from qsim_core.matmuls.call import Call
 from qsim_core.sites.arithmetic import FLOAT32
 from qsim_core.sites.executor import Execution, shown_operands
@@ -51,8 +51,8 @@ def learn(
     model = context.model
     matrices = [rotation.forward for rotation in rotations]
     first = [matrix.clone() for matrix in matrices]
-    with at_hand(model), _originals(context, changes) as originals:
-        _put(context, originals, changes)
+    with at_hand(model), originals_of(context, changes) as originals:
+        put(context, originals, changes)
         before = _mean_loss(context)
         with context.run.count(steps, 0, context.name) as count:
             for step in range(steps):
@@ -63,7 +63,7 @@ def learn(
                     if matrix.grad is not None:
                         matrix.copy_(cayley(matrix, matrix.grad, rate))
                     matrix.grad = None
-                _put(context, originals, changes)
+                put(context, originals, changes)
                 count(f"loss {loss:.4g}")
         after = _mean_loss(context)
         if not after < before:
@@ -73,7 +73,7 @@ def learn(
             after = before
         for matrix in matrices:
             matrix.requires_grad_(False)
-        _put(context, originals, changes)
+        put(context, originals, changes)
     return before, after
 
 
@@ -110,9 +110,17 @@ def _first(output: Any) -> Tensor:
 
 def _backward(context: Context, originals: Mapping[str, Tensor], changes: Changes, batch: Any) -> float:
     """Add the gradients of one sample's loss to the rotations: through the inputs, and through the weights."""
-    model = context.model
-    parameters = {name: model.get_parameter(name) for name in changes}
     loss = _loss(context, batch, gradients=True)
+    backpropagate(context, loss, originals, changes)
+    return float(loss)
+
+
+def backpropagate(context: Context, loss: Tensor, originals: Mapping[str, Tensor], changes: Changes) -> None:
+    """Add the gradients of a loss to what is learned: through the inputs, and through the weights.
+
+    Raises `DataError` for a loss that is NaN or Inf, and `RecipeError` for a model without gradients.
+    """
+    parameters = {name: context.model.get_parameter(name) for name in changes}
     if not bool(loss.isfinite()):
         raise DataError(f"{context.name}: the loss of a calibration sample is {float(loss)}")
     try:
@@ -121,20 +129,31 @@ def _backward(context: Context, originals: Mapping[str, Tensor], changes: Change
         reason = str(error).partition("\n")[0].partition(". Hint")[0]
         raise RecipeError(f"{context.name} needs gradients, and this model has none: {reason}") from None
     with torch.enable_grad():
-        changed = {name: _changed(originals[name], changes[name]) for name in changes}
+        changed = {name: changed_values(originals[name], changes[name]) for name in changes}
     reached = [
         name for name, parameter in parameters.items() if parameter.grad is not None and changed[name].requires_grad
     ]
     torch.autograd.backward([changed[name] for name in reached], [parameters[name].grad for name in reached])
     for parameter in parameters.values():
         parameter.grad = None
-    return float(loss)
+
+
+def check_dynamic(transform: Transform, context: Context) -> None:
+    """Raise `RecipeError` where the recipe wants static scales, which are found after all transforms."""
+    for site in context.all_sites:
+        for role in (*site.input_roles, "output"):
+            planned = site.planned(role)
+            if planned is not None and planned.needs_held_scales(role):
+                raise RecipeError(
+                    f"{transform} learns under dynamic scales, and {site.name} has {planned}, whose scales are found "
+                    f"after all transforms; use hadamard"
+                )
 
 
 def _loss(context: Context, batch: Any, gradients: bool = False) -> Tensor:
     with as_in_evaluation(context.model):
         exact = call(context.model, batch)
-        with torch.set_grad_enabled(gradients), _quantized(context):
+        with torch.set_grad_enabled(gradients), quantized(context):
             return distance(call(context.model, batch), exact)
 
 
@@ -143,7 +162,7 @@ def _mean_loss(context: Context) -> float:
 
 
 @contextmanager
-def _quantized(context: Context) -> Iterator[None]:
+def quantized(context: Context) -> Iterator[None]:
     """Inside, the model is computed under its recipe, with gradients, in float32 arithmetic."""
     sites = context.sites
 
@@ -160,7 +179,7 @@ def _quantized(context: Context) -> Iterator[None]:
 
 
 @contextmanager
-def _originals(context: Context, changes: Changes) -> Iterator[dict[str, Tensor]]:
+def originals_of(context: Context, changes: Changes) -> Iterator[dict[str, Tensor]]:
     """The values of the parameters that are changed; inside, these alone take gradients."""
     model = context.model
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -175,12 +194,12 @@ def _originals(context: Context, changes: Changes) -> Iterator[dict[str, Tensor]
             parameter.requires_grad_(flag)
 
 
-def _put(context: Context, originals: Mapping[str, Tensor], changes: Changes) -> None:
+def put(context: Context, originals: Mapping[str, Tensor], changes: Changes) -> None:
     for name, original in originals.items():
-        context.model.get_parameter(name).copy_(_changed(original.double(), changes[name]))
+        context.model.get_parameter(name).copy_(changed_values(original.double(), changes[name]))
 
 
-def _changed(values: Tensor, functions: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+def changed_values(values: Tensor, functions: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
     for function in functions:
         values = function(values)
     return values

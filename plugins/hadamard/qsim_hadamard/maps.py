@@ -89,6 +89,32 @@ def _by_block(x: Tensor, matrices: Tensor) -> Tensor:
     return mapped
 
 
+@dataclass(frozen=True, eq=False)
+class Kronecker(Map):
+    """x diag(s) (L ⊗ R): a row [m n] is taken as a matrix [m, n], scaled, and becomes Lᵀ X R. All are float64."""
+
+    left: Tensor
+    right: Tensor
+    scales: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _on_both_sides(x * self.scales.to(x), self.left, self.right)
+
+    def of_weight(self, rows: Tensor) -> Tensor:
+        inverses = (torch.linalg.inv(matrix).T for matrix in (self.left, self.right))
+        return _on_both_sides(rows / self.scales.to(rows), *inverses)
+
+    def __str__(self) -> str:
+        return f"matrices of {len(self.left)} and {len(self.right)}"
+
+
+def _on_both_sides(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Lᵀ X R for each row of `x`, in the dtype of `x`."""
+    rows = x.unflatten(-1, (len(left), len(right)))
+    mapped: Tensor = (left.to(x).T @ rows @ right.to(x)).flatten(-2)
+    return mapped
+
+
 def learnable(length: int, seed: int, size: int) -> Blocks:
     """Rotations by blocks, in float64, that take gradients; they begin as Hadamard matrices with random signs."""
     whole = rotation(length, seed, size)(torch.eye(length, dtype=torch.float64))

@@ -15,7 +15,7 @@ from torch import nn
 from qsim_core import RecipeError, Transform
 from qsim_core.transforms.context import Context
 from qsim_hadamard.attention import names_behind, rotate_scores, rotations_of_values
-from qsim_hadamard.learning import Changes, learn
+from qsim_hadamard.learning import Changes, check_dynamic, learn
 from qsim_hadamard.maps import Blocks, learnable, rotation
 from qsim_hadamard.matrices import unknown
 from qsim_hadamard.rotatable import Rotatable, Size, Survey, fold_norms, survey
@@ -52,7 +52,7 @@ class SpinQuant(Transform):
         before it that has put such a weight on its grid, and a size that does not divide its inputs.
         """
         found = survey(self, self.size, model, context)
-        self._check_dynamic(context)
+        check_dynamic(self, context)
         values = rotations_of_values(found, context, self._within_a_head)
         behind = {name for attention in values for name in names_behind(attention)}
         streams = _streams(found, behind, context)
@@ -88,16 +88,6 @@ class SpinQuant(Transform):
     def _within_a_head(self, head: int, size: int) -> Blocks | None:
         along = head if self.size == "whole" else size
         return None if head % along or unknown(along) else learnable(head, self.seed, along)
-
-    def _check_dynamic(self, context: Context) -> None:
-        for site in context.all_sites:
-            for role in (*site.input_roles, "output"):
-                planned = site.planned(role)
-                if planned is not None and planned.needs_held_scales(role):
-                    raise RecipeError(
-                        f"{self} learns under dynamic scales, and {site.name} has {planned}, whose scales are found "
-                        f"after all transforms; use hadamard"
-                    )
 
 
 def _streams(found: Survey, behind: Iterable[str], context: Context) -> dict[tuple[int, int], list[Rotatable]]:

@@ -87,6 +87,9 @@ def second_moments(weights: Mapping[str, Rotatable], context: Context) -> dict[s
         counts[site.name] = counts.get(site.name, 0) + len(x)
 
     context.observe(watch, context.name)
+    for name, count in counts.items():
+        if count < (size := weights[name].size):
+            context.warn(name, f"saw {count} tokens, fewer than the {size} inputs of its blocks: give more samples")
     return {name: total / counts[name] for name, total in sums.items()}
 
 

@@ -32,7 +32,9 @@ def wide(x: Tensor) -> Tensor:
     return x.clone()
 
 
-@pytest.mark.parametrize("transform", ["hadamard", "hadamard(size={})", "wush({})", "spinquant(1, size={})"])
+@pytest.mark.parametrize(
+    "transform", ["hadamard", "hadamard(size={})", "wush({})", "spinquant(1, size={})", "flatquant(1)"]
+)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FEW else pytest.mark.slow) for n in FAMILIES])
 def test_the_function_stays(name: str, transform: str) -> None:
     model = build(name)

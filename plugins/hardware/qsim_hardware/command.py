@@ -58,7 +58,7 @@ def priced(options: dict[str, Any], host: Host) -> Report:
     from qsim_core.cli.recipe_options import hardware_of
     from qsim_core.evaluation.job import DTYPES, check_machine
     from qsim_core.evaluation.locate import default_model, locate
-    from qsim_hardware.phases import Shapes, notes, phases
+    from qsim_hardware.phases import Shapes, notes, phases, with_factors
     from qsim_hardware.report import report
 
     if options["model"] is not None and Path(options["model"]).name == "config.json":
@@ -72,13 +72,17 @@ def priced(options: dict[str, Any], host: Host) -> Report:
     applied = recipe.model_copy(update={"transforms": (), "skip": skip})
     shapes = Shapes(options["batch"], options["prompt"], options["generate"])
     model = located.adapter.outline(located.source, DTYPES[dtype])
-    found = phases(model, applied, shapes, operations=not options["products_only"])
+    made = phases(model, applied, shapes, operations=not options["products_only"])
+    found = [with_factors(phase, model, recipe.transforms) for phase in made]
     doubts = list(notes(model, shapes))
     if not found[0].between and not options["products_only"]:
         doubts.append("operations between products are left out: qsim-nonlinear, which meets them, is not installed")
     if recipe.transforms:
         named = ", ".join(map(str, recipe.transforms))
-        doubts.append(f"transforms change values and are left out, with what they add to a forward: {named}")
+        doubts.append(
+            f"transforms change values and are left out, with what they add to a forward but factors beside weights: "
+            f"{named}"
+        )
     record = applied.record()
     return report(model, found, shapes, hardware, model=located.name, recipe=record, dtype=dtype, notes=doubts)
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from qsim_core import ModelError, QsimError, Recipe, Simulation, SiteWork, simulate
+from qsim_core import ModelError, QsimError, Recipe, Simulation, SiteWork, Transform, simulate
 from qsim_core.errors import one_line
-from qsim_core.simulation.work import TensorWork
+from qsim_core.simulation.work import TensorWork, work_beside
 from qsim_hardware.between import OperationWork, counted
 
 CACHED = ("keys", "values")
@@ -60,6 +60,19 @@ def phases(model: Any, recipe: Recipe, shapes: Shapes, operations: bool = True) 
                 _, before = _forward(name, simulation, _inputs(model, shapes, length), False)
             found.append(_forward(name, simulation, _next_token(model, shapes, before), operations)[0])
         return found
+
+
+def with_factors(phase: Phase, model: Any, transforms: Sequence[Transform]) -> Phase:
+    """Add the factors that transforms put beside quantized matrices: these depend on sizes alone."""
+    found = []
+    for one in phase.work:
+        found.append(one)
+        if one.weight is None or one.operands[1].format is None or model.get_parameter(one.weight).dim() != 2:
+            continue
+        for transform in transforms:
+            factors = transform.beside(one.product.n, one.product.k)
+            found += [] if factors is None else work_beside(factors, one)
+    return replace(phase, work=found)
 
 
 def generates(model: Any) -> bool:

@@ -246,7 +246,9 @@ def test_a_device_of_ones_own_is_a_file(write: Write, tmp_path: Path) -> None:
 def test_transforms_are_left_out_and_named(write: Write) -> None:
     found = report(write(LLAMA), "--precision", "w4a16", "--plugin", "smoothquant", "--prompt", 8, "--generate", 2)
 
-    assert found["notes"][0].startswith("transforms change values and are left out, with what they add to a forward: ")
+    assert found["notes"][0].startswith(
+        "transforms change values and are left out, with what they add to a forward but "
+    )
 
 
 def test_more_tokens_than_positions_are_doubtful(write: Write) -> None:

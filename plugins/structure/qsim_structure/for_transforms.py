@@ -37,9 +37,10 @@ def structure_of(context: Context, *checks: Check) -> Structure:
     """
     traced = _TRACED.setdefault(context, {})
     if checks not in traced:
-        if any(site.rotations for site in context.all_sites):
+        if any(site.rotations or site.beside for site in context.all_sites):
             context.hint(
-                f"an earlier transform rotates inputs, and nothing folds through that: put {context.name} first"
+                f"an earlier transform rotates inputs or splits weights, and nothing folds through that: put "
+                f"{context.name} first"
             )
         context.hint(HINT)
         traced[checks] = trace_example(context.model, context.example, context.declared, checks or CHECKS)
