@@ -152,7 +152,7 @@ def spreads(entries: Mapping[str, Entry]) -> dict[str, list[Spread]]:
         for key, entry in entries.items():
             if entry.result is not None and what in entry.cell.varied:
                 around = entry.cell.circumstances.model_copy(update={what: 0})
-                alike = entry.cell.model_copy(update={"circumstances": around, "varied": {}})
+                alike = entry.cell.model_copy(update={"circumstances": around, "varied": {}, "batches": ""})
                 groups[alike.model_dump_json()].append(key)
         for keys in groups.values():
             ratios = [entries[key].result.ratio for key in keys]  # type: ignore[union-attr]
