@@ -9,10 +9,10 @@ from qsim_transformers.pretrained import Pretrained, load_pretrained
 from torch import Tensor
 
 from qsim_core import LoadedModel, ModelError
-from qsim_core.evaluation.adapter import StoredQuantization
 from qsim_core.quantizers.scales import Scales
 from qsim_interop.reading.checkpoint import READERS, open_checkpoint
 from qsim_interop.reading.reader import Reader
+from qsim_interop.stored import StoredQuantization
 
 PLAIN = ("weight", "bias")
 """The tensors of a packed layer that a plain layer has too."""

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from qsim_core import LoadedModel, ModelError
 from qsim_core.components.host import installed
 from qsim_core.errors import one_line
-from qsim_core.evaluation.adapter import StoredQuantization
 from qsim_core.quantizers.scales import Scales
 from qsim_interop.llama_cpp import ARCHITECTURES, tensor_names, unpaired
 from qsim_interop.reading.formats.gguf_file import GGUF
 from qsim_interop.reading.packed_weight import Layer
 from qsim_interop.reading.recipe import recipe_of
+from qsim_interop.stored import StoredQuantization
 
 FREQUENCIES = "rope_freqs.weight"
 """The tensor with the numbers by which llama.cpp divides the frequencies of the rotary embedding, as Llama 3.1 has."""
