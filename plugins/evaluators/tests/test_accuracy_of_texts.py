@@ -182,7 +182,7 @@ class TestWrong:
         )
 
     def test_a_tokenizer_that_pads_with_another_token_than_the_model(self, tmp_path: Path) -> None:
-        folder = write(pretrained("GPT2ForSequenceClassification", **SIZES)(), tmp_path)
+        folder = write(pretrained("GPT2ForSequenceClassification", **SIZES, num_labels=3)(), tmp_path)
         mixed = qsim.parse("generic").load(str(folder), torch.float32)
         mixed.tokenizer.pad_token = "B"
 
