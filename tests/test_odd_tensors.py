@@ -104,3 +104,18 @@ def test_transforms_take_a_model_with_a_sparse_parameter() -> None:
 
     assert not torch.equal(model(x), exact)
     assert torch.equal(simulation.restore()(x), exact)
+
+
+def test_a_parameter_of_a_class_of_its_own_is_a_weight() -> None:
+    class Named(Tensor):
+        pass
+
+    model, x = nn.Sequential(nn.Linear(16, 4)), torch.linspace(-1, 1, 64).reshape(4, 16)
+    plain = model[0].weight.detach().clone()
+    model[0].weight = nn.Parameter(plain.as_subclass(Named))
+
+    simulation = qsim.simulate(model, weights="int4", example=x)
+
+    rounded = qsim.parse("channel(int4)")(plain)
+    assert torch.equal(model(x), torch.nn.functional.linear(x, rounded, model[0].bias))
+    assert torch.equal(simulation.folded_state_dict()[0]["0.weight"], rounded)

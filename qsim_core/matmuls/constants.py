@@ -88,7 +88,7 @@ class Constants:
 
     def find(self, x: Tensor, module: nn.Module) -> Constant | None:
         """Find what a constant is computed from; None for any other tensor. `module` is the running one."""
-        base = x if x._base is None else x._base
+        base = root(x)
         if type(base) is not Tensor and isinstance(base, nn.Parameter):
             return Constant(base, shares=True) if self._is_parameter(base) else None
         made = self._made.get(id(x))
@@ -153,6 +153,15 @@ class Constants:
     def _keep(self, x: Tensor, origin: Tensor) -> None:
         key, made = id(x), self._made
         made[key] = weakref.ref(x, lambda _: made.pop(key, None)), Constant(origin, _share(x, origin))
+
+
+def root(x: Tensor) -> Tensor:
+    """The tensor of which another one is a view; a parameter is a view of none.
+
+    Torch makes a parameter of a tensor of a class of its own as a view of that tensor.
+    """
+    base = x._base
+    return x if base is None or (type(x) is not Tensor and isinstance(x, nn.Parameter)) else base
 
 
 def _rank(origin: Tensor) -> tuple[bool, int]:

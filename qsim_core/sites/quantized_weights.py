@@ -368,11 +368,18 @@ class Weights:
         copies = [(key, folded) for key, folded in self.folded.items() if not folded.in_place]
         left = wanted - {key[0] for key in self.folded} - self.pinned
         left |= {key[0] for key, _ in copies if key[0] in self.tied or len(self.uses[key[0]]) > 1}
-        found = copy.deepcopy(dict(state))
+        memo: dict[int, Any] = {}
+        found = {name: _copied(value, memo) for name, value in state.items()}
         for (name, _, part), folded in copies:
             if name not in left:
                 _part_of(found[name], part).copy_(folded.values())
         return found, sorted(left, key=natural_order)
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """Copy what a state holds. Tied tensors stay tied; those of classes of their own may not know how to be copied."""
+    own = isinstance(value, Tensor) and type(value) is not Tensor
+    return value.detach().clone() if own else copy.deepcopy(value, memo)
 
 
 def _second_use(name: str, how: str) -> QsimError:

@@ -35,7 +35,7 @@ from qsim_core.formats.rounding import working
 from qsim_core.formats.uncompiled import resume_compiling, stop_compiling, uncompiled
 from qsim_core.matmuls.attention import EXPLICIT, SOFTMAX, explicit_attention
 from qsim_core.matmuls.call import Call
-from qsim_core.matmuls.constants import VALUES, Constant, Constants
+from qsim_core.matmuls.constants import VALUES, Constant, Constants, root
 from qsim_core.matmuls.layout import POSITIONS, Layout
 from qsim_core.matmuls.operators import OPS, read_call
 from qsim_core.sites.arithmetic import FLOAT32, ExactArithmetic
@@ -381,8 +381,7 @@ class Sites:
     def _weight_of(self, operand: Tensor, constant: Constant | None) -> Weight | None:
         """Find the parameter that an operand is, is a view of, or is computed from; None for any other tensor."""
         running = self.stack.frames[-1]
-        base = operand if operand._base is None else operand._base
-        origin = base if constant is None else constant.origin
+        origin = root(operand) if constant is None else constant.origin
         name = self._name_of(origin)
         if name is None:
             return None

@@ -20,7 +20,7 @@ from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.evaluation.metrics import finite_outputs
 from qsim_core.files import place
 from qsim_evaluators.fitting import check, device, longest
-from qsim_evaluators.text import holds_lines, read_rows
+from qsim_evaluators.text import check_padding, holds_lines, read_rows
 
 LONGEST = 512
 LIKELIEST = 20
@@ -162,6 +162,7 @@ class QuestionAnswering(Evaluator):
         names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in windows]
         inputs = {name: torch.tensor(windows[name][part], device=device(loaded)) for name in names}
         check_ids(loaded.model, inputs["input_ids"])
+        check_padding(loaded, inputs)
         return inputs
 
 

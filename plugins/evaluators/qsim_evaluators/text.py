@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,23 @@ def tokenized(loaded: LoadedModel, texts: list[str], length: int, padded: bool =
         raise DataError(f"the tokenizer has no padding token, {hint}")
     inputs = loaded.tokenizer(texts, padding=padding, truncation=True, max_length=length, return_tensors="pt")
     check_ids(loaded.model, inputs["input_ids"])
+    check_padding(loaded, inputs)
     return {key: value.to(device(loaded)) for key, value in inputs.items()}
+
+
+def check_padding(loaded: LoadedModel, inputs: Mapping[str, Tensor]) -> None:
+    """Raise `DataError` for inputs that are padded with another token than the model's configuration names.
+
+    Models find the last token of a text, or the places of its tokens, by that token.
+    """
+    own, mask = loaded.tokenizer.pad_token_id, inputs.get("attention_mask")
+    config: Any = getattr(loaded.model, "config", None)
+    known = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "pad_token_id", None)
+    if known not in (None, own) and mask is not None and not bool(mask.all()):
+        raise DataError(
+            f"the tokenizer pads with token {own}, and the model's configuration names token {known}; correct "
+            f"pad_token_id in its config.json, or give --batch-size 1"
+        )
 
 
 def tokens_of(loaded: LoadedModel, text: str, **options: Any) -> Tensor:

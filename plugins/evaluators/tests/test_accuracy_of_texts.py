@@ -181,6 +181,17 @@ class TestWrong:
             "the tokenizer has no padding token, so that a batch holds one text; give --batch-size 1"
         )
 
+    def test_a_tokenizer_that_pads_with_another_token_than_the_model(self, tmp_path: Path) -> None:
+        folder = write(pretrained("GPT2ForSequenceClassification", **SIZES, num_labels=3)(), tmp_path)
+        mixed = qsim.parse("generic").load(str(folder), torch.float32)
+        mixed.tokenizer.pad_token = "B"
+
+        assert qsim.parse("accuracy").evaluate(mixed, data(), qsim.Run(batch_size=1))["texts"] == 6
+        with pytest.raises(
+            qsim.DataError, match="^the tokenizer pads with token 34, and the model's configuration names token 0; "
+        ):
+            qsim.parse("accuracy").evaluate(mixed, data([0, 1], TEXTS[:2]), qsim.Run())
+
     def test_a_regression(self, tmp_path: Path) -> None:
         folder = write(pretrained("BertForSequenceClassification", **SIZES, num_labels=1)(), tmp_path)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,8 +48,9 @@ def phases(model: Any, recipe: Recipe, shapes: Shapes, operations: bool = True) 
 
     Raises `ModelError` for a model that cannot run without values, and `RecipeError` for a recipe that does not fit.
     """
-    model.set_attn_implementation("eager")  # others look at the values of masks
-    with simulate(model, recipe) as simulation:
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation("eager")  # others look at the values of masks
+    with simulate(model, recipe) as simulation, _without_values(model):
         start = 1 if _encodes(model) else shapes.prompt
         prompt, before = _forward("prompt", simulation, _inputs(model, shapes, start), operations)
         if before is None:
@@ -82,7 +83,7 @@ def generates(model: Any) -> bool:
 
 def _encodes(model: Any) -> bool:
     """True for an encoder and a decoder: the encoder reads the prompt once, the decoder begins with one token."""
-    return bool(model.config.is_encoder_decoder)
+    return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
 def notes(model: Any, shapes: Shapes) -> Iterator[str]:
@@ -164,8 +165,19 @@ def _inputs(model: Any, shapes: Shapes, tokens: int) -> dict[str, Any]:
     )
 
 
+@contextmanager
+def _without_values(model: Any) -> Iterator[None]:
+    """Turn what goes wrong inside, in inputs of any size and in the model's own code, into a `ModelError`."""
+    try:
+        yield
+    except QsimError:
+        raise
+    except Exception as error:  # of any class, as a model that looks at values likes
+        raise ModelError(f"{type(model).__name__} cannot run without values: {one_line(error)}") from None
+
+
 def _forward(name: str, simulation: Simulation, inputs: dict[str, Any], operations: bool) -> tuple[Phase, Any]:
-    """Count the work of a forward without values, and give its output if it has a cache. Raises `ModelError`."""
+    """Count the work of a forward without values, and give its output if it has a cache."""
     model: Any = simulation.model
     caught: list[Any] = []
     handle = model.register_forward_hook(lambda module, arguments, output: caught.append(output))
@@ -173,10 +185,6 @@ def _forward(name: str, simulation: Simulation, inputs: dict[str, Any], operatio
     try:
         with watched as between:
             work = simulation.work(inputs)
-    except QsimError:
-        raise
-    except Exception as error:  # of any class, as a model that looks at values likes
-        raise ModelError(f"{type(model).__name__} cannot run without values: {one_line(error)}") from None
     finally:
         handle.remove()
     cache = _cache(model, caught[-1])

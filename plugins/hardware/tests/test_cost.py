@@ -266,6 +266,7 @@ def test_more_tokens_than_positions_are_doubtful(write: Write) -> None:
         ({}, ["--weights", "int99"], "no quantizer 'int99'"),
         ({}, ["--dtype", "bfloat"], "no dtype 'bfloat'; did you mean 'bfloat16'?"),
         ({}, ["--precision", "w4a8", "--skip", "nowhere"], "pattern 'nowhere' matches no site"),
+        ({}, ["--batch", "2147483647", "--prompt", "2147483647"], "cannot run without values: Storage size"),
         ({"hidden_size": "wide"}, [], "cannot be built from its configuration: "),
         ({"architectures": ["NoSuchForCausalLM"]}, [], "NoSuchForCausalLM"),
         ({"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"], "vocab_size": 51865,
