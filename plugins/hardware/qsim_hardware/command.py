@@ -75,8 +75,6 @@ def priced(options: dict[str, Any], host: Host) -> Report:
     made = phases(model, applied, shapes, operations=not options["products_only"])
     found = [with_factors(phase, model, recipe.transforms) for phase in made]
     doubts = list(notes(model, shapes))
-    if not found[0].between and not options["products_only"]:
-        doubts.append("operations between products are left out: qsim-nonlinear, which meets them, is not installed")
     if recipe.transforms:
         named = ", ".join(map(str, recipe.transforms))
         doubts.append(

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -48,9 +49,12 @@ class InProcess(Executor):
     """One cell after another in this process."""
 
     def run(self, folder: Folder, host: Host, run: Run) -> Iterator[str]:
-        """Compute the cells; those that another process has claimed are waited for."""
-        yield from Worker(host, run).work(folder)
-        yield from _watch(folder, set(folder.missing()), lambda: None)
+        """Compute the cells; those that another process has claimed are waited for, and computed here if it dies."""
+        worker, missing = Worker(host, run), set(folder.missing())
+        for key in worker.work(folder):
+            missing.discard(key)
+            yield key
+        yield from _watch(folder, missing, lambda: deque(worker.work(folder, missing), maxlen=0))
 
 
 class Processes(Executor):

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ from typing import Any
 import pytest
 from qsim_study import Dask, study
 from qsim_study.folder import Folder
+from qsim_study.work import check_plugins
 
 import qsim_core as qsim
 
@@ -69,6 +74,48 @@ def test_a_worker_that_is_killed_loses_nothing(cluster: Any, tmp_path: Path) -> 
 def test_a_scheduler_that_does_not_answer_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(qsim.QsimError, match="no Dask scheduler answers at tcp://127.0.0.1:9"):
         study(SMALL, tmp_path, executor=Dask("tcp://127.0.0.1:9", timeout=1))
+
+
+@contextmanager
+def separate_cluster() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A scheduler and a worker in processes of their own: the address and the scheduler."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"tcp://127.0.0.1:{port}"
+    ways = {
+        "dask_scheduler": ["--host", "127.0.0.1", "--port", str(port), "--no-dashboard"],
+        "dask_worker": [address, "--nthreads", "1", "--no-nanny", "--no-dashboard"],
+    }
+    started = [
+        subprocess.Popen([sys.executable, "-m", f"distributed.cli.{way}", *options]) for way, options in ways.items()
+    ]
+    try:
+        yield address, started[0]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_dies_in_the_middle_is_an_error_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    with separate_cluster() as (address, scheduler):
+
+        @contextmanager
+        def count(total: int, done: int, description: str) -> Any:
+            yield lambda text: scheduler.kill()
+
+        with pytest.raises(qsim.QsimError, match=r"the Dask scheduler is gone; \d of 3 cells are missing") as caught:
+            study(SMALL, tmp_path, executor=Dask(address, timeout=60), run=qsim.Run(count=count))
+
+    assert "\n" not in str(caught.value)
+    assert [row.get("failure") for row in study(SMALL, tmp_path).rows] == [None] * 3
+
+
+def test_a_plugin_that_is_not_installed_at_all_is_named_with_its_version() -> None:
+    with pytest.raises(qsim.QsimError, match=r"lacks qsim-nowhere 0\.3: it is not installed$"):
+        check_plugins({"qsim-nowhere": "0.3"})
 
 
 def test_a_worker_without_a_plugin_is_named(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import forked
 import pytest
 from qsim_study import Processes, Slurm, Specification, Study, study
 from qsim_study.comparison import comparable
+from qsim_study.executors import InProcess
 from qsim_study.folder import Folder
 from qsim_study.table import doubts, write_csv, write_parquet
 
@@ -209,6 +210,18 @@ def test_two_workers_do_not_compute_the_same_cell(tmp_path: Path) -> None:
 
     with first.claim(key) as mine, Folder.open(tmp_path).claim(key) as other:
         assert (mine, other) == (True, False)
+
+
+def test_a_cell_that_another_process_gave_up_is_computed(tmp_path: Path) -> None:
+    folder = Folder.make(tmp_path, Specification.of(SMALL), Specification.of(SMALL).cells(installed()), installed())
+    claimed = next(iter(folder.cells))
+    computed = InProcess().run(folder, installed(), qsim.Run())
+
+    with folder.claim(claimed):
+        other = next(computed)
+
+    assert [other, *computed] == [key for key in folder.cells if key != claimed] + [claimed]
+    assert [entry.failure for entry in folder.entries().values()] == [None, None]
 
 
 def test_a_folder_of_another_study_is_an_error(whole: tuple[Path, Study]) -> None:

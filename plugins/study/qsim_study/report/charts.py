@@ -144,9 +144,7 @@ def heat_chart(study: Study) -> Iterator[Chart]:
         if entry.blame is not None and entry.blame.costs:
             found.setdefault(BLAME, {})[cell] = blame_map(entry.blame)
     if BLAME in found:
-        caption += (
-            " The predicted cost is that of the gradient pass of `qsim blame`, in the loss; below zero is a gain."
-        )
+        caption += " The predicted cost is that of the gradient pass of qsim blame, in the loss; below zero is a gain."
     menus = {"cell": _labels(study, shown), "quantity": [one.title for one in found]}
     chart = Chart("sites", "Sites", caption + _left_out(len(measured)), menus)
     for second, (quantity, maps) in enumerate(found.items()):
@@ -248,6 +246,7 @@ def _histogram(found: Histogram) -> dict[str, Any]:
             "title": {"text": "share of values"},
             "type": "log",
             "dtick": 1,
+            "tickfont": {"size": 11},
             "exponentformat": "power",
             "domain": [0, 0.86],
         },

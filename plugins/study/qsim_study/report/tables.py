@@ -58,13 +58,17 @@ def cells_table(study: Study) -> str:
         _named("simulated", "#.5g"),
         _named("ratio", "#.4g"),
         ("95% interval", _interval, ".4g"),
-        _named("bits_per_weight", ".3g"),
-        _named("bits_per_activation", ".3g"),
-        *(_named(name, ".3g") for name in columns(measured) if " on " in name or name.startswith(SPREAD)),
+        _named("bits_per_weight", "#.3g"),
+        _named("bits_per_activation", "#.3g"),
+        *(_named(name, "#.3g") for name in columns(measured) if _is_total(name) or name.startswith(SPREAD)),
         _named("samples", "d"),
-        _named("seconds", ".1f"),
     ]
     return table("cells", wanted, measured)
+
+
+def _is_total(name: str) -> bool:
+    """Tell if a column has the whole cost on hardware; its parts are in the other tables."""
+    return " on " in name and "bound_by" not in name.replace(" ", "_")
 
 
 def _named(name: str, digits: str = "") -> Column:
