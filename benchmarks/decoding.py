@@ -1,10 +1,10 @@
 """Time the decoding of single tokens with a cache, against the float32 model's.
 
-    python benchmarks/decoding.py [--shape 125m|1.3b] [--layers N] [--tokens N] [--rounds N] [FORMAT …]
+    python benchmarks/decoding.py [--shape 125m|1.3b] [--layers N] [--tokens N] [--rounds N] [--thread] [FORMAT …]
 
 The model is OPT blocks with random weights (`forward.py`), which are overwritten (`keep=False`). In each round each
 model in turn decodes TOKENS tokens after a prompt of 128, in one process. Medians are printed, as ratios to the float32
-model's.
+model's. With --thread torch runs on one thread, and the processor's time is measured.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import statistics
 import torch
 from forward import FORMATS, SHAPES, model_of
 from qsim_fast.kernels import native
-from timing import machine, seconds
+from timing import machine, seconds, thread_seconds
 from torch import Tensor, nn
 
 import qsim_core as qsim
@@ -37,7 +37,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--thread", action="store_true", help="one thread, and the processor's time")
     given = parser.parse_args()
+    measure = thread_seconds if given.thread else seconds
+    torch.set_num_threads(1 if given.thread else torch.get_num_threads())
     wrong = [name for name in given.formats if name not in FORMATS]
     if wrong:
         parser.error(f"no format {wrong[0]!r}; there are {', '.join(FORMATS)}")
@@ -52,12 +55,12 @@ def main() -> None:
             qsim.simulate(models[name], recipe, example={"input_ids": ids}, keep=False)
             decode(models[name], ids, 2)
         times = {
-            name: [seconds(lambda model=model: decode(model, ids, given.tokens)) for _ in range(1)]  # type: ignore[misc]
+            name: [measure(lambda model=model: decode(model, ids, given.tokens)) for _ in range(1)]  # type: ignore[misc]
             for name, model in models.items()
         }
         for _ in range(given.rounds):
             for name, model in models.items():
-                times[name].append(seconds(lambda model=model: decode(model, ids, given.tokens)))  # type: ignore[misc]
+                times[name].append(measure(lambda model=model: decode(model, ids, given.tokens)))  # type: ignore[misc]
 
     print(f"{machine('cpu')}; {given.layers} blocks of OPT-{given.shape}, {given.tokens} tokens after {PROMPT}")
     plain = statistics.median(times["float32"][1:])

@@ -5,6 +5,7 @@
 The model is OPT blocks with random weights, and the hidden size, heads and FFN of OPT-125M or OPT-1.3B. Attention is
 transformers' default (`sdpa`). The input is BATCH x 512 tokens. Each round runs all models in turn, in one process.
 Medians are printed, as ratios to the float32 forward. With --others other simulators run too, if they are installed.
+With --thread torch runs on one thread, and the processor's time is measured, which other programs change little.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 from qsim_fast.kernels import native
-from timing import machine, seconds
+from timing import machine, seconds, thread_seconds
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -132,7 +133,10 @@ def main() -> None:
     parser.add_argument("--others", action="store_true", help="run other simulators too, if they are installed")
     parser.add_argument("--arithmetic", default="auto", help="qsim's arithmetic: auto, float32, int8, …")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
+    parser.add_argument("--thread", action="store_true", help="one thread, and the processor's time")
     given = parser.parse_args()
+    measure = thread_seconds if given.thread else seconds
+    torch.set_num_threads(1 if given.thread else torch.get_num_threads())
     wrong = [name for name in given.formats if name not in FORMATS]
     if wrong:
         parser.error(f"no format {wrong[0]!r}; there are {', '.join(FORMATS)}")
@@ -168,7 +172,7 @@ def main() -> None:
     with torch.inference_mode(False), torch.no_grad(), native.only(True):
         for _ in range(given.rounds + 1):
             for name, model in models.items():
-                times[name].append(seconds(lambda model=model: forward(model)))  # type: ignore[misc]
+                times[name].append(measure(lambda model=model: forward(model)))  # type: ignore[misc]
     medians = {name: statistics.median(measured[1:]) for name, measured in times.items()}
     print(f"{given.layers} blocks of OPT-{given.shape.upper()}, {given.batch} x 512 tokens, {machine(given.device)}")
     for name, median in medians.items():

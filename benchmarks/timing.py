@@ -26,6 +26,13 @@ def cpu_seconds(run: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
+def thread_seconds(run: Callable[[], Any]) -> float:
+    """Measure the processor's time of one call in this thread; torch has to run on one thread."""
+    start = time.thread_time()
+    run()
+    return time.thread_time() - start
+
+
 def machine(device: str) -> str:
     """Name the GPU, or the number of CPU threads."""
     return torch.cuda.get_device_name(device) if device != "cpu" else f"{torch.get_num_threads()} threads"

@@ -51,3 +51,22 @@ def test_a_mode_sees_the_model_and_not_the_sums() -> None:
 
     assert "addmm" in seen.names
     assert not seen.names & {"dot", "count_nonzero"}
+
+
+def test_an_input_that_layers_share_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(96, 4), nn.Linear(96, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q(x) + self.k(x)
+
+    quantizer = qsim.parse("token(int4)")
+    looks, passes = list[Tensor](), type(quantizer).passes
+    monkeypatch.setattr(type(quantizer), "passes", lambda self, x: looks.append(x) or passes(self, x))
+
+    q, k = qsim.simulate(Both().eval(), weights="int4", activations=quantizer, example=X).audit().sites
+
+    assert q.measured["input"] == k.measured["input"]
+    assert len(looks) == 1

@@ -47,7 +47,10 @@ class SiteQuantizer(ABC):
         """Round `x`. The result has the shape, dtype and device of `x`; `x` itself is not changed."""
 
     def quantize_into(self, x: Tensor, out: Tensor | None) -> Tensor:
-        """Quantize `x`, and put the result into `out` if that saves memory. `out` has shape, strides, dtype of `x`."""
+        """Quantize `x`, and put the result into `out` if that saves memory.
+
+        `out` has the shape, strides and dtype of `x`. It may be `x` itself, which is then not needed any more.
+        """
         return self.quantize(x)
 
     def passes(self, x: Tensor) -> Tensor | None:

@@ -253,6 +253,25 @@ def _may_multiply(arguments: tuple[Any, ...]) -> bool:
     return sum(isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1 for x in arguments) > 1
 
 
+@dataclass(frozen=True)
+class _Looked:
+    """The input that was looked at last, and its sums: q, k and v have the same input."""
+
+    before: Tensor
+    after: Tensor
+    quantizer: Quantizer
+    sums: _Sums
+
+    def is_of(self, before: Tensor, after: Tensor, quantizer: Quantizer) -> bool:
+        """Tell if these are the same tensors. Values that change in place are quantized into another tensor."""
+        if before.data_ptr() == after.data_ptr():
+            return False
+        pairs = (before, self.before), (after, self.after)
+        return quantizer is self.quantizer and all(
+            x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride() for x, y in pairs
+        )
+
+
 class _Watch:
     """The observer of one audit: gathers sums for each site and role. What it sees, `also` sees too."""
 
@@ -263,6 +282,7 @@ class _Watch:
         self.partial: dict[str, PartialSums] = defaultdict(PartialSums)
         self.dtypes: dict[str, torch.dtype] = {}
         self.doubts: dict[str, dict[str, None]] = defaultdict(dict)
+        self.last: _Looked | None = None
 
     def __call__(self, site: Site, role: str, before: Tensor, after: Tensor, quantizer: Quantizer | None) -> None:
         self.dtypes[site.name] = after.dtype
@@ -273,12 +293,18 @@ class _Watch:
                 self.doubts[site.name][
                     f"each element of its {role} has a scale of its own: {quantizer} rounds nothing"
                 ] = None
-            found = _Sums.of(before, after, quantizer)
+            found = self._of_input(before, after, quantizer) if role == "input" else _Sums.of(before, after, quantizer)
             if role == "weight" and found.bits is not None:
                 found.bits += site.bits_beside(before.shape, found.bits)
             self.sums[site.name, role.rstrip("2")].include(found)
             if (named := site.named(role)) in ATTENTION_ROLES:
                 self.sums[site.name, named].include(found)
+
+    def _of_input(self, before: Tensor, after: Tensor, quantizer: Quantizer) -> _Sums:
+        """The sums of an input, which several layers may share."""
+        if self.last is None or not self.last.is_of(before, after, quantizer):
+            self.last = _Looked(before, after, quantizer, _Sums.of(before, after, quantizer))
+        return self.last.sums
 
     def examine(self, site: Site, left: QuantizedRows, right: QuantizedRows, product: Tensor) -> None:
         """Count in the sums of a simulated product."""

@@ -356,7 +356,12 @@ class LiveExecution(Execution):
         return lowered
 
     def rounded_output(self, rows: Tensor) -> Tensor:
-        rounded: Tensor = self.output(rows)
+        """Quantize the rows of the result, in their own memory where no other code has seen them."""
+        seen = self.observer is not None or self.arithmetic.simulates or torch._C._len_torch_dispatch_stack() > 0
+        if seen or torch.is_grad_enabled():
+            rounded: Tensor = self.output(rows)
+        else:
+            rounded = self.output.quantize_into(rows, rows)
         return rounded
 
     def _observe(self, role: str, before: Tensor, after: Tensor, layout: Layout, quantizer: Any) -> None:

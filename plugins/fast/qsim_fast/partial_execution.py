@@ -71,5 +71,5 @@ class PartialExecution(Execution):
         return self._rounded(torch.bmm(first, second, out=self.workspace.empty(use, shape, first.dtype)))
 
     def _rounded(self, product: Tensor) -> Tensor:
-        rounded: Tensor = product if self.output is None else self.output.quantize(product)
+        rounded: Tensor = product if self.output is None else self.output.quantize_into(product, product)
         return rounded

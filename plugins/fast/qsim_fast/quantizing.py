@@ -38,11 +38,13 @@ BY_GRID = 3
 
 def cast(format: Format, x: Tensor, out: Tensor | None = None) -> Tensor | None:
     """Compute `format.quantize(x)`; None if the reference has to."""
+    if out is not None and _is_native(format) and x.dtype == torch.float32 and not needs_reference(x):
+        return out.copy_(x.to(format.native))
     if (steps := _rounding_rule(format, x)) is None or (order := _memory_order(x)) is None:
         return None
     if (kernels := kernels_for(x.numel(), x.device)) is None:
         return None
-    y = torch.empty_like(x) if out is None else out
+    y = torch.empty_like(x) if out is None or out is x else out  # kernels read after they have written
     kernels.round(_matrix(x, order), _matrix(y, order), steps, x.shape[-1])
     return y
 
@@ -75,7 +77,7 @@ def quantize(
         return out
     order = None if static is not None and len(static.scale) > 1 else _memory_order(x)  # scales have rows in order
     source = x.contiguous() if order is None else x
-    usable = result is not None and source is x
+    usable = result is not None and source is x and result is not x
     y = result if usable and result is not None else like(memory, source, dtype)
     round_into(scheme, _matrix(source, order), _matrix(y, order), steps, kernels, static, tensor_scale=tensor_scale)
     return y if order is not None or dtype is not None else torch.empty_like(x).copy_(y)
@@ -325,6 +327,12 @@ def rounding_rule(format: Format) -> Steps | None:
         return None
     steps = format.steps
     return steps if steps is not None and steps.fits else None
+
+
+@cached_by_identity
+def _is_native(format: Format) -> bool:
+    """Tell if torch has a dtype that rounds as a format does."""
+    return format.native is not None and format.rounding == "even" and follows_its_steps(type(format))
 
 
 @functools.cache

@@ -37,6 +37,20 @@ def test_the_kernels_give_the_references_bits(text: str, dtype: torch.dtype) -> 
     assert_same_bits(*both(lambda: quantizer.quantize(x)))
 
 
+@pytest.mark.parametrize("text", ["bf16", "fp16", "cast(bf16)", *SCHEMES, *FORMATS])
+def test_a_tensor_may_be_rounded_into_itself(text: str) -> None:
+    quantizer, x = qsim.parse(text), values()
+
+    assert_same_bits(*both(lambda: quantizer.quantize_into(given := x.clone(), given)))
+
+
+@pytest.mark.parametrize("text", ["bf16", "fp16", "cast(bf16)"])
+def test_a_format_of_torch_needs_no_other_memory(text: str) -> None:
+    x = values()
+
+    assert qsim.parse(text).quantize_into(x, x) is x
+
+
 @pytest.mark.parametrize("text", ["token(int8)", "abfp(int4, n=64)", "mxfp4", "nvfp4"])
 def test_no_tensor_of_sixteen_bits_is_rounded_differently(text: str) -> None:
     x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).view(512, 128)

@@ -54,17 +54,20 @@ template <class D> constexpr int panel_of() { return D::vectors * D::lanes; }
 template <class D, int R> inline void add_groups(int64_t groups, const typename D::Code *x, const int8_t *w,
                                                  typename D::Part (&part)[R][D::vectors]) {
     constexpr int V = D::vectors, G = D::group;
-    for (; groups > 0; groups--, x += R * G, w += V * D::lanes * G) {
+    auto add = [&](int64_t at) {
         typename D::Columns columns[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) columns[v] = D::columns(w + v * D::lanes * G);
+        for (int v = 0; v < V; v++) columns[v] = D::columns(w + (at * V + v) * D::lanes * G);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            typename D::Row row = D::row(x + r * G);
+            typename D::Row row = D::row(x + (at * R + r) * G);
 #pragma GCC unroll 8
             for (int v = 0; v < V; v++) part[r][v] = D::add(part[r][v], row, columns[v]);
         }
-    }
+    };
+    if constexpr (D::twice)
+        for (; groups > 1; groups -= 2, x += 2 * R * G, w += 2 * V * D::lanes * G) add(0), add(1);
+    for (; groups > 0; groups--, x += R * G, w += V * D::lanes * G) add(0);
 }
 
 // R rows, whose codes lie in groups side by side, and one panel of columns.

@@ -41,6 +41,7 @@ template <int bytes, class Vector, int codes> struct Sums {
     static constexpr int lanes = bytes / 4, rows = 6, group = codes;
     static constexpr int shift = 0;      // subtracted from the unsigned codes of a row before they are multiplied
     static constexpr bool pairs = false; // true: the sums of a piece are two of 16 bits, one for each half of a group
+    static constexpr bool twice = false; // true: two groups at a time are faster
     using Code = uint8_t;                // the type in which rows are read
     using Integers = typename Lanes<bytes>::Integers;
     using Floats = typename Lanes<bytes>::Floats;
@@ -92,7 +93,7 @@ inline __m256i held(__m256i x) {
 // 16-bit sums: the codes have to be small.
 struct Dot : Sums<32, __m256i, 4> {
     static constexpr int vectors = 2;
-    static constexpr bool pairs = true;
+    static constexpr bool pairs = true, twice = true;
     static Columns columns(const int8_t *w) { return held(_mm256_loadu_si256((const __m256i *)w)); }
     static Row row(const uint8_t *x) { return _mm256_set1_epi32(read<int32_t>(x)); }
     static Part begin(const int32_t *sums, int32_t less) {
