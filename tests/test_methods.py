@@ -97,7 +97,7 @@ KINDS = [
     ["svdquant(4, grid=2)", "arcquant"],
 ]
 """Methods that share their way through a model: each family meets one of each kind, each in its turn."""
-BLOCKS = {"arcquant": "block(int8, 8)"}
+BLOCKS = {"arcquant": "block(int8, 2)"}
 """The activations of a method that takes block formats alone."""
 
 
@@ -134,11 +134,11 @@ def test_every_method_runs_on_every_family(transform: str, family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transform", ["gptaq", "signround(1)", "imatrix"])
+@pytest.mark.parametrize("transform", ["gptaq", "signround(1)", "imatrix", "svdquant(1, grid=0)", "arcquant"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_method_changes_every_architecture_or_says_why_not(name: str, transform: str) -> None:
     example = ARCHITECTURES[name].example
-    recipe: Any = {"weights": "int4", "activations": "int8", "transforms": [transform]}
+    recipe: Any = {"weights": "int4", "activations": BLOCKS.get(transform, "int8"), "transforms": [transform]}
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", qsim.CalibrationWarning)

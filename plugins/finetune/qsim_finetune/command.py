@@ -67,6 +67,13 @@ TRAINING = (
         default=0.0,
         help="With --distill, weight of the hidden states' error.",
     ),
+    click.option(
+        "--damping",
+        metavar="X",
+        type=click.FloatRange(0),
+        default=0.0,
+        help="Weight of the weights' squared distance from the values that they are rounded to.",
+    ),
     click.option("--control", is_flag=True, help="Train in float32 and round afterwards: what training alone does."),
 )
 COMPUTATION = (

@@ -76,6 +76,8 @@ def finetune(
     _check_trainer()
     if training.hidden and not training.distill:
         raise RecipeError("the error of hidden states is part of the loss of --distill; name it too")
+    if training.damping and training.control:
+        raise RecipeError("--control trains in float32, where no weight is rounded; leave --damping out")
     if bool(training.rates) != (valid_data is not None):
         raise RecipeError("several learning rates and --valid-data, on which they are compared, belong together")
     with run.stage("looking at model and data"):

@@ -15,6 +15,7 @@ from qsim_core.errors import ModelError, QsimError
 from qsim_core.files import damaged, seal
 from qsim_core.simulation.simulation import Simulation
 from qsim_core.transforms.run import Run
+from qsim_finetune.damping import Damping
 from qsim_finetune.distillation import DistillationTrainer
 from qsim_finetune.divergence import Watch
 from qsim_finetune.saving import SavingTrainer
@@ -135,7 +136,8 @@ def trainer(
         remove_unused_columns=False,
         report_to="none",
     )
-    callbacks = [SimulationCallback(simulation), Shown(run, stack)]
+    callbacks: list[TrainerCallback] = [SimulationCallback(simulation), Shown(run, stack)]
+    callbacks += [Damping(simulation, training.damping)] if training.damping else []
     if teacher is None:
         made = SavingTrainer(simulation.model, arguments, train_dataset=samples, callbacks=callbacks)
     else:

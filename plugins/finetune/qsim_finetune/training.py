@@ -31,6 +31,12 @@ class Training(BaseModel):
         allow_inf_nan=False,
         description="weight of the hidden states' relative squared error",
     )
+    damping: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="at its highest, weight of the squared distance of weights from the values they are rounded to",
+    )
     control: bool = Field(False, description="train in float32, so that what training alone does can be seen")
     seed: int = Field(0, description="of the order of samples and of dropout")
     checkpoint_every: int = Field(100, ge=1, description="steps from one checkpoint to the next")
