@@ -190,9 +190,9 @@ def test_layers_that_a_method_usually_leaves_are_not_findings(tmp_path: Path) ->
 )  # fmt: skip
 def test_what_cannot_be_read_says_so(config: dict[str, Any], message: str, tmp_path: Path) -> None:
     tensors = gptq(numbers(N, K), torch.full((K // SIZE, N), 8), torch.ones(K // SIZE, N).half(), 4, 1)
-    checkpoint = open_checkpoint(write(tmp_path, tensors, **config))
+    path = write(tmp_path, tensors, **config)
 
     with pytest.raises(ModelError) as error:
-        checkpoint.read(checkpoint.layers[0])
+        (checkpoint := open_checkpoint(path)).read(checkpoint.layers[0])
 
     assert message in str(error.value)
