@@ -121,6 +121,7 @@ NEARLY: dict[str, tuple[list[str], str]] = {
     "command": (["evalute"], "No such command 'evalute'. Did you mean 'evaluate'?"),
     "option of a command": (["evaluate", "--allow-code"], "No such option '--allow-code'. Did you mean '--allow-code-execution'?"),
     "plugin": (["evaluate", "--plugin", "abpf"], "no plugin 'abpf' is installed; did you mean 'abfp'?"),
+    "transform": (["evaluate", "--plugin", "svdquantt"], "no plugin 'svdquantt' is installed; did you mean 'svdquant'?"),
     "component": (["components", "perplexty"], "no component 'perplexty'; did you mean 'perplexity'?"),
     "component of a kind": (["evaluate", "--weights", "e4m4"], "no quantizer 'e4m4'; did you mean 'e4m3'?"),
     "component of a plugin": (["evaluate", "--weights", "int.int44"], "no quantizer 'int.int44'; did you mean 'int4'?"),

@@ -212,11 +212,13 @@ def bearing_name(host: Host, plugin: str) -> Component:
     Raises `PluginError` if there is neither, and lists the others.
     """
     if plugin not in host.plugins:
-        if plugin in host.offers(Transform):
+        transforms = host.offers(Transform)
+        if plugin in transforms:
             found: Component = host.parse(plugin, Transform)
             return found
         if hint := _other_option(host, plugin):
             raise PluginError(hint)
+        raise PluginError(f"no plugin {plugin!r} is installed{did_you_mean(plugin, {*host.plugins, *transforms})}")
     offers = host.load(plugin)
     fitting = [item for item in offers.items() if item.name == plugin]
     made: Any = host.parse(f"{plugin}.{plugin}") if fitting else None

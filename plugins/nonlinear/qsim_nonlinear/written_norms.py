@@ -79,8 +79,9 @@ def _scale_of(module: nn.Module, x: Tensor) -> Scale | None:
         row = torch.linspace(-2, 3, x.shape[-1], dtype=x.dtype, device=x.device).unsqueeze(0)
         try:
             found = module.forward(row)
-            assert isinstance(found, Tensor) and found.shape == row.shape
         except Exception:  # of a module that takes something else
+            return None
+        if not isinstance(found, Tensor) or found.shape != row.shape:
             return None
         errors = {scale: _difference(found, F.rms_norm(row, row.shape[-1:], scale(module, row))) for scale in scales}
     best = min(errors, key=errors.__getitem__)
