@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
@@ -49,46 +51,41 @@ class TransformSuite(ComponentSuite):
 
     def test_it_says_what_it_did(self, component: Any) -> None:
         """A layer that was changed has an error before and after, or a note; one that was not says why."""
-        reports = self.simulated(component, self.model()).reports
+        reports = _applied(type(self), component).simulation.reports
 
         assert reports, f"{component} reports nothing; call context.report(layer, …) for each layer"
         silent = [report.layer for report in reports if report.after is None and not report.note]
         assert silent == [], f"{component} reports {silent[:1]} with neither an error nor a note"
 
     def test_the_model_still_works(self, component: Any) -> None:
-        model = self.model()
-        exact = self.logits(model)
+        exact = self.logits(self.model())
 
-        self.simulated(component, model)
+        y = _applied(type(self), component).logits
 
-        error = float((self.logits(model) - exact).norm() / exact.norm())
+        error = float((y - exact).norm() / exact.norm())
         assert error < 1, f"after {component} the outputs are {error:.2g} times their size away from what they were"
 
     def test_it_keeps_names_shapes_dtypes_and_mode(self, component: Any) -> None:
-        model = self.model()
-        before = _look(model)
+        before = _look(self.model())
 
-        self.simulated(component, model)
+        after = _look(_applied(type(self), component).model)
 
-        changed = dict(before.items() ^ _look(model).items())
+        changed = dict(before.items() ^ after.items())
         assert changed == {}, f"{component} leaves {sorted(changed)[0]} with another name, shape, dtype or mode"
 
     def test_it_gives_the_same_each_time_and_draws_no_global_random_numbers(self, component: Any) -> None:
-        models = [self.model(), self.model()]
+        applied, model = _applied(type(self), component), self.model()
 
         with global_randomness_untouched(component, "works"):
-            for model in models:
-                self.simulated(component, model)
+            self.simulated(component, model)
 
-        first, second = (model.state_dict() for model in models)
+        first, second = applied.model.state_dict(), model.state_dict()
         differing = [name for name in first if not identical(first[name], second[name])]
         assert differing == [], f"{component} leaves something else in {differing[:1]} the second time"
-        assert identical(*map(self.logits, models)), f"the outputs after {component} differ the second time"
+        assert identical(applied.logits, self.logits(model)), f"the outputs after {component} differ the second time"
 
     def test_the_data_are_left_alone(self, component: Any) -> None:
-        given = self.batches()
-
-        self.simulated(component, self.model(), calibration=given)
+        given = _applied(type(self), component).batches
 
         for batch, before in zip(given, self.batches(), strict=True):
             assert all(identical(batch[key], value) for key, value in before.items()), f"{component} changed its data"
@@ -106,22 +103,20 @@ class TransformSuite(ComponentSuite):
 
     @pytest.mark.parametrize("clone", CLONES)
     def test_a_copied_model_computes_the_same(self, component: Any, clone: str) -> None:
-        model = self.model()
-
-        self.simulated(component, model)
+        model = _applied(type(self), component).model
 
         copied = CLONES[clone](model)
         assert identical(self.logits(copied), self.logits(model)), f"after {component} a model that was {clone} differs"
 
     def test_gradients_are_there_and_checkpointing_leaves_them_alone(self, component: Any) -> None:
-        model: Any = self.model()
+        model: Any = _applied(type(self), component).model
         if not hasattr(model, "checkpointing"):
             pytest.skip("this model has no attribute `checkpointing`")
-        self.simulated(component, model)
 
         plain = gradients(model, self.batches()[0])
         model.checkpointing = True
         recomputed = gradients(model, self.batches()[0])
+        model.checkpointing = False
 
         assert plain, f"after {component} no parameter has a gradient"
         differing = [name for name in plain if not identical(plain[name], recomputed[name])]
@@ -158,6 +153,27 @@ class TransformSuite(ComponentSuite):
                 raise
 
         one_line(component, act, "on a single matrix")
+
+
+@dataclass(frozen=True)
+class _Applied:
+    """A model under a recipe with a transform, for the tests that look at it and change nothing."""
+
+    model: nn.Module
+    simulation: Simulation
+    batches: list[Any]
+    """The calibration data, after the transform has seen them."""
+    logits: Tensor
+    """The model's first output."""
+
+
+@functools.lru_cache(maxsize=4)
+def _applied(suite: type[TransformSuite], transform: Any) -> _Applied:
+    """Apply a transform to a suite's model. The result is kept, as a transform takes longer than a look at a model."""
+    tests = suite()
+    model, data = tests.model(), tests.batches()
+    simulation = tests.simulated(transform, model, calibration=data)
+    return _Applied(model, simulation, data, tests.logits(model))
 
 
 def _look(model: nn.Module) -> dict[str, Any]:
