@@ -38,16 +38,16 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Two blocks between an embedding and a head; norms and biases are random too. `forward` gives `.logits`."""
+    """Blocks between an embedding and a head; norms and biases are random too. `forward` gives `.logits`."""
 
     checkpointing = False
     """True if blocks are computed again in the backward pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: int) -> None:
         super().__init__()
         self.config = SimpleNamespace(max_position_embeddings=LONGEST)
         self.embed, self.places = nn.Embedding(LETTERS, WIDTH), nn.Embedding(LONGEST, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, LETTERS, bias=False)
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> Any:
@@ -64,11 +64,11 @@ class Letters:
         return SimpleNamespace(input_ids=[ord(letter) % LETTERS for letter in text])
 
 
-def language_model() -> LanguageModel:
+def language_model(blocks: int = 2) -> LanguageModel:
     """The same each time, in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LanguageModel()
+        model = LanguageModel(blocks)
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 nn.init.normal_(parameter, mean=round(float(parameter.detach().mean())), std=0.1)
@@ -85,10 +85,10 @@ def text() -> Data:
     return Data.of_text("a pangram", TEXT)
 
 
-def batches(count: int = 8) -> list[dict[str, Tensor]]:
-    """Calibration data: single sequences of 16 letters."""
+def batches(count: int = 8, length: int = 16) -> list[dict[str, Tensor]]:
+    """Calibration data: single sequences of letters."""
     letters = torch.tensor([ord(letter) for letter in TEXT])
-    return [{"input_ids": letters[16 * n : 16 * n + 16].view(1, -1)} for n in range(count)]
+    return [{"input_ids": letters[length * n : length * (n + 1)].view(1, -1)} for n in range(count)]
 
 
 class Integers(Format):
