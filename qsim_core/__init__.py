@@ -21,12 +21,11 @@ _named, __all__ = names_of(__name__, __file__)
 
 def __getattr__(name: str) -> Any:
     if name not in __all__ and not name.startswith("_"):
-        from importlib.metadata import entry_points
+        from qsim_core.components.discovery import functions
 
-        from qsim_core.components.discovery import FUNCTIONS
-
-        for entry in entry_points(group=FUNCTIONS, name=name):
-            return entry.load()
+        for entry in functions():
+            if entry.name == name:
+                return entry.load()
     return _named(name)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import re
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, distributions, entry_points
@@ -106,9 +107,20 @@ def added(name: str, purpose: str) -> Any:
 
     `purpose` says in the message what the function is for, like "keeps the work directory work".
     """
-    for entry in entry_points(group=FUNCTIONS, name=name):
-        return entry.load()
+    for entry in functions():
+        if entry.name == name:
+            return entry.load()
     raise QsimError(f"no plugin {purpose}; pip install 'qsim-core[all]'")
+
+
+def functions() -> tuple[EntryPoint, ...]:
+    """Find the functions that plugins add to the core. The metadata are read once for each value of `sys.path`."""
+    return _functions(tuple(sys.path))
+
+
+@functools.lru_cache(maxsize=8)
+def _functions(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=FUNCTIONS))
 
 
 def _plugin(group: str, name: str, claim: dict[str, EntryPoint]) -> Plugin:

@@ -9,7 +9,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from importlib.metadata import PackageNotFoundError, entry_points, requires
+from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qsim_core.components.component import Component
-from qsim_core.components.discovery import FUNCTIONS
+from qsim_core.components.discovery import functions
 from qsim_core.simulation.environment import version_of
 from qsim_core.snapshots import octets
 
@@ -46,7 +46,7 @@ def of_code(*classes: type) -> Iterator[Any]:
 
     Packages whose functions the core calls belong to it. Raises `Unknowable` for a class that was typed in.
     """
-    core = {"qsim_core", *(entry.module.partition(".")[0] for entry in entry_points(group=FUNCTIONS))}
+    core = {"qsim_core", *(entry.module.partition(".")[0] for entry in functions())}
     deriving = [base for cls in classes for base in cls.__mro__ if base is cls or issubclass(base, Component)]
     for top in sorted(core.union(cls.__module__.partition(".")[0] for cls in deriving)):
         found = find_spec(top) if top in core else getattr(sys.modules.get(top), "__spec__", None)
