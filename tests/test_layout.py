@@ -18,7 +18,7 @@ PLUGINS = sorted(path.name for path in (ROOT / "plugins").iterdir() if (path / "
 TOP = {"qsim_core", "plugins", "tests", "docs", "benchmarks", ".ci"}
 HEAVY = ["lm_eval"]
 """Plugins that require many distributions. Only the tests, and users who ask for them, install them."""
-LIBRARIES = {"structure", "transformers"}
+LIBRARIES = {"cache", "structure", "transformers"}
 """Distributions that other plugins may import, if they declare them."""
 WITHOUT_CORE = {"structure"}
 """Libraries that need no qsim-core, and have no hooks."""
