@@ -9,11 +9,11 @@ from typing import Any
 import forked
 import pytest
 import torch
+from qsim_cache.fingerprint import sha256
 from torch import nn
 
 import qsim_core as qsim
 from qsim_core import Run
-from qsim_core.simulation.fingerprint import sha256
 from qsim_core.transforms.context import Context
 
 PROGRAM = """

@@ -65,11 +65,20 @@ def test_the_table_names_exceptions(qsim_: Qsim, tmp_path: Path) -> None:
     assert {"otherwise at *.fc2: weights channel(int8)", "otherwise at *.fc1: weights as they are"} <= set(lines)
 
 
-@pytest.mark.parametrize(("path", "sites"), [("int8", 24), ("fp8", 0)])
-def test_a_path_that_is_named_says_how_many_took_it(path: str, sites: int, qsim_: Qsim) -> None:
-    outcome = qsim_("evaluate", "opt-tiny", "--precision", "w8a8", "--arithmetic", path, "--limit", "1", *SHORT)
+@pytest.mark.parametrize(
+    ("arithmetic", "sites", "declined"),
+    [
+        ("int8", 24, "model.decoder.layers.0.self_attn:matmul.0 with token(int8) and token(int8)"),
+        ("fp8", 0, "model.decoder.layers.0.self_attn.q_proj with token(int8) and channel(int8)"),
+    ],
+)
+def test_an_arithmetic_that_is_named_says_how_many_took_it_and_which_did_not(
+    arithmetic: str, sites: int, declined: str, qsim_: Qsim
+) -> None:
+    outcome = qsim_("evaluate", "opt-tiny", "--precision", "w8a8", "--arithmetic", arithmetic, "--limit", "1", *SHORT)
 
-    assert f"{sites} of 33 matmuls were computed in {path}; the others do not fit it here " in joined(outcome.stdout)
+    said = f"{sites} of 33 matmuls were computed in {arithmetic}; the others do not fit it here, like {declined} "
+    assert said in joined(outcome.stdout)
 
 
 def test_a_result_is_no_recipe_and_a_recipe_no_result(qsim_: Qsim, tmp_path: Path) -> None:

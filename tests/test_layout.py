@@ -18,13 +18,18 @@ PLUGINS = sorted(path.name for path in (ROOT / "plugins").iterdir() if (path / "
 TOP = {"qsim_core", "plugins", "tests", "docs", "benchmarks", ".ci"}
 HEAVY = ["lm_eval"]
 """Plugins that require many distributions. Only the tests, and users who ask for them, install them."""
-LIBRARIES = {"structure", "transformers"}
+LIBRARIES = {"cache", "structure", "transformers"}
 """Distributions that other plugins may import, if they declare them."""
 WITHOUT_CORE = {"structure"}
 """Libraries that need no qsim-core, and have no hooks."""
 WITH_CORE = {"structure": {"for_transforms.py", "command.py"}}
 """The modules of such a library that are for qsim, and import its core."""
 VAGUE = {"utils", "util", "helpers", "common", "misc"}
+SAY_NOTHING = {
+    *("apart", "fixed", "forms", "named", "remember", "scratch", "trial", "running", "compose", "checking"),
+    *("contract", "bases", "products"),
+}
+"""Names that modules had in early versions. Each was a word of a sentence, and not the field's term for its content."""
 
 
 def project(plugin: str) -> dict[str, object]:
@@ -112,6 +117,25 @@ def test_every_plugin_is_in_tox_and_in_the_requirements() -> None:
     assert installed["requirements-dev.txt"] == HEAVY
 
 
+@pytest.mark.parametrize("folder", [".", *(f"plugins/{plugin}" for plugin in PLUGINS)])
+def test_no_distribution_is_required_twice(folder: str) -> None:
+    table = tomllib.loads((ROOT / folder / "pyproject.toml").read_text())["project"]
+    lists = {"dependencies": table.get("dependencies", []), **table.get("optional-dependencies", {})}
+
+    names = [(kind, re.split(r"[^\w.-]", text)[0].lower()) for kind, texts in lists.items() for text in texts]
+    assert [name for name in names if names.count(name) > 1] == []
+
+
+def test_no_plugin_is_listed_twice() -> None:
+    """The lists of tox.ini and the requirements are compared with the plugins by the test above."""
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    everything = options["project"]["optional-dependencies"]["all"]
+    paths = options["tool"]["mypy"]["mypy_path"].split(":")
+
+    assert everything == [f"qsim-{plugin}" for plugin in PLUGINS]
+    assert paths == [f"plugins/{plugin}" for plugin in PLUGINS]
+
+
 def test_torch_is_pinned_where_it_is_installed() -> None:
     assert "\ntorch==2.13.0\n" in (ROOT / "requirements.txt").read_text()
     assert "    torch==2.13.0\n" in (ROOT / "tox.ini").read_text()
@@ -192,7 +216,7 @@ def test_modules_hold_one_idea_and_say_which() -> None:
     modules = [*sources("qsim_core"), *sources("plugins")]
 
     assert [path.name for path in modules if not path.read_text().startswith('"""')] == []
-    assert not VAGUE & {path.stem for path in modules}
+    assert not (VAGUE | SAY_NOTHING) & {path.stem for path in modules}
 
 
 def test_test_files_have_names_of_their_own() -> None:

@@ -15,13 +15,13 @@ import pytest
 import torch
 from qsim_cache.baselines import cached_baseline
 from qsim_cache.entry import CacheEntry
+from qsim_cache.fingerprint import Unknowable, of_code, sha256
 from qsim_cache.made_from import of_components, of_model
 from torch import nn
 
 import qsim_core as qsim
 from qsim_core import Metrics, Run
 from qsim_core.files import kept
-from qsim_core.simulation.fingerprint import Unknowable, of_code, sha256
 
 Evaluate = Callable[..., qsim.Result]
 TEXT = str(Path(__file__).parent.parent / "README.md")

@@ -99,8 +99,7 @@ def _lines(result: Result) -> Iterator[str]:
     for transform in dict.fromkeys(report.transform for report in result.transforms):
         yield _done(transform, [report for report in result.transforms if report.transform == transform])
     if (arithmetic := result.recipe["arithmetic"]) not in ("auto", "float32"):
-        took = sum(site.arithmetic == arithmetic for site in audit.sites)
-        yield f"{took} of {audit.found} matmuls were computed in {arithmetic}; the others do not fit it here"
+        yield _computed_in(arithmetic, audit)
     yield from _sums(audit)
     for hardware, cost in audit.costs.items():
         yield f"{hardware}, for the products of the audit's batch: {'; '.join(cost.assumptions)}"
@@ -112,6 +111,18 @@ def _lines(result: Result) -> Iterator[str]:
             grouped.setdefault(note, []).append(site.site)
     for note, sites in grouped.items():
         yield f"{len(sites)} site{'s' if len(sites) > 1 else ''}, like {sites[0]}: {note}"
+
+
+def _computed_in(arithmetic: str, audit: Audit) -> str:
+    """Tell how many matmuls an arithmetic computed, and the first one that is quantized and that it declined."""
+    took = sum(site.arithmetic == arithmetic for site in audit.sites)
+    said = f"{took} of {audit.found} matmuls were computed in {arithmetic}"
+    others = [site for site in audit.sites if site.arithmetic != arithmetic and not site.skipped]
+    if not others:
+        return said
+    left, right = others[0].input, others[0].weight or others[0].input
+    operands = f"{left or 'no quantizer'} and {right or 'no quantizer'}"
+    return f"{said}; the others do not fit it here, like {others[0].site} with {operands}"
 
 
 def _sums(audit: Audit) -> Iterator[str]:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from qsim_cache.fingerprint import sha256
 from qsim_cache.made_from import leaves, of_components, of_model
 from qsim_core.files import keep, kept
-from qsim_core.simulation.fingerprint import sha256
 from qsim_core.version import __version__
 
 

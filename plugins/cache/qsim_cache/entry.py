@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
+from qsim_cache.fingerprint import Unknowable, sha256
 from qsim_core.files import keep, kept
-from qsim_core.simulation.fingerprint import Unknowable, sha256
 
 ENDING = ".kept"
 KINDS = ("baseline", "statistics")

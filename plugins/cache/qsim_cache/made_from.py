@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from qsim_cache.fingerprint import Unknowable, file_of, of_code
 from qsim_core.components.component import components_in
 from qsim_core.formats.quantizer import Function
 from qsim_core.machine import processor
 from qsim_core.simulation.environment import Environment
-from qsim_core.simulation.fingerprint import Unknowable, file_of, of_code
 from qsim_core.transforms.offload import state
 
 SETTINGS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)

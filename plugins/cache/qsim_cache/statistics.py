@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from qsim_cache.entry import CacheEntry
+from qsim_cache.fingerprint import of_code
 from qsim_cache.made_from import leaves, of_machine, of_model
 from qsim_core.quantizers.observers import Observer
-from qsim_core.simulation.fingerprint import of_code
 from qsim_core.simulation.static_calibration import Wanted
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from qsim_cache.blocks import Blocks
 from qsim_cache.entry import CacheEntry
+from qsim_cache.fingerprint import Unknowable
 from qsim_core.files import make_work_dir
-from qsim_core.simulation.fingerprint import Unknowable
 from qsim_core.simulation.static_calibration import Wanted
 
 log = logging.getLogger(__name__)

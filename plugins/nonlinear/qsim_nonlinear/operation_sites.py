@@ -21,7 +21,7 @@ from qsim_core.sites.call_stack import Frame, recomputing
 from qsim_core.sites.operation_sites import OperationSite, OperationSites
 from qsim_core.sites.plan import OperationPlan
 from qsim_core.sites.sites import Sites
-from qsim_nonlinear.running import Running
+from qsim_nonlinear.module_state import Running
 from qsim_nonlinear.sums import DIFFERENCES, JOINS, PRODUCTS, ROTARY, hidden, read_join, read_sum
 from qsim_nonlinear.written_norms import WrittenNorms
 from qsim_nonlinear.written_out import parts_of, written_out

@@ -11,7 +11,7 @@ from torch import Tensor
 from qsim_core import OperationCall
 from qsim_core.matmuls.layout import LAST
 from qsim_core.sites.call_stack import Frame
-from qsim_nonlinear.running import Running
+from qsim_nonlinear.module_state import Running
 
 PRODUCTS = frozenset({torch.mul, Tensor.mul})
 """The functions that multiply elements, of which a rotary embedding is made."""

@@ -4,6 +4,6 @@ from qsim_study.executors import Processes as Processes
 from qsim_study.executors import Slurm as Slurm
 from qsim_study.report import write_plots as write_plots
 from qsim_study.report import write_report as write_report
-from qsim_study.running import Study as Study
-from qsim_study.running import study as study
 from qsim_study.specification import Specification as Specification
+from qsim_study.study_run import Study as Study
+from qsim_study.study_run import study as study

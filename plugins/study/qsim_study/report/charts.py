@@ -18,7 +18,7 @@ from qsim_study.cell import Entry
 from qsim_study.histograms import Histogram
 from qsim_study.report.heat_map import BLAME, QUANTITIES, HeatMap, Quantity, blame_map, ends, heat_map
 from qsim_study.report.pareto import Series, costs, series, spans_decades, titles
-from qsim_study.running import Study
+from qsim_study.study_run import Study
 
 COLOURS = 6
 """Colours of series in the style sheet; more series repeat them with other symbols."""

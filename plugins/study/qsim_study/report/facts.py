@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from qsim_core import Result
 from qsim_core.simulation.recipe import matches
-from qsim_study.running import Study
+from qsim_study.study_run import Study
 
 
 def summary(study: Study) -> str:

@@ -12,7 +12,7 @@ from qsim_core.files import writing
 from qsim_study.report import facts
 from qsim_study.report.charts import Chart, charts
 from qsim_study.report.tables import cells_table, comparisons_table, failures_table, table
-from qsim_study.running import Study
+from qsim_study.study_run import Study
 
 HERE = Path(__file__).parent
 TIES = "A rank with = is shared: these samples do not tell its recipes apart from all better or equal ones (Holm, 5%)."

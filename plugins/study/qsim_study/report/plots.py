@@ -11,7 +11,7 @@ from qsim_core import QsimError
 from qsim_core.files import make_work_dir, writing
 from qsim_study.report.heat_map import QUANTITIES, heat_map
 from qsim_study.report.pareto import costs, series, spans_decades, titles
-from qsim_study.running import Study
+from qsim_study.study_run import Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

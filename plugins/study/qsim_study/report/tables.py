@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from qsim_study.comparison import Comparison
-from qsim_study.running import Study
+from qsim_study.study_run import Study
 from qsim_study.table import SPREAD, Row, columns
 
 MOST = 1000
