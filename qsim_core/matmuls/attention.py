@@ -7,8 +7,9 @@ pass its whole call to the mode again.
 
 from __future__ import annotations
 
+import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +98,43 @@ def _tensordot(a: Tensor, b: Tensor, dims: Any = 2, out: Tensor | None = None) -
     return result if out is None else out.copy_(result)
 
 
+def _multi_dot(tensors: Sequence[Tensor], *, out: Tensor | None = None) -> Tensor:
+    """Compute `torch.linalg.multi_dot` product by product, in the order that takes the fewest multiplications."""
+    ends = [
+        1 if x.dim() == 1 else size for x, size in ((tensors[0], len(tensors[0])), (tensors[-1], tensors[-1].shape[-1]))
+    ]
+    sizes = [ends[0], *(len(x) for x in tensors[1:]), ends[1]]
+
+    @functools.cache
+    def best(first: int, last: int) -> tuple[int, int]:
+        """The multiplications of a part of the chain, and the place where it is divided; of equals the last place."""
+        parts = (
+            (best(first, at)[0] + best(at + 1, last)[0] + sizes[first] * sizes[at + 1] * sizes[last + 1], -at)
+            for at in range(first, last)
+        )
+        return min(parts, default=(0, 0))
+
+    def product(first: int, last: int) -> Tensor:
+        if first == last:
+            return tensors[first]
+        at = -best(first, last)[1]
+        return torch.matmul(product(first, at), product(at + 1, last))
+
+    result = product(0, len(tensors) - 1)
+    return result if out is None else out.copy_(result)
+
+
+def _chain_matmul(*matrices: Tensor, out: Tensor | None = None) -> Tensor:
+    """Compute `torch.chain_matmul`, the older form of `multi_dot`."""
+    return _multi_dot(matrices, out=out)
+
+
+def _conv_tbc(input: Tensor, weight: Tensor, bias: Tensor, pad: int = 0) -> Tensor:
+    """Compute `torch.conv_tbc`, input [T, B, C] and weight [taps, C, O], as a convolution in torch's usual layout."""
+    result: Tensor = F.conv1d(input.permute(1, 2, 0), weight.permute(2, 1, 0), bias, padding=pad)
+    return result.permute(2, 0, 1)
+
+
 def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make an in-place method from the function that returns a new tensor."""
     return lambda self, *args, **kwargs: self.copy_(function(self, *args, **kwargs))
@@ -108,6 +146,9 @@ EXPLICIT: dict[Callable[..., Any], Callable[..., Any]] = {  # the torch function
     torch.addbmm: _addbmm,
     torch.Tensor.addbmm: _addbmm,
     torch.tensordot: _tensordot,
+    torch.linalg.multi_dot: _multi_dot,
+    torch.chain_matmul: _chain_matmul,
+    torch.conv_tbc: _conv_tbc,
     torch.Tensor.addmm_: _in_place(torch.addmm),
     torch.Tensor.addmv_: _in_place(torch.addmv),
     torch.Tensor.baddbmm_: _in_place(torch.baddbmm),

@@ -71,6 +71,8 @@ class Constants:
         self._is_parameter = is_parameter
         self._read: dict[int, weakref.ref[Tensor]] = {}
         self._made: dict[int, tuple[weakref.ref[Tensor], Constant]] = {}
+        self._rows: dict[int, tuple[weakref.ref[Tensor], Constant]] = {}
+        """The rows of a matrix that an activation has chosen: a weight for a layer, activations elsewhere."""
         self._begun = False
 
     def begin(self, model: nn.Module) -> None:
@@ -84,7 +86,7 @@ class Constants:
                 plain = [value for name, value in vars(module).items() if name not in _REGISTERED]
                 for x in tree_leaves(plain):
                     if type(x) is Tensor:
-                        self._keep(x, _NUMBERS)
+                        self._keep(self._made, x, _NUMBERS)
 
     def find(self, x: Tensor, module: nn.Module) -> Constant | None:
         """Find what a constant is computed from; None for any other tensor. `module` is the running one."""
@@ -96,6 +98,11 @@ class Constants:
             return made[1]
         own = module._buffers and any(buffer is base for buffer in module._buffers.values())
         return Constant(base, shares=False) if own else None
+
+    def rows(self, x: Tensor) -> Constant | None:
+        """Find the parameter whose rows were chosen, such as the words that a sampled softmax scores."""
+        chosen = self._rows.get(id(x))
+        return chosen[1] if chosen is not None and chosen[0]() is x else None
 
     def note(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, module: nn.Module
@@ -113,7 +120,10 @@ class Constants:
         if len(found) == len(given) or (function in CHOOSE and any(one.origin.dim() > 2 for one in found)):
             origin = max((one.origin for one in found), key=_rank, default=_NUMBERS)
             for x in results:
-                self._keep(x, origin)
+                self._keep(self._made, x, origin)
+        elif function in CHOOSE and given[0][1] is not None:
+            for x in results:
+                self._keep(self._rows, x, given[0][1].origin)
         elif self._made:
             for x in results:
                 self._made.pop(id(x), None)
@@ -150,8 +160,9 @@ class Constants:
         known = self._read.get(id(origin))
         return known is not None and known() is origin
 
-    def _keep(self, x: Tensor, origin: Tensor) -> None:
-        key, made = id(x), self._made
+    @staticmethod
+    def _keep(made: dict[int, tuple[weakref.ref[Tensor], Constant]], x: Tensor, origin: Tensor) -> None:
+        key = id(x)
         made[key] = weakref.ref(x, lambda _: made.pop(key, None)), Constant(origin, _share(x, origin))
 
 

@@ -250,7 +250,7 @@ class Sites:
         """Call a function that is not a matmul; note the weights that it computes, and the parameters that it reads."""
         result = function(*args, **kwargs)
         frames = self.stack.frames
-        noted = type(result) in _NOTED or function in VALUES
+        noted = type(result) in _NOTED or isinstance(result, Tensor) or function in VALUES
         if noted and frames and not torch.compiler.is_compiling():
             for parameter in self.constants.note(function, args, kwargs, result, frames[-1].module):
                 self.weights.read(self._name_of(parameter) or "")
@@ -318,7 +318,9 @@ class Sites:
     def _compute(self, call: Call) -> Any:
         frame = self.stack.frames[-1]
         constants = [self.constants.find(operand, frame.module) for operand in call.operands]
-        if all(constants) and not call.is_layer:  # it prepares a weight, like a low-rank update that is merged
+        if call.is_layer:
+            constants[1] = constants[1] or self.constants.rows(call.operands[1])
+        elif all(constants):  # it prepares a weight, like a low-rank update that is merged
             return self.watch(call.function, call.args, call.kwargs)
         weights = [self._weight_of(*operand) for operand in zip(call.operands, constants, strict=True)]
         if all(weights):  # a parameter times a parameter, such as a learned query: the last one counts as the weight
