@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 OF_TORCH = {"torch.int": "int32", "torch.short": "int16", "torch.float": "float32"}
 """The names of torch's dtypes that mean something else without `torch.`; any other means the same."""
 ONLY_TORCH = re.compile("u?int64|uint32|u?int1|long|double|float64|bool|c(half|float|double)|complex[0-9]+|bits[0-9x]+")
-"""The names of torch's dtypes that are no format here. Names that look alike are other widths."""
+"""The dtypes of torch that have no format. Names that look alike have other widths."""
 
 
 @dataclass(frozen=True)

@@ -100,33 +100,22 @@ def _tensordot(a: Tensor, b: Tensor, dims: Any = 2, out: Tensor | None = None) -
 
 def _multi_dot(tensors: Sequence[Tensor], *, out: Tensor | None = None) -> Tensor:
     """Compute `torch.linalg.multi_dot` product by product, in the order that takes the fewest multiplications."""
-    ends = [
-        1 if x.dim() == 1 else size for x, size in ((tensors[0], len(tensors[0])), (tensors[-1], tensors[-1].shape[-1]))
-    ]
-    sizes = [ends[0], *(len(x) for x in tensors[1:]), ends[1]]
+    rows = [1 if tensors[0].dim() == 1 else len(tensors[0]), *map(len, tensors[1:])]
+    sizes = [*rows, 1 if tensors[-1].dim() == 1 else tensors[-1].shape[-1]]
 
     @functools.cache
-    def best(first: int, last: int) -> tuple[int, int]:
-        """The multiplications of a part of the chain, and the place where it is divided; of equals the last place."""
-        parts = (
-            (best(first, at)[0] + best(at + 1, last)[0] + sizes[first] * sizes[at + 1] * sizes[last + 1], -at)
-            for at in range(first, last)
-        )
-        return min(parts, default=(0, 0))
+    def best(first: int, end: int) -> tuple[int, int]:
+        """The multiplications that a part of the chain takes, and the place where it is divided."""
+        places = range(first + 1, end)
+        costs = (sizes[first] * sizes[p] * sizes[end] + best(first, p)[0] + best(p, end)[0] for p in places)
+        return min(zip(costs, (-p for p in places), strict=True), default=(0, 0))
 
-    def product(first: int, last: int) -> Tensor:
-        if first == last:
-            return tensors[first]
-        at = -best(first, last)[1]
-        return torch.matmul(product(first, at), product(at + 1, last))
+    def product(first: int, end: int) -> Tensor:
+        place = -best(first, end)[1]
+        return torch.matmul(product(first, place), product(place, end)) if place else tensors[first]
 
-    result = product(0, len(tensors) - 1)
+    result = product(0, len(tensors))
     return result if out is None else out.copy_(result)
-
-
-def _chain_matmul(*matrices: Tensor, out: Tensor | None = None) -> Tensor:
-    """Compute `torch.chain_matmul`, the older form of `multi_dot`."""
-    return _multi_dot(matrices, out=out)
 
 
 def _conv_tbc(input: Tensor, weight: Tensor, bias: Tensor, pad: int = 0) -> Tensor:
@@ -147,7 +136,7 @@ EXPLICIT: dict[Callable[..., Any], Callable[..., Any]] = {  # the torch function
     torch.Tensor.addbmm: _addbmm,
     torch.tensordot: _tensordot,
     torch.linalg.multi_dot: _multi_dot,
-    torch.chain_matmul: _chain_matmul,
+    torch.chain_matmul: lambda *matrices: _multi_dot(matrices),
     torch.conv_tbc: _conv_tbc,
     torch.Tensor.addmm_: _in_place(torch.addmm),
     torch.Tensor.addmv_: _in_place(torch.addmv),

@@ -17,18 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from qsim_core.snapshots import has_memory
 
-LIKE = frozenset(
-    {
-        torch.ones_like,
-        torch.zeros_like,
-        torch.full_like,
-        torch.empty_like,
-        Tensor.new_ones,
-        Tensor.new_zeros,
-        Tensor.new_full,
-        Tensor.new_empty,
-    }
-)
+_SHAPED = {torch.ones_like, torch.zeros_like, torch.full_like, torch.empty_like}
+_NEW = {Tensor.new_ones, Tensor.new_zeros, Tensor.new_full, Tensor.new_empty}
+LIKE = frozenset(_SHAPED | _NEW)
 """The functions that take no values from their first argument, but a shape, a dtype or a device."""
 MADE = frozenset({torch.ones, torch.zeros, torch.eye, torch.full, torch.empty, torch.tensor, *LIKE})
 """The functions that make a constant of numbers alone."""
@@ -36,18 +27,9 @@ AS = frozenset({Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.reshape_as, Te
 """The functions that take values from their first argument alone."""
 CHOOSE = frozenset({torch.Tensor.__getitem__, torch.index_select, torch.Tensor.index_select})
 """The functions that take matrices out of a stack: the weights of the experts that a token is sent to."""
-VALUES = frozenset(
-    {
-        Tensor.numpy,
-        Tensor.__array__,
-        Tensor.__dlpack__,
-        Tensor.tolist,
-        Tensor.item,
-        Tensor.__float__,
-        Tensor.__int__,
-        Tensor.__bool__,
-    }
-)
+_ARRAYS = {Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.tolist}
+_SCALARS = {Tensor.item, Tensor.__float__, Tensor.__int__, Tensor.__bool__}
+VALUES = frozenset(_ARRAYS | _SCALARS)
 """The functions that give a tensor's values to code outside of torch."""
 _NUMBERS = torch.empty(0)
 """The origin of a constant of numbers alone."""
