@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
@@ -47,17 +48,8 @@ from qsim_core.sites.plan import Planner
 from qsim_core.sites.quantized_weights import Weight, Weights
 from qsim_core.sites.site import ATTENTION, Site
 
-MEMORY = frozenset(
-    {
-        Tensor.data.__get__,  # type: ignore[attr-defined]
-        Tensor.data.__set__,  # type: ignore[attr-defined]
-        Tensor.data_ptr,
-        Tensor.untyped_storage,
-        Tensor.numpy,
-        Tensor.__array__,
-        Tensor.__dlpack__,
-    }
-)
+_DATA = {Tensor.data_ptr, Tensor.untyped_storage, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
+MEMORY = frozenset({Tensor.data.__get__, Tensor.data.__set__, *_DATA})  # type: ignore[attr-defined]
 """The functions that give away a tensor's memory, in which values may then change while the version stays the same."""
 
 MET = frozenset({*OPS, *EXPLICIT, *SOFTMAX, *MEMORY, torch.einsum})
@@ -156,6 +148,10 @@ class Sites:
         if stack.frames and not stack.running():
             stack.clear()
         if not stack.frames:
+            if forward_ad._current_level >= 0:  # within `dual_level` or `torch.func.jvp`
+                raise QsimError(
+                    "a simulated model has no forward-mode derivatives (jvp, jacfwd); use vjp, grad or jacrev"
+                )
             self.weights.begin()
             self.constants.begin(self.weights.model)
             stack.begin(_Mode(self), sys._getframe(1))
