@@ -87,6 +87,8 @@ def test_a_computed_weight_takes_the_quantizer_of_weights(name: str, grad: bool)
         lambda x, w: torch.einsum("bi,oi->bo", x, w),
         lambda x, w: torch.addmm(torch.zeros(8), x, w.t()),
         lambda x, w: F.conv1d(x[..., None], w[..., None])[..., 0],
+        lambda x, w: torch.conv_tbc(x[None], w.t()[None], torch.zeros(8))[0],
+        lambda x, w: torch.linalg.multi_dot([x, w.t()]),
     ],
 )
 def test_whatever_function_multiplies_by_it(product: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -112,6 +114,17 @@ def test_it_may_have_the_dtype_or_the_shape_of_an_activation(weight: Callable[[T
 
     with torch.no_grad(), qsim.simulate(model, weights="int3", example=x):
         assert torch.allclose(model(x), expected)
+
+
+@pytest.mark.parametrize("choose", [lambda w, x: w[x], lambda w, x: w.index_select(0, x)])
+def test_rows_that_an_activation_chooses_are_a_layers_weight(choose: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """A sampled softmax scores the words that the forward has drawn."""
+    model = Computes(lambda m: m.parameter, lambda x, w: F.linear(x, choose(w, x.sum(0).topk(4).indices % 8)))
+    x, rounded = drawn(5, 12), qsim.parse("channel(int3)")(model.parameter)
+    expected = F.linear(x, rounded[x.sum(0).topk(4).indices % 8])
+
+    with torch.no_grad(), qsim.simulate(model, weights="int3", example=x):
+        assert torch.allclose(model(x), expected, atol=1e-6)
 
 
 def test_a_layer_may_be_pruned_after_it_is_simulated() -> None:

@@ -99,3 +99,15 @@ def test_what_vmap_hides_cannot_be_looked_at(recipe: dict[str, Any]) -> None:
         qsim.QsimError, match=r"^a linear in layer runs under torch.func.vmap, which hides its operands"
     ):
         qsim.simulate(Inner(), **recipe, example=X, calibration=[X]).audit()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch scripts its own derivatives at their first use
+@pytest.mark.parametrize(
+    "derivative", [lambda f, x: torch.func.jvp(f, (x,), (x,)), lambda f, x: torch.func.jacfwd(f)(x)]
+)
+def test_forward_mode_derivatives_are_refused(derivative: Any) -> None:
+    model, x = torch.nn.Linear(8, 4), torch.linspace(-1, 1, 8)
+    qsim.simulate(model, weights="int8", activations="int8", example=x)
+
+    with pytest.raises(qsim.QsimError, match="no forward-mode derivatives"):
+        derivative(model, x)

@@ -112,6 +112,11 @@ def skewed(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     return -torch.rand(shape, generator=generator, dtype=torch.float64).clamp(min=1e-300).log() - 1
 
 
+def long_tailed(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Lognormal samples with mean 0."""
+    return normal(shape, generator).exp() - math.exp(0.5)
+
+
 def neighbours(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     """Samples that have half of the sample before them, as windows of a text have."""
     found = normal(shape, generator)
@@ -124,6 +129,7 @@ def neighbours(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     ("draw", "many"),
     [
         *((draw, many) for draw in (normal, skewed) for many in (FEWEST, 16, 120)),
+        *((long_tailed, many) for many in (16, 64)),
         *((neighbours, many) for many in (FEWEST_IN_ORDER, 32, 120)),
     ],
 )
@@ -140,6 +146,19 @@ def test_95_of_100_intervals_hold_the_true_ratio(draw: Any, many: int) -> None:
         held += low <= math.exp(0.09) <= high
 
     assert 0.93 <= held / trials <= 0.97
+
+
+@pytest.mark.parametrize("many", [FEWEST, 32])
+def test_a_few_large_losses_leave_a_ratio_as_uncertain_as_it_is(many: int) -> None:
+    """Heavy tails without skewness: what looks skewed in one draw is chance."""
+    generator = torch.Generator().manual_seed(0)
+    before = normal((1500, many), generator).exp()
+    after = before * 1.1 * (0.1 * normal((1500, many), generator) - 0.005).exp()
+    without = [(x.sum(-1, keepdim=True) - x) / (many - 1) for x in (after, before)]
+
+    found = [interval(*pair) for pair in zip(after.mean(-1) / before.mean(-1), without[0] / without[1], strict=True)]
+
+    assert 0.92 <= sum(low <= 1.1 <= high for low, high in found) / len(found) <= 0.97
 
 
 @pytest.mark.parametrize("many", [FEWEST, 16, 60])

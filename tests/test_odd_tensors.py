@@ -106,10 +106,11 @@ def test_transforms_take_a_model_with_a_sparse_parameter() -> None:
     assert torch.equal(simulation.restore()(x), exact)
 
 
-def test_a_parameter_of_a_class_of_its_own_is_a_weight() -> None:
-    class Named(Tensor):
-        pass
+class Named(Tensor):
+    """A class of its own that changes nothing."""
 
+
+def test_a_parameter_of_a_class_of_its_own_is_a_weight() -> None:
     model, x = nn.Sequential(nn.Linear(16, 4)), torch.linspace(-1, 1, 64).reshape(4, 16)
     plain = model[0].weight.detach().clone()
     model[0].weight = nn.Parameter(plain.as_subclass(Named))
@@ -119,3 +120,21 @@ def test_a_parameter_of_a_class_of_its_own_is_a_weight() -> None:
     rounded = qsim.parse("channel(int4)")(plain)
     assert torch.equal(model(x), torch.nn.functional.linear(x, rounded, model[0].bias))
     assert torch.equal(simulation.folded_state_dict()[0]["0.weight"], rounded)
+
+
+@pytest.mark.parametrize("view", [Tensor.t, lambda w: w[:8], lambda w: w.double().float(), lambda w: w.tril()])
+def test_so_is_a_view_of_it_and_what_is_computed_from_it(view: Any) -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.linspace(-1, 1, 256).reshape(16, 16).sin().as_subclass(Named))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, view(self.w))
+
+    model = Views()
+    rounded = qsim.parse("channel(int4)")(view(model.w.detach().as_subclass(Tensor)))
+
+    qsim.simulate(model, weights="int4", example=X)
+
+    assert torch.allclose(model(X), nn.functional.linear(X, rounded), atol=1e-6)

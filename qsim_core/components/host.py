@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,11 @@ from qsim_core.version import __version__
 if TYPE_CHECKING:
     from qsim_core.components.component import Component, Preset
     from qsim_core.components.syntax import Node
+
+OF_TORCH = {"torch.int": "int32", "torch.short": "int16", "torch.float": "float32"}
+"""The names of torch's dtypes that mean something else without `torch.`; any other means the same."""
+ONLY_TORCH = re.compile("u?int64|uint32|u?int1|long|double|float64|bool|c(half|float|double)|complex[0-9]+|bits[0-9x]+")
+"""The dtypes of torch that have no format. Names that look alike have other widths."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +208,7 @@ class Host:
         """Find a class or preset with this name; of several plugins that offer one, the plugin in `scope`."""
         from qsim_core.components.component import Component
 
-        kind, name = kind or Component, name.removeprefix("torch.")  # torch prints its dtypes so
+        kind, name = kind or Component, OF_TORCH.get(name, name.removeprefix("torch."))
         plugin, _, bare = name.rpartition(".")
         if plugin:
             candidates = [offer for offer in self._offers_of(plugin) if offer.name == bare]
@@ -226,6 +232,10 @@ class Host:
         failures = self.check()
         if bare in failures:  # the plugin with this name probably offers the component
             raise failures[bare]
+        if ONLY_TORCH.fullmatch(bare):
+            raise QsimError(
+                f"no {kind.kind} {name!r}: qsim has no format like torch.{bare}; the widest are int32 and fp32"
+            )
         hint = did_you_mean(bare, [offer.name for offer in known], descriptions)
         raise QsimError(f"no {kind.kind} {name!r}{hint}{self.not_looked_at()}")
 

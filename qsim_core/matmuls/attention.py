@@ -7,8 +7,9 @@ pass its whole call to the mode again.
 
 from __future__ import annotations
 
+import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +98,32 @@ def _tensordot(a: Tensor, b: Tensor, dims: Any = 2, out: Tensor | None = None) -
     return result if out is None else out.copy_(result)
 
 
+def _multi_dot(tensors: Sequence[Tensor], *, out: Tensor | None = None) -> Tensor:
+    """Compute `torch.linalg.multi_dot` product by product, in the order that takes the fewest multiplications."""
+    rows = [1 if tensors[0].dim() == 1 else len(tensors[0]), *map(len, tensors[1:])]
+    sizes = [*rows, 1 if tensors[-1].dim() == 1 else tensors[-1].shape[-1]]
+
+    @functools.cache
+    def best(first: int, end: int) -> tuple[int, int]:
+        """The multiplications that a part of the chain takes, and the place where it is divided."""
+        places = range(first + 1, end)
+        costs = (sizes[first] * sizes[p] * sizes[end] + best(first, p)[0] + best(p, end)[0] for p in places)
+        return min(zip(costs, (-p for p in places), strict=True), default=(0, 0))
+
+    def product(first: int, end: int) -> Tensor:
+        place = -best(first, end)[1]
+        return torch.matmul(product(first, place), product(place, end)) if place else tensors[first]
+
+    result = product(0, len(tensors))
+    return result if out is None else out.copy_(result)
+
+
+def _conv_tbc(input: Tensor, weight: Tensor, bias: Tensor, pad: int = 0) -> Tensor:
+    """Compute `torch.conv_tbc`, input [T, B, C] and weight [taps, C, O], as a convolution in torch's usual layout."""
+    result: Tensor = F.conv1d(input.permute(1, 2, 0), weight.permute(2, 1, 0), bias, padding=pad)
+    return result.permute(2, 0, 1)
+
+
 def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make an in-place method from the function that returns a new tensor."""
     return lambda self, *args, **kwargs: self.copy_(function(self, *args, **kwargs))
@@ -108,6 +135,9 @@ EXPLICIT: dict[Callable[..., Any], Callable[..., Any]] = {  # the torch function
     torch.addbmm: _addbmm,
     torch.Tensor.addbmm: _addbmm,
     torch.tensordot: _tensordot,
+    torch.linalg.multi_dot: _multi_dot,
+    torch.chain_matmul: lambda *matrices: _multi_dot(matrices),
+    torch.conv_tbc: _conv_tbc,
     torch.Tensor.addmm_: _in_place(torch.addmm),
     torch.Tensor.addmv_: _in_place(torch.addmv),
     torch.Tensor.baddbmm_: _in_place(torch.baddbmm),

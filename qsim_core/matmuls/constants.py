@@ -17,18 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from qsim_core.snapshots import has_memory
 
-LIKE = frozenset(
-    {
-        torch.ones_like,
-        torch.zeros_like,
-        torch.full_like,
-        torch.empty_like,
-        Tensor.new_ones,
-        Tensor.new_zeros,
-        Tensor.new_full,
-        Tensor.new_empty,
-    }
-)
+_SHAPED = {torch.ones_like, torch.zeros_like, torch.full_like, torch.empty_like}
+_NEW = {Tensor.new_ones, Tensor.new_zeros, Tensor.new_full, Tensor.new_empty}
+LIKE = frozenset(_SHAPED | _NEW)
 """The functions that take no values from their first argument, but a shape, a dtype or a device."""
 MADE = frozenset({torch.ones, torch.zeros, torch.eye, torch.full, torch.empty, torch.tensor, *LIKE})
 """The functions that make a constant of numbers alone."""
@@ -36,18 +27,9 @@ AS = frozenset({Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.reshape_as, Te
 """The functions that take values from their first argument alone."""
 CHOOSE = frozenset({torch.Tensor.__getitem__, torch.index_select, torch.Tensor.index_select})
 """The functions that take matrices out of a stack: the weights of the experts that a token is sent to."""
-VALUES = frozenset(
-    {
-        Tensor.numpy,
-        Tensor.__array__,
-        Tensor.__dlpack__,
-        Tensor.tolist,
-        Tensor.item,
-        Tensor.__float__,
-        Tensor.__int__,
-        Tensor.__bool__,
-    }
-)
+_ARRAYS = {Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.tolist}
+_SCALARS = {Tensor.item, Tensor.__float__, Tensor.__int__, Tensor.__bool__}
+VALUES = frozenset(_ARRAYS | _SCALARS)
 """The functions that give a tensor's values to code outside of torch."""
 _NUMBERS = torch.empty(0)
 """The origin of a constant of numbers alone."""
@@ -71,6 +53,8 @@ class Constants:
         self._is_parameter = is_parameter
         self._read: dict[int, weakref.ref[Tensor]] = {}
         self._made: dict[int, tuple[weakref.ref[Tensor], Constant]] = {}
+        self._rows: dict[int, tuple[weakref.ref[Tensor], Constant]] = {}
+        """The rows of a matrix that an activation has chosen: a weight for a layer, activations elsewhere."""
         self._begun = False
 
     def begin(self, model: nn.Module) -> None:
@@ -84,7 +68,7 @@ class Constants:
                 plain = [value for name, value in vars(module).items() if name not in _REGISTERED]
                 for x in tree_leaves(plain):
                     if type(x) is Tensor:
-                        self._keep(x, _NUMBERS)
+                        self._keep(self._made, x, _NUMBERS)
 
     def find(self, x: Tensor, module: nn.Module) -> Constant | None:
         """Find what a constant is computed from; None for any other tensor. `module` is the running one."""
@@ -96,6 +80,11 @@ class Constants:
             return made[1]
         own = module._buffers and any(buffer is base for buffer in module._buffers.values())
         return Constant(base, shares=False) if own else None
+
+    def rows(self, x: Tensor) -> Constant | None:
+        """Find the parameter whose rows were chosen, such as the words that a sampled softmax scores."""
+        chosen = self._rows.get(id(x))
+        return chosen[1] if chosen is not None and chosen[0]() is x else None
 
     def note(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, module: nn.Module
@@ -113,7 +102,10 @@ class Constants:
         if len(found) == len(given) or (function in CHOOSE and any(one.origin.dim() > 2 for one in found)):
             origin = max((one.origin for one in found), key=_rank, default=_NUMBERS)
             for x in results:
-                self._keep(x, origin)
+                self._keep(self._made, x, origin)
+        elif function in CHOOSE and given[0][1] is not None:
+            for x in results:
+                self._keep(self._rows, x, given[0][1].origin)
         elif self._made:
             for x in results:
                 self._made.pop(id(x), None)
@@ -150,8 +142,9 @@ class Constants:
         known = self._read.get(id(origin))
         return known is not None and known() is origin
 
-    def _keep(self, x: Tensor, origin: Tensor) -> None:
-        key, made = id(x), self._made
+    @staticmethod
+    def _keep(made: dict[int, tuple[weakref.ref[Tensor], Constant]], x: Tensor, origin: Tensor) -> None:
+        key = id(x)
         made[key] = weakref.ref(x, lambda _: made.pop(key, None)), Constant(origin, _share(x, origin))
 
 

@@ -81,6 +81,7 @@ OF_MATRICES = {
     "mv": Op(("input", "vec"), ("input", "vec"), _always(LAST, LAST)),
     "inner": Op(("input", "other"), ("input", "other"), _always(LAST, LAST)),
     "dot": Op(("input", "other"), ("input", "other"), _always(LAST, LAST)),
+    "vdot": Op(("input", "other"), ("input", "other"), _always(LAST, LAST)),
     "addmv": Op(("input", "mat", "vec"), ("mat", "vec"), _always(LAST, LAST), addend="input"),
     "addmm": Op(("input", "mat1", "mat2"), ("mat1", "mat2"), _always(LAST, SECOND_LAST), addend="input"),
     "baddbmm": Op(("input", "batch1", "batch2"), ("batch1", "batch2"), _always(LAST, SECOND_LAST), addend="input"),

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
@@ -47,17 +48,8 @@ from qsim_core.sites.plan import Planner
 from qsim_core.sites.quantized_weights import Weight, Weights
 from qsim_core.sites.site import ATTENTION, Site
 
-MEMORY = frozenset(
-    {
-        Tensor.data.__get__,  # type: ignore[attr-defined]
-        Tensor.data.__set__,  # type: ignore[attr-defined]
-        Tensor.data_ptr,
-        Tensor.untyped_storage,
-        Tensor.numpy,
-        Tensor.__array__,
-        Tensor.__dlpack__,
-    }
-)
+_DATA = {Tensor.data_ptr, Tensor.untyped_storage, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
+MEMORY = frozenset({Tensor.data.__get__, Tensor.data.__set__, *_DATA})  # type: ignore[attr-defined]
 """The functions that give away a tensor's memory, in which values may then change while the version stays the same."""
 
 MET = frozenset({*OPS, *EXPLICIT, *SOFTMAX, *MEMORY, torch.einsum})
@@ -156,6 +148,10 @@ class Sites:
         if stack.frames and not stack.running():
             stack.clear()
         if not stack.frames:
+            if forward_ad._current_level >= 0:  # within `dual_level` or `torch.func.jvp`
+                raise QsimError(
+                    "a simulated model has no forward-mode derivatives (jvp, jacfwd); use vjp, grad or jacrev"
+                )
             self.weights.begin()
             self.constants.begin(self.weights.model)
             stack.begin(_Mode(self), sys._getframe(1))
@@ -250,7 +246,7 @@ class Sites:
         """Call a function that is not a matmul; note the weights that it computes, and the parameters that it reads."""
         result = function(*args, **kwargs)
         frames = self.stack.frames
-        noted = type(result) in _NOTED or function in VALUES
+        noted = type(result) in _NOTED or isinstance(result, Tensor) or function in VALUES
         if noted and frames and not torch.compiler.is_compiling():
             for parameter in self.constants.note(function, args, kwargs, result, frames[-1].module):
                 self.weights.read(self._name_of(parameter) or "")
@@ -318,7 +314,9 @@ class Sites:
     def _compute(self, call: Call) -> Any:
         frame = self.stack.frames[-1]
         constants = [self.constants.find(operand, frame.module) for operand in call.operands]
-        if all(constants) and not call.is_layer:  # it prepares a weight, like a low-rank update that is merged
+        if call.is_layer:
+            constants[1] = constants[1] or self.constants.rows(call.operands[1])
+        elif all(constants):  # it prepares a weight, like a low-rank update that is merged
             return self.watch(call.function, call.args, call.kwargs)
         weights = [self._weight_of(*operand) for operand in zip(call.operands, constants, strict=True)]
         if all(weights):  # a parameter times a parameter, such as a learned query: the last one counts as the weight

@@ -490,7 +490,6 @@ class TestFloat(QuantizerSuite):
         ("fp4", "'e2m1'"),
         ("fp4_e2m1", "'e2m1'"),
         ("e5m2fn", "'e5m2'"),
-        ("float64", "'float'"),
     ],
 )
 def test_the_names_of_other_projects_lead_to_ours(name: str, meant: str) -> None:
@@ -498,6 +497,18 @@ def test_the_names_of_other_projects_lead_to_ours(name: str, meant: str) -> None
         qsim.SpecError, match=f"^no quantizer '{name}'; did you mean {meant}(?: or '.+')?[?] There are "
     ):
         qsim.Host().parse(name, qsim.Quantizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.uint32, torch.bool, torch.complex64])
+def test_a_dtype_that_is_no_format_leads_to_no_other_width(dtype: torch.dtype) -> None:
+    with pytest.raises(qsim.SpecError, match=f"qsim has no format like {dtype}; the widest are int32 and fp32"):
+        qsim.parse(str(dtype))
+
+
+@pytest.mark.parametrize(("name", "width"), [("int", "int32"), ("short", "int16"), ("float", "float32")])
+def test_torchs_short_names_have_torchs_widths(name: str, width: str) -> None:
+    """Without `torch.` the name `int` is the component of qsim, which has eight bits."""
+    assert qsim.parse(f"torch.{name}") == qsim.parse(width)
 
 
 @pytest.mark.parametrize(
