@@ -47,8 +47,9 @@ class Works:
         self._under: list[tuple[Choice, dict[str, list[Part]]]] = []
         for choice in combinations(offered):
             with simulate(model, base.model_copy(update={**choice, "transforms": ()}), example=example) as simulation:
-                by_site = defaultdict(list)
-                for part in (*simulation.work(), *(time for one in on for time in _times(one, simulation))):
+                by_site: dict[str, list[Part]] = defaultdict(list)
+                parts: list[Part] = [*simulation.work(), *(time for one in on for time in _times(one, simulation))]
+                for part in parts:
                     by_site[part.site].append(part)
                 self._under.append((choice, by_site))
         allotted = {site for group in groups for site in group.sites}
