@@ -134,7 +134,7 @@ def test_evaluate_puts_cost_beside_accuracy_and_its_record_runs_again(tmp_path: 
 
     assert outcome.exit_code == 0, outcome.output
     assert "seconds of a batch, h100" in outcome.output
-    assert "h100, for the products of the audit's batch: roofline at 100% of peak" in " ".join(outcome.output.split())
+    assert "h100, for the audit's batch: roofline at 100% of peak" in " ".join(outcome.output.split())
     result = json.loads(record.read_text())
     assert list(result["audit"]["costs"]) == ["h100"] and "hardware" in result["plugins"]
     again = CliRunner().invoke(main, ["evaluate", "--from", str(record), "--json", "-"])

@@ -15,6 +15,7 @@ from qsim_core.cli.options import (
     COMPUTATION,
     DATA,
     ON,
+    PRODUCTS_ONLY,
     RECIPE,
     RESULT,
     Headed,
@@ -57,6 +58,7 @@ OUTPUT = (
         help="Write what there is to look at.",
     ),
     ON,
+    PRODUCTS_ONLY,
     *RESULT,
 )
 
@@ -147,7 +149,7 @@ def _print_recipe(recipe: Recipe, options: dict[str, Any], host: Host) -> None:
 
     job = Job.of(recipe, host)
     check_machine(options["device"], options["dtype"])
-    hardware_of(options["on"], host)
+    hardware_of(options["on"], host, options["products_only"])
     for source in (options["data"], options["calibration_data"]):
         if source is not None:
             check_source(source)
@@ -172,7 +174,7 @@ def _measured(recipe: Recipe, options: dict[str, Any], before: Result | None, ho
         dtype=options["dtype"],
         calibration=calibration_of(options),
         samples=options["samples"],
-        on=hardware_of(options["on"], host),
+        on=hardware_of(options["on"], host, options["products_only"]),
         baseline=options["baseline"],
         run=run_of(options, quiet),
     )

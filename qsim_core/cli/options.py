@@ -104,6 +104,9 @@ ON = click.option(
     metavar="TEXT|FILE.yaml",
     help="Say what a forward costs on this hardware: its name, or a file; repeatable.",
 )
+PRODUCTS_ONLY = click.option(
+    "--products-only", is_flag=True, help="Leave out of the costs of --on what lies between the matmuls, like softmax."
+)
 DATA = (
     click.option(
         "--data", type=FILE, metavar="FILE|NAME", help="Data: a file, or a name for `datasets` (NAME[:CONFIG[:SPLIT]])."

@@ -114,12 +114,13 @@ def run_of(options: Mapping[str, Any], quiet: bool) -> Run:
     return Run(**described, **({} if quiet else SHOWN))
 
 
-def hardware_of(texts: Iterable[str], host: Host) -> list[Hardware]:
+def hardware_of(texts: Iterable[str], host: Host, products_only: bool = False) -> list[Hardware]:
     """The hardware that `--on` names: by texts, or by YAML files that hold a name and its options."""
-    return [
+    found = [
         _described(Path(text), host) if text.endswith((".yaml", ".yml")) else host.parse(text, Hardware)
         for text in texts
     ]
+    return [one.products_only() for one in found] if products_only else found
 
 
 def _described(path: Path, host: Host) -> Hardware:

@@ -102,7 +102,7 @@ def _lines(result: Result) -> Iterator[str]:
         yield _computed_in(arithmetic, audit)
     yield from _sums(audit)
     for hardware, cost in audit.costs.items():
-        yield f"{hardware}, for the products of the audit's batch: {'; '.join(cost.assumptions)}"
+        yield f"{hardware}, for the audit's batch: {'; '.join(cost.assumptions)}"
     if audit.uncovered:
         yield f"not reached: {', '.join(audit.uncovered)}"
     grouped: dict[str, list[str]] = {}

@@ -21,7 +21,7 @@ from qsim_core.formats.quantizer import Quantizer
 from qsim_core.matmuls.dispatch import OperatorWatcher, operator_name, unwatched
 from qsim_core.matmuls.partial_sums import PartialSums
 from qsim_core.quantizers.standard_schemes import Cast
-from qsim_core.simulation.work import Cost, Hardware, Product, WorkCounter
+from qsim_core.simulation.work import Cost, Product, WorkCounter
 from qsim_core.sites.arithmetic import QuantizedRows
 from qsim_core.sites.executor import SiteObserver
 from qsim_core.sites.operation_sites import OperationSite
@@ -334,14 +334,11 @@ def _scales_each(quantizer: Quantizer, shape: torch.Size) -> bool:
 def measured_audit(
     sites: Sites,
     run: Callable[[], Any] | None,
-    on: Iterable[Hardware] = (),
-    dtype: torch.dtype = torch.float32,
     observer: SiteObserver | None = None,
 ) -> Audit:
     """Look at one batch, which `run` puts through the model; without it, only at what was met before.
 
-    `on` names hardware that prices the batch; tensors that are not quantized are held in `dtype` there. `observer` sees
-    the tensors of the batch too.
+    `observer` sees the tensors of the batch too.
     """
     watch, outside, counter = _Watch(observer), _Outside(sites), WorkCounter()
     calls = {name: site.calls for table in (sites.table, sites.operations.table) for name, site in table.items()}
@@ -362,7 +359,6 @@ def measured_audit(
         bits_per_weight=_mean_bits(watch, "weight"),
         bits_per_activation=_mean_bits(watch, "input"),
         operations=[_operation(site, calls[site.name], watch) for site in sites.operations.table.values()],
-        costs={str(one): one.cost([*counter.work(sites.table.values(), dtype)]) for one in on},
         warnings=list(_unfit(sites.table.values(), records)),
     )
 

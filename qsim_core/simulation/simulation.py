@@ -81,12 +81,11 @@ class Simulation:
             raise QsimError("there is nothing to audit: this simulation was restored")
         batch = self.example if example is None else example
         if batch is None:
-            return measured_audit(self.sites, None, on)
+            return measured_audit(self.sites, None)
         texts, _ = unpadded(self.model, [batch])
         with as_in_evaluation(self.model):
-            return measured_audit(
-                self.sites, lambda: [call(self.model, text) for text in texts], on, self._dtype, observer
-            )
+            found = measured_audit(self.sites, lambda: [call(self.model, text) for text in texts], observer)
+        return found.model_copy(update={"costs": {str(one): one.price(self, batch) for one in on}})
 
     def products(self, example: Example = None) -> dict[str, list[Product]]:
         """Count the products of each site by size, in a forward in which nothing is quantized.

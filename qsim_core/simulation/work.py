@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -110,6 +110,14 @@ class Hardware(Component):
     @abstractmethod
     def cost(self, work: Sequence[SiteWork]) -> Cost:
         """Compute the cost of the products of one forward."""
+
+    def price(self, simulation: Any, example: Any) -> Cost:
+        """Compute the cost of a forward of a `Simulation`. Hardware that prices more than products overrides this."""
+        return self.cost(simulation.work(example))
+
+    def products_only(self) -> Self:
+        """Give hardware that prices products alone: itself, unless it overrides this too."""
+        return self
 
 
 class _Met(NamedTuple):

@@ -115,16 +115,47 @@ class Fused(Arithmetic):
         if self.scales == "groups":
             product = self._grouped(left, right)
         elif self.scales == "exponents":
-            product = self._products(*(_with_exponents(rows) for rows in (left, right)))
+            terms = [_with_exponents(rows) for rows in (left, right)]
+            product = self._unit(left.units, right.units, *terms)
         else:
             parts = (
-                self._products(Terms.of(x.units, left.element), Terms.of(w.units, right.element))
+                self._unit(x.units, w.units, Terms.of(x.units, left.element), Terms.of(w.units, right.element))
                 * x.scale
                 * w.scale.transpose(-1, -2)
                 for x, w in left.blocks_with(right)
             )
             product = functools.reduce(torch.add, parts)
         return _with_specials(product, left.values, right.values).to(left.values.dtype)
+
+    def _unit(self, x: Tensor, w: Tensor, left: Terms, right: Terms) -> Tensor:
+        """Multiply rows x `[..., M, K]` and w `[..., N, K]`, with terms that have 0 in place of ±Inf and NaN.
+
+        In a step with Inf or NaN the finite products do not count. So the sum is infinite by its size only if it was
+        before the first of these steps.
+        """
+        product = self._products(left, right)
+        if x.isfinite().all() and w.isfinite().all():
+            return product
+        plain = x.double() @ w.double().transpose(-1, -2)
+        found = torch.where(plain.isfinite(), product, plain.float())
+        places = (product.isinf() & plain.isinf()).nonzero(as_tuple=True)
+        if len(places[0]):
+            *leading, row, column = places
+            chosen = [(one, (*leading[len(leading) - one.dim() + 2 :], at)) for one, at in ((x, row), (w, column))]
+            special = ~torch.stack([one[at].isfinite() for one, at in chosen]).all(0)
+            step = torch.arange(x.shape[-1], device=x.device) // self.n
+            before = step < step[special.int().argmax(-1)].unsqueeze(-1)
+            rows = [
+                Terms(
+                    torch.where(before, of.significand[at], 0).unsqueeze(-2),
+                    torch.where(before, of.exponent[at], ZERO_EXPONENT).unsqueeze(-2),
+                    of.digits,
+                )
+                for of, (_, at) in zip((left, right), chosen, strict=True)
+            ]
+            sums = self._products(*rows).flatten()
+            found[places] = torch.where(sums.isinf(), sums + plain[places], plain[places]).to(found.dtype)
+        return found
 
     def _products(self, left: Terms, right: Terms) -> Tensor:
         """Multiply finite terms `[..., M, K]` and `[..., N, K]` in float32 `[..., M, N]`."""
@@ -271,9 +302,9 @@ def _groups(rows: QuantizedRows) -> tuple[Tensor, Terms, Tensor]:
 
 
 def _with_specials(product: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Put the Inf and NaN of a plain sum in place of a product of finite terms."""
+    """Put the Inf and NaN of a plain sum in place of a finite product: scales that are not finite make them too."""
     if left.isfinite().all() and right.isfinite().all():
         return product
-    plain = (left.double() @ right.double().transpose(-1, -2)).to(product.dtype)
-    both = torch.where(product.isinf(), product + plain, plain)
-    return torch.where(plain.isfinite(), product, both)
+    plain = left.double() @ right.double().transpose(-1, -2)
+    settled = plain.isfinite() | (plain.isinf() & ~product.isfinite())
+    return torch.where(settled, product, plain.to(product.dtype))

@@ -133,6 +133,33 @@ def test_inf_and_nan_are_those_of_a_plain_sum(x: list[float], expected: float) -
     assert product == expected or (math.isnan(product) and math.isnan(expected))
 
 
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [(0, -math.inf), (16, -math.inf), (31, -math.inf), (32, math.nan), (47, math.nan)],
+    ids=["the step before", "the same step", "its last product", "the step after", "the last product"],
+)
+def test_a_sum_that_is_infinite_by_its_size_meets_the_inf_of_a_later_step_alone(place: int, expected: float) -> None:
+    x = torch.zeros(2, 48)
+    x[:, 16:20] = 2.0**126  # too large for the register in the second step
+    x[0, place] = -math.inf
+    left, right = (QuantizedRows.of(qsim.parse("bf16"), rows) for rows in (x, torch.full((1, 48), 4.0)))
+
+    product = arithmetic("hopper").multiply(left, right).flatten().tolist()
+
+    assert str(product) == str([expected, math.inf])
+
+
+def test_a_large_finite_sum_beside_a_row_with_inf_stays_finite() -> None:
+    largest = torch.finfo(torch.float32).max
+    x = torch.tensor([[2.0**127, 2.0**127, -(2.0**102)], [math.inf, 0.0, 0.0]])
+    x = torch.cat([x, torch.zeros(2, 5)], 1)
+    left, right = (QuantizedRows.of(qsim.parse("bf16"), rows) for rows in (x, torch.ones(1, 8)))
+
+    product = arithmetic("hopper").multiply(left, right).flatten().tolist()
+
+    assert product == [largest, math.inf]
+
+
 def test_what_is_too_large_for_the_register_is_infinite() -> None:
     rows = QuantizedRows.of(qsim.parse("bf16"), torch.full((1, 40), 2.0**63))
 

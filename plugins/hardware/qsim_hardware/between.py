@@ -6,15 +6,14 @@ A plugin meets them. Each reads its operands once and writes its result once, as
 from __future__ import annotations
 
 import contextlib
-from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qsim_core import Cost, Hardware, OperationCall, Quantizer, Simulation, SiteWork
+from qsim_core import OperationCall, Quantizer, Simulation
 from qsim_core.components.discovery import added
 
 FLOPS = {
@@ -43,14 +42,6 @@ class OperationWork:
     """The bytes that are read and written, as wide as the quantizers of input and output, or as the model's dtype."""
 
 
-class PricesOperations(Hardware):
-    """Hardware that prices the operations between products too. One more method to write: `cost_with`."""
-
-    @abstractmethod
-    def cost_with(self, work: Sequence[SiteWork], between: Sequence[OperationWork]) -> Cost:
-        """Compute the cost of the products of one forward, and of the operations between them."""
-
-
 class Between:
     """Counts the operations of a forward."""
 
@@ -77,7 +68,8 @@ class Between:
 @contextlib.contextmanager
 def counted(simulation: Simulation) -> Iterator[list[OperationWork]]:
     """Count the operations of the forwards inside."""
-    sites, counter = simulation.sites, Between(simulation.model.dtype)  # type: ignore[arg-type]
+    parameters = (x.dtype for x in simulation.model.parameters() if x.is_floating_point())
+    sites, counter = simulation.sites, Between(next(parameters, torch.get_default_dtype()))
     meet = added("operation_sites", "meets operations between products")
     before, sites.operations = sites.operations, meet(simulation.recipe)
     sites.operations.watcher = counter

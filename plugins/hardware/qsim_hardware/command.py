@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qsim_core.cli.options import COUNT, ON, RECIPE, RESULT, Headed, output_file, with_options
+from qsim_core.cli.options import COUNT, ON, PRODUCTS_ONLY, RECIPE, RESULT, Headed, output_file, with_options
 
 if TYPE_CHECKING:
     from qsim_core import Recipe
@@ -18,9 +18,9 @@ SHAPES = (
     click.option("--batch", metavar="N", type=COUNT, default=1, help="Sequences or images computed together."),
     click.option("--prompt", metavar="N", type=COUNT, default=512, help="Tokens of each prompt."),
     click.option("--generate", metavar="N", type=click.IntRange(0, 2**31 - 1), default=128, help="Tokens after it."),
-    click.option("--products-only", is_flag=True, help="Leave out softmax, norms and all else between the matmuls."),
     click.option("--dtype", metavar="NAME", help="Of what is not quantized; default: the checkpoint's, or bfloat16."),
     ON,
+    PRODUCTS_ONLY,
 )
 
 SAYING = ("plugins", "precision", "weights", "activations", "outputs", "kv_cache", "operations", "recipe")

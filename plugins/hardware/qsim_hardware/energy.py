@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from qsim_core import Cost, Hardware, SiteWork
+from qsim_core import Cost, SiteWork
 from qsim_hardware.arithmetic_units import INTERPOLATION, Figures, multiply_and_add
+from qsim_hardware.forward import CountedHardware
 
 SRAM = {"8KB": 10.0, "32KB": 20.0, "1MB": 100.0, "none": 0.0}
 """Picojoules to read or write 64 bits, by the size of the memory."""
@@ -16,7 +17,7 @@ WORD = 64
 PICO = 1e-12
 
 
-class Energy(Hardware):
+class Energy(CountedHardware):
     """The energy of multipliers, adders and memory.
 
         joules = multiplications * (multiply + add) + bits / 64 * (dram + 2 buffer)
@@ -54,7 +55,7 @@ class Energy(Hardware):
         )
 
 
-class Area(Hardware):
+class Area(CountedHardware):
     """The area of one multiplier with its adder, for each pair of formats that meets in a product.
 
     The total is that of one unit of each kind, which a chip for this recipe needs at least.

@@ -5,20 +5,17 @@ Tensors are on the meta device, so a forward of any size takes no memory.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from qsim_core import ModelError, QsimError, Recipe, Simulation, SiteWork, Transform, simulate
+from qsim_core import ModelError, QsimError, Recipe, SiteWork, Transform, simulate
 from qsim_core.errors import one_line
-from qsim_core.simulation.work import TensorWork, work_beside
-from qsim_hardware.between import OperationWork, counted
-
-CACHED = ("keys", "values")
+from qsim_core.simulation.work import work_beside
+from qsim_hardware.forward import CACHED, Phase, cache_argument, cache_of, forward, generates, main_input
 
 
 @dataclass(frozen=True)
@@ -28,16 +25,6 @@ class Shapes:
     batch: int
     prompt: int
     generate: int
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One forward, and its work at each site."""
-
-    name: str
-    work: Sequence[SiteWork]
-    between: Sequence[OperationWork] = ()
-    """The operations between the products."""
 
 
 def phases(model: Any, recipe: Recipe, shapes: Shapes, operations: bool = True) -> list[Phase]:
@@ -52,14 +39,14 @@ def phases(model: Any, recipe: Recipe, shapes: Shapes, operations: bool = True) 
         model.set_attn_implementation("eager")  # others look at the values of masks
     with simulate(model, recipe) as simulation, _without_values(model):
         start = 1 if _encodes(model) else shapes.prompt
-        prompt, before = _forward("prompt", simulation, _inputs(model, shapes, start), operations)
+        prompt, before = forward("prompt", simulation, _inputs(model, shapes, start), operations)
         if before is None:
             return [replace(prompt, name="forward")]
         found, read = [prompt], start
         for name, length in _lengths(start, shapes.generate).items():
             if length > read:
-                _, before = _forward(name, simulation, _inputs(model, shapes, length), False)
-            found.append(_forward(name, simulation, _next_token(model, shapes, before), operations)[0])
+                _, before = forward(name, simulation, _inputs(model, shapes, length), False)
+            found.append(forward(name, simulation, _next_token(model, shapes, before), operations)[0])
         return found
 
 
@@ -76,11 +63,6 @@ def with_factors(phase: Phase, model: Any, transforms: Sequence[Transform]) -> P
     return replace(phase, work=found)
 
 
-def generates(model: Any) -> bool:
-    """True for a language model that makes text, and keeps the keys and values of what it has read."""
-    return _main_input(model) == "input_ids" and bool(model.can_generate())
-
-
 def _encodes(model: Any) -> bool:
     """True for an encoder and a decoder: the encoder reads the prompt once, the decoder begins with one token."""
     return bool(getattr(model.config, "is_encoder_decoder", False))
@@ -90,7 +72,7 @@ def notes(model: Any, shapes: Shapes) -> Iterator[str]:
     """Lines about what can hardly be meant."""
     tokens = shapes.prompt + shapes.generate * generates(model)
     positions = getattr(model.config, "max_position_embeddings", None)
-    if _main_input(model) == "input_ids" and isinstance(positions, int) and tokens > positions:
+    if main_input(model) == "input_ids" and isinstance(positions, int) and tokens > positions:
         yield f"{tokens} tokens are more than the {positions} positions that the model was made for"
     if not generates(model):
         yield "the model does not continue texts: one forward is counted, and no decoding"
@@ -112,22 +94,13 @@ def _lengths(start: int, generate: int) -> dict[str, int]:
     return {"first token": start, "last token": start + generate - 1}
 
 
-def _main_input(model: Any) -> str:
-    return str(getattr(model, "main_input_name", ""))
-
-
-def _cache_argument(model: Any) -> str:
-    """The name of the cache in the arguments and the result of a forward; transformers 5.24 has shortened it."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
 def _tokens(batch: int, tokens: int) -> torch.Tensor:
     return torch.zeros(batch, tokens, dtype=torch.long, device="meta")
 
 
 def _next_token(model: Any, shapes: Shapes, before: Any) -> dict[str, Any]:
     """Inputs of one more token after a forward that gave `before`."""
-    known = {_cache_argument(model): _cache(model, before), "use_cache": True}
+    known = {cache_argument(model): cache_of(model, before), "use_cache": True}
     if not _encodes(model):
         return {"input_ids": _tokens(shapes.batch, 1), **known}
     return {
@@ -137,18 +110,13 @@ def _next_token(model: Any, shapes: Shapes, before: Any) -> dict[str, Any]:
     }
 
 
-def _cache(model: Any, output: Any) -> Any:
-    """The keys and values that a forward gave; None: it keeps none."""
-    return getattr(output, _cache_argument(model), None) if generates(model) else None
-
-
 def _inputs(model: Any, shapes: Shapes, tokens: int) -> dict[str, Any]:
     """Inputs of the model's own kind: tokens, or images of the size in its configuration. Raises `ModelError`.
 
     `tokens` is what the part that makes text has read.
     """
     batch = shapes.batch
-    match _main_input(model):
+    match main_input(model):
         case "input_ids" if _encodes(model):
             ids = _tokens(batch, shapes.prompt)
             return {"input_ids": ids, "decoder_input_ids": _tokens(batch, tokens), "use_cache": True}
@@ -174,37 +142,3 @@ def _without_values(model: Any) -> Iterator[None]:
         raise
     except Exception as error:  # of any class, as a model that looks at values likes
         raise ModelError(f"{type(model).__name__} cannot run without values: {one_line(error)}") from None
-
-
-def _forward(name: str, simulation: Simulation, inputs: dict[str, Any], operations: bool) -> tuple[Phase, Any]:
-    """Count the work of a forward without values, and give its output if it has a cache."""
-    model: Any = simulation.model
-    caught: list[Any] = []
-    handle = model.register_forward_hook(lambda module, arguments, output: caught.append(output))
-    watched: AbstractContextManager[list[OperationWork]] = counted(simulation) if operations else nullcontext([])
-    try:
-        with watched as between:
-            work = simulation.work(inputs)
-    finally:
-        handle.remove()
-    cache = _cache(model, caught[-1])
-    return Phase(name, _read_once(work, cache), between), None if cache is None else caught[-1]
-
-
-def _read_once(work: Sequence[SiteWork], cache: Any) -> list[SiteWork]:
-    """Count the keys and values of each layer as its cache holds them: once, not for each head that reads them."""
-    held = [layer for layer in getattr(cache, "layers", ()) if getattr(layer, "keys", None) is not None]
-    found: list[SiteWork] = []
-    met = dict.fromkeys(CACHED, 0)
-    for one in work:
-        left, right = one.operands
-        if right.role in CACHED and met[right.role] < len(held):
-            tensor: torch.Tensor = getattr(held[met[right.role]], right.role)
-            met[right.role] += 1
-            right = _limited(right, tensor.numel())
-        found.append(replace(one, operands=(left, right)))
-    return found
-
-
-def _limited(tensor: TensorWork, elements: int) -> TensorWork:
-    return replace(tensor, elements=min(tensor.elements, elements))

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from qsim_core import Cost, Hardware, SiteWork
-from qsim_hardware.between import PricesOperations
-from qsim_hardware.phases import Phase, Shapes, cached_bytes
+from qsim_hardware.forward import CountedHardware, Phase
+from qsim_hardware.phases import Shapes, cached_bytes
 
 ADDITIVE = ("seconds", "joules")
 
@@ -94,9 +94,7 @@ def _phase(phase: Phase, hardware: Sequence[Hardware]) -> PhaseReport:
 
 
 def _cost(hardware: Hardware, phase: Phase) -> Cost:
-    if phase.between and isinstance(hardware, PricesOperations):
-        return hardware.cost_with(phase.work, phase.between)
-    return hardware.cost(phase.work)
+    return hardware.cost_of(phase) if isinstance(hardware, CountedHardware) else hardware.cost(phase.work)
 
 
 def _generation(name: str, told: Sequence[PhaseReport], shapes: Shapes) -> Generation:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field, PositiveFloat
 
 from qsim_core import Cost, Format, SiteWork
-from qsim_hardware.between import OperationWork, PricesOperations
+from qsim_hardware.between import OperationWork
 from qsim_hardware.formats import format_of, holds, name_of
+from qsim_hardware.forward import CountedHardware, Phase
 
 ALONE = "matmuls alone: no softmax, norms, embeddings or biases"
 BETWEEN = (
@@ -34,7 +35,7 @@ def _pairs(value: Any) -> Any:
     return tuple(value.items()) if isinstance(value, Mapping) else value
 
 
-class Roofline(PricesOperations):
+class Roofline(CountedHardware):
     """A device with a peak rate for each number format, and one memory.
 
         seconds = max(2 batch M N K / (peak * efficiency), bytes / bandwidth)
@@ -57,13 +58,19 @@ class Roofline(PricesOperations):
     bandwidth: PositiveFloat = Field(description="bytes that the memory reads or writes in a second")
     float32: PositiveFloat | None = Field(None, description="operations a second in float32; none: it has no such unit")
     efficiency: float = Field(1.0, gt=0, le=1, description="share of the peak rates that is reached")
+    operations: bool = Field(True, description="price the operations between products too, such as softmax")
 
     def cost(self, work: Sequence[SiteWork]) -> Cost:
         """Compute the seconds of each product, and add them up."""
-        return self.cost_with(work, ())
+        return self.cost_of(Phase("forward", work))
 
-    def cost_with(self, work: Sequence[SiteWork], between: Sequence[OperationWork]) -> Cost:
+    def products_only(self) -> Self:
+        """Give the same device without operations between products."""
+        return self.replace(operations=False)
+
+    def cost_of(self, phase: Phase) -> Cost:
         """Compute the seconds of each product and of each operation, and add them up."""
+        work, between = phase.work, phase.between if self.operations else ()
         sites: dict[str, dict[str, float | str]] = {}
         longest: dict[str, float] = defaultdict(float)
         bound_by = dict.fromkeys(("compute", "memory"), 0.0)

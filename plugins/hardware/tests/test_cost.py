@@ -342,6 +342,26 @@ def test_products_alone_are_counted_on_demand(write: Write) -> None:
     assert "matmuls alone: no softmax, norms, embeddings or biases" in cost["assumptions"]
 
 
+@pytest.mark.parametrize("products_only", [False, True])
+@pytest.mark.parametrize("configuration", [LLAMA, BERT], ids=lambda configuration: configuration["model_type"])
+def test_an_audit_prices_a_forward_as_the_command_does(
+    configuration: dict[str, Any], products_only: bool, write: Write
+) -> None:
+    directory, only = write(configuration), ["--products-only"] if products_only else []
+    same = ["--weights", "int4", "--skip", "none", "--dtype", "float32", "--on", CHIP, "--batch", 2, "--prompt", ROWS]
+    (expected,) = report(directory, *same, *only)["phases"][0]["costs"].values()
+    located = locate(str(directory), qsim.Host())
+    chip: Any = qsim.Host().parse(CHIP, qsim.Hardware)
+    model: Any = located.adapter.outline(located.source, torch.float32)
+    model.set_attn_implementation("eager")  # others look at the values of masks
+    example = {"input_ids": torch.zeros(2, ROWS, dtype=torch.long, device="meta")}
+
+    with qsim.simulate(model, weights="int4", skip=()) as simulation:
+        found = (chip.products_only() if products_only else chip).price(simulation, example)
+
+    assert (found.totals, found.sites) == (expected["totals"], expected["sites"])
+
+
 @pytest.mark.parametrize("option", ["--batch", "--prompt"])
 def test_a_shape_of_zero_is_refused(option: str, write: Write) -> None:
     outcome = run(write(LLAMA), option, 0)

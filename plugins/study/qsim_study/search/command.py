@@ -16,6 +16,7 @@ from qsim_core.cli.options import (
     DATA,
     ON,
     POSITIVE,
+    PRODUCTS_ONLY,
     RECIPE,
     RESULT,
     Headed,
@@ -34,6 +35,7 @@ BUDGET = (
     click.option("--bops", metavar="N", type=POSITIVE, help="Bit operations of a forward of the evaluator's example."),
     click.option("--ms", metavar="N", type=POSITIVE, help="Milliseconds of the same forward on the hardware of --on."),
     ON,
+    PRODUCTS_ONLY,
 )
 SEARCH = (
     click.option(
@@ -120,6 +122,6 @@ def _found(options: dict[str, Any], host: Host, quiet: bool) -> Found:
         dtype=options["dtype"],
         calibration=calibration_of(options),
         run=run_of(options, quiet),
-        on=hardware_of(options["on"], host),
+        on=hardware_of(options["on"], host, options["products_only"]),
         rounds=options["rounds"],
     )

@@ -18,7 +18,7 @@ from qsim_study.search.allotting import cheapest_loss
 from qsim_study.search.choices import Allotment, Choice, Group, Offered, combinations, offered, recipe_of
 from qsim_study.search.found import Budget, Found, GroupRecord, Round, Uniform
 from qsim_study.search.groups import groups_of
-from qsim_study.search.prices import Price, Works, check_smallest, prices
+from qsim_study.search.prices import Price, Works, check_smallest, prices, products
 from qsim_study.search.trials import Trials
 
 
@@ -59,8 +59,8 @@ def search(
         raise DataError(f"{job.evaluator} gives no example batch, in which a search finds the sites")
     with run.stage("looking for sites"):
         groups, elements = groups_of(loaded.model, base, choices, example)
-        works = Works(loaded.model, base, choices, groups, example)
         priced = prices(budget, elements, on)
+        works = Works(loaded.model, base, choices, groups, example, on)
         check_smallest(priced, works, choices)
     with run.stage("drawing samples"):
         trials = Trials(job, loaded, seen, given, run, example, host)
@@ -153,7 +153,7 @@ class _Search:
         choice = self.best[group]
         widths = [
             (one.elements, one.bits)
-            for work in self.works.of(group, choice)
+            for work in products(self.works.of(group, choice))
             for one in work.operands
             if one.role == "weight"
         ]
