@@ -28,6 +28,8 @@ class Accelerator(Protocol):
     It may have further methods:
 
         scales(quantizer, x)                  gives `quantizer.scales(x)`, or None
+        errors(quantizer, x, y)               sums of x² and of (x - y)² in float64, and counts of non-zero values
+                                              that became zero and of values outside the range; or None
         attend(sites, query, key, value, …)   computes fused attention at its sites, or gives None
         compiled(source, elements)            compiles a C++ source of a plugin for this processor, or gives None
         at_once()                             a context manager: what it compiles is compiled at the first call inside
@@ -87,11 +89,13 @@ def accelerated(quantizer: Any, x: Tensor, scales: Any = None, out: Tensor | Non
 
 def accelerated_scales(quantizer: Any, x: Tensor) -> Any:
     """Give the first accelerator's scales and zero points of `x`; None if each declines."""
-    for accelerator in accelerators_by_name().values():
-        find = getattr(accelerator, "scales", None)
-        if find is not None and (found := find(quantizer, x)) is not None:
-            return found
-    return None
+    return _first("scales", quantizer, x)
+
+
+def accelerated_errors(quantizer: Any, x: Tensor, y: Tensor) -> tuple[float, float, int, int] | None:
+    """Give the first accelerator's sums and counts of what quantizing `x` to `y` did; None if each declines."""
+    found: tuple[float, float, int, int] | None = _first("errors", quantizer, x, y)
+    return found
 
 
 def compiled(source: Path, elements: int) -> Any:
@@ -99,9 +103,14 @@ def compiled(source: Path, elements: int) -> Any:
 
     `elements` is the work of this call, in elements that are quantized: compiling has to be worth it.
     """
+    return _first("compiled", source, elements)
+
+
+def _first(method: str, *arguments: Any) -> Any:
+    """The first result of accelerators that have a method; None if each declines."""
     for accelerator in accelerators():
-        compile_source = getattr(accelerator, "compiled", None)
-        if compile_source is not None and (found := compile_source(source, elements)) is not None:
+        call = getattr(accelerator, method, None)
+        if call is not None and (found := call(*arguments)) is not None:
             return found
     return None
 

@@ -14,6 +14,8 @@ from qsim_core.matmuls.layout import LAST, Layout
 
 LINEAR = (F.linear, torch.addmm)
 """The functions that multiply by a weight and add a bias."""
+FIRST = (0, 1)
+"""The places of two operands that are the first arguments."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,16 @@ class Call:
 
     def again(self, args: tuple[Any, ...], operands: tuple[Tensor, ...]) -> Call:
         """The same call with other tensors, in less time than `dataclasses.replace` takes."""
-        other = object.__new__(type(self))
-        vars(other).update(vars(self), args=args, operands=operands)
+        other = object.__new__(Call)
+        known = vars(other)
+        known.update(vars(self))
+        known["args"], known["operands"] = args, operands
         return other
 
     def run(self, operands: Sequence[Tensor]) -> Any:
         """Call the function with these operands in place of its own; all other arguments stay."""
+        if self.places == FIRST and not self.kwargs:
+            return self.with_beside(self.function(*operands, *self.args[2:]))
         args, kwargs = list(self.args), dict(self.kwargs)
         for place, operand in zip(self.places, operands, strict=True):
             if isinstance(place, int):

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from qsim_core.errors import natural_order
+from qsim_core.formats.accelerator import accelerated_errors
 from qsim_core.formats.quantizer import Quantizer
 from qsim_core.matmuls.dispatch import OperatorWatcher, operator_name, unwatched
 from qsim_core.matmuls.partial_sums import PartialSums
@@ -187,6 +188,12 @@ class _Sums:
         self.bits = None if bits is None or self.bits is None else self.bits + bits * before.numel()
         if before is after:  # quantized before this audit, and the original is gone
             self.clipped = self.flushed = None
+            return
+        fast = accelerated_errors(quantizer, before, after)
+        if fast is not None:
+            for name, value in zip(("signal", "error", "flushed", "clipped"), fast, strict=True):
+                own = getattr(self, name)
+                setattr(self, name, None if own is None else own + value)
             return
         for x, y in _parts(before, after):
             wide = x.double().flatten()

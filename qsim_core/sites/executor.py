@@ -222,8 +222,9 @@ class LiveExecution(Execution):
 
     def again(self, call: Call, operands: Sequence[Operand]) -> LiveExecution:
         """The execution of another call by the same quantizers."""
-        other = object.__new__(type(self))
-        vars(other).update(vars(self), call=call, operands=operands)
+        other = object.__new__(LiveExecution)
+        known = other.__dict__ = self.__dict__.copy()
+        known["call"], known["operands"] = call, operands
         return other
 
     def result(self) -> Tensor:
@@ -299,7 +300,8 @@ class LiveExecution(Execution):
                     self.lowering,
                     keep_scales=self.arithmetic.simulates,
                 )
-        self._observe("weight", value if before is None else before, value, operand.layout, quantizer)
+        if self.observer is not None:
+            self._observe("weight", value if before is None else before, value, operand.layout, quantizer)
         return value
 
     def _input(self, operand: Operand) -> Tensor:
@@ -317,7 +319,8 @@ class LiveExecution(Execution):
                     value = operand.layout.back(self._rows(operand, quantizer))
                     last = None if place.drawn else reusable(quantizer, operand.tensor, value, operand.layout)
                 stack.quantized = last
-        self._observe(operand.role, operand.tensor, value, operand.layout, quantizer)
+        if self.observer is not None:
+            self._observe(operand.role, operand.tensor, value, operand.layout, quantizer)
         return value
 
     def _rows(self, operand: Operand, quantizer: Any) -> Tensor:
@@ -379,7 +382,9 @@ class Layer:
     def __init__(self, execution: LiveExecution, weight: Weight) -> None:
         self.site, self.plan, self.fixed = execution.site, execution.site.plan, dict(execution.site.fixed)
         self.name, self.attribute = weight.name, weight.name.rpartition(".")[2]
-        self.operands = [(one.role, one.layout, one.quantizer) for one in execution.operands]
+        (self.input, self.of_input, self.quantizer), (self.role, self.of_weight, self.rounding) = (
+            (one.role, one.layout, one.quantizer) for one in execution.operands
+        )
         self.call = execution.call.again((), ())
         self.execution = execution.again(self.call, ())
 
@@ -392,18 +397,22 @@ class Layer:
             or weight is not module._parameters.get(self.attribute)
             or module is not self.execution.module
             or site.plan is not self.plan
-            or len(site.fixed) != len(self.fixed)
-            or any(site.fixed.get(role) is not quantizer for role, quantizer in self.fixed.items())
+            or not self._fixed_as_before()
             or site.rotations
             or site.beside is not None
             or site.in_training is not None
         ):
             return None
         site.calls += not recomputing()
-        (role, layout, quantizer), of_weight = self.operands
-        own = Weight(self.name, tensors[1], owned=True)
-        operands = Operand(role, x, layout, quantizer), Operand(of_weight[0], tensors[1], *of_weight[1:], own)
+        operands = (
+            Operand(self.input, x, self.of_input, self.quantizer),
+            Operand(self.role, tensors[1], self.of_weight, self.rounding, Weight(self.name, tensors[1], True)),
+        )
         return self.execution.again(self.call.again(args, tensors), operands)
+
+    def _fixed_as_before(self) -> bool:
+        now, before = self.site.fixed, self.fixed
+        return len(now) == len(before) and (not now or all(now.get(role) is one for role, one in before.items()))
 
 
 def check_planned(site: Site, call: Call, weights: Sequence[Weight | None]) -> None:

@@ -161,16 +161,17 @@ class Sites:
     @functools.partial(uncompiled, inside=False)
     def _leave(self, path: str, module: nn.Module, args: Any, output: Any) -> Any:
         stack = self.stack
-        if not any(frame.module is module for frame in reversed(stack.frames)):
+        frames = stack.frames
+        if not frames or (frames[-1].module is not module and all(frame.module is not module for frame in frames)):
             return None
-        while (frame := stack.frames[-1]).module is not module:
-            stack.frames.pop()
+        while (frame := frames[-1]).module is not module:
+            frames.pop()
         changed = self.operations.leave(self, frame, output)
-        stack.frames.pop()
-        if not stack.frames:
+        frames.pop()
+        if not frames:
             stack.clear()
         resume_compiling(frame.compiling)
-        if not stack.frames and path == "" and not self.checked and output is not None:
+        if not frames and path == "" and not self.checked and output is not None:
             self.check()
         return changed
 

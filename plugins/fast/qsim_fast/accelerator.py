@@ -14,7 +14,7 @@ from qsim_core.sites.sites import Sites
 from qsim_fast.causal_attention import QUERIES, SCORES
 from qsim_fast.compiled import Compiled, compiled
 from qsim_fast.kernels import native
-from qsim_fast.quantizing import cast, quantize, scales
+from qsim_fast.quantizing import cast, errors, quantize, scales
 from qsim_fast.tiled_attention import attend
 
 
@@ -38,6 +38,10 @@ class Fast:
     def scales(self, scheme: Any, x: Tensor) -> Scales | None:
         """Give the scales and zero points of `x`, with the reference's bits; None if the kernels cannot."""
         return scales(scheme, x)
+
+    def errors(self, quantizer: Any, x: Tensor, y: Tensor) -> tuple[float, float, int, int] | None:
+        """Add up what quantizing `x` to `y` did; None if the kernels cannot."""
+        return errors(quantizer, x, y)
 
     def attend(self, sites: Sites, *args: Any, **kwargs: Any) -> Tensor | None:
         """Compute attention a few heads, or a few queries, at a time; None if its sites do not allow it."""

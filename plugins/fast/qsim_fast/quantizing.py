@@ -22,10 +22,11 @@ from qsim_core.formats.rounding import Steps
 from qsim_core.quantizers.calibrators import AbsMax, MinMax
 from qsim_core.quantizers.scales import Scales
 from qsim_core.quantizers.scheme import Scheme
+from qsim_core.quantizers.standard_schemes import Cast
 from qsim_core.sites.workspace import Memory, like
 from qsim_fast.identity_cache import cached_by_identity
-from qsim_fast.kernels.arguments import GIVEN, Grid, Scaling, buffer
-from qsim_fast.kernels.native import kernels_for
+from qsim_fast.kernels.arguments import CPU, GIVEN, Grid, Scaling, buffer
+from qsim_fast.kernels.native import CpuKernels, kernels_for
 from qsim_fast.kernels.protocol import Kernels, Part
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -119,6 +120,34 @@ def scales(scheme: Scheme, x: Tensor) -> Scales | None:
     if kernels is None or order != [*range(x.dim())] or not _blocks_fit(scheme, x.shape[-1], kernels):
         return None
     return _measured(scheme, _matrix(x, order), _block(scheme, x.shape[-1]), kernels)
+
+
+def errors(quantizer: Any, x: Tensor, y: Tensor) -> tuple[float, float, int, int] | None:
+    """Compute `Accelerator.errors` in one pass over memory; None if the reference has to."""
+    scheme: Scheme | None = None
+    if isinstance(quantizer, Scheme) and uses_base_methods(type(quantizer)) and type(quantizer).passes is Scheme.passes:
+        scheme, format = quantizer, quantizer.coded
+    elif type(quantizer) is Cast:
+        format = quantizer.element
+    else:
+        return None
+    if type(format).passes is not Format.passes or x.device != CPU or x.dtype != y.dtype:
+        return None
+    if x.numel() == 0 or x.dim() == 0 or x.dtype not in DTYPES:
+        return None
+    if needs_reference(x) or needs_reference(y) or not (x.is_contiguous() and y.is_contiguous()):
+        return None
+    kernels = kernels_for(x.numel(), x.device)
+    if not isinstance(kernels, CpuKernels):
+        return None
+    known, block = Scales(buffer(1, 1).fill_(1.0), None), x.shape[-1]
+    if scheme is not None:
+        known, block = _in_float32(scheme.scales(x)), _block(scheme, block)
+    margin = (format.beyond - format.max) / 2
+    bounds = format.min - margin, format.max + margin
+    sums, counts = kernels.error_sums(_matrix(x, None), _matrix(y, None), block, *known, *bounds)
+    (signal, error), (flushed, outside) = sums.sum(0).tolist(), counts.sum(0).tolist()
+    return signal, error, flushed, outside
 
 
 def without_tensor_scale(scheme: Scheme, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -269,3 +269,32 @@ def test_what_was_found_out_about_a_quantizer_goes_with_it() -> None:
     assert ask(quantizer) == ask(quantizer) == "function(<lambda>)" and ask(None) == "None"
     del quantizer
     assert gone() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("text", [*SCHEMES, "cast(bf16)", "cast(e4m3)"])
+def test_the_errors_of_an_audit_are_counted_in_one_pass(text: str, dtype: torch.dtype) -> None:
+    quantizer, x = qsim.parse(text), values(dtype)
+    y = quantizer.quantize(x)
+    with native.only(True):
+        fast = quantizing.errors(quantizer, x, y)
+
+    wide, passes = x.double(), quantizer.passes(x)
+    expected = (
+        float(wide.square().sum()),
+        float((wide - y.double()).square().sum()),
+        int(((x != 0) & (y == 0)).sum()),
+        int((~passes).sum()),
+    )
+    assert fast == pytest.approx(expected, rel=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 63, 64, 65, 200])
+def test_errors_of_rows_of_any_length_are_added_up(columns: int) -> None:
+    quantizer, x = qsim.parse("abfp(int2, n=50)"), torch.randn(3, columns, generator=torch.Generator().manual_seed(0))
+    y = quantizer.quantize(x)
+    with native.only(True):
+        fast = quantizing.errors(quantizer, x, y)
+
+    assert fast is not None
+    assert fast[1] == pytest.approx(float((x.double() - y.double()).square().sum()), rel=1e-12)

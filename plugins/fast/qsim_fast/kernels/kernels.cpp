@@ -246,9 +246,81 @@ void extremes_rows(const In *x, int64_t rows, int64_t columns, int64_t block, fl
         extremes_row<In>(columns, block, x + row * columns, !low, low ? low + row * blocks : nullptr, high + row * blocks);
 }
 
+typedef float Four __attribute__((vector_size(16)));
+typedef double FourWide __attribute__((vector_size(32)));
+
+inline FourWide wide(const float *x) {
+    Four values;
+    std::memcpy(&values, x, sizeof values);
+    return __builtin_convertvector(values, FourWide);
+}
+
+// The sums over one row: squares of values and of errors in float64, values that became zero, and values outside.
+struct RowSums {
+    FourWide signal[2] = {}, error[2] = {};
+    int64_t flushed = 0, outside = 0;
+};
+
+constexpr int64_t LOOKED_AT = 64;
+
+template <class In>
+inline void add_part(int64_t length, const In *x, const In *y, float divisor, float zero, float low, float high, RowSums &sums) {
+    float before[LOOKED_AT] = {}, after[LOOKED_AT] = {};
+    for (int64_t i = 0; i < length; i++) before[i] = load(x[i]), after[i] = load(y[i]);
+    int32_t flushed = 0, inside = 0;
+    for (int64_t i = 0; i < length; i++) {
+        float units = before[i] / divisor + zero;
+        flushed += (before[i] != 0) & (after[i] == 0);
+        inside += (units >= low) & (units <= high);
+    }
+    sums.flushed += flushed, sums.outside += length - inside;
+    for (int64_t i = 0; i < length; i += 8) {
+        for (int64_t half = 0; half < 2; half++) {
+            FourWide value = wide(before + i + 4 * half), error = value - wide(after + i + 4 * half);
+            sums.signal[half] += value * value;
+            sums.error[half] += error * error;
+        }
+    }
+}
+
+inline double total(const FourWide *parts) {
+    FourWide sum = parts[0] + parts[1];
+    return sum[0] + sum[1] + (sum[2] + sum[3]);
+}
+
+template <class In>
+void error_rows(const In *x, const In *y, const Task &task, float low, float high, double *sums, int64_t *counts) {
+#pragma omp parallel for num_threads(task.threads) schedule(dynamic, grain(task.columns))
+    for (int64_t row = 0; row < task.rows; row++) {
+        RowSums found;
+        for (int64_t start = 0, b = 0; start < task.columns; start += task.block, b++) {
+            int64_t place = row * task.scale_row + b * task.scale_block, end = start + task.block;
+            float scale = task.scale[place], zero = task.zero ? task.zero[place] : 0.0f, divisor = scale == 0 ? 1.0f : scale;
+            end = end < task.columns ? end : task.columns;
+            for (int64_t part = start; part < end; part += LOOKED_AT) {
+                int64_t at = row * task.columns + part, left = end - part;
+                if (left >= LOOKED_AT) add_part<In>(LOOKED_AT, x + at, y + at, divisor, zero, low, high, found);
+                else if (left == 32) add_part<In>(32, x + at, y + at, divisor, zero, low, high, found);
+                else if (left == 16) add_part<In>(16, x + at, y + at, divisor, zero, low, high, found);
+                else add_part<In>(left, x + at, y + at, divisor, zero, low, high, found);
+            }
+        }
+        sums[2 * row] = total(found.signal), sums[2 * row + 1] = total(found.error);
+        counts[2 * row] = found.flushed, counts[2 * row + 1] = found.outside;
+    }
+}
+
 } // namespace
 
 extern "C" {
+
+// Add up each row of x, and of x - y: sums [rows, 2] of squares. Count values that became zero, and those that lie
+// outside of `low` to `high` in units of their scale: counts [rows, 2].
+void error_sums(const void *x, const void *y, int32_t bfloat16, const Task *task, float low, float high, double *sums,
+                int64_t *counts) {
+    if (bfloat16) error_rows((const BFloat16 *)x, (const BFloat16 *)y, *task, low, high, sums, counts);
+    else error_rows((const float *)x, (const float *)y, *task, low, high, sums, counts);
+}
 
 // Find the lowest and the highest value of each block; with `low` null, the highest magnitude. NaN gives NaN.
 void extremes(const void *x, int32_t bfloat16, int64_t rows, int64_t columns, int64_t block, float *low, float *high,

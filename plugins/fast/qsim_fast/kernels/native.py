@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
-from ctypes import POINTER, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import torch
@@ -64,6 +64,9 @@ class CpuKernels:
         self.raw = raw
         self.raw.extremes.argtypes = [c_void_p, c_int32, *[c_int64] * 3, c_void_p, c_void_p, c_int32]
         self.raw.round_to_grid.argtypes = [c_void_p, c_int32, c_void_p, c_int32, POINTER(Task), POINTER(Grid)]
+        self.raw.error_sums.argtypes = [
+            *[c_void_p] * 2, c_int32, POINTER(Task), *[c_float] * 2, *[c_void_p] * 2
+        ]  # fmt: skip
         self.raw.any_below.argtypes = [c_void_p, c_int64, c_int32, c_int32]
         self.raw.scale_sums.argtypes = [c_void_p, c_int64, c_int64, *[c_void_p] * 7, c_int32]
 
@@ -113,6 +116,26 @@ class CpuKernels:
         kind = NONZERO_KEPT if out.dtype == torch.bfloat16 and not bfloat16 else KINDS[out.dtype]
         self.raw.round_to_grid(x.data_ptr(), bfloat16, out.data_ptr(), kind, task, grid)
         return out
+
+    def error_sums(
+        self, x: Tensor, y: Tensor, block: int, scale: Tensor, zero: Tensor | None, low: float, high: float
+    ) -> tuple[Tensor, Tensor]:
+        """Give sums [A, 2] in float64 of the squares of x [A, K] and of x - y, and counts [A, 2].
+
+        The first count is of non-zero values that became zero. The second is of values outside of `low` to `high`, in
+        units of their scale [A or 1, B or 1], plus the zero point.
+        """
+        sums = torch.empty(len(x), 2, dtype=torch.float64)
+        counts = torch.empty(len(x), 2, dtype=torch.int64)
+        strides = (stride if size > 1 else 0 for size, stride in zip(scale.shape, scale.stride(), strict=True))
+        block = max(1, min(block, x.shape[1]))
+        task = Task(
+            *x.shape, block, scale.data_ptr(), *strides, _address(zero), 1.0, 0.0, x.stride(0), _threads(x), 0, GIVEN
+        )
+        self.raw.error_sums(
+            x.data_ptr(), y.data_ptr(), x.dtype == torch.bfloat16, task, low, high, sums.data_ptr(), counts.data_ptr()
+        )
+        return sums, counts
 
     def any_below(self, x: Tensor, bound: float) -> bool:
         """`Kernels.any_below`."""
