@@ -24,8 +24,8 @@ in its default implementation. It asserts:
 - Quantizers that change nothing change no output by more than 10⁻⁵ of its largest value. `int8` changes an output.
 - The products that cannot be met are listed.
 
-`tests/test_methods.py` runs GPTAQ, SignRound, `imatrix`, SVDQuant and ARCQuant on each, and `plugins/hadamard/tests` the rotations: each changes weights and names
-those that it leaves alone, or refuses in a line. They stand for the methods that find their weights in the same way.
+`tests/test_methods.py` runs SmoothQuant, AWQ, GPTQ, GPTAQ, SignRound, `imatrix`, SVDQuant, ARCQuant and FlatQuant on each, and `plugins/hadamard/tests` the
+rotations: each changes weights and names those that it leaves alone, or refuses in a line. They stand for the methods that find their weights in the same way.
 
 This page is written by `python tests/coverage_page.py`.
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
-from qsim_core import Quantizer, Scheme, hookimpl
+from qsim_core import QsimError, Quantizer, Scheme, hookimpl
+from qsim_core.formats.codes import Encoded
 from qsim_core.formats.quantizer import Granularity, floating, laid_out_as
 from qsim_core.formats.rounding import working
 
@@ -17,6 +19,18 @@ LEAST, MOST = 1e-3, 1e3
 SLOWEST, FASTEST = 0.7, 2.0
 """Bounds of the factor by which a scale changes in one pass."""
 COLUMN_BITS = 16
+
+
+@dataclass(frozen=True)
+class SinqEncoded(Encoded):
+    """Codes and scales of a weight [..., K] whose columns were divided by scales, and the scales of the columns."""
+
+    columns: Tensor | None = None
+    """The scales of the columns, float32 [K]. They count 16 bits each."""
+
+    @property
+    def bits(self) -> int:
+        return super().bits + (0 if self.columns is None else COLUMN_BITS * self.columns.numel())
 
 
 class Sinq(Quantizer):
@@ -49,6 +63,27 @@ class Sinq(Quantizer):
         columns = self.columns(x)
         return laid_out_as(x, self.scheme.quantize(working(x) / columns) * columns)
 
+    def encode(self, x: Tensor) -> SinqEncoded:
+        """Encode `x` [..., K] by the scheme, after its columns are divided by their scales.
+
+        Raises `QsimError` for a value without a code, and if the scheme has no codes.
+        """
+        columns = self.columns(x)
+        encoded = self.scheme.encode(working(x) / columns)
+        parts = {field.name: getattr(encoded, field.name) for field in fields(encoded)}
+        return SinqEncoded(**parts | {"dtype": x.dtype, "columns": columns})
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """Compute what the scheme decodes, times the scales of the columns, in the dtype that was encoded.
+
+        Raises `QsimError` if another quantizer encoded it.
+        """
+        columns = getattr(encoded, "columns", None)
+        if columns is None:
+            raise QsimError(f"these codes have no scales of columns, by which {self} would multiply")
+        inner = replace(encoded, dtype=columns.dtype)
+        return (self.scheme.decode(inner) * columns).to(encoded.dtype)
+
     def passes(self, x: Tensor) -> Tensor | None:
         return self.scheme.passes(working(x) / self.columns(x))
 
@@ -56,7 +91,9 @@ class Sinq(Quantizer):
         return self.scheme.gradient_passes(working(x) / self.columns(x))
 
     def columns(self, x: Tensor) -> Tensor:
-        """Find the scales of the columns of `x` [..., K]: [K]."""
+        """Find the scales of the columns of `x` [..., K]: [K]; ones without elements."""
+        if x.numel() == 0:
+            return working(x.new_ones(x.shape[-1:]))
         length = x.shape[-1] if x.dim() else 1
         rows = working(x.detach()).reshape(-1, length)
         n = min(self.scheme.granularity, length) if isinstance(self.scheme.granularity, int) else length

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -32,16 +32,20 @@ class Encoded:
         """Pack the codes alone, `width` bits each, into bytes: the first code is in the first byte's lowest bits."""
         return pack(self.codes, self.width)
 
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """The codes, the scales and all else that has parts in a stack, by field."""
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: part for name, part in held.items() if isinstance(part, Tensor | Encoded)}
+
     @classmethod
     def stack(cls, parts: Sequence[Encoded]) -> Encoded:
         """Stack tensors of one shape that a quantizer has encoded one by one."""
-        names = ("codes", "scales", "zero_points")
-        return replace(parts[0], **{name: _stack([getattr(part, name) for part in parts]) for name in names})
+        return replace(parts[0], **{name: _stack([getattr(part, name) for part in parts]) for name in parts[0].tensors})
 
     def __getitem__(self, place: int) -> Encoded:
         """One of the stacked tensors."""
-        scales, zeros = (None if part is None else part[place] for part in (self.scales, self.zero_points))
-        return replace(self, codes=self.codes[place], scales=scales, zero_points=zeros)  # type: ignore[arg-type]
+        return replace(self, **{name: part[place] for name, part in self.tensors.items()})
 
     @property
     def bits(self) -> int:
@@ -60,7 +64,7 @@ class Encoded:
 def _stack(parts: list[Any]) -> Any:
     if isinstance(parts[0], Encoded):
         return Encoded.stack(parts)
-    return None if parts[0] is None else torch.stack(parts)
+    return torch.stack(parts)
 
 
 def as_codes(codes: Tensor, width: int) -> Tensor:

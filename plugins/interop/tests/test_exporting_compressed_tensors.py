@@ -174,6 +174,8 @@ def test_layers_that_differ_are_groups_by_name(tmp_path: Path) -> None:
         ({"weights": "block(int4, 24)"}, "blocks of 24 do not divide its 64 inputs; 8 would"),
         ({"weights": "channel(int12)"}, r"does not hold channel\(int12\) exactly; it holds integers of 2 to 8 bits"),
         ({"weights": "cast(e4m3)"}, r"cast\(e4m3\) has no scales; say channel"),
+        ({"weights": "sinq(mxfp4)"}, r"sinq\(mxfp4\) has more than codes under scales, and such files hold no more"),
+        ({"weights": "if4"}, r"if4 has no codes: .*; leave it out with --skip"),
         ({"weights": "int8", "activations": "block(int8, 16)"}, r"does not hold inputs of block\(int8, n=16\) exactly"),
         ({"weights": "int8", "outputs": "bf16"}, r"the output of .* is quantized by cast\(bf16\)"),
         ({"weights": "int8", "keys": "int8"}, "its keys are quantized, and files hold the inputs of layers only"),
@@ -188,7 +190,7 @@ def test_layers_that_differ_are_groups_by_name(tmp_path: Path) -> None:
     ],
 )
 def test_a_file_that_cannot_hold_the_recipe_is_refused(recipe: dict[str, Any], message: str, tmp_path: Path) -> None:
-    for plugin in ("accumulators", "hadamard", "rptq"):
+    for plugin in ("accumulators", "hadamard", "mx", "rptq", "sinq"):
         pytest.importorskip(f"qsim_{plugin}")
     simulation = simulated(make("opt"), **recipe)
 

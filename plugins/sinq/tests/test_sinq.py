@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import qsim_core as qsim
+from qsim_core.formats.codes import Encoded
 from qsim_core.testing import QuantizerSuite
 
 
@@ -84,6 +85,33 @@ def test_bits_count_the_columns() -> None:
     bits = qsim.parse("block(int4, 64)").bits_per_element(torch.Size([256, 128]))
 
     assert qsim.parse("sinq(block(int4, 64))").bits_per_element(torch.Size([256, 128])) == bits + 16 / 256
+
+
+@pytest.mark.parametrize("text", ["sinq", "sinq(channel(int4))", "sinq(mxfp4)"])
+@pytest.mark.parametrize("shape", [(24, 44), (5,), (), (0, 8), (4, 0)])
+def test_codes_and_the_scales_of_columns_give_the_weight(text: str, shape: tuple[int, ...]) -> None:
+    weight, quantizer = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16(), qsim.parse(text)
+
+    assert torch.equal(quantizer.decode(quantizer.encode(weight)), quantizer(weight))
+
+
+def test_the_bits_of_codes_count_the_columns() -> None:
+    plain, twofold = (qsim.parse(text).encode(uneven(24, 32)).bits for text in ("mxfp4", "sinq(mxfp4)"))
+
+    assert twofold == plain + 16 * 32
+
+
+def test_each_of_stacked_weights_keeps_its_columns() -> None:
+    quantizer, weights = qsim.parse("sinq(mxfp4)"), [uneven(24, 32), uneven(24, 32).flip(1)]
+    stack = Encoded.stack([quantizer.encode(weight) for weight in weights])
+
+    assert all(torch.equal(quantizer.decode(stack[i]), quantizer(weight)) for i, weight in enumerate(weights))
+
+
+def test_codes_of_another_quantizer_are_refused() -> None:
+    message = "^these codes have no scales of columns, by which sinq.mxfp4. would multiply$"
+    with pytest.raises(qsim.QsimError, match=message):
+        qsim.parse("sinq(mxfp4)").decode(qsim.parse("mxfp4").encode(uneven(24, 32)))
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,8 @@ class Layer:
         """The scheme of the weight. Raises `RecipeError` for a quantizer without scales."""
         quantizer = self.weight.quantizer
         scheme: Any = quantizer.stored_as if isinstance(quantizer, Stack) else quantizer.plain
+        if not isinstance(scheme, Scheme) and scheme.granularity != "element":
+            raise RecipeError(f"{self.module}: {scheme} has more than codes under scales, and such files hold no more")
         if not isinstance(scheme, Scheme):
             raise RecipeError(f"{self.module}: {scheme} has no scales; say channel({scheme}) or block({scheme}, 32)")
         return scheme
