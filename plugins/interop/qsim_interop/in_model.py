@@ -59,7 +59,7 @@ def parameters(reader: Reader, model: Any) -> list[Parameter]:
     """
     shapes = {name: one.shape for name, one in model.named_parameters(remove_duplicate=False)}
     by_weight = {layer.weight: layer for layer in reader.layers}
-    found = {name: (layer,) for name, layer in by_weight.items() if name in shapes}
+    found: dict[str, tuple[Layer, ...]] = {name: (layer,) for name, layer in by_weight.items() if name in shapes}
     joined = {name: shape for name, shape in shapes.items() if len(shape) > 1 and name not in found}
     if len(found) < len(by_weight):
         found |= dict(_joined(reader, model, joined, by_weight))
@@ -86,7 +86,9 @@ def _joined(
     stored: dict[str, Tensor] = revert_weight_conversion(model, dict(places))
     firsts = {int(rows.flatten()[0]): (name, rows) for name, rows in stored.items() if rows.numel()}
     for parameter, rows in places.items():
-        place, end, layers, plain = int(rows.flatten()[0]), int(rows.flatten()[-1]) + 1, [], []
+        layers: list[str] = []
+        plain: list[str] = []
+        place, end = int(rows.flatten()[0]), int(rows.flatten()[-1]) + 1
         while place < end and place in firsts:
             name, part = firsts[place]
             (layers if name in by_weight else plain).append(name)
