@@ -10,8 +10,10 @@ from torch import Tensor
 
 from qsim_core import LoadedModel, ModelError
 from qsim_core.quantizers.scales import Scales
+from qsim_interop.in_model import Parameter, parameters
 from qsim_interop.reading.checkpoint import READERS, open_checkpoint
 from qsim_interop.reading.reader import Reader
+from qsim_interop.reading.recipe import recipe_of
 from qsim_interop.stored import StoredQuantization
 
 PLAIN = ("weight", "bias")
@@ -29,22 +31,40 @@ class Checkpoint(Pretrained):
     def load(self, model: str, dtype: torch.dtype) -> LoadedModel:
         """The model with its weights dequantized, with tokenizer or processor. Raises `ModelError`."""
         reader = open_checkpoint(model)
-        weights, final = _dequantized(reader)
+        found = parameters(reader, self.outline(model, torch.float32))
+        weights, known = _dequantized(reader)
         loaded = load_pretrained(self.model_class(model), model, dtype, weights=weights)
-        known = {name for name, _ in loaded.model.named_parameters(remove_duplicate=False)}
-        for name in final:
-            if name not in known:
-                raise ModelError(
-                    f"{model} stores {name} quantized, and {type(loaded.model).__name__} has no parameter of that "
-                    f"name; take the checkpoint that it was made from"
-                )
+        final = {one.name: one.known_scales(known[layer.weight] for layer in one.layers) for one in found}
         loaded.final = final if dtype == torch.float32 else dict.fromkeys(final)
         return loaded
 
     def stored_quantization(self, source: str) -> StoredQuantization:
         """The recipe that the checkpoint stands for, and the scales of its inputs. Raises `ModelError`."""
         reader = open_checkpoint(source)
-        return StoredQuantization(reader.kind, reader.recipe, reader.input_scales(), tuple(reader.notes))
+        found = parameters(reader, self.outline(source, torch.float32))
+        recipe = recipe_of((one.layer for one in found), reader.plain, reader.host, reader.cache())
+        scales, notes = _input_scales(reader, found)
+        return StoredQuantization(reader.kind, recipe, scales, (*reader.notes, *notes))
+
+
+def _input_scales(reader: Reader, found: list[Parameter]) -> tuple[dict[str, Tensor], list[str]]:
+    """The static scales of the inputs of sites, and a note where layers that one product joins have several."""
+    stored, scales, notes = reader.input_scales(), {}, []
+    for one in found:
+        for last in ("input.scale", "input.zero"):
+            given = [stored[name] for layer in one.layers if (name := f"{layer.module}:{last}") in stored]
+            if not given:
+                continue
+            largest = torch.stack(given).amax(0)
+            scales[f"{one.layer.module}:{last}"] = largest
+            if any(not torch.equal(largest, other) for other in given):
+                if last == "input.zero":
+                    raise ModelError(f"{one.name}: the zero points of its inputs differ, and one product joins them")
+                notes.append(
+                    f"{one.name}: the layers that it joins have {len(given)} scales of inputs, which differ; the "
+                    f"largest is simulated, as vLLM computes"
+                )
+    return scales, notes
 
 
 def _dequantized(reader: Reader) -> tuple[dict[str, Tensor], dict[str, Scales | None]]:
@@ -54,10 +74,17 @@ def _dequantized(reader: Reader) -> tuple[dict[str, Tensor], dict[str, Scales | 
     weights, final = {}, {}
     for layer in reader.layers:
         packed = reader.read(layer)
-        weights[layer.weight], final[layer.weight] = packed.dequantize(), packed.known_scales
+        values, final[layer.weight] = packed.dequantize(), packed.known_scales
+        weights[layer.weight] = layer.as_parameter(values)
     modules = {layer.module for layer in reader.layers}
+    parts = {part.name for layer in reader.layers for part in layer.parts.values()}
     for name in reader.tensors:
         module, _, last = name.rpartition(".")
-        if name not in weights and last not in OF_CACHE and (module not in modules or last in PLAIN):
+        if (
+            name not in weights
+            and name not in parts
+            and last not in OF_CACHE
+            and (module not in modules or last in PLAIN)
+        ):
             weights[name] = reader.tensors.read(name)
     return weights, final

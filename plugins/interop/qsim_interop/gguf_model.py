@@ -15,7 +15,7 @@ from qsim_core import LoadedModel, ModelError
 from qsim_core.components.host import installed
 from qsim_core.errors import one_line
 from qsim_core.quantizers.scales import Scales
-from qsim_interop.llama_cpp import ARCHITECTURES, tensor_names, unpaired
+from qsim_interop.llama_cpp import EMBEDDING, NORMS_FROM_ONE, READ, STACK, tensors_of, unpaired
 from qsim_interop.reading.formats.gguf_file import GGUF
 from qsim_interop.reading.packed_weight import Layer
 from qsim_interop.reading.recipe import recipe_of
@@ -23,6 +23,17 @@ from qsim_interop.stored import StoredQuantization
 
 FREQUENCIES = "rope_freqs.weight"
 """The tensor with the numbers by which llama.cpp divides the frequencies of the rotary embedding, as Llama 3.1 has."""
+
+SCALINGS = ("linear", "yarn")
+"""The scalings of the rotary embedding that are read."""
+KEYS = {
+    "attention.key_length": "head_dim",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+"""Keys of a file, and the options of transformers that they are."""
 
 
 class GGUFModel(Pretrained):
@@ -81,18 +92,58 @@ class _File:
             self.config: Any = AutoConfig.from_pretrained(self.path.parent, gguf_file=str(self.path.resolve()))
         except Exception as error:  # a wrong file fails anywhere in the library
             raise ModelError(f"{path} describes no model that transformers knows: {one_line(error)}") from None
-        if self.config.model_type not in ARCHITECTURES:
-            known = ", ".join(ARCHITECTURES)
+        if self.config.model_type not in READ:
+            known = ", ".join(READ)
             raise ModelError(f"{path} holds a model of {self.config.model_type}; of GGUF files, {known} are evaluated")
-        scaling = self.reader.file.said(f"{ARCHITECTURES[self.config.model_type]}.rope.scaling.type")
-        if scaling not in (None, "none"):
-            raise ModelError(
-                f"{path} scales its rotary embedding ({scaling}), which is not read; take the model it was made from"
-            )
+        self._complete()
         with torch.device("meta"):
             self.outline: Any = AutoModelForCausalLM.from_config(self.config)
-        self.names = tensor_names(self.config, self.outline.state_dict())
-        """The tensor of each parameter."""
+        self.packed = {layer.weight: layer for layer in self.reader.layers}
+        self.names = tensors_of(self.config, self.outline.state_dict())
+        """The tensors of each parameter."""
+
+    def _complete(self) -> None:
+        """Put into the configuration what llama.cpp reads or computes, and transformers does not read of the file."""
+        config = self.config
+        for key, option in KEYS.items():
+            if hasattr(config, option) and self._said(key) is not None:
+                setattr(config, option, self._said(key))
+        config.vocab_size = self.reader.tensors[EMBEDDING].shape[0] if EMBEDDING in self.reader.tensors else 0
+        if (config.pad_token_id or 0) >= config.vocab_size:  # the default of another vocabulary
+            config.pad_token_id = None
+        if config.model_type in NORMS_FROM_ONE:
+            of_27b = config.num_hidden_layers == {"gemma2": 46, "gemma3_text": 62}[config.model_type]
+            heads = config.hidden_size // config.num_attention_heads
+            config.query_pre_attn_scalar = heads if of_27b else config.head_dim
+        self._complete_rotary(config.rope_parameters.get("full_attention", config.rope_parameters))
+
+    def _complete_rotary(self, rope: dict[str, Any]) -> None:
+        """Put into the parameters of the rotary embedding what the file says. Gemma 3 scales some layers alone.
+
+        Raises `ModelError` for a scaling that is not read.
+        """
+        if (base := self._said("rope.freq_base")) is not None:
+            rope["rope_theta"] = base
+        if self.config.model_type == "phi3" and (dims := self._said("rope.dimension_count")) is not None:
+            rope["partial_rotary_factor"] = dims / (self.config.hidden_size // self.config.num_attention_heads)
+        kind, factor, original = (
+            self._said(f"rope.scaling.{key}") for key in ("type", "factor", "original_context_length")
+        )
+        by_tensor = next((name for name in self.reader.tensors if name.startswith("rope_factors")), None)
+        if kind in (None, "none") and by_tensor is None:
+            return
+        if kind not in SCALINGS or factor is None or by_tensor is not None:
+            raise ModelError(
+                f"{self.path} scales its rotary embedding ({by_tensor or kind}); {' and '.join(SCALINGS)}, with a "
+                f"factor, are read: take the model it was made from"
+            )
+        rope |= {"rope_type": kind, "factor": float(factor)}
+        if kind == "yarn":
+            rope["original_max_position_embeddings"] = original or int(self.config.max_position_embeddings / factor)
+
+    def _said(self, key: str) -> Any:
+        """The value of a key of the architecture; None: the file has no such key."""
+        return self.reader.file.said(f"{READ[self.config.model_type]}.{key}")
 
     def tokenizer(self) -> Any:
         """The tokenizer beside the file, or else in it. Raises `ModelError` if transformers can make none."""
@@ -111,10 +162,12 @@ class _File:
     def layers(self) -> Iterator[Layer]:
         """The packed layers under the names of transformers, those that are read exactly and that multiply."""
         packed = {layer.weight: layer for layer in self.reader.layers if layer.weights is not None}
-        for parameter, tensor in self.names.items():
-            module = parameter.rpartition(".")[0]
-            if tensor in packed and isinstance(self.outline.get_submodule(module), nn.Linear):
-                yield dataclasses.replace(packed[tensor], module=module)
+        for parameter, tensors in self.names.items():
+            module = parameter if STACK.fullmatch(parameter) else parameter.rpartition(".")[0]
+            multiplies = module == parameter or isinstance(self.outline.get_submodule(module), nn.Linear)
+            quantizers = {packed[tensor].weights if tensor in packed else None for tensor in tensors}
+            if multiplies and len(quantizers) == 1 and tensors[0] in packed:
+                yield dataclasses.replace(packed[tensors[0]], module=module)
 
     def plain(self) -> list[str]:
         """The linear layers that no quantizer of qsim stands for."""
@@ -124,19 +177,37 @@ class _File:
 
     def weights(self) -> tuple[dict[str, Tensor], dict[str, Scales | None]]:
         """All parameters, dequantized, and the scales of the packed ones. Raises `ModelError` for a missing tensor."""
-        layers = {layer.weight: layer for layer in self.reader.layers}
         weights: dict[str, Tensor] = {}
         final: dict[str, Scales | None] = {}
-        for parameter, tensor in self.names.items():
-            if tensor not in self.reader.tensors:
-                raise ModelError(f"{self.path} lacks {tensor}, which is {parameter} in transformers; fetch it again")
-            if tensor not in layers:
-                values = self.reader.file.dequantized(tensor)
-            elif layers[tensor].weights is None:
-                values, final[parameter] = self.reader.dequantize(layers[tensor]), None
-            else:
-                packed = self.reader.read(layers[tensor])
-                values, known = packed.dequantize(), packed.known_scales
-                final[parameter] = known and Scales(unpaired(parameter, known.scale, self.config), None)
-            weights[parameter] = unpaired(parameter, values, self.config)
+        for parameter, tensors in self.names.items():
+            parts = [self._read(tensor, parameter) for tensor in tensors]
+            values = torch.cat([part for part, _, _ in parts], -2 if len(parts) > 1 else 0)
+            if self.config.model_type in NORMS_FROM_ONE and parameter.endswith("norm.weight"):
+                values = values - 1
+            shape = self.outline.state_dict()[parameter].shape
+            weights[parameter] = unpaired(parameter, values, self.config).reshape(shape)
+            if any(is_packed for _, is_packed, _ in parts):
+                known = [scales for _, _, scales in parts if scales is not None]
+                stacked = torch.cat(known, -2) if len(known) == len(parts) and _alike(known) else None
+                rows = None if stacked is None else unpaired(parameter, stacked.flatten(0, -2), self.config)
+                final[parameter] = None if rows is None else Scales(rows, None)
         return weights, final
+
+    def _read(self, tensor: str, parameter: str) -> tuple[Tensor, bool, Tensor | None]:
+        """The values of a tensor, true if it is packed, and its scales [rows, B] or [E, rows, B] as far as known."""
+        if tensor not in self.reader.tensors:
+            raise ModelError(f"{self.path} lacks {tensor}, which is {parameter} in transformers; fetch it again")
+        layer, shape = self.packed.get(tensor), self.reader.tensors[tensor].shape
+        if layer is None:
+            return self.reader.file.dequantized(tensor).float(), False, None
+        if layer.weights is None:
+            return self.reader.dequantize(layer).reshape(shape), True, None
+        packed = self.reader.read(layer)
+        known = packed.known_scales
+        scales = None if known is None else known.scale.reshape(*shape[:-1], -1)
+        return packed.dequantize().reshape(shape), True, scales
+
+
+def _alike(parts: list[Tensor]) -> bool:
+    """Tell if parts have scales of as many blocks."""
+    return len({part.shape[-1] for part in parts}) == 1

@@ -6,6 +6,7 @@ in another order.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +15,22 @@ from torch import Tensor
 from qsim_core.errors import ModelError
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""The families that are read and written, and llama.cpp's names for them. Others are changed by its converters."""
+"""The families that are read and written, and llama.cpp's names for them."""
+READ = ARCHITECTURES | {
+    "phi3": "phi3",
+    "starcoder2": "starcoder2",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+}
+"""The families that are read."""
+NORMS_FROM_ONE = ("gemma2", "gemma3_text")
+"""The families whose norms transformers stores without the 1 that llama.cpp adds to their weights."""
+EXPERTS = {"gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "down_proj": ("ffn_down_exps",)}
+"""The stacks of experts of transformers, and the tensors [E, rows, K] that they join."""
+STACK = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
+"""The names of stacks of experts."""
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 """The tensors of the embedding and of the output layer; a tied output layer has none of its own."""
 
@@ -23,14 +39,27 @@ def tensor_names(config: Any, parameters: Iterable[str]) -> dict[str, str]:
     """The tensor that holds each parameter of a model. Raises `ModelError` for one that llama.cpp has no name for."""
     import gguf
 
-    architecture = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type].upper()]
+    architecture = gguf.MODEL_ARCH[READ[config.model_type].upper()]
     known = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     found = {}
     for name in parameters:
-        translated = known.get_name(name, try_suffixes=(".weight", ".bias"))
+        head = name == "lm_head.weight"
+        translated = HEAD if head else known.get_name(name, try_suffixes=(".weight", ".bias"))
         if translated is None:
             raise ModelError(f"gguf has no name for {name} in a model of {config.model_type}")
         found[name] = EMBEDDING if translated == HEAD and config.tie_word_embeddings else translated
+    return found
+
+
+def tensors_of(config: Any, parameters: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The tensors that each parameter of a model joins. Raises `ModelError` as `tensor_names` does."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name in parameters:
+        stack = STACK.fullmatch(name)
+        if stack is None:
+            found[name] = (tensor_names(config, [name])[name],)
+        else:
+            found[name] = tuple(f"blk.{stack[1]}.{tensor}.weight" for tensor in EXPERTS[stack[2]])
     return found
 
 
@@ -48,7 +77,7 @@ def unpaired(name: str, rows: Tensor, config: Any) -> Tensor:
 
 def _heads(name: str, config: Any) -> int:
     """The number of heads of a parameter whose rows are paired; 0 for any other parameter."""
-    if ARCHITECTURES[config.model_type] != "llama":
+    if READ[config.model_type] != "llama":
         return 0
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     return int(heads.get(name.rpartition(".")[0].rpartition(".")[2], 0))

@@ -152,3 +152,38 @@ def test_a_wrong_configuration_of_plain_weights_is_one_line(
 
 def test_a_path_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert check(tmp_path / "no").stderr == f"Error: {tmp_path}/no does not exist\n"
+
+
+@pytest.mark.parametrize(
+    ("config", "form"),
+    [
+        ({"format": "marlin-24"}, "marlin-24"),
+        ({"format": "dense", "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
+    ],
+)
+def test_a_format_that_is_not_read_is_named(config: dict[str, Any], form: str, tmp_path: Path) -> None:
+    run = check(write(tmp_path, int4("fc"), INT4, **config))
+
+    assert run.stderr.startswith(f"Error: {tmp_path} has the format '{form}', which is not read: its codes are ")
+    assert run.stderr.count("\n") == 1
+
+
+def test_a_truncated_shard_is_one_line(tmp_path: Path) -> None:
+    file = write(tmp_path, int4("fc"), INT4) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+    run = check(tmp_path)
+
+    assert run.stderr.startswith(f"Error: {file} is not a safetensors file, or is corrupt: ")
+    assert run.stderr.count("\n") == 1
+
+
+def test_a_directory_of_links_is_read(tmp_path: Path) -> None:
+    for name in ("stored", "linked"):
+        (tmp_path / name).mkdir()
+    for path in write(tmp_path / "stored", int4("a.fc"), INT4).iterdir():
+        (tmp_path / "linked" / path.name).symlink_to(path)
+
+    run = check(tmp_path / "linked")
+
+    assert run.exit_code == 0, run.output

@@ -216,6 +216,18 @@ def test_without_scales_of_the_cache_servers_take_one(tmp_path: Path) -> None:
     assert overrides["*:pv"] == {"values": "at_scale(e4m3, scale=1.0)"}
 
 
+def test_a_cache_with_a_scale_for_each_token_is_simulated(tmp_path: Path) -> None:
+    with_cache(quantized(tmp_path, INT8), {**FP8, "strategy": "token", "dynamic": True}, scales=False)
+
+    stored = locate(str(tmp_path), qsim.Host()).stored
+
+    assert stored is not None
+    overrides = stored.recipe.record()["overrides"]
+    assert overrides["*:qk"] == {"keys": "token(e4m3)"}
+    assert overrides["*:pv"] == {"values": "token(e4m3)"}
+    assert not stored.notes
+
+
 def test_a_cache_with_dynamic_scales_is_named(text: Path, tmp_path: Path) -> None:
     with_cache(quantized(tmp_path / "model", INT8), {**FP8, "dynamic": True}, scales=False)
 

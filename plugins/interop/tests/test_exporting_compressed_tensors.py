@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,30 @@ def test_a_directory_with_files_is_left_alone(tmp_path: Path) -> None:
 
     with pytest.raises(qsim.ModelError, match="is not empty; name another --output$"):
         exported(simulated(make("opt"), weights="int8"), tmp_path)
+
+
+def test_a_link_to_an_empty_directory_stays_and_leads_to_the_files(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+
+    exported(simulated(make("llama"), weights="int8"), tmp_path / "link")
+
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "model.safetensors").is_file()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    simulation, before = simulated(make("llama"), weights="int8"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, before[1]))
+    try:
+        with pytest.raises(qsim.ModelError, match="^cannot write .*out: .*File too large"):
+            exported(simulation, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.fixture(scope="module")

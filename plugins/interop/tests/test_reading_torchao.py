@@ -17,7 +17,18 @@ from qsim_core.errors import ModelError
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     ao = pytest.importorskip("torchao.quantization")
+    from torchao.prototype import mx_formats
+    from torchao.prototype.mx_formats.mx_tensor import MXTensor, ScaleCalculationMode
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+    from torchao.quantization.quantize_.common import KernelPreference
+
+
+def mx(dtype: torch.dtype) -> Any:
+    """MX weights and inputs, with the default rule of torchao's scales."""
+    return mx_formats.MXDynamicActivationMXWeightConfig(
+        activation_dtype=dtype, weight_dtype=dtype, kernel_preference=KernelPreference.EMULATED
+    )
+
 
 CONFIGS = {
     "channel(int(8, narrow=false, convention=gptq))": (ao.Int8WeightOnlyConfig(), None),
@@ -31,6 +42,9 @@ CONFIGS = {
         "token(int8, symmetric=false)",
     ),
     "channel(e4m3)": (ao.Float8WeightOnlyConfig(), None),
+    "nvfp4": (mx_formats.NVFP4WeightOnlyConfig(), None),
+    "mxfp4": (mx(torch.float4_e2m1fn_x2), "block(e2m1, n=32, scale=e8m0, rule=rceil)"),
+    "mxfp8_e4m3": (mx(torch.float8_e4m3fn), "block(e4m3, n=32, scale=e8m0, rule=rceil)"),
 }  # fmt: skip
 """The quantizer of the weights -> a configuration of torchao, and the quantizer of the inputs."""
 
@@ -38,7 +52,9 @@ CONFIGS = {
 def write(directory: Path, config: Any) -> torch.nn.Linear:
     """A layer that torchao quantized, written as transformers does."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(64, 16))
+    model = torch.nn.Sequential(torch.nn.Linear(64, 160))
+    if isinstance(config, mx_formats.MXDynamicActivationMXWeightConfig):
+        model.bfloat16()  # the library takes no other
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ao.quantize_(model, config)
@@ -59,7 +75,8 @@ def test_a_weight_is_the_one_that_torchao_dequantizes(text: str, tmp_path: Path)
     (layer,) = checkpoint.layers
 
     assert (str(layer.weights), layer.activations and str(layer.activations)) == (text, inputs)
-    assert torch.equal(checkpoint.read(layer).dequantize(), module.weight.dequantize())
+    theirs = module.weight.dequantize()
+    assert torch.equal(checkpoint.read(layer).dequantize(), theirs.float())
 
 
 def test_inputs_in_int8_are_read(tmp_path: Path) -> None:
@@ -85,3 +102,16 @@ def test_a_class_that_is_not_read_is_named(tmp_path: Path) -> None:
         "dequantizes no Int4Tensor",
     ):
         _ = open_checkpoint(tmp_path).layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float4_e2m1fn_x2, torch.float8_e4m3fn])
+def test_inputs_in_mx_are_the_bits_of_torchao(dtype: torch.dtype, tmp_path: Path) -> None:
+    write(tmp_path, mx(dtype))
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 64)[:, None]
+
+    (layer,) = open_checkpoint(tmp_path).layers
+
+    assert layer.activations is not None
+    rule = ScaleCalculationMode.RCEIL
+    theirs = MXTensor.to_mx(x, dtype, 32, rule, KernelPreference.EMULATED).dequantize()
+    assert torch.equal(layer.activations.quantize(x), theirs)

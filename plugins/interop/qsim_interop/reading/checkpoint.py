@@ -19,6 +19,7 @@ READERS = {
     "fp8": ("fp8", "FP8"),
     "gptq": ("gptq", "GPTQ"),
     "modelopt": ("modelopt", "ModelOpt"),
+    "mxfp4": ("mxfp4", "MXFP4"),
     "torchao": ("torchao_tensors", "TorchAO"),
 }
 """`quant_method` in a configuration -> the module and the class that read such checkpoints."""

@@ -45,6 +45,8 @@ class Layer:
 
     form: str = ""
     """The name of the stored format, where it is not the quantizer's."""
+    experts: int = 0
+    """The matrices that the parameter stacks, [E, K, rows]; the layer is their rows, [E * rows, K]. 0: no stack."""
 
     @property
     def scheme(self) -> Scheme:
@@ -56,7 +58,11 @@ class Layer:
     @property
     def weight(self) -> str:
         """The name of the parameter."""
-        return f"{self.module}.weight"
+        return self.module if self.experts else f"{self.module}.weight"
+
+    def as_parameter(self, rows: Tensor) -> Tensor:
+        """Values [N, K] in the shape of the parameter."""
+        return rows.unflatten(0, (self.experts, -1)).transpose(1, 2).contiguous() if self.experts else rows
 
 
 def shape_of_scales(quantizer: Scheme, shape: tuple[int, int]) -> tuple[int, int]:

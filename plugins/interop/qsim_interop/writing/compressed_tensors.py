@@ -182,10 +182,10 @@ class CompressedTensors(Target):
         """The static scale of a layer's inputs, and its zero point."""
         if not _is_static(quantizer):
             return
-        yield "input_scale", quantizer.scale.detach().reshape(1).float()
+        yield "input_scale", quantizer.scale.detach().reshape(1).float().clone()  # experts share one, files do not
         if quantizer.zero is not None:
             middle = 0 if quantizer.scheme.coded.min < 0 else 128
-            yield "input_zero_point", (quantizer.zero.reshape(1) - middle).to(torch.int8)
+            yield "input_zero_point", (quantizer.zero.reshape(1) - middle).to(torch.int8, copy=True)
 
     def _divisor(self, layer: Layer) -> Tensor:
         """A divisor that makes of the block scales what the global scale makes as a factor. Raises `RecipeError`."""

@@ -46,7 +46,9 @@ def export(simulation: Simulation, loaded: LoadedModel, to: str, directory: str 
     `loaded` is the model that is simulated, with its tokenizer. Raises `RecipeError` for what the format does not hold
     exactly, and `ModelError` for a directory that is not empty.
     """
-    target, directory = format_of(to), Path(directory)
+    from safetensors import SafetensorError
+
+    target, directory = format_of(to), Path(directory).resolve()  # a link stays, and leads to the files
     check_empty(directory)
     source = Source.of(loaded, simulation, target.kinds)
     notes = target.check(source)
@@ -60,5 +62,7 @@ def export(simulation: Simulation, loaded: LoadedModel, to: str, directory: str 
                 directory.rmdir()
             shutil.move(made, directory)
     except OSError as error:
+        raise ModelError(f"cannot write {directory}: {error.strerror or one_line(error)}") from None
+    except SafetensorError as error:  # the library wraps what the system says, like "No space left on device"
         raise ModelError(f"cannot write {directory}: {one_line(error)}") from None
     return notes

@@ -136,7 +136,7 @@ class Layer:
         Raises `RecipeError` for blocks that do not divide K.
         """
         shared = self.scheme.granularity
-        if not isinstance(shared, int) or shared >= self.shape[1]:
+        if not isinstance(shared, int) or shared > self.shape[1]:
             return None
         if self.shape[1] % shared:
             raise RecipeError(

@@ -20,11 +20,17 @@ from qsim_core.formats.quantizer import Quantizer
 from qsim_core.quantizers.scheme import Scheme
 from qsim_interop.reading.formats.bit_fields import from_nibbles, from_words, twos_complement
 from qsim_interop.reading.packed_weight import Layer, PackedWeight, Part, shape_of_scales
-from qsim_interop.reading.reader import Reader
+from qsim_interop.reading.reader import CACHED, Reader
 from qsim_interop.reading.tensors import SCALE_FORMATS
 
 FLOAT_FORMATS = {4: "e2m1", 6: "e2m3", 8: "e4m3"}
 """The float formats by their bits."""
+UNREAD = {
+    "marlin-24": "ordered for one kernel",
+    "sparse-bitmask": "without their zeros",
+    "sparse-24-bitmask": "without their zeros",
+}
+"""The formats that are not read, and the reason."""
 LINEAR = "Linear"
 """The class in the targets of almost every configuration."""
 
@@ -42,17 +48,30 @@ class CompressedTensors(Reader):
     @property
     def notes(self) -> list[str]:
         cache = self.config.get("kv_cache_scheme")
-        if not cache or self.cache_format is not None:
+        if not cache or self.cache_format is not None or self._finds_scales(cache):
             return []
         return [f"the checkpoint asks for a key-value cache in {self._text(cache, 'input')}, which is not simulated"]
 
     @property
     def cache_format(self) -> str | None:
         args = self.config.get("kv_cache_scheme") or {}
-        static = not args.get("dynamic") and args.get("strategy", "tensor") == "tensor" and args.get("symmetric", True)
-        if not args or not static:
+        whole = (args.get("strategy") or "tensor") == "tensor" and args.get("symmetric", True)
+        if not args or args.get("dynamic") or not whole:
             return None
         return "e4m3" if args.get("type") == "float" else f"int({args['num_bits']}, narrow=false)"
+
+    def cache(self) -> dict[str, dict[str, str]]:
+        """The quantizers of keys and values; scales that are dynamic are found anew in each forward."""
+        args = self.config.get("kv_cache_scheme") or {}
+        if not self._finds_scales(args):
+            return super().cache()
+        text = self._text(args, "input")
+        return {f"*:{product}": {role: text} for _, product, role in CACHED}
+
+    @staticmethod
+    def _finds_scales(args: Mapping[str, Any]) -> bool:
+        """Tell if a cache has a scale for each token of a head, found when it is stored."""
+        return args.get("dynamic") is True and args.get("strategy") == "token"
 
     def targets(self, module: str) -> bool:
         return self._group(module) is not None and not _matches(module, self.config.get("ignore") or ())
@@ -67,6 +86,13 @@ class CompressedTensors(Reader):
         return None
 
     def _layers(self) -> Iterator[Layer]:
+        sparse = self.config.get("sparsity_config") or {}
+        for form in (self.config.get("format"), sparse.get("format")):
+            if form in UNREAD:
+                raise ModelError(
+                    f"{self.path} has the format {form!r}, which is not read: its codes are {UNREAD[form]}; of "
+                    f"{self.method}, dense formats are read: take the checkpoint that it was made from"
+                )
         for name, stored in self.tensors.items():
             module, _, last = name.rpartition(".")
             packed = last == "weight_packed" or (last == "weight" and stored.dtype in ("I8", "F8_E4M3", "F8_E5M2"))

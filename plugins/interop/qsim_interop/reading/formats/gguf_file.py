@@ -7,6 +7,7 @@ which llama.cpp multiplies last.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -120,14 +121,17 @@ class GGUF(Reader):
 
     def _layers(self) -> Iterator[Layer]:
         for name, stored in self.tensors.items():
-            if stored.dtype in PLAIN or len(stored.shape) != 2:
+            if stored.dtype in PLAIN or len(stored.shape) not in (2, 3):
                 continue
-            module, (rows, columns) = name.removesuffix(".weight"), stored.shape
+            module, shape = (
+                name.removesuffix(".weight"),
+                (math.prod(stored.shape[:-1]), stored.shape[-1]),
+            )  # of all experts
             parts = {"codes": Part(name, stored.shape)}
             if f"{module}.scale" in self.tensors:
                 parts["global_scale"] = Part(f"{module}.scale", self.tensors[f"{module}.scale"].shape)
             weights = self.scheme(EXACT[stored.dtype]) if stored.dtype in EXACT else None
-            yield Layer(module, (rows, columns), weights, parts=parts, form=stored.dtype)
+            yield Layer(module, shape, weights, parts=parts, form=stored.dtype)
 
     def scales(self, layer: Layer) -> dict[str, Tensor]:
         if layer.weights is None:
@@ -138,12 +142,12 @@ class GGUF(Reader):
     def dequantize(self, layer: Layer) -> Tensor:
         if layer.weights is not None:
             return super().dequantize(layer)
-        return self.file.dequantized(layer.parts["codes"].name)
+        return self.file.dequantized(layer.parts["codes"].name).reshape(layer.shape)
 
     def _read(self, layer: Layer) -> PackedWeight:
         scheme, octets, shape = layer.scheme, self.tensors.read(layer.parts["codes"].name), layer.shape
         packed: Any = {"Q4_0": _q4_0, "Q8_0": _q8_0, "MXFP4": _mxfp4, "NVFP4": _nvfp4}[layer.form]
-        codes, scales = packed(octets)
+        codes, scales = packed(octets.reshape(shape[0], -1))
         wide = self.part(layer, "global_scale")
         return PackedWeight(scheme, codes.reshape(shape), scales.reshape(shape[0], -1), None, wide, "last")
 
