@@ -78,7 +78,7 @@ class Sinq(Quantizer):
 
         Raises `QsimError` if another quantizer encoded it.
         """
-        columns = getattr(encoded, "columns", None)
+        columns: Tensor | None = getattr(encoded, "columns", None)
         if columns is None:
             raise QsimError(f"these codes have no scales of columns, by which {self} would multiply")
         inner = replace(encoded, dtype=columns.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,6 +17,22 @@ from qsim_core.simulation.simulation import Simulation, simulate
 from qsim_core.testing.component import CLONES, ComponentSuite, global_randomness_untouched, identical, noise, one_line
 from qsim_core.testing.model import batches, gradients, language_model, scaled
 from qsim_core.transforms.transform import Transform
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A model under a recipe with a transform, for the tests that look at it and change nothing."""
+
+    model: nn.Module
+    simulation: Simulation
+    batches: list[Any]
+    """The calibration data, after the transform has seen them."""
+    logits: Tensor
+    """The model's first output."""
+
+
+_APPLIED: dict[tuple[type[object], Any], Applied] = {}
+"""By suite and transform: a transform takes longer than a look at its model."""
 
 
 class TransformSuite(ComponentSuite):
@@ -44,6 +59,14 @@ class TransformSuite(ComponentSuite):
             given: dict[str, Any] = {**self.quantizers(), "transforms": [transform], "calibration": self.batches()}
             return simulate(model, **given | changes)
 
+    def applied(self, transform: Any) -> Applied:
+        """The model under the recipe with this transform, made once for all tests that change nothing."""
+        if (key := (type(self), transform)) not in _APPLIED:
+            model, data = self.model(), self.batches()
+            simulation = self.simulated(transform, model, calibration=data)
+            _APPLIED[key] = Applied(model, simulation, data, self.logits(model))
+        return _APPLIED[key]
+
     def logits(self, model: nn.Module) -> Tensor:
         """The model's output for the first batch."""
         with torch.no_grad():
@@ -51,7 +74,7 @@ class TransformSuite(ComponentSuite):
 
     def test_it_says_what_it_did(self, component: Any) -> None:
         """A layer that was changed has an error before and after, or a note; one that was not says why."""
-        reports = _applied(type(self), component).simulation.reports
+        reports = self.applied(component).simulation.reports
 
         assert reports, f"{component} reports nothing; call context.report(layer, …) for each layer"
         silent = [report.layer for report in reports if report.after is None and not report.note]
@@ -60,7 +83,7 @@ class TransformSuite(ComponentSuite):
     def test_the_model_still_works(self, component: Any) -> None:
         exact = self.logits(self.model())
 
-        y = _applied(type(self), component).logits
+        y = self.applied(component).logits
 
         error = float((y - exact).norm() / exact.norm())
         assert error < 1, f"after {component} the outputs are {error:.2g} times their size away from what they were"
@@ -68,13 +91,13 @@ class TransformSuite(ComponentSuite):
     def test_it_keeps_names_shapes_dtypes_and_mode(self, component: Any) -> None:
         before = _look(self.model())
 
-        after = _look(_applied(type(self), component).model)
+        after = _look(self.applied(component).model)
 
         changed = dict(before.items() ^ after.items())
         assert changed == {}, f"{component} leaves {sorted(changed)[0]} with another name, shape, dtype or mode"
 
     def test_it_gives_the_same_each_time_and_draws_no_global_random_numbers(self, component: Any) -> None:
-        applied, model = _applied(type(self), component), self.model()
+        applied, model = self.applied(component), self.model()
 
         with global_randomness_untouched(component, "works"):
             self.simulated(component, model)
@@ -85,7 +108,7 @@ class TransformSuite(ComponentSuite):
         assert identical(applied.logits, self.logits(model)), f"the outputs after {component} differ the second time"
 
     def test_the_data_are_left_alone(self, component: Any) -> None:
-        given = _applied(type(self), component).batches
+        given = self.applied(component).batches
 
         for batch, before in zip(given, self.batches(), strict=True):
             assert all(identical(batch[key], value) for key, value in before.items()), f"{component} changed its data"
@@ -103,13 +126,13 @@ class TransformSuite(ComponentSuite):
 
     @pytest.mark.parametrize("clone", CLONES)
     def test_a_copied_model_computes_the_same(self, component: Any, clone: str) -> None:
-        model = _applied(type(self), component).model
+        model = self.applied(component).model
 
         copied = CLONES[clone](model)
         assert identical(self.logits(copied), self.logits(model)), f"after {component} a model that was {clone} differs"
 
     def test_gradients_are_there_and_checkpointing_leaves_them_alone(self, component: Any) -> None:
-        model: Any = _applied(type(self), component).model
+        model: Any = self.applied(component).model
         if not hasattr(model, "checkpointing"):
             pytest.skip("this model has no attribute `checkpointing`")
 
@@ -153,27 +176,6 @@ class TransformSuite(ComponentSuite):
                 raise
 
         one_line(component, act, "on a single matrix")
-
-
-@dataclass(frozen=True)
-class _Applied:
-    """A model under a recipe with a transform, for the tests that look at it and change nothing."""
-
-    model: nn.Module
-    simulation: Simulation
-    batches: list[Any]
-    """The calibration data, after the transform has seen them."""
-    logits: Tensor
-    """The model's first output."""
-
-
-@functools.lru_cache(maxsize=4)
-def _applied(suite: type[TransformSuite], transform: Any) -> _Applied:
-    """Apply a transform to a suite's model. The result is kept, as a transform takes longer than a look at a model."""
-    tests = suite()
-    model, data = tests.model(), tests.batches()
-    simulation = tests.simulated(transform, model, calibration=data)
-    return _Applied(model, simulation, data, tests.logits(model))
 
 
 def _look(model: nn.Module) -> dict[str, Any]:
