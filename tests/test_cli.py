@@ -476,7 +476,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "missing data": (["--weights", "int8", "--data", "nowhere.txt"], "there is no file nowhere.txt"),
     "output is a directory": (["--weights", "int8", "--json", "empty"], "cannot write empty: it is a directory; give a file's name"),
     "output is a device": (["--weights", "int8", "--json", "/dev/null"], "cannot write /dev/null: it is not a regular file; `--json -` writes"),
-    "empty model": (["", "--weights", "int8"], "an empty name is not a model. There are: bert-tiny, bert-tiny-classifier, codegen-tiny, ddpm-tiny, llama-tiny, minilm, opt-1m, opt-tiny, opt-tiny-outliers, opt-tiny-outliers-everywhere, phi-tiny, qwen3-tiny, vit-tiny"),
+    "empty model": (["", "--weights", "int8"], "an empty name is not a model. There are: bert-tiny, bert-tiny-classifier, codegen-tiny, ddpm-tiny, llama-tiny, minilm, opt-1m, opt-2m, opt-tiny, opt-tiny-outliers, opt-tiny-outliers-everywhere, phi-tiny, qwen3-tiny, vit-tiny"),
     "no quantizer": (["--weights", "perplexity"], "'perplexity' is an evaluator, not a quantizer"),
     "output has no directory": (["--weights", "int8", "--json", "no/where.json"], "cannot write no/where.json: there is no directory no"),
     "pattern without site": (["--weights", "int8", "--skip", "*.fc3"], "pattern '*.fc3' matches no site"),

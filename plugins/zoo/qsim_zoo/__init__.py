@@ -108,6 +108,7 @@ class Zoo(Adapter):
                 "opt-tiny", documentation, "OPT, 4 layers of width 256, on Python's documentation", is_default=True
             ),
             "opt-1m": entry("opt-1m", documentation, "OPT, 3 layers of width 128, on Python's documentation"),
+            "opt-2m": entry("opt-2m", documentation, "OPT, 4 layers of width 192, on Python's documentation"),
             "opt-tiny-outliers": entry(
                 with_outliers, documentation, "the same function as opt-tiny, with outlier channels in the norms"
             ),

@@ -24,6 +24,7 @@ LARGEST = {
     "ddpm-tiny": 4,
     "llama-tiny": 3,
     "opt-1m": 2,
+    "opt-2m": 5,
     "qwen3-tiny": 3,
     "phi-tiny": 3,
 }
