@@ -80,6 +80,7 @@ def warnings(result: Result, beginning: str) -> list[str]:
     return [line for line in lines if line.startswith(beginning)]
 
 
+@pytest.mark.slow  # the README of qsim-listing runs the same command, and asks for exit code 0
 def test_what_is_installed_here_is_clean() -> None:
     result = check()
 

@@ -177,7 +177,26 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]
         yield answer
 
 
-@pytest.mark.parametrize("name", ["qsim-core", *(f"qsim-{plugin}" for plugin in PLUGINS)])
+QUICK = {
+    "qsim-core",
+    "qsim-abfp",
+    "qsim-fast",
+    "qsim-interop",
+    "qsim-structure",
+    "qsim-study",
+    "qsim-transformers",
+    "qsim-zoo",
+}
+"""Distributions of each kind. test_layout.py compares the imports of the others with what they declare."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in ("qsim-core", *(f"qsim-{plugin}" for plugin in PLUGINS))
+    ],
+)
 def test_a_distribution_works_with_what_it_declares_and_nothing_else(
     name: str, install: Callable[[str], Path], run: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -211,6 +211,7 @@ def test_a_model_that_does_not_continue_texts_has_one_forward(write: Write) -> N
     assert found["notes"] == ["the model does not continue texts: one forward is counted, and no decoding"]
 
 
+@pytest.mark.slow  # other tests price smaller configurations
 def test_opt_66b_is_priced_from_its_configuration_alone(write: Write) -> None:
     found = report(write(OPT_66B) / "config.json", "--precision", "w4a8", "--on", "a100", "--products-only")
 
