@@ -72,7 +72,7 @@ class Call:
 
     def again(self, args: tuple[Any, ...], operands: tuple[Tensor, ...]) -> Call:
         """The same call with other tensors, in less time than `dataclasses.replace` takes."""
-        other = object.__new__(Call)
+        other = object.__new__(type(self))
         known = vars(other)
         known.update(vars(self))
         known["args"], known["operands"] = args, operands

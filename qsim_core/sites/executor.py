@@ -222,7 +222,7 @@ class LiveExecution(Execution):
 
     def again(self, call: Call, operands: Sequence[Operand]) -> LiveExecution:
         """The execution of another call by the same quantizers."""
-        other = object.__new__(LiveExecution)
+        other = object.__new__(type(self))
         known = other.__dict__ = self.__dict__.copy()
         known["call"], known["operands"] = call, operands
         return other
