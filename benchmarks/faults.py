@@ -5,7 +5,7 @@
 A run that is killed is started again in the same directory until it ends; its numbers have to be those of an
 undisturbed run, and no temporary file may be left. After a flipped bit a run has to give the same numbers, or one line
 that says what is damaged. Each run is a fork of this process, so that nothing is imported twice. The script exits with
-1 if a number has changed. 100 kills and 1000 flips of each take about two hours on two cores.
+1 if a number has changed. 100 kills and 1000 flips of each take some hours.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ SMALL = ["--limit", "1", "--json", "r.json", "--quiet", "--evaluator", "perplexi
 CALIBRATED = ["--data", TEXT, "--calibration-data", TEXT, "--calibration-samples", "2", "--calibration-seqlen", "64"]
 KEPT = ["--work-dir", "kept", *SMALL, *CALIBRATED]
 TRAINED = ["--data", TEXT, "--eval-data", TEXT, "--seqlen", "32", "--batch-size", "2", "--output", "kept", *SMALL]
+STUDIED = ["--data", TEXT, "--output", "kept", *SMALL]
 TEMPORARY = ("tmp*", "*.part", "*.build", "part")
 """Names of files and folders in which something is being written."""
 
@@ -61,6 +62,18 @@ def trained() -> Any:
     return [*metrics, result["log"], *map(digest, sorted(Path("kept").glob("*.safetensors")))]
 
 
+def studied() -> Any:
+    """The rows of `qsim study` but for their seconds, and its comparisons."""
+    found = json.loads(Path("r.json").read_text())
+    rows = [{key: value for key, value in row.items() if "seconds" not in key} for row in found["rows"]]
+    return [rows, found["comparisons"]]
+
+
+def exported() -> Any:
+    """The digests of the files that `qsim export` has written, by name."""
+    return {path.name: digest(path) for path in Path("out").iterdir()}
+
+
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -80,6 +93,24 @@ SCENARIOS = {
     "quantize": Scenario(
         ["quantize", MODEL, "out.safetensors", "--weights", "abfp(int4)", "--quiet"],
         lambda: digest(Path("out.safetensors")),
+    ),
+    "study": Scenario(
+        ["study", "--vary", "model=opt-tiny", "--vary", "weights=int4,e2m1", "--vary", "activations=int8", *STUDIED],
+        studied,
+    ),
+    "export": Scenario(
+        [
+            "export",
+            "opt-tiny",
+            "--weights",
+            "block(int8, 32)",
+            "--to",
+            "compressed-tensors",
+            "--output",
+            "out",
+            "--quiet",
+        ],
+        exported,
     ),
 }
 
