@@ -35,6 +35,7 @@ CALIBRATED = ["--data", TEXT, "--calibration-data", TEXT, "--calibration-samples
 KEPT = ["--work-dir", "kept", *SMALL, *CALIBRATED]
 TRAINED = ["--data", TEXT, "--eval-data", TEXT, "--seqlen", "32", "--batch-size", "2", "--output", "kept", *SMALL]
 STUDIED = ["--data", TEXT, "--output", "kept", *SMALL]
+EXPORTED = ["--to", "compressed-tensors", "--output", "out", "--quiet"]
 TEMPORARY = ("tmp*", "*.part", "*.build", "part")
 """Names of files and folders in which something is being written."""
 
