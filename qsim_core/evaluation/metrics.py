@@ -83,21 +83,6 @@ class Metrics(dict[str, float]):
         return dict(self.of_means(means))
 
 
-class LeftOut(Metrics):
-    """Metrics of which only the values without each sample are known. They are enough for intervals."""
-
-    def __init__(self, values: Mapping[str, float], left_out: Mapping[str, Tensor], in_order: bool) -> None:
-        super().__init__({}, counts=values, in_order=in_order)
-        self._left_out = dict(left_out)
-
-    @property
-    def size(self) -> int:
-        return len(next(iter(self._left_out.values()))) if self._left_out else 0
-
-    def left_out(self) -> dict[str, Tensor]:
-        return self._left_out
-
-
 def rank(outputs: Tensor, chosen: Tensor) -> Tensor:
     """The rank of element `chosen` [...] among outputs [..., n]: 1 for the largest, in float64.
 

@@ -14,13 +14,14 @@ from typing import Any
 
 from qsim_cache.entry import CacheEntry
 from qsim_cache.fingerprint import Unknowable, of_requirements
+from qsim_cache.left_out import LeftOut
 from qsim_cache.made_from import of_components, of_machine, of_model
 from qsim_core.components.component import components_in
 from qsim_core.components.host import Host
 from qsim_core.evaluation.adapter import LoadedModel
 from qsim_core.evaluation.data import Data
 from qsim_core.evaluation.job import Job
-from qsim_core.evaluation.metrics import LeftOut, Metrics
+from qsim_core.evaluation.metrics import Metrics
 from qsim_core.transforms.run import Run
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 from qsim_cache.fingerprint import Unknowable, of_code, of_requirements, sha256
+from qsim_cache.left_out import LeftOut
 
 from qsim_core import Calibration, Metrics, QsimError, Recipe, Result, Run
 from qsim_core.components.component import Component, components_in
 from qsim_core.components.host import Host
 from qsim_core.evaluation.job import Job
 from qsim_core.evaluation.locate import Located, default_model, locate
-from qsim_core.evaluation.metrics import LeftOut
 from qsim_core.files import place
 from qsim_study.histograms import Histogram
 
