@@ -123,10 +123,8 @@ class GGUF(Reader):
         for name, stored in self.tensors.items():
             if stored.dtype in PLAIN or len(stored.shape) not in (2, 3):
                 continue
-            module, shape = (
-                name.removesuffix(".weight"),
-                (math.prod(stored.shape[:-1]), stored.shape[-1]),
-            )  # of all experts
+            module = name.removesuffix(".weight")
+            shape = (math.prod(stored.shape[:-1]), stored.shape[-1])  # the rows of all experts
             parts = {"codes": Part(name, stored.shape)}
             if f"{module}.scale" in self.tensors:
                 parts["global_scale"] = Part(f"{module}.scale", self.tensors[f"{module}.scale"].shape)
