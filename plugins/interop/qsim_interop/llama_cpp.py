@@ -15,14 +15,16 @@ from torch import Tensor
 from qsim_core.errors import ModelError
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""The families that are read and written, and llama.cpp's names for them."""
-READ = ARCHITECTURES | {
+"""Families that are read and written, and llama.cpp's names for them."""
+OF_EXPERTS = {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+"""The families of experts that are read and written."""
+WRITTEN = ARCHITECTURES | OF_EXPERTS
+"""The families that are written."""
+READ = WRITTEN | {
     "phi3": "phi3",
     "starcoder2": "starcoder2",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
-    "qwen2_moe": "qwen2moe",
-    "qwen3_moe": "qwen3moe",
 }
 """The families that are read."""
 NORMS_FROM_ONE = ("gemma2", "gemma3_text")
@@ -61,6 +63,12 @@ def tensors_of(config: Any, parameters: Iterable[str]) -> dict[str, tuple[str, .
         else:
             found[name] = tuple(f"blk.{stack[1]}.{tensor}.weight" for tensor in EXPERTS[stack[2]])
     return found
+
+
+def parts_of_stack(name: str) -> int:
+    """The projections that a stack of experts joins, one below the other; 1 for any other weight."""
+    stack = STACK.fullmatch(name)
+    return 1 if stack is None else len(EXPERTS[stack[2]])
 
 
 def paired(name: str, rows: Tensor, config: Any) -> Tensor:

@@ -161,6 +161,77 @@ def test_inputs_have_no_place_in_the_file(tmp_path: Path) -> None:
         exported(simulation, tmp_path / "out")
 
 
+def with_experts(family: str, **options: Any) -> Any:
+    """A language model of one layer with four experts, whose rows are whole blocks."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    moe = {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    more = {"intermediate_size": 64, "shared_expert_intermediate_size": 64, "norm_topk_prob": family == "qwen3_moe"}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes | moe | more | options)).eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "weights"),
+    [
+        ("qwen3_moe", "block(int4, 32, scale=fp16)"),
+        ("qwen3_moe", "llama_cpp_q8_0"),
+        ("qwen2_moe", "mxfp4"),
+    ],
+)
+def test_experts_are_written_as_the_stacks_of_llama_cpp(family: str, weights: str, tmp_path: Path) -> None:
+    simulation = simulated(with_experts(family), weights, skip=["lm_head", "*gate"])
+
+    tensors = exported(simulation, tmp_path / "out")
+
+    wanted = simulation.encoded()["model.layers.0.mlp.experts.gate_up_proj"].decode().chunk(2, 1)
+    for name, part in zip(("ffn_gate_exps", "ffn_up_exps"), wanted, strict=True):
+        assert torch.equal(dequantized(tensors[f"blk.0.{name}.weight"]), part)
+
+
+def test_a_file_with_experts_is_read_to_the_same_bits(tmp_path: Path) -> None:
+    simulation = simulated(with_experts("qwen3_moe"), "mxfp4", skip=["lm_head", "*gate", "*down_proj"])
+    exported(simulation, tmp_path)
+
+    from qsim_interop.gguf_model import _File
+
+    weights, _ = _File(str(tmp_path / "model.gguf")).weights()
+
+    plain = simulation.folded_state_dict()[0]
+    assert all(torch.equal(weights[name], tensor) for name, tensor in plain.items() if "gate_up" not in name)
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "error", "message"),
+    [
+        (
+            "scaled(e2m1, 16, scale=scaled(e4m3, rule=ceil))",
+            {"hidden_size": 64, "moe_intermediate_size": 64},
+            qsim.RecipeError,
+            "gate_up_proj stacks experts, each with scales of its own for more than a row",
+        ),
+        ("mxfp4", {"norm_topk_prob": False}, qsim.ModelError, "runs qwen3_moe with norm_topk_prob=True alone"),
+        ("mxfp4", {"decoder_sparse_step": 2, "num_hidden_layers": 2}, qsim.ModelError, "with experts in every layer"),
+    ],
+)
+def test_experts_that_a_file_does_not_hold_are_refused(
+    weights: str, options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    simulation = simulated(with_experts("qwen3_moe", **options), weights, skip=["lm_head", "*gate"])
+
+    with pytest.raises(error, match=message):
+        exported(simulation, tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", ["onnx", "torchao"])
+def test_formats_without_experts_say_so(to: str, tmp_path: Path) -> None:
+    simulation = simulated(with_experts("qwen3_moe"), "block(int8, 32)", skip=["lm_head", "*gate"])
+
+    with pytest.raises(qsim.RecipeError, match="gate_up_proj stacks the experts of a Qwen3MoeExperts; such files hold"):
+        export(simulation, qsim.LoadedModel(simulation.model), to, tmp_path / "out")
+
+
 def test_another_family_is_refused(tmp_path: Path) -> None:
     with pytest.raises(qsim.ModelError, match="gguf files of opt are not written; those of llama, mistral"):
         exported(simulated(make("opt"), "mxfp4", skip=["lm_head"]), tmp_path / "out")

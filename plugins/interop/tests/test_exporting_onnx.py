@@ -77,6 +77,20 @@ def test_onnxruntime_computes_weights_and_results(weights: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
+    ("activations", "opset"), [("token(int8)", 18), ("tensor(int4)", 18), ("token(e4m3)", 19), ("tensor(e4m3)", 19)]
+)
+def test_scales_of_inputs_that_are_found_in_each_forward(activations: str, opset: int, tmp_path: Path) -> None:
+    simulation = qsim.simulate(perceptron(), weights="int8", activations=activations, example=X)
+    x = torch.cat([X * 3, torch.zeros(1, 32), X[:2] * 1e-3])
+
+    model = exported(simulation, tmp_path / "out")
+
+    _, values = computed(with_outputs(model, ["0_input_values"]), x)
+    assert model.opset_import[0].version == opset
+    assert np.array_equal(values, qsim.parse(activations).quantize(x))
+
+
+@pytest.mark.parametrize(
     "weights", ["nvfp4", *(pytest.param(text, marks=pytest.mark.slow) for text in ("nvfp4_adaptive", "mxfp4"))]
 )
 def test_the_reference_computes_four_bit_floats(weights: str, tmp_path: Path) -> None:
@@ -152,7 +166,11 @@ def test_a_language_model_takes_texts_of_any_length(tmp_path: Path) -> None:
     [
         ({"weights": "block(e4m3, [8, 8])"}, "does not hold .* exactly .it has no tiles."),
         ({"weights": "channel(int12)"}, "it holds integers of 2 to 8 bits, e4m3 and e2m1"),
-        ({"weights": "int8", "activations": "int8"}, r"does not compute token\(int8\) exactly; .*static=true"),
+        (
+            {"weights": "int8", "activations": "token(int8, symmetric=false)"},
+            r"do not compute token\(int8, symmetric=false\) exactly; .*static=true",
+        ),
+        ({"weights": "int8", "activations": "block(int8, 16)"}, r"do not compute block\(int8, n=16\) exactly"),
         ({"weights": "block(int8, 20)"}, "blocks of 20 do not divide its 32 inputs; 4 would"),
     ],
 )

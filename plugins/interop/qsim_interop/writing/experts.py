@@ -38,6 +38,38 @@ def experts(model: Any, weight: EncodedWeight) -> Iterator[EncodedWeight]:
         yield EncodedWeight(name, quantizer, None, part)
 
 
+def stacks(weight: EncodedWeight, parts: int) -> Iterator[EncodedWeight]:
+    """The weight of each projection of all experts, whose rows stand one below the other: [E * rows, K].
+
+    Raises `RecipeError` where scales are of a whole expert, or of tiles.
+    """
+    whole = weight.encoded
+    quantizer = weight.quantizer.each if isinstance(weight.quantizer, Stacked) else weight.quantizer
+    count, height = whole.codes.shape[:2]
+    scales = whole.scales.codes if isinstance(whole.scales, Encoded) else whole.scales
+    if scales is None or scales.shape[:2] != whole.codes.shape[:2] or getattr(whole.scales, "scales", None) is not None:
+        raise RecipeError(
+            f"{weight.name} stacks experts, each with scales of its own for more than a row; such files hold scales of "
+            f"blocks alone: leave it out with --skip {weight.name}"
+        )
+    for place in range(parts):
+        rows = slice(place * height // parts, (place + 1) * height // parts)
+        each = [_rows(whole[expert], rows) for expert in range(count)]
+        yield EncodedWeight(weight.name, quantizer, None, _one_below_another(each))
+
+
+def _one_below_another(parts: list[Encoded]) -> Encoded:
+    """Matrices of as many columns as one."""
+
+    def joined(of: list[Any]) -> Any:
+        if isinstance(of[0], Encoded):
+            return replace(of[0], codes=torch.cat([one.codes for one in of]))
+        return None if of[0] is None else torch.cat(of)
+
+    together = {name: joined([getattr(part, name) for part in parts]) for name in ("codes", "scales", "zero_points")}
+    return replace(parts[0], **together)
+
+
 def _rows(encoded: Encoded, rows: slice) -> Encoded:
     """Some rows of an encoded matrix; what is of the whole matrix stays."""
     height = len(encoded.codes)

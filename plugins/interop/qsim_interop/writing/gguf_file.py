@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qsim_core.errors import ModelError, RecipeError
-from qsim_interop.llama_cpp import ARCHITECTURES, paired, tensor_names
+from qsim_interop.llama_cpp import OF_EXPERTS, WRITTEN, paired, tensors_of
 from qsim_interop.writing.bit_patterns import is_format
 from qsim_interop.writing.layer import Layer
 from qsim_interop.writing.source import Source, state_of
@@ -43,6 +43,7 @@ class GGUF(Target):
 
     name: ClassVar[str] = "gguf"
     library: ClassVar[str | None] = "gguf"
+    kinds: ClassVar[tuple[str, ...]] = ("Linear", "stacks")
     holds: ClassVar[str] = (
         "block(int4, 32, scale=fp16), block(int8, 32, scale=fp16), mxfp4 and "
         "scaled(e2m1, 16, scale=scaled(e4m3, rule=ceil)), without zero points"
@@ -50,9 +51,10 @@ class GGUF(Target):
 
     def check(self, source: Source) -> list[str]:
         family = getattr(getattr(source.model, "config", None), "model_type", type(source.model).__name__)
-        if family not in ARCHITECTURES:
-            raise ModelError(f"gguf files of {family} are not written; those of {', '.join(ARCHITECTURES)} are")
+        if family not in WRITTEN:
+            raise ModelError(f"gguf files of {family} are not written; those of {', '.join(WRITTEN)} are")
         _rope_base(source)
+        _check_experts(source)
         for layer in source.layers:
             if layer.inputs is not None:
                 raise RecipeError(f"{layer.module}: gguf holds weights only; leave activations out")
@@ -64,20 +66,24 @@ class GGUF(Target):
         import gguf
 
         config: Any = source.model.config
-        writer = gguf.GGUFWriter(directory / "model.gguf", ARCHITECTURES[config.model_type])
+        writer = gguf.GGUFWriter(directory / "model.gguf", WRITTEN[config.model_type])
         types = [self._type(layer) for layer in source.layers]
         _describe(writer, source, types[0].file if len({one.type for one in types}) == 1 else "ALL_F32")
         names = _names(source)
         for layer, block in zip(source.layers, types, strict=True):
-            name = names[layer.weight.name]
-            rows = paired(layer.weight.name, block.pack(layer), config)
+            name = _name(names, layer)
+            rows = paired(layer.parameter, block.pack(layer), config)
+            if layer.stacked:
+                rows = rows.unflatten(0, (layer.stacked, -1))
             writer.add_tensor(name, rows.numpy(), raw_dtype=gguf.GGMLQuantizationType[block.type])
             if block.type == "NVFP4":
                 writer.add_tensor(name.removesuffix("weight") + "scale", layer.global_scale.numpy())
         for parameter, tensor in source.rest().items():
-            if parameter in names:
-                rows = paired(parameter, tensor.float(), config)
-                writer.add_tensor(names[parameter], rows.contiguous().numpy())
+            parts = names.get(parameter, ())
+            rows = paired(parameter, tensor.float(), config)
+            rows = rows.squeeze(0) if len(rows) == 1 else rows  # the gate of a shared expert
+            for name, part in zip(parts, rows.chunk(len(parts), -2) if len(parts) > 1 else [rows], strict=False):
+                writer.add_tensor(name, part.contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -149,14 +155,30 @@ MXFP4 = BlockType("MXFP4", "MOSTLY_MXFP4_MOE", 32, _mxfp4)
 NVFP4 = BlockType("NVFP4", "MOSTLY_NVFP4", 64, _nvfp4)
 
 
-def _names(source: Source) -> dict[str, str]:
+def _names(source: Source) -> dict[str, tuple[str, ...]]:
     """The tensors of the model's parameters; a head that is tied to the embedding has none of its own."""
     config: Any = source.model.config
-    names = tensor_names(config, [*(layer.weight.name for layer in source.layers), *source.rest()])
-    first: dict[str, str] = {}
-    for name, tensor in names.items():
-        first.setdefault(tensor, name)
-    return {name: tensor for tensor, name in first.items()}
+    names = tensors_of(config, [*(layer.parameter for layer in source.layers), *source.rest()])
+    first: dict[tuple[str, ...], str] = {}
+    for name, tensors in names.items():
+        first.setdefault(tensors, name)
+    return {name: tensors for tensors, name in first.items()}
+
+
+def _name(names: dict[str, tuple[str, ...]], layer: Layer) -> str:
+    """The tensor of a layer, which may be one of those that a stack of experts joins."""
+    return names[layer.parameter][layer.part]
+
+
+def _check_experts(source: Source) -> None:
+    """Raise `ModelError` for experts that llama.cpp would run in another way."""
+    config: Any = source.model.config
+    if config.model_type not in OF_EXPERTS:
+        return
+    if config.norm_topk_prob is not (config.model_type == "qwen3_moe"):
+        raise ModelError(f"llama.cpp runs {config.model_type} with norm_topk_prob={not config.norm_topk_prob} alone")
+    if config.mlp_only_layers or config.decoder_sparse_step != 1:
+        raise ModelError(f"of {config.model_type}, gguf files are written with experts in every layer alone")
 
 
 def _rope_base(source: Source) -> float:
@@ -187,6 +209,12 @@ def _describe(writer: Any, source: Source, file_type: str) -> None:
     writer.add_rope_dimension_count(head)
     writer.add_rope_freq_base(_rope_base(source))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.model_type in OF_EXPERTS:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if config.model_type == "qwen2_moe":
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("none")
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -34,6 +34,11 @@ class Layer:
     parameter: str = ""
     """The name of the parameter that the weight is, or is a part of."""
 
+    part: int = 0
+    """The place of the layer among the projections that a stack of experts joins."""
+    stacked: int = 0
+    """The experts whose rows stand one below the other; 0: it is not a stack."""
+
     @property
     def transposed(self) -> bool:
         """True if the module stores its weight as [K, N]."""

@@ -1,5 +1,7 @@
 """Models in ONNX: a weight is a DequantizeLinear of its codes, a static input a QuantizeLinear and a DequantizeLinear.
 
+Inputs whose scale is found in each forward are divided, rounded and multiplied by plain nodes: DynamicQuantizeLinear
+has other scales, and QuantizeLinear none for each token.
 torch.onnx writes the graph in float32. The initializer of each packed weight gives way to a node of the same name.
 """
 
@@ -14,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from qsim_core.components.host import installed
 from qsim_core.errors import ModelError, RecipeError, one_line
 from qsim_core.formats.format import Format
 from qsim_core.quantizers.static_scale import StaticScheme
@@ -54,8 +57,9 @@ class ONNX(Target):
             _ = layer.block
             if layer.inputs is not None and not _is_held(layer.inputs):
                 raise RecipeError(
-                    f"{layer.module}: QuantizeLinear does not compute {layer.inputs} exactly; it takes inputs with one "
-                    f"static scale, like tensor(int8, static=true), or none (activations: none)"
+                    f"{layer.module}: the nodes of ONNX that are written do not compute {layer.inputs} exactly; they "
+                    f"take inputs with one static scale, like tensor(int8, static=true), symmetric integers and e4m3 "
+                    f"by token or tensor, or none (activations: none)"
                 )
         return []
 
@@ -80,13 +84,24 @@ def _type_of(element: Format) -> str | None:
 
 def _opset(layer: Layer) -> int:
     """The lowest opset that holds a layer."""
-    formats = [layer.element, *([] if layer.inputs is None else [layer.inputs.plain.coded])]
+    formats = [layer.element]
+    if layer.inputs is not None and not (_is_found(layer.inputs) and layer.inputs.plain.coded.is_integer):
+        formats.append(layer.inputs.plain.coded)  # numbers stand for the codes of integers whose scale is found
     needed = [OPSETS[str(_type_of(one))] for one in formats]
     return max(LOWEST_OPSET, *needed, BLOCKS if layer.block is not None else 0)
 
 
+def _is_found(quantizer: Any) -> bool:
+    """Tell if the scale of inputs is found in each forward, for a token or the tensor, and nodes compute it."""
+    shared, element = quantizer.granularity, getattr(quantizer.plain, "coded", None)
+    known = shared in ("token", "tensor") and element is not None and _type_of(element) is not None
+    if isinstance(quantizer, StaticScheme) or not known or is_format(element, "e2m1"):
+        return False
+    return bool(quantizer.plain == installed().parse(f"{shared}({element})"))
+
+
 def _is_held(quantizer: Any) -> bool:
-    return (
+    return _is_found(quantizer) or (
         isinstance(quantizer, StaticScheme)
         and quantizer.granularity == "tensor"
         and quantizer.scheme.coded.rounding == "even"
@@ -199,7 +214,9 @@ def _products(graph: Any, weight: str) -> list[Any]:
 
 
 def _quantized(graph: Any, x: str, layer: Layer) -> str:
-    """Add the nodes that quantize and dequantize a tensor under a layer's static scale; give the result's name."""
+    """Add the nodes that quantize and dequantize a tensor under a layer's scale; give the result's name."""
+    if _is_found(layer.inputs):
+        return _rounded(graph, x, layer)
     held: StaticScheme = layer.inputs
     element, where = held.scheme.coded, f"{layer.module}_input"
     scale = _initializer(graph, f"{where}_scale", "FLOAT", held.scale.detach().cpu().reshape(()))
@@ -221,6 +238,37 @@ def _quantized(graph: Any, x: str, layer: Layer) -> str:
     return _node(graph, "DequantizeLinear", [codes, *given], f"{where}_values")
 
 
+def _rounded(graph: Any, x: str, layer: Layer) -> str:
+    """Add the nodes that find the scale of each row, or of the tensor, and round under it; give the result's name.
+
+    A scale is the largest magnitude over the format's largest value, and values are rounded to even, in float32.
+    """
+    import onnx
+
+    scheme, where = layer.inputs.plain, f"{layer.module}_input"
+    element = scheme.coded
+
+    def node(kind: str, inputs: list[str], name: str, **attributes: Any) -> str:
+        return _node(graph, kind, inputs, f"{where}_{name}", **attributes)
+
+    def number(name: str, value: float) -> str:
+        return _initializer(graph, f"{where}_{name}", "FLOAT", torch.tensor(value))
+
+    axes = _initializer(graph, f"{where}_axes", "INT64", torch.tensor([-1]))
+    along = [axes] if scheme.granularity == "token" else []
+    largest = node("ReduceMax", [node("Abs", [x], "magnitudes"), *along], "largest", keepdims=1)
+    scale = node("Div", [largest, number("max", element.max)], "scale")
+    zero = node("Equal", [scale, number("zero", 0.0)], "is_zero")
+    units = node("Div", [x, node("Where", [zero, number("one", 1.0), scale], "divisor")], "units")
+    if element.is_integer:
+        whole = node("Round", [units], "rounded")
+        values = node("Clip", [whole, number("low", element.min), number("high", element.max)], "codes")
+    else:
+        codes = node("Cast", [units], "codes", to=onnx.TensorProto.FLOAT8E4M3FN)
+        values = node("Cast", [codes], "wide", to=onnx.TensorProto.FLOAT)
+    return node("Mul", [values, scale], "values")
+
+
 def _node(graph: Any, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
     """Add a node with one output."""
     import onnx
@@ -233,7 +281,9 @@ def _initializer(graph: Any, name: str, kind: str, values: Tensor) -> str:
     """Add a tensor: numbers of an integer type or float32, bit patterns of a smaller float."""
     import onnx
 
-    dtype = {"FLOAT": torch.float32, "INT8": torch.int8, "INT4": torch.int8}.get(kind, torch.uint8)
+    dtype = {"FLOAT": torch.float32, "INT8": torch.int8, "INT4": torch.int8, "INT64": torch.int64}.get(
+        kind, torch.uint8
+    )
     shape, stored = values.shape, values.to(dtype).contiguous()
     if kind in ("INT4", "UINT4", "FLOAT4E2M1"):
         flat = stored.flatten().view(torch.uint8) & 15

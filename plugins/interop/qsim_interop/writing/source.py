@@ -12,12 +12,13 @@ from qsim_core.errors import RecipeError
 from qsim_core.evaluation.adapter import LoadedModel
 from qsim_core.simulation.simulation import Simulation
 from qsim_core.sites.site import Site
+from qsim_interop.llama_cpp import parts_of_stack
 from qsim_interop.reading.packed_weight import ACT_ORDER
-from qsim_interop.writing.experts import experts
+from qsim_interop.writing.experts import experts, stacks
 from qsim_interop.writing.layer import Layer
 
-EXPERTS = "experts"
-"""Stands among kinds of layers for weights that stack the experts of a layer."""
+EXPERTS, STACKS = "experts", "stacks"
+"""Stand among kinds of layers for weights that stack the experts of a layer: one by one, or as they are."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,22 @@ class Source:
                 raise RecipeError(f"{name} is tied to another parameter, which stays as it is; --skip {module}")
             owner = loaded.model.get_submodule(module)
             kind = "Linear" if isinstance(owner, nn.Linear) else type(owner).__name__
-            if kind not in kinds and not (EXPERTS in kinds and weight.encoded.codes.dim() == 3):
-                known = " and ".join(kinds)
-                raise RecipeError(f"{name} belongs to a {kind}; such files hold codes of {known}: --skip {module}")
-            parts = [weight] if kind in kinds else experts(loaded.model, weight)
-            for part in parts:
-                layers.append(Layer(part.name.rpartition(".")[0], part, sites[name].standing("input"), kind, name))
+            is_stack = weight.encoded.codes.dim() == 3
+            inputs = sites[name].standing("input")
+            if kind in kinds:
+                layers.append(Layer(module, weight, inputs, kind, name))
+            elif is_stack and EXPERTS in kinds:
+                for part in experts(loaded.model, weight):
+                    layers.append(Layer(part.name.rpartition(".")[0], part, inputs, kind, name))
+            elif is_stack and STACKS in kinds:
+                count = len(weight.encoded.codes)
+                for place, part in enumerate(stacks(weight, parts_of_stack(name))):
+                    layers.append(Layer(name, part, inputs, kind, name, place, count))
+            else:
+                known = " and ".join(one for one in kinds if one not in (EXPERTS, STACKS))
+                what = f"stacks the experts of a {kind}" if is_stack else f"belongs to a {kind}"
+                skip = name if is_stack else module
+                raise RecipeError(f"{name} {what}; such files hold codes of {known}: --skip {skip}")
         if not layers:
             raise RecipeError("the recipe quantizes no weight, so there is nothing to pack")
         return cls(loaded, simulation, layers)
