@@ -15,7 +15,16 @@ from qsim_core import LoadedModel, ModelError
 from qsim_core.components.host import installed
 from qsim_core.errors import one_line
 from qsim_core.quantizers.scales import Scales
-from qsim_interop.llama_cpp import EMBEDDING, NORMS_FROM_ONE, READ, STACK, tensors_of, unpaired
+from qsim_interop.llama_cpp import (
+    EMBEDDING,
+    NORMS_FROM_ONE,
+    READ,
+    STACK,
+    is_transposed,
+    joined,
+    tensors_of,
+    unpaired,
+)
 from qsim_interop.reading.formats.gguf_file import GGUF
 from qsim_interop.reading.packed_weight import Layer
 from qsim_interop.reading.recipe import recipe_of
@@ -24,10 +33,13 @@ from qsim_interop.stored import StoredQuantization
 FREQUENCIES = "rope_freqs.weight"
 """The tensor with the numbers by which llama.cpp divides the frequencies of the rotary embedding, as Llama 3.1 has."""
 
+LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+"""The factors of `longrope`, for texts beyond the original length, and for those up to it."""
 SCALINGS = ("linear", "yarn")
 """The scalings of the rotary embedding that are read."""
 KEYS = {
     "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
     "attn_logit_softcapping": "attn_logit_softcapping",
@@ -89,7 +101,9 @@ class _File:
 
         self.path, self.reader = Path(path), GGUF(Path(path), installed())
         try:
-            self.config: Any = AutoConfig.from_pretrained(self.path.parent, gguf_file=str(self.path.resolve()))
+            self.config: Any = self._described() or AutoConfig.from_pretrained(
+                self.path.parent, gguf_file=str(self.path.resolve())
+            )
         except Exception as error:  # a wrong file fails anywhere in the library
             raise ModelError(f"{path} describes no model that transformers knows: {one_line(error)}") from None
         if self.config.model_type not in READ:
@@ -101,6 +115,18 @@ class _File:
         self.packed = {layer.weight: layer for layer in self.reader.layers}
         self.names = tensors_of(self.config, self.outline.state_dict())
         """The tensors of each parameter."""
+
+    def _described(self) -> Any:
+        """The configuration of gpt-oss, whose scaled rotary embedding transformers 5.24 cannot read; else None."""
+        from transformers import AutoConfig
+        from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+        said = self.reader.file.said
+        if said("general.architecture") != "gpt-oss":
+            return None
+        keys = {option: said(f"gpt-oss.{key}") for key, option in GGUF_CONFIG_MAPPING["gpt_oss"].items() if option}
+        keys |= {f"{token}_token_id": said(f"tokenizer.ggml.{token}_token_id") for token in ("bos", "eos")}
+        return AutoConfig.for_model("gpt_oss", **{key: value for key, value in keys.items() if value is not None})
 
     def _complete(self) -> None:
         """Put into the configuration what llama.cpp reads or computes, and transformers does not read of the file."""
@@ -131,6 +157,16 @@ class _File:
         )
         by_tensor = next((name for name in self.reader.tensors if name.startswith("rope_factors")), None)
         if kind in (None, "none") and by_tensor is None:
+            for key in rope.keys() - {"rope_theta", "partial_rotary_factor"}:  # the defaults of a family that scales
+                del rope[key]
+            rope["rope_type"] = "default"
+            return
+        if by_tensor is not None and {LONG, SHORT} <= self.reader.tensors.keys() and original is not None:
+            rope |= {"rope_type": "longrope", "original_max_position_embeddings": original}
+            rope |= {"long_factor": self._numbers(LONG), "short_factor": self._numbers(SHORT)}
+            if (attention := self._said("rope.scaling.attn_factor")) is not None:
+                rope["attention_factor"] = attention
+            self.config.original_max_position_embeddings = original
             return
         if kind not in SCALINGS or factor is None or by_tensor is not None:
             raise ModelError(
@@ -140,6 +176,11 @@ class _File:
         rope |= {"rope_type": kind, "factor": float(factor)}
         if kind == "yarn":
             rope["original_max_position_embeddings"] = original or int(self.config.max_position_embeddings / factor)
+
+    def _numbers(self, tensor: str) -> list[float]:
+        """The values of a tensor."""
+        found: list[float] = self.reader.tensors.read(tensor).float().tolist()
+        return found
 
     def _said(self, key: str) -> Any:
         """The value of a key of the architecture; None: the file has no such key."""
@@ -179,16 +220,19 @@ class _File:
         """All parameters, dequantized, and the scales of the packed ones. Raises `ModelError` for a missing tensor."""
         weights: dict[str, Tensor] = {}
         final: dict[str, Scales | None] = {}
+        shapes = {name: tensor.shape for name, tensor in self.outline.state_dict().items()}
         for parameter, tensors in self.names.items():
             parts = [self._read(tensor, parameter) for tensor in tensors]
-            values = torch.cat([part for part, _, _ in parts], -2 if len(parts) > 1 else 0)
+            values = joined(parameter, [part for part, _, _ in parts], self.config)
+            if is_transposed(parameter, self.config):
+                values = values.transpose(1, 2).contiguous()
             if self.config.model_type in NORMS_FROM_ONE and parameter.endswith("norm.weight"):
                 values = values - 1
-            shape = self.outline.state_dict()[parameter].shape
-            weights[parameter] = unpaired(parameter, values, self.config).reshape(shape)
+            weights[parameter] = unpaired(parameter, values, self.config).reshape(shapes[parameter])
             if any(is_packed for _, is_packed, _ in parts):
                 known = [scales for _, _, scales in parts if scales is not None]
-                stacked = torch.cat(known, -2) if len(known) == len(parts) and _alike(known) else None
+                whole = len(known) == len(parts) and _alike(known)
+                stacked = joined(parameter, known, self.config) if whole else None
                 rows = None if stacked is None else unpaired(parameter, stacked.flatten(0, -2), self.config)
                 final[parameter] = None if rows is None else Scales(rows, None)
         return weights, final

@@ -177,6 +177,18 @@ def test_the_tokenizer_in_the_file_is_used(text: Path, tmp_path: Path) -> None:
     assert tokenizer("ABBA")["input_ids"] == [CHARACTERS.index(one) for one in ("AB", "B", "A")]
 
 
+def test_a_tokenizer_of_sentencepiece_in_the_file_is_used(tmp_path: Path) -> None:
+    file = exported(simulated("mxfp4"), tmp_path / "out", tokenizer=False)
+    pieces = ["<unk>", "<s>", "</s>", "▁", "A", "B", "AB", "▁AB"]
+    fields = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": pieces, "tokenizer.ggml.merges": ["A B"]}
+    fields |= {"tokenizer.ggml.scores": [-float(place) for place in range(8)]}
+    fields |= {"tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 1, 1, 1]}
+
+    tokenizer = loaded(rewritten(file, fields)).tokenizer
+
+    assert tokenizer.convert_ids_to_tokens(tokenizer("ABBA", add_special_tokens=False)["input_ids"])[-2:] == ["B", "A"]
+
+
 def test_without_a_tokenizer_it_is_one_line(text: Path, tmp_path: Path) -> None:
     file = exported(simulated("mxfp4"), tmp_path / "out", tokenizer=False)
 
@@ -254,7 +266,7 @@ def test_a_file_of_another_family_is_one_line(text: Path, tmp_path: Path) -> Non
 
     run = evaluate(tmp_path / "m.gguf", "--data", text)
 
-    assert "m.gguf holds a model of falcon; of GGUF files, llama, mistral, qwen2, qwen3, phi3, " in run.stderr
+    assert "m.gguf holds a model of falcon; of GGUF files, llama, mistral, qwen2, qwen3, qwen2_moe, " in run.stderr
 
 
 def test_of_several_files_one_has_to_be_named(text: Path, tmp_path: Path) -> None:
