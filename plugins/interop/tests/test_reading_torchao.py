@@ -79,6 +79,31 @@ def test_a_weight_is_the_one_that_torchao_dequantizes(text: str, tmp_path: Path)
     assert torch.equal(checkpoint.read(layer).dequantize(), theirs.float())
 
 
+@pytest.mark.parametrize("text", ["block(int3, n=32, symmetric=false)", "channel(e4m3)", "nvfp4", "mxfp4"])
+def test_a_pickle_is_read_without_running_it(text: str, tmp_path: Path) -> None:
+    config, inputs = CONFIGS[text]
+    module = write(tmp_path, config)
+    torch.save({"0.weight": module.weight, "0.bias": module.bias.data}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+
+    checkpoint = open_checkpoint(tmp_path)
+    (layer,) = checkpoint.layers
+
+    assert (str(layer.weights), layer.activations and str(layer.activations)) == (text, inputs)
+    assert torch.equal(checkpoint.read(layer).dequantize(), module.weight.dequantize().float())
+
+
+def test_a_pickle_with_other_objects_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, ao.Int8WeightOnlyConfig())
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"0.weight": Path("/")}, tmp_path / "pytorch_model.bin")
+
+    with pytest.raises(
+        ModelError, match=r"^[^\n]*pytorch_model.bin is a pickle with more than tensors of torch and torcha"
+    ):
+        open_checkpoint(tmp_path)
+
+
 def test_inputs_in_int8_are_read(tmp_path: Path) -> None:
     write(tmp_path, ao.Int8DynamicActivationInt8WeightConfig())
 

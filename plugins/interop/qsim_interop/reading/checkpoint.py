@@ -11,7 +11,7 @@ from qsim_core.components.host import Host, installed
 from qsim_core.errors import ModelError, did_you_mean, file_did_you_mean
 from qsim_core.evaluation.configuration import read_configuration
 from qsim_interop.reading.reader import Reader
-from qsim_interop.reading.tensors import Safetensors
+from qsim_interop.reading.tensors import Safetensors, Tensors
 
 READERS = {
     "awq": ("awq", "AWQ"),
@@ -44,9 +44,19 @@ def open_checkpoint(path: Path | str, host: Host | None = None) -> Reader:
         raise ModelError(f"{path} is quantized by {method!r}, which is not read{did_you_mean(method, READERS)}")
     module, name = READERS[method]
     of: type[Reader] = getattr(importlib.import_module(f"qsim_interop.reading.formats.{module}"), name)
-    reader = of(path, Safetensors(path), config, host)
+    reader = of(path, _tensors(path, method), config, host)
     reader.check_configuration()
     return reader
+
+
+def _tensors(path: Path, method: str) -> Tensors:
+    """The tensors of a directory. Raises `ModelError` for pickles, but for those of torchao."""
+    if method == "torchao":
+        from qsim_interop.reading.formats.torchao_pickles import Pickles, pickles
+
+        if pickles(path):
+            return Pickles(path)
+    return Safetensors(path)
 
 
 def quantization_config(directory: Path) -> Mapping[str, Any]:
