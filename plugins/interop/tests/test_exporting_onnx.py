@@ -195,3 +195,19 @@ def test_a_model_that_torch_cannot_trace_is_an_error_in_one_line(tmp_path: Path)
     with pytest.raises(qsim.ModelError, match=r"^torch\.onnx cannot write this model: [^\n]+$"):
         exported(simulation, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_convolution_is_refused_by_its_class(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+
+    with pytest.raises(
+        qsim.RecipeError, match="^0.weight belongs to a Conv2d; such files hold codes of Linear and Conv1D"
+    ):
+        exported(qsim.simulate(model, weights="int8", example=torch.randn(1, 3, 8, 8)), tmp_path / "out")
+
+
+def test_a_directory_under_a_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(qsim.ModelError, match="^.*/file is not a directory$"):
+        exported(qsim.simulate(perceptron(), weights="int8", example=X), tmp_path / "file" / "out")

@@ -34,8 +34,9 @@ def format_of(name: str) -> Target:
 
 def check_empty(directory: Path) -> None:
     """Raise `ModelError` unless the directory is empty, or can be made."""
-    if directory.exists() and not directory.is_dir():
-        raise ModelError(f"{directory} is not a directory")
+    nearest = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise ModelError(f"{nearest} is not a directory")
     if directory.exists() and any(directory.iterdir()):
         raise ModelError(f"{directory} is not empty; name another --output")
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qsim_core.errors import RecipeError
 from qsim_core.evaluation.adapter import LoadedModel
+from qsim_core.matmuls.layout import holds_experts
 from qsim_core.simulation.simulation import Simulation
 from qsim_core.sites.site import Site
 from qsim_interop.llama_cpp import parts_of_stack
@@ -53,7 +54,7 @@ class Source:
                 raise RecipeError(f"{name} is tied to another parameter, which stays as it is; --skip {module}")
             owner = loaded.model.get_submodule(module)
             kind = "Linear" if isinstance(owner, nn.Linear) else type(owner).__name__
-            is_stack = weight.encoded.codes.dim() == 3
+            is_stack = weight.layout is not None and holds_experts(loaded.model.get_parameter(name), weight.layout)
             inputs = sites[name].standing("input")
             if kind in kinds:
                 layers.append(Layer(module, weight, inputs, kind, name))
