@@ -176,6 +176,20 @@ def test_promotion_adds_the_sums_of_128_products_in_float32() -> None:
     assert product == (torch.tensor(parts[0]) + parts[1] + parts[2]).item()
 
 
+@pytest.mark.parametrize(
+    ("place", "expected"), [(0, math.nan), (127, math.nan), (255, -math.inf)], ids=["first run", "its end", "same run"]
+)
+def test_inf_in_one_run_and_a_later_run_that_is_too_small_for_the_register_are_nan(place: int, expected: float) -> None:
+    x = torch.zeros(2, 256)
+    x[:, 128:160] = -(2.0**126)  # too large for the register in the second run
+    x[0, place] = math.inf if place < 128 else -math.inf
+    left, right = (QuantizedRows.of(qsim.parse("bf16"), rows) for rows in (x, torch.full((1, 256), 4.0)))
+
+    product = arithmetic("hopper(promote=128)").multiply(left, right).flatten().tolist()
+
+    assert str(product) == str([expected, -math.inf])
+
+
 def test_exponents_of_mx_scales_join_those_of_the_products() -> None:
     quantizer, spread = qsim.parse("mx(e4m3)"), torch.tensor([2.0**-9, 1.0, 2.0**5]).repeat_interleave(32)
     left, right = (QuantizedRows.of(quantizer, numbers("plain", 2, 96, seed) * spread) for seed in (1, 2))
