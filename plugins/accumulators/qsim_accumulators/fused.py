@@ -223,20 +223,21 @@ class Fused(Arithmetic):
         """Multiply in C++, or on a GPU in Triton; None: without a compiler, or for numbers that do not fit integers."""
         digits, register = left.digits + right.digits, OUTPUTS[self.output]
         (rows, length), columns = left.significand.shape, len(right.significand)
+        n = min(self.n, length)
         if self.output == "float16" or self.fraction > NATIVE_FRACTION or digits > NATIVE_FRACTION:
             return None
         if left.significand.is_cuda:
             kernel = kernel_on(left.significand.device)
-            return None if kernel is None else kernel(left, right, self.n, self.fraction, register.digits)
+            return None if kernel is None else kernel(left, right, n, self.fraction, register.digits)
         library = compiled(SOURCE, rows * columns * length // NATIVE_TERMS)
         if library is None:
             return None
-        whole = -(-length // self.n) * self.n
+        whole = -(-length // n) * n
         fills = (0, ZERO_EXPONENT)
         own = [padded_to(x.int(), whole, fill) for x, fill in zip(left[:2], fills, strict=True)]
         others = [panels(x.int(), whole, fill) for x, fill in zip(right[:2], fills, strict=True)]
         product = torch.empty(rows, len(others[0]) * LANES)
-        sizes = (*product.shape, whole, self.n)
+        sizes = (*product.shape, whole, n)
         settings = (self.fraction, digits, register.digits, torch.get_num_threads())
         library.functions.fused_products(
             *(c_void_p(x.data_ptr()) for x in (*own, *others, product)), *map(c_int64, sizes), *map(c_int32, settings)

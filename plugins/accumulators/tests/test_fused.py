@@ -160,6 +160,14 @@ def test_a_large_finite_sum_beside_a_row_with_inf_stays_finite() -> None:
     assert product == [largest, math.inf]
 
 
+def test_a_step_longer_than_the_rows_takes_no_more_memory() -> None:
+    left, right = (QuantizedRows.of(qsim.parse("e4m3"), numbers("plain", 2, 70, seed)) for seed in (1, 2))
+
+    steps = [arithmetic(f"fused({n}, fraction=13)").multiply(left, right) for n in (70, 10**12)]
+
+    assert torch.equal(*steps)
+
+
 def test_what_is_too_large_for_the_register_is_infinite() -> None:
     rows = QuantizedRows.of(qsim.parse("bf16"), torch.full((1, 40), 2.0**63))
 
