@@ -181,11 +181,11 @@ def explain(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if first["type"] == "missing":
         return f"{where or 'an option'} is missing"
-    if first["type"] in {"value_error", "assertion_error"}:
-        return f"{where}: {message}" if where else message
     if first["type"] == "extra_forbidden":
         above = ".".join(str(part) for part in first["loc"][:-1])
         return f"{above or 'this'} has no key {str(first['loc'][-1])!r}"
+    if not first["msg"].startswith("Input should be "):
+        return f"{where}: {message}" if where else message
     if first["type"] == "model_type":
         message = f"a {first['ctx']['class_name'].lower()} or its text"
     value = first["input"].name if isinstance(first["input"], Node) else first["input"]
