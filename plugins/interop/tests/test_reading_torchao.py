@@ -99,7 +99,8 @@ def test_a_pickle_with_other_objects_is_refused(tmp_path: Path) -> None:
     torch.save({"0.weight": Path("/")}, tmp_path / "pytorch_model.bin")
 
     with pytest.raises(
-        ModelError, match=r"^[^\n]*pytorch_model.bin is a pickle with more than tensors of torch and torcha"
+        ModelError,
+        match=r"^[^\n]*pytorch_model.bin is corrupt, or a pickle with more than tensors of torch and torchao",
     ):
         open_checkpoint(tmp_path)
 

@@ -66,7 +66,7 @@ class Source:
                 for place, part in enumerate(stacks(weight, parts_of_stack(name))):
                     layers.append(Layer(name, part, inputs, kind, name, place, count))
             else:
-                known = " and ".join(one for one in kinds if one not in (EXPERTS, STACKS))
+                known = " and ".join(EXPERTS if one == STACKS else one for one in kinds)
                 what = f"stacks the experts of a {kind}" if is_stack else f"belongs to a {kind}"
                 skip = name if is_stack else module
                 raise RecipeError(f"{name} {what}; such files hold codes of {known}: --skip {skip}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsim_core.errors import ModelError, one_line
+from qsim_core.errors import ModelError
 from qsim_interop.reading.tensors import Stored, Tensors
 
 DTYPES = {
@@ -52,10 +52,10 @@ class Pickles(Tensors):
             try:
                 state: Any = torch.load(file, map_location="cpu", weights_only=True)
                 flat, said = flatten_tensor_state_dict(state)
-            except (pickle.UnpicklingError, AttributeError, OSError, RuntimeError, TypeError, ValueError) as error:
-                raise ModelError(
-                    f"{file} is a pickle with more than tensors of torch and torchao, which could run code, or is "
-                    f"corrupt: {one_line(error)}"
+            except (pickle.UnpicklingError, AttributeError, OSError, RuntimeError, TypeError, ValueError):
+                raise ModelError(  # torch's own message asks the reader to run what is in it
+                    f"{file} is corrupt, or a pickle with more than tensors of torch and torchao, which could run "
+                    f"code; load it where you trust it, and save it as safetensors"
                 ) from None
             metadata |= said
             self._values |= flat
