@@ -33,6 +33,8 @@ class EncodedWeight:
     stored: Encoded | None = None
     why_not: str = ""
     """The reason why the weight cannot be encoded; empty if it can."""
+    scales: Any = None
+    """Of a weight that is given as final, the `Scales` of the parameter's rows; None: unknown."""
 
     @property
     def encoded(self) -> Encoded:
@@ -102,18 +104,21 @@ class WeightEncoder:
             before = whole.rows(parameter)
             if not quantizer.by_rows and not isinstance(quantizer, Stacked) and holds_experts(parameter, whole):
                 quantizer = Stacked(each=quantizer)
-        if known is None:
+        stored = self.sites.weights.known(site.weight)[1]
+        if isinstance(stored, EncodedWeight):
+            known = stored
+        elif known is None:
             with at(f"{site.name}:weight", 0):
                 rows = before.reshape(whole.rows(parameter).shape)
                 known = EncodedWeight(site.weight, quantizer, whole, self._encoded(site.weight, rows, quantizer))
-        if known.layout is None or (known.layout.name, known.quantizer) != (whole.name, quantizer):
+        elif known.layout is None or (known.layout.name, known.quantizer) != (whole.name, quantizer):
             raise QsimError("it is multiplied along two axes, or under two quantizers")
         decoded = torch.empty_like(parameter).copy_(known.decode())
         part = decoded.as_strided(
             operand.shape, operand.stride(), operand.storage_offset() - parameter.storage_offset()
         )
         if not torch.equal(layout.rows(part), after):
-            raise QsimError("no codes give its values: the originals are overwritten (keep=False), or drawn in parts")
+            raise QsimError("no codes give its values: other scales gave them, or keep=False has overwritten them")
         return known
 
     def _encoded(self, name: str, rows: Tensor, quantizer: Any) -> Encoded:
@@ -122,7 +127,7 @@ class WeightEncoder:
             return encoded
         scales, of_scales = self.sites.weights.known(name)
         if scales is None and quantizer.granularity != "element":
-            raise QsimError("a transform has quantized it and has not given its scales")
+            raise QsimError("it was quantized before, and its scales are not known")
         if scales is not None and len(scales.scale) not in (1, rows.shape[:-1].numel()):
             raise QsimError("a transform has quantized it in parts of its columns")
         found: Encoded = quantizer.encode(rows) if scales is None else quantizer.encode_at(rows, scales, of_scales)
