@@ -187,9 +187,9 @@ class Context:
         said = None if self._checkpoint is None else self._checkpoint.restore(index, block)
         if said is not None:
             for name in said["pinned"]:
-                scales = (None if known is None else Scales(*known) for known in said["scales"][name])
+                scales, of_scales = (known and Scales(*known) for known in said["scales"][name])
                 weights = self.sites.weights
-                weights.pin(name, self.model.get_parameter(name), *scales, stored=weights.stored(name))
+                weights.pin(name, self.model.get_parameter(name), scales, of_scales, weights.stored(name))
             self.reports = [LayerReport.model_validate(report) for report in said["reports"]]
             self.warnings = said["warnings"]
         return said is not None
