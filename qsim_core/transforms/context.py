@@ -187,9 +187,9 @@ class Context:
         said = None if self._checkpoint is None else self._checkpoint.restore(index, block)
         if said is not None:
             for name in said["pinned"]:
-                known, of = (None if one is None else Scales(*one) for one in said["scales"][name])
+                scales, of_scales = (known and Scales(*known) for known in said["scales"][name])
                 weights = self.sites.weights
-                weights.pin(name, self.model.get_parameter(name), known, of, weights.stored(name))
+                weights.pin(name, self.model.get_parameter(name), scales, of_scales, weights.stored(name))
             self.reports = [LayerReport.model_validate(report) for report in said["reports"]]
             self.warnings = said["warnings"]
         return said is not None

@@ -75,6 +75,9 @@ class Specification(BaseModel):
         for key in values:
             if key not in known and key != "without":
                 raise RecipeError(f"a study has no key {str(key)!r}{did_you_mean(str(key), known)}")
+        for key in ("models", "recipes"):
+            if key in values and not values[key]:
+                raise RecipeError(f"study: {key} has no values")
         inside = {key: values[key] for key in values if key in Circumstances.model_fields}
         rest = {key: value for key, value in values.items() if key not in inside}
         try:
@@ -86,6 +89,8 @@ class Specification(BaseModel):
     def read(cls, path: Path) -> Self:
         """A specification from a YAML file; without a name it has the file's. Raises `RecipeError`."""
         values = read_yaml(read_text(path, RecipeError, LARGEST_FILE), f"study {path}")
+        if values is None:
+            raise RecipeError(f"study {path} is empty")
         if isinstance(values, dict):  # YAML 1.1 reads the key `on` as true
             values = {"name": path.stem} | {"on" if key is True else key: value for key, value in values.items()}
         return cls.of(values)

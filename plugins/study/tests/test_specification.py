@@ -136,6 +136,8 @@ def test_a_specification_is_read_back_from_what_it_says(tmp_path: Path) -> None:
         ({"models": ["opt-tiny"], "vary": {"weihgts": ["int4"]}}, "no key 'weihgts'; did you mean 'weights'?"),
         ({"models": ["opt-tiny"], "vary": {"weights": ["int44"]}}, "weights=int44: .*did you mean 'int4'"),
         ({"models": ["opt-tiny"], "vary": {"weights": []}}, "weights has no values"),
+        ({"models": [], "vary": {"weights": ["int4"]}}, "models has no values"),
+        ({"models": ["opt-tiny"], "recipes": None}, "recipes has no values"),
         ({"models": ["opt-tiny"], "vary": {"weights": ["int4", "int4"]}}, "two cells are the same"),
         ({"models": ["opt-tiny"], "vary": {"weights": ["int4", "channel(int4)"]}}, "two cells are the same"),
         (
