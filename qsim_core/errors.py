@@ -113,11 +113,21 @@ def natural_order(name: str) -> tuple[list[tuple[int, str]], str]:
 
 
 def _closest(name: str, known: list[str]) -> str:
-    """The same name in other letters, else the longest that the name begins or ends with, else the closest."""
-    close = [other for other in known if other.casefold() == name.casefold()]
+    """The same name in other letters, or of another width; the longest that it begins or ends with; the closest."""
+    close = [other for other in known if other.casefold() == name.casefold()] or _other_width(name, known)
     parts = [other for other in known if len(other) > 2 and (name.startswith(other) or name.endswith(other))]
     close = close or sorted(parts, key=len)[-1:] or difflib.get_close_matches(name, known, n=1, cutoff=CLOSE)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _other_width(name: str, known: list[str]) -> list[str]:
+    """The name that differs in its last number alone: typed once (`int4` of `int44`), else the largest below it."""
+    stem = name.rstrip("0123456789")
+    width = name.removeprefix(stem)
+    found = {other.removeprefix(stem): other for other in known if other.rstrip("0123456789") == stem}
+    below = sorted((digits for digits in found if digits and width), key=int)
+    once = [digits for digits in below if width == digits * (len(width) // len(digits))]
+    return [found[digits] for digits in (once or [one for one in below if int(one) <= int(width)])[-1:] if stem]
 
 
 def one_line(error: BaseException) -> str:

@@ -83,13 +83,13 @@ class Metrics(dict[str, float]):
         return dict(self.of_means(means))
 
 
-def rank(outputs: Tensor, chosen: Tensor) -> Tensor:
+def rank(outputs: Tensor, chosen: Tensor, within: float = 0.0) -> Tensor:
     """The rank of element `chosen` [...] among outputs [..., n]: 1 for the largest, in float64.
 
-    Equal outputs rank before the chosen one: a model that gives n equal outputs ranks each of them at n. NaN where an
-    output is NaN.
+    Equal outputs rank before the chosen one: a model that gives n equal outputs ranks each of them at n. Outputs that
+    are smaller by `within` at most count as equal. NaN where an output is NaN.
     """
-    own = outputs.gather(-1, chosen.unsqueeze(-1))
+    own = outputs.gather(-1, chosen.unsqueeze(-1)) - within
     return (outputs >= own).sum(-1).double().masked_fill(outputs.isnan().any(-1), nan)
 
 
@@ -133,9 +133,11 @@ def unscored(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def without_score(metrics: Mapping[str, float], label: str) -> list[str]:
-    """One line that names the metrics that are NaN; no line if there are none."""
+    """One line that names the metrics that are NaN, and says why; no line if there are none."""
     names = [name for name, value in metrics.items() if isnan(value)]
-    return [f"{label}: no score for {', '.join(names)}, as outputs are not finite"] if names else []
+    finite = isinstance(metrics, Metrics) and not any(values.isnan().any() for values in metrics.samples.values())
+    why = "it is 0 / 0" if finite else "outputs are not finite"
+    return [f"{label}: no score for {', '.join(names)}, as {why}"] if names else []
 
 
 def intervals(baseline: dict[str, float], simulated: dict[str, float]) -> dict[str, dict[str, Any]]:

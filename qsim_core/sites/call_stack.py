@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._C import _len_torch_function_stack
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
+from qsim_core.errors import QsimError
 from qsim_core.formats.uncompiled import compilers
 from qsim_core.matmuls.layout import LAST, Layout
 from qsim_core.sites.site import Site
@@ -94,6 +95,8 @@ class CallStack(threading.local):
         """The Python frame that called the outermost module."""
         self.inside = False
         """True while a site computes."""
+        self.error: QsimError | None = None
+        """The first error that a site has raised in this forward."""
         self.quantized: Reusable | None = None
         self.lowered: Reusable | None = None
         self.rotated: Reusable | None = None
@@ -107,7 +110,7 @@ class CallStack(threading.local):
 
     def clear(self) -> None:
         """Leave all modules, and forget the kept tensors."""
-        self.frames, self.caller, self.inside = [], None, False
+        self.frames, self.caller, self.inside, self.error = [], None, False, None
         self.share_nothing()
         self.workspace.clear()
         mode, self.mode = self.mode, None
