@@ -121,13 +121,11 @@ def _closest(name: str, known: list[str]) -> str:
 
 
 def _other_width(name: str, known: list[str]) -> list[str]:
-    """The name that differs in its last number alone: typed once (`int4` of `int44`), else the largest below it."""
+    """For a width above all that there are, the one that was typed twice (`int4` of `int44`), else the largest."""
     stem = name.rstrip("0123456789")
-    width = name.removeprefix(stem)
-    found = {other.removeprefix(stem): other for other in known if other.rstrip("0123456789") == stem}
-    below = sorted((digits for digits in found if digits and width), key=int)
-    once = [digits for digits in below if width == digits * (len(width) // len(digits))]
-    return [found[digits] for digits in (once or [one for one in below if int(one) <= int(width)])[-1:] if stem]
+    widths = sorted(int(one.removeprefix(stem)) for one in known if one != stem == one.rstrip("0123456789"))
+    below = widths if widths and int(name.removeprefix(stem) or 0) > widths[-1] else []
+    return [f"{stem}{width}" for width in ([one for one in below if name == f"{stem}{one}{one}"] or below)[-1:]]
 
 
 def one_line(error: BaseException) -> str:

@@ -146,7 +146,7 @@ class Normed(nn.Module):
     ("model", "recipe", "name", "reason"),
     [
         (layers, {"weights": torch.round}, "0.weight", r"function\(round\) has no codes"),
-        (layers, {"weights": "int4", "transforms": [Halve(known=False)]}, "0.weight", "has not given its scales"),
+        (layers, {"weights": "int4", "transforms": [Halve(known=False)]}, "0.weight", "its scales are not known"),
         (Reused, {"weights": "int4"}, "square.weight", "it is multiplied along two axes"),
         (Reused, {"weights": "int4"}, "unused.weight", "the example does not reach it"),
         (Normed, {"weights": "int4"}, "linear.parametrizations.weight.original1", "it is computed from the parameter"),

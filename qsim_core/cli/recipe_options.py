@@ -125,7 +125,7 @@ def hardware_of(texts: Iterable[str], host: Host, products_only: bool = False) -
 
 def _described(path: Path, host: Host) -> Hardware:
     """The hardware in a YAML file. Raises `RecipeError`."""
-    values = read_yaml(read_text(path, RecipeError, LARGEST_RECIPE))
+    values = read_yaml(read_text(path, RecipeError, LARGEST_RECIPE), str(path))
     (name, options), *others = values.items() if isinstance(values, dict) and values else [("", None)]
     if others or not isinstance(options, dict):
         raise RecipeError(f"{path} is no hardware: expected one name and its options, like `NAME: {{OPTION: VALUE}}`")
@@ -143,7 +143,7 @@ def _described(path: Path, host: Host) -> Hardware:
 
 def read_recipe_file(path: Path) -> dict[str, Any]:
     """The keys and values of a recipe file. Raises `RecipeError`."""
-    values = read_yaml(read_text(path, RecipeError, LARGEST_RECIPE))
+    values = read_yaml(read_text(path, RecipeError, LARGEST_RECIPE), str(path))
     if not isinstance(values, dict):
         raise RecipeError(f"{path} is not a recipe: expected keys and values like `weights: block(int4, 64)`")
     if "schema_version" in values:

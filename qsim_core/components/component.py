@@ -6,6 +6,7 @@ YAML.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
@@ -127,6 +128,11 @@ def default_host() -> Any:
 
 def options_of(cls: type[Component]) -> dict[str, FieldInfo]:
     """The options of a component class in the order of its text form: its own, then the inherited ones."""
+    return _options_of(cls)
+
+
+@functools.lru_cache(maxsize=1024)
+def _options_of(cls: type[Component]) -> dict[str, FieldInfo]:
     declared = (name for base in cls.__mro__ for name in inspect.get_annotations(base))
     return {name: cls.model_fields[name] for name in dict.fromkeys(declared) if name in cls.model_fields}
 
@@ -175,11 +181,11 @@ def explain(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if first["type"] == "missing":
         return f"{where or 'an option'} is missing"
-    if first["type"] in {"value_error", "assertion_error"}:
-        return f"{where}: {message}" if where else message
     if first["type"] == "extra_forbidden":
         above = ".".join(str(part) for part in first["loc"][:-1])
         return f"{above or 'this'} has no key {str(first['loc'][-1])!r}"
+    if not first["msg"].startswith("Input should be "):
+        return f"{where}: {message}" if where else message
     if first["type"] == "model_type":
         message = f"a {first['ctx']['class_name'].lower()} or its text"
     value = first["input"].name if isinstance(first["input"], Node) else first["input"]

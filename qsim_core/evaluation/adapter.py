@@ -17,7 +17,6 @@ from qsim_core.components.host import Host
 from qsim_core.errors import ModelError
 from qsim_core.evaluation import configuration
 from qsim_core.evaluation.data import Data
-from qsim_core.quantizers.scales import Scales
 from qsim_core.simulation.recipe import Recipe
 from qsim_core.snapshots import stored_as
 from qsim_core.transforms.offload import state
@@ -31,8 +30,11 @@ class LoadedModel:
     tokenizer: Any = None
     processor: Any = None
     """Prepares images or sound; of a diffusion model the scheduler."""
-    final: Mapping[str, Scales | None] = field(default_factory=dict)
-    """Weights that were stored quantized, with the scales of their rows where they are known: none is rounded again."""
+    final: Mapping[str, Any] = field(default_factory=dict)
+    """Weights that were stored quantized: none is rounded again.
+
+    A value is an `EncodedWeight`, the `Scales` of the rows, or None where neither is known.
+    """
 
 
 @dataclass(frozen=True)

@@ -133,11 +133,9 @@ def unscored(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def without_score(metrics: Mapping[str, float], label: str) -> list[str]:
-    """One line that names the metrics that are NaN, and says why; no line if there are none."""
+    """One line that names the metrics that are NaN; no line if there are none."""
     names = [name for name, value in metrics.items() if isnan(value)]
-    finite = isinstance(metrics, Metrics) and not any(values.isnan().any() for values in metrics.samples.values())
-    why = "it is 0 / 0" if finite else "outputs are not finite"
-    return [f"{label}: no score for {', '.join(names)}, as {why}"] if names else []
+    return [f"{label}: no score for {', '.join(names)}, as outputs are not finite"] if names else []
 
 
 def intervals(baseline: dict[str, float], simulated: dict[str, float]) -> dict[str, dict[str, Any]]:

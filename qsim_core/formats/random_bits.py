@@ -71,14 +71,19 @@ def part(start: int) -> Iterator[None]:
 
 def uniform(like: Tensor, seed: int) -> Tensor:
     """Draw a number in [0, 1) for each element of `like`, in its order and shape: float32, a multiple of 2^-24."""
-    place = _here.place
-    place.drawn = True
+    place, (step, site) = _here.place, drawn_at()
     first = like.numel() // place.rows * place.start
     blocks = torch.arange(first // 4, (first + like.numel() + 3) // 4, device=like.device)
-    site, step = zlib.crc32(place.site.encode()), place.step & WORD
     words = philox((blocks & WORD, blocks >> 32, _word(step, like), _word(site, like)), seed)
     drawn = torch.stack(words, -1).flatten()[first % 4 :][: like.numel()]
     return ((drawn >> 8).float() * 2.0**-24).view(like.shape)
+
+
+def drawn_at() -> tuple[int, int]:
+    """Give the words of the counter that name the step and the site, and note that a number is drawn there."""
+    place = _here.place
+    place.drawn = True
+    return place.step & WORD, zlib.crc32(place.site.encode())
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -334,7 +334,7 @@ def simulate(
     calibration: Iterable[Example] | None = None,
     structure: Mapping[str, Sequence[str]] | None = None,
     state: Mapping[str, Tensor] | None = None,
-    final: Mapping[str, Scales | None] | None = None,
+    final: Mapping[str, Scales | EncodedWeight | None] | None = None,
     keep: bool = True,
     run: Run | None = None,
     host: Any = None,
@@ -350,7 +350,7 @@ def simulate(
     `attention_mask` hides are left out. A warning names a mask that the model makes inside, whose positions count.
     `structure` declares the weights that read a norm (norm's path -> names of weights), where tracing does not find
     them. `state`, the `state_dict` of a simulation, holds the static scales. `final` names weights that lie on their
-    grids already, with the scales of their rows or None: they are not rounded again. `run` shows progress.
+    grids already, with their codes, the scales of their rows, or None: none is rounded again. `run` shows progress.
 
     An `example` is a mapping of keyword arguments, a tuple of positional ones, or one argument. With it all sites are
     known at once, else after the first forward; a pattern that matches no site is then an error. `keep=False`
@@ -382,8 +382,9 @@ def simulate(
     simulation = Simulation(model, recipe, keep, exact_arithmetics(recipe, host))
     try:
         simulation._attach()
-        for name, scales in (final or {}).items():
-            simulation.sites.weights.pin(name, model.get_parameter(name), scales)
+        for name, known in (final or {}).items():
+            given = (known.scales, known) if isinstance(known, EncodedWeight) else (known,)
+            simulation.sites.weights.pin(name, model.get_parameter(name), *given)
         if recipe.transforms and keep:
             simulation._before_transforms = {name: parameter.clone() for name, parameter in state_of(model)}
         batches = None

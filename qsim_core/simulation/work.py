@@ -102,7 +102,9 @@ class Cost(BaseModel):
 
 
 class Hardware(Component):
-    """Hardware that computes products. An author writes one method: `cost`."""
+    """Hardware that computes products. An author writes one method: `cost`. Options that are Inf or NaN are refused."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     kind: ClassVar[str] = "hardware"
     hook: ClassVar[str] = "qsim_hardware"

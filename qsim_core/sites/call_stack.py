@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch._C import _len_torch_function_stack
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
-from qsim_core.errors import QsimError
 from qsim_core.formats.uncompiled import compilers
 from qsim_core.matmuls.layout import LAST, Layout
 from qsim_core.sites.site import Site
@@ -95,7 +94,7 @@ class CallStack(threading.local):
         """The Python frame that called the outermost module."""
         self.inside = False
         """True while a site computes."""
-        self.error: QsimError | None = None
+        self.error: Exception | None = None
         """The first error that a site has raised in this forward."""
         self.quantized: Reusable | None = None
         self.lowered: Reusable | None = None

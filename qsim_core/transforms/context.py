@@ -149,10 +149,9 @@ class Context:
 
         def rounded(site: Site, call: Call) -> Any:
             roles = (*ACTIVATIONS, "output")
-            if all(site.standing(role) is None for role in roles):
-                return call.exact()
-            found = self.simulated(site, call, roles)
-            return straight_through(call.exact(), None, found) if torch.is_grad_enabled() else found
+            plain = all(site.standing(role) is None for role in roles)
+            found = call.exact() if plain else self.simulated(site, call, roles)
+            return found if plain or not torch.is_grad_enabled() else straight_through(call.exact(), None, found)
 
         before, self.sites.compute = self.sites.compute, rounded if on else None
         try:

@@ -33,6 +33,8 @@ class EncodedWeight:
     stored: Encoded | None = None
     why_not: str = ""
     """The reason why the weight cannot be encoded; empty if it can."""
+    scales: Any = None
+    """Of a weight that is given as final, the `Scales` of the parameter's rows; None: unknown."""
 
     @property
     def encoded(self) -> Encoded:
@@ -61,9 +63,8 @@ class WeightEncoder:
 
     def watch(self, site: Site, call: Call) -> None:
         """Encode the weight of a call that was computed."""
-        observed, self.observed = self.observed, None
-        if observed is not None and observed[0] is site:
-            self._note(site, call, *observed[1:])
+        if self.observed is not None and self.observed[0] is site:
+            self._note(site, call, *self.observed[1:])
 
     def meet(self, site: Site, call: Call) -> None:
         """Encode the weight of a call in which nothing is quantized, as its site would quantize it."""
@@ -85,9 +86,7 @@ class WeightEncoder:
 
     def _note(self, site: Site, call: Call, before: Tensor, after: Tensor, quantizer: Any) -> None:
         """Encode a weight when it is met first; each time, compare what it decodes to with the rows `after`."""
-        assert site.weight is not None
-        name = site.weight
-        known = self.found.get(name)
+        known = self.found.get(name := str(site.weight))
         if known is not None and known.why_not:
             return
         try:
@@ -108,18 +107,21 @@ class WeightEncoder:
             before = whole.rows(parameter)
             if not quantizer.by_rows and not isinstance(quantizer, Stacked) and holds_experts(parameter, whole):
                 quantizer = Stacked(each=quantizer)
-        if known is None:
+        stored = self.sites.weights.known(site.weight)[1]
+        if isinstance(stored, EncodedWeight):
+            known = stored
+        elif known is None:
             with at(f"{site.name}:weight", 0):
                 rows = before.reshape(whole.rows(parameter).shape)
                 known = EncodedWeight(site.weight, quantizer, whole, self._encoded(site.weight, rows, quantizer))
-        if known.layout is None or (known.layout.name, known.quantizer) != (whole.name, quantizer):
+        elif known.layout is None or (known.layout.name, known.quantizer) != (whole.name, quantizer):
             raise QsimError("it is multiplied along two axes, or under two quantizers")
         decoded = torch.empty_like(parameter).copy_(known.decode())
         part = decoded.as_strided(
             operand.shape, operand.stride(), operand.storage_offset() - parameter.storage_offset()
         )
         if not torch.equal(layout.rows(part), after):
-            raise QsimError("no codes give its values: the originals are overwritten (keep=False), or drawn in parts")
+            raise QsimError("no codes give its values: other scales gave them, or keep=False has overwritten them")
         return known
 
     def _encoded(self, name: str, rows: Tensor, quantizer: Any) -> Encoded:
@@ -128,7 +130,7 @@ class WeightEncoder:
             return encoded
         scales, of_scales = self.sites.weights.known(name)
         if scales is None and quantizer.granularity != "element":
-            raise QsimError("a transform has quantized it and has not given its scales")
+            raise QsimError("it was quantized before, and its scales are not known")
         if scales is not None and len(scales.scale) not in (1, rows.shape[:-1].numel()):
             raise QsimError("a transform has quantized it in parts of its columns")
         found: Encoded = quantizer.encode(rows) if scales is None else quantizer.encode_at(rows, scales, of_scales)

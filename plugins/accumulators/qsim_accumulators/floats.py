@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,8 +20,18 @@ from qsim_core import Accumulator, Format
 from qsim_core.formats.random_bits import part
 from qsim_core.sites.arithmetic import QuantizedRows
 
-Rounded = Callable[[Tensor, Format | None], Tensor]
-"""Rounds float64 to a format, or to float32; stochastic rounding draws anew for each call."""
+
+class Rounded:
+    """Rounds float64 to a format, or to float32; stochastic rounding draws anew for each call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, x: Tensor, format: Format | None) -> Tensor:
+        with part(self.calls):
+            found: Any = x.float().double() if format is None else format.round(x)
+        self.calls += 1
+        return found  # type: ignore[no-any-return]
 
 
 class FloatAccumulator(Accumulator):
@@ -36,7 +46,7 @@ class FloatAccumulator(Accumulator):
 
     def multiply(self, left: QuantizedRows, right: QuantizedRows) -> Tensor:
         """Multiply rows `[..., M, K]` and `[..., N, K]` to `[..., M, N]`, block by block of common scales."""
-        rounded = _rounding()
+        rounded = Rounded()
         parts = (
             self._added_up(x.units, w.units, rounded) * x.scale * w.scale.transpose(-1, -2)
             for x, w in left.blocks_with(right)
@@ -45,7 +55,7 @@ class FloatAccumulator(Accumulator):
 
     def add_up(self, left: Tensor, right: Tensor) -> Tensor:
         """Multiply and add up `[..., M, n]` and `[..., N, n]` to `[..., M, N]`, in the dtype of `left`."""
-        return self._added_up(left, right, _rounding())
+        return self._added_up(left, right, Rounded())
 
     @abstractmethod
     def sums(self, products: Iterator[Tensor], rounded: Rounded) -> Tensor:
@@ -57,8 +67,9 @@ class FloatAccumulator(Accumulator):
 
     def _added_up(self, left: Tensor, right: Tensor, rounded: Rounded) -> Tensor:
         order = self.order(left.shape[-1])
-        found = None if order is None else native_sums(order, self.product, left, right)
-        if found is not None:
+        found = order and native_sums(order, self.product, left, right, rounded.calls)
+        if order and found is not None:
+            rounded.calls += order.roundings(left.shape[-1], self.product is not None)
             return found.to(left.dtype)
         columns = zip(left.double().unbind(-1), right.double().unbind(-1), strict=True)
         exact = (x.unsqueeze(-1) * w.unsqueeze(-2) for x, w in columns)
@@ -80,7 +91,7 @@ class Sequential(FloatAccumulator):
         return in_order(products, self.format, rounded)
 
     def order(self, length: int) -> Order:
-        return Order(self.format, length, self.format)
+        return Order(self.format, length, alone=True)
 
 
 class Chunked(FloatAccumulator):
@@ -131,7 +142,7 @@ class Tree(FloatAccumulator):
         return level[0]
 
     def order(self, length: int) -> Order:
-        return Order(self.format, 0, self.format)
+        return Order(self.format, 0)
 
 
 def in_order(terms: Iterator[Tensor], format: Format | None, rounded: Rounded) -> Tensor:
@@ -154,14 +165,3 @@ def odd_sum(a: Tensor, b: Tensor) -> Tensor:
     inexact = (error != 0) & (total.view(torch.int64) % 2 == 0) & total.isfinite()
     toward = torch.where(error > 0, torch.inf, -torch.inf).to(total.dtype)
     return torch.where(inexact, torch.nextafter(total, toward), total)
-
-
-def _rounding() -> Rounded:
-    count = itertools.count()
-
-    def rounded(x: Tensor, format: Format | None) -> Tensor:
-        with part(next(count)):
-            found: Any = x.float().double() if format is None else format.round(x)
-        return found  # type: ignore[no-any-return]
-
-    return rounded

@@ -51,8 +51,8 @@ extern "C" {
 // Rows [rows, length] and panels of right rows [columns / lanes, length, lanes] to a product [rows, columns]. A term is
 // below 2^(fraction + 2), so that 2^(29 - fraction) of them are added up in 32 bits.
 void fused_products(const int32_t *left, const int32_t *left_exponent, const int32_t *right, const int32_t *right_exponent,
-                    float *product, int64_t rows, int64_t columns, int64_t length, int64_t n, int64_t promote,
-                    int32_t fraction, int32_t digits, int32_t kept, int32_t threads) {
+                    float *product, int64_t rows, int64_t columns, int64_t length, int64_t n, int32_t fraction,
+                    int32_t digits, int32_t kept, int32_t threads) {
     const int32_t up = fraction > digits ? fraction - digits : 0, down = digits > fraction ? digits - fraction : 0;
     const int32_t sum_up = fraction > kept ? fraction - kept : 0, sum_down = kept > fraction ? kept - fraction : 0;
     const int64_t at_once = fraction < 29 ? (int64_t)1 << (29 - fraction) : 1;
@@ -63,8 +63,6 @@ void fused_products(const int32_t *left, const int32_t *left_exponent, const int
             const int32_t *x = left + row * length, *of_x = left_exponent + row * length;
             Sums sums;
             sums.clear();
-            float registers[lanes] = {};
-            bool promoted = false, open = false;
             for (int64_t first = 0; first < length; first += n) {
                 int32_t top[lanes];
                 int64_t total[lanes];
@@ -88,18 +86,8 @@ void fused_products(const int32_t *left, const int32_t *left_exponent, const int
                 }
                 for (int64_t l = 0; l < lanes; l++)
                     if (sums.infinite[l] == 0) sums.write(l, total[l], top[l], fraction, kept);
-                open = true;
-                if (promote && (first + n) % promote == 0) {
-                    for (int64_t l = 0; l < lanes; l++)
-                        registers[l] = promoted ? registers[l] + sums.value(l, kept) : sums.value(l, kept);
-                    sums.clear();
-                    promoted = true, open = false;
-                }
             }
-            for (int64_t l = 0; l < lanes; l++) {
-                float last = open ? sums.value(l, kept) : 0.0f;
-                product[row * columns + panel * lanes + l] = !promoted ? last : open ? registers[l] + last : registers[l];
-            }
+            for (int64_t l = 0; l < lanes; l++) product[row * columns + panel * lanes + l] = sums.value(l, kept);
         }
     }
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from ctypes import c_int32, c_int64, c_void_p
@@ -59,7 +60,7 @@ class Fused(Arithmetic):
     of `n`; a short last step is filled with zeros.
 
     With `promote`, the sum of so many products goes to a float32 register by an ordinary addition, and the unit starts
-    at zero again.
+    at zero again. So a run of products with Inf and a later run whose sum is -Inf by its size give NaN.
 
     `scales` says what the unit does with scales of blocks. `after`: it does not know them. Each block is added up by
     itself, and its scaled sum is added in float32. `exponents`: power-of-two scales join the exponents of products.
@@ -128,7 +129,17 @@ class Fused(Arithmetic):
         return _with_specials(product, left.values, right.values).to(left.values.dtype)
 
     def _unit(self, x: Tensor, w: Tensor, left: Terms, right: Terms) -> Tensor:
-        """Multiply rows x `[..., M, K]` and w `[..., N, K]`, with terms that have 0 in place of ±Inf and NaN.
+        """Multiply rows x `[..., M, K]` and w `[..., N, K]`, with terms that have 0 in place of ±Inf and NaN."""
+        n = self._run_of(x.shape[-1])
+        runs = zip(x.split(n, -1), w.split(n, -1), left.split(n), right.split(n), strict=True)
+        return functools.reduce(torch.add, itertools.starmap(self._run, runs))
+
+    def _run_of(self, length: int) -> int:
+        """The products that the unit adds up before a float32 register takes their sum."""
+        return max(length, 1) if self.promote is None else self.promote
+
+    def _run(self, x: Tensor, w: Tensor, left: Terms, right: Terms) -> Tensor:
+        """Multiply rows of one run of products.
 
         In a step with Inf or NaN the finite products do not count. So the sum is infinite by its size only if it was
         before the first of these steps.
@@ -178,18 +189,15 @@ class Fused(Arithmetic):
         if found is not None:
             return found
         height = max(1, HELD_TERMS // (len(right.significand) * min(self.n, right.significand.shape[-1])))
-        parts = zip(left.significand.split(height), left.exponent.split(height), strict=True)
-        return torch.cat([self._added_up(_steps(Terms(x, of_x, left.digits), right, self.n)) for x, of_x in parts])
+        return torch.cat([self._added_up(_steps(part, right, self.n)) for part in left.split(height, 0)])
 
     def _added_up(self, steps: Iterable[Terms]) -> Tensor:
         """Add up the terms `[..., M, N, n]` of step after step in float32 `[..., M, N]`."""
-        register: Tensor | None = None
         sums: Tensor | None = None
-        for place, terms in enumerate(steps, 1):
+        for terms in steps:
             sums = self._step(terms, sums)
-            if self.promote is not None and place * self.n % self.promote == 0:
-                register, sums = _plus(register, sums), None
-        return _plus(register, sums)
+        assert sums is not None
+        return sums.float()
 
     def _step(self, terms: Terms, sums: Tensor | None) -> Tensor:
         """Add the terms of a step to the running sums, float64 `[M, N]` with the values of the register."""
@@ -215,21 +223,21 @@ class Fused(Arithmetic):
         """Multiply in C++, or on a GPU in Triton; None: without a compiler, or for numbers that do not fit integers."""
         digits, register = left.digits + right.digits, OUTPUTS[self.output]
         (rows, length), columns = left.significand.shape, len(right.significand)
+        n = min(self.n, length)
         if self.output == "float16" or self.fraction > NATIVE_FRACTION or digits > NATIVE_FRACTION:
             return None
         if left.significand.is_cuda:
             kernel = kernel_on(left.significand.device)
-            settings = self.n, self.promote or 0, self.fraction, register.digits
-            return None if kernel is None else kernel(left, right, *settings)
+            return None if kernel is None else kernel(left, right, n, self.fraction, register.digits)
         library = compiled(SOURCE, rows * columns * length // NATIVE_TERMS)
         if library is None:
             return None
-        whole = -(-length // self.n) * self.n
+        whole = -(-length // n) * n
         fills = (0, ZERO_EXPONENT)
         own = [padded_to(x.int(), whole, fill) for x, fill in zip(left[:2], fills, strict=True)]
         others = [panels(x.int(), whole, fill) for x, fill in zip(right[:2], fills, strict=True)]
         product = torch.empty(rows, len(others[0]) * LANES)
-        sizes = (*product.shape, whole, self.n, self.promote or 0)
+        sizes = (*product.shape, whole, n)
         settings = (self.fraction, digits, register.digits, torch.get_num_threads())
         library.functions.fused_products(
             *(c_void_p(x.data_ptr()) for x in (*own, *others, product)), *map(c_int64, sizes), *map(c_int32, settings)
@@ -243,9 +251,8 @@ class Fused(Arithmetic):
         sums = (x @ w.transpose(-1, -2)).double().movedim(-3, -1) * 2.0**digits
         scales = of_x.map(lambda t: t.unsqueeze(-2)).times(of_w.map(lambda t: t.unsqueeze(-3)))
         terms = Terms(sums.long() * scales.significand, scales.exponent.expand_as(sums), scales.digits + digits)
-        count = self.n // GROUP
-        each = zip(terms.significand.split(count, -1), terms.exponent.split(count, -1), strict=True)
-        product = self._added_up(Terms(x, of_x, terms.digits) for x, of_x in each)
+        runs = terms.split(self._run_of(left.values.shape[-1] + GROUP - 1) // GROUP)
+        product = functools.reduce(torch.add, (self._added_up(run.split(self.n // GROUP)) for run in runs))
         return product * outer_x * outer_w.transpose(-1, -2)
 
 
@@ -257,7 +264,7 @@ def kernel_on(device: torch.device) -> Callable[..., Tensor] | None:
 
         ones = torch.ones(1, 1, dtype=torch.long, device=device)
         one = Terms(ones, ones, 0)
-        fused_products(one, one, n=1, promote=0, fraction=1, kept=1)
+        fused_products(one, one, n=1, fraction=1, kept=1)
     except Exception as error:  # Triton needs a C compiler, a folder to write in, a GPU that it knows
         log.info("fused dot products in Python on %s: no kernel runs there (%s)", device, error)
         return None
@@ -266,16 +273,8 @@ def kernel_on(device: torch.device) -> Callable[..., Tensor] | None:
 
 def _steps(left: Terms, right: Terms, n: int) -> Iterator[Terms]:
     """Give the products of rows `[M, K]` and `[N, K]`, n along K at a time: `[M, N, n]`."""
-    each = zip(*(x.split(n, -1) for x in (*left[:2], *right[:2])), strict=True)
-    for x, of_x, w, of_w in each:
-        yield Terms(x, of_x, left.digits).map(lambda t: t.unsqueeze(-2)).times(Terms(w, of_w, right.digits))
-
-
-def _plus(register: Tensor | None, sums: Tensor | None) -> Tensor:
-    """Add to a float32 register, which may be new."""
-    if register is None or sums is None:
-        return register if sums is None else sums.float()  # type: ignore[return-value]
-    return register + sums.float()
+    for x, w in zip(left.split(n), right.split(n), strict=True):
+        yield x.map(lambda t: t.unsqueeze(-2)).times(w)
 
 
 def _with_exponents(rows: QuantizedRows) -> Terms:

@@ -33,13 +33,13 @@ def _value(significand, exponent, infinite, kept: tl.constexpr):
 @triton.jit
 def _fused(
     x, of_x, w, of_w, y, rows, columns,
-    STEPS: tl.constexpr, N: tl.constexpr, PROMOTE: tl.constexpr, FRACTION: tl.constexpr, KEPT: tl.constexpr,
+    STEPS: tl.constexpr, N: tl.constexpr, FRACTION: tl.constexpr, KEPT: tl.constexpr,
     UP: tl.constexpr, DOWN: tl.constexpr, SUM_UP: tl.constexpr, SUM_DOWN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
     """Add up products of x [K, rows] and w [K, columns] as `Sums` in fused.cpp does: a running sum in every place.
 
-    After PROMOTE steps the sums go to a float32 register. A product is shifted up or down by UP or DOWN digits to have
+    A product is shifted up or down by UP or DOWN digits to have
     FRACTION of them, and a running sum by SUM_UP or SUM_DOWN.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -48,9 +48,8 @@ def _fused(
     significand = tl.zeros((ROWS, COLUMNS), tl.int32)
     exponent = tl.full((ROWS, COLUMNS), ZERO, tl.int32)
     infinite = tl.zeros((ROWS, COLUMNS), tl.float32)
-    register = tl.zeros((ROWS, COLUMNS), tl.float32)
     x, of_x, w, of_w = x + row, of_x + row, w + column, of_w + column
-    for step in range(STEPS):
+    for _ in range(STEPS):
         top = exponent
         next_x, next_w = of_x, of_w
         for _ in range(N):
@@ -78,21 +77,15 @@ def _fused(
         infinite = tl.where(over, tl.where(total < 0, -float("inf"), float("inf")), infinite)
         significand = tl.where(total < 0, -cut, cut)
         exponent = tl.where(cut == 0, ZERO, lowest)
-        if (step + 1) % PROMOTE == 0:
-            register += _value(significand, exponent, infinite, KEPT)
-            significand = tl.zeros((ROWS, COLUMNS), tl.int32)
-            exponent = tl.full((ROWS, COLUMNS), ZERO, tl.int32)
-            infinite = tl.zeros((ROWS, COLUMNS), tl.float32)
-    register += _value(significand, exponent, infinite, KEPT)
     target = y + row.to(tl.int64)[:, None] * columns + column[None, :]
-    tl.store(target, register, mask=row_inside[:, None] & column_inside[None, :])
+    tl.store(target, _value(significand, exponent, infinite, KEPT), mask=row_inside[:, None] & column_inside[None, :])
 
 
-def fused_products(left: Terms, right: Terms, n: int, promote: int, fraction: int, kept: int) -> Tensor:
+def fused_products(left: Terms, right: Terms, n: int, fraction: int, kept: int) -> Tensor:
     """Multiply finite terms [M, K] and [N, K] in float32 [M, N], n products in a step.
 
-    `fraction` and `kept` are the binary digits of aligned terms and of the register. The sum of `promote` products goes
-    to a float32 register; 0: it stays. Products and aligned terms have to fit 31 bits.
+    `fraction` and `kept` are the binary digits of aligned terms and of the register. Products and aligned terms have to
+    fit 31 bits.
     """
     (rows, length), columns = left.significand.shape, len(right.significand)
     steps, digits = -(-length // n), left.digits + right.digits
@@ -109,7 +102,6 @@ def fused_products(left: Terms, right: Terms, n: int, promote: int, fraction: in
         columns,
         STEPS=steps,
         N=n,
-        PROMOTE=promote // n or steps + 1,
         FRACTION=fraction,
         KEPT=kept,
         UP=max(fraction - digits, 0),

@@ -49,6 +49,11 @@ class Terms(NamedTuple):
         """Apply a change of shape to significands and exponents."""
         return Terms(function(self.significand), function(self.exponent), self.digits)
 
+    def split(self, count: int, axis: int = -1) -> list[Terms]:
+        """Cut along an axis into parts of `count` numbers; the last part may be short."""
+        parts = zip(self.significand.split(count, axis), self.exponent.split(count, axis), strict=True)
+        return [Terms(significand, exponent, self.digits) for significand, exponent in parts]
+
     def raised(self, exponent: Tensor) -> Terms:
         """Multiply by powers of two, which are given by their exponents."""
         return self._replace(exponent=self.exponent + exponent)

@@ -160,6 +160,14 @@ def test_a_large_finite_sum_beside_a_row_with_inf_stays_finite() -> None:
     assert product == [largest, math.inf]
 
 
+def test_a_step_longer_than_the_rows_takes_no_more_memory() -> None:
+    left, right = (QuantizedRows.of(qsim.parse("e4m3"), numbers("plain", 2, 70, seed)) for seed in (1, 2))
+
+    steps = [arithmetic(f"fused({n}, fraction=13)").multiply(left, right) for n in (70, 10**12)]
+
+    assert torch.equal(*steps)
+
+
 def test_what_is_too_large_for_the_register_is_infinite() -> None:
     rows = QuantizedRows.of(qsim.parse("bf16"), torch.full((1, 40), 2.0**63))
 
@@ -174,6 +182,20 @@ def test_promotion_adds_the_sums_of_128_products_in_float32() -> None:
     x, w = left.values[0].tolist(), right.values[0].tolist()
     parts = [by_formula(x[i : i + 128], w[i : i + 128], "e4m3", 32, 13, "e8m13") for i in (0, 128, 256)]
     assert product == (torch.tensor(parts[0]) + parts[1] + parts[2]).item()
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"), [(0, math.nan), (127, math.nan), (255, -math.inf)], ids=["first run", "its end", "same run"]
+)
+def test_inf_in_one_run_and_a_later_run_that_is_too_small_for_the_register_are_nan(place: int, expected: float) -> None:
+    x = torch.zeros(2, 256)
+    x[:, 128:160] = -(2.0**126)  # too large for the register in the second run
+    x[0, place] = math.inf if place < 128 else -math.inf
+    left, right = (QuantizedRows.of(qsim.parse("bf16"), rows) for rows in (x, torch.full((1, 256), 4.0)))
+
+    product = arithmetic("hopper(promote=128)").multiply(left, right).flatten().tolist()
+
+    assert str(product) == str([expected, -math.inf])
 
 
 def test_exponents_of_mx_scales_join_those_of_the_products() -> None:

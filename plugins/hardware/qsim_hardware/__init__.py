@@ -39,7 +39,7 @@ DEVICES = [
     _device("h200", "NVIDIA H200 SXM", 4800, 989, fp8=1979, int8=1979, float32=67),
     _device("b200", "NVIDIA B200", 8000, 2250, fp8=4500, int8=4500, fp4=9000, float32=75),
     _device("l40s", "NVIDIA L40S", 864, 362, fp8=733, int8=733, float32=91.6),
-    _device("mi300x", "AMD MI300X", 5300, 1307, fp8=2615, int8=2615, float32=163.4),
+    _device("mi300x", "AMD MI300X; INT8 not verified", 5300, 1307, fp8=2615, int8=2615, float32=163.4),
     Preset("tpu_v5e", "roofline([[bf16, 197e12], [int8, 394e12]], bandwidth=819e9)", "Google TPU v5e"),
 ]
 """By the vendors' data sheets, without sparsity; the README names each."""

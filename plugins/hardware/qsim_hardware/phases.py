@@ -37,7 +37,7 @@ def phases(model: Any, recipe: Recipe, shapes: Shapes, operations: bool = True) 
     """
     if hasattr(model, "set_attn_implementation"):
         model.set_attn_implementation("eager")  # others look at the values of masks
-    with simulate(model, recipe) as simulation, _without_values(model):
+    with simulate(model, recipe) as simulation, _without_values(model, shapes):
         start = 1 if _encodes(model) else shapes.prompt
         prompt, before = forward("prompt", simulation, _inputs(model, shapes, start), operations)
         if before is None:
@@ -70,12 +70,18 @@ def _encodes(model: Any) -> bool:
 
 def notes(model: Any, shapes: Shapes) -> Iterator[str]:
     """Lines about what can hardly be meant."""
+    yield from _too_long(model, shapes)
+    if not generates(model):
+        yield "the model does not continue texts: one forward is counted, and no decoding"
+
+
+def _too_long(model: Any, shapes: Shapes) -> list[str]:
+    """A line about tokens without positions; none where all have one."""
     tokens = shapes.prompt + shapes.generate * generates(model)
     positions = getattr(model.config, "max_position_embeddings", None)
     if main_input(model) == "input_ids" and isinstance(positions, int) and tokens > positions:
-        yield f"{tokens} tokens are more than the {positions} positions that the model was made for"
-    if not generates(model):
-        yield "the model does not continue texts: one forward is counted, and no decoding"
+        return [f"{tokens} tokens are more than the {positions} positions that the model was made for"]
+    return []
 
 
 def cached_bytes(model: Any, work: Sequence[SiteWork]) -> float:
@@ -134,11 +140,12 @@ def _inputs(model: Any, shapes: Shapes, tokens: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _without_values(model: Any) -> Iterator[None]:
+def _without_values(model: Any, shapes: Shapes) -> Iterator[None]:
     """Turn what goes wrong inside, in inputs of any size and in the model's own code, into a `ModelError`."""
     try:
         yield
     except QsimError:
         raise
     except Exception as error:  # of any class, as a model that looks at values likes
-        raise ModelError(f"{type(model).__name__} cannot run without values: {one_line(error)}") from None
+        why = "; ".join([one_line(error), *_too_long(model, shapes)])
+        raise ModelError(f"{type(model).__name__} cannot run without values: {why}") from None

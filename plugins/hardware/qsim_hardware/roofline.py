@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, Self
 
-from pydantic import BeforeValidator, Field, PositiveFloat
+from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 
 from qsim_core import Cost, Format, SiteWork
 from qsim_hardware.between import OperationWork
@@ -59,6 +59,13 @@ class Roofline(CountedHardware):
     float32: PositiveFloat | None = Field(None, description="operations a second in float32; none: it has no such unit")
     efficiency: float = Field(1.0, gt=0, le=1, description="share of the peak rates that is reached")
     operations: bool = Field(True, description="price the operations between products too, such as softmax")
+
+    @model_validator(mode="after")
+    def _one_rate_each(self) -> Self:
+        named = [str(unit) for unit, _ in self.flops]
+        if twice := [name for name in named if named.count(name) > 1]:
+            raise ValueError(f"flops has two rates for {twice[0]}")
+        return self
 
     def cost(self, work: Sequence[SiteWork]) -> Cost:
         """Compute the seconds of each product, and add them up."""

@@ -259,6 +259,24 @@ def test_more_tokens_than_positions_are_doubtful(write: Write) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("roofline: {flops: {int8: 1e12}, bandwidth: .inf}", "bandwidth should be a finite number, not inf"),
+        ("energy: {dram: .nan}", "dram should be a finite number, not nan"),
+        ("roofline: [1", "chip.yaml is not YAML"),
+        ("roofline: 3", "chip.yaml is no hardware"),
+    ],
+)
+def test_a_file_that_is_no_device_is_one_line(text: str, message: str, write: Write, tmp_path: Path) -> None:
+    chip = tmp_path / "chip.yaml"
+    chip.write_text(text)
+
+    outcome = run(write(LLAMA), "--on", chip)
+
+    assert message in outcome.stderr and outcome.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [
         ({}, ["--on", "h10"], "no hardware 'h10'; did you mean 'h100'?"),
@@ -284,6 +302,12 @@ def test_what_cannot_be_priced_is_one_line(
 
     assert outcome.exit_code == 1
     assert message in outcome.stderr and outcome.stderr.count("\n") == 1
+
+
+def test_a_failure_of_too_many_tokens_says_so(write: Write) -> None:
+    outcome = run(write(LLAMA), "--batch", 2**31 - 1, "--prompt", 2**31 - 1, "--generate", 0)
+
+    assert outcome.stderr.endswith("; 2147483647 tokens are more than the 64 positions that the model was made for\n")
 
 
 CHIP = "roofline([[bf16, 1e12]], bandwidth=1e9, float32=1e11)"

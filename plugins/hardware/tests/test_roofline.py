@@ -99,7 +99,10 @@ def test_weights_travel_in_their_own_bits_whatever_they_run_in() -> None:
     [
         ("roofline([[int8, 0]], bandwidth=1)", "flops.0.1 should be greater than 0, not 0"),
         ("roofline([[int99, 1]], bandwidth=1)", "no format 'int99'"),
-        ("roofline([], bandwidth=1)", "flops"),
+        ("roofline([], bandwidth=1)", "flops: Tuple should have at least 1 item"),
+        ("roofline([[int8, 1], [int8, 2]], bandwidth=1)", "flops has two rates for int8"),
+        ("roofline([[int8, 1]], bandwidth=inf)", "bandwidth should be a finite number"),
+        ("energy(dram=nan)", "dram should be a finite number"),
         ("roofline([[int8, 1]])", "bandwidth is missing"),
         ("h100(efficiency=1.5)", "efficiency should be less than or equal to 1, not 1.5"),
     ],

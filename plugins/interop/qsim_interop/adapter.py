@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qsim_core import LoadedModel, ModelError
 from qsim_core.quantizers.scales import Scales
+from qsim_core.transforms.encoded_weights import EncodedWeight
 from qsim_interop.in_model import Parameter, parameters
 from qsim_interop.reading.checkpoint import READERS, open_checkpoint
 from qsim_interop.reading.reader import Reader
@@ -32,9 +33,12 @@ class Checkpoint(Pretrained):
         """The model with its weights dequantized, with tokenizer or processor. Raises `ModelError`."""
         reader = open_checkpoint(model)
         found = parameters(reader, self.outline(model, torch.float32))
-        weights, known = _dequantized(reader)
+        weights, known, stored = _dequantized(reader)
         loaded = load_pretrained(self.model_class(model), model, dtype, weights=weights)
-        final = {one.name: one.known_scales(known[layer.weight] for layer in one.layers) for one in found}
+        final = {
+            one.name: stored.get(one.name) or one.known_scales(known[layer.weight] for layer in one.layers)
+            for one in found
+        }
         loaded.final = final if dtype == torch.float32 else dict.fromkeys(final)
         return loaded
 
@@ -67,15 +71,18 @@ def _input_scales(reader: Reader, found: list[Parameter]) -> tuple[dict[str, Ten
     return scales, notes
 
 
-def _dequantized(reader: Reader) -> tuple[dict[str, Tensor], dict[str, Scales | None]]:
-    """All tensors of a checkpoint with its weights dequantized, and the scales of those."""
+def _dequantized(
+    reader: Reader,
+) -> tuple[dict[str, Tensor], dict[str, Scales | None], dict[str, EncodedWeight | None]]:
+    """All tensors of a checkpoint with its weights dequantized, the scales of those, and their codes."""
     for shard, names in reader.tensors.lost.items():
         raise ModelError(f"{reader.path} lacks {shard}, which holds {names[0]}; fetch it again")
-    weights, final = {}, {}
+    weights, final, stored = {}, {}, {}
     for layer in reader.layers:
         packed = reader.read(layer)
         values, final[layer.weight] = packed.dequantize(), packed.known_scales
         weights[layer.weight] = layer.as_parameter(values)
+        stored[layer.weight] = None if layer.experts else packed.stored(layer.weight)
     modules = {layer.module for layer in reader.layers}
     parts = {part.name for layer in reader.layers for part in layer.parts.values()}
     for name in reader.tensors:
@@ -87,4 +94,4 @@ def _dequantized(reader: Reader) -> tuple[dict[str, Tensor], dict[str, Scales | 
             and (module not in modules or last in PLAIN)
         ):
             weights[name] = reader.tensors.read(name)
-    return weights, final
+    return weights, final, stored

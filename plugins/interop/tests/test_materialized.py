@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import qsim_core as qsim
 
 X = torch.randn(6, 5, 32, generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(0))
 STATIC = {"weights": "int4", "activations": "tensor(int8, symmetric=false, static=true)", "outputs": "cast(bf16)"}
 
 
@@ -36,6 +37,23 @@ def linear() -> nn.Module:
 def images() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+
+
+def experts(implementation: str) -> Any:
+    """A language model of one layer with four experts."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
+    moe = {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = Qwen3MoeConfig(**sizes, **moe, experts_implementation=implementation)
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=IDS, use_cache=False).logits
+    return found
 
 
 def simulated(model: nn.Module, recipe: dict[str, Any], x: Tensor = X) -> qsim.Simulation:
@@ -160,6 +178,56 @@ def test_rotations_of_inputs_are_in_it(size: str) -> None:
     assert torch.equal(outputs(plain, X), outputs(model, X))
 
 
+def test_operations_between_products_are_in_it() -> None:
+    pytest.importorskip("qsim_nonlinear")
+    model = linear()
+    operations = {"gelu": {"input": "tensor(int8)", "implementation": "table(64)", "output": "bf16"}}
+
+    plain = qsim.materialize(simulated(model, {"weights": "int4", "activations": "int8", "operations": operations}))
+
+    for x in (X, X[:3] * 2):
+        assert torch.equal(outputs(plain, x), outputs(model, x))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_a_stack_of_experts_is_a_parameter_with_quantized_values(implementation: str) -> None:
+    model = experts(implementation)
+    recipe = {"weights": "block(int4, 16)", "skip": "*self_attn*", "arithmetic": "float32"}
+    simulation = qsim.simulate(model, recipe, example={"input_ids": IDS[:1, :2]})  # some experts see no token
+
+    plain = qsim.materialize(simulation)
+
+    assert torch.equal(logits(plain), logits(model))
+
+
+@pytest.mark.slow
+def test_quantized_inputs_of_experts_are_in_one_graph() -> None:
+    model = experts("grouped_mm")
+    recipe = {"weights": "int4", "activations": "int8", "arithmetic": "float32"}
+
+    plain = qsim.materialize(qsim.simulate(model, recipe, example={"input_ids": IDS}))
+
+    assert torch.equal(logits(plain), logits(model))
+
+
+def test_a_weight_that_was_overwritten_is_in_it() -> None:
+    model = linear()
+    simulation = qsim.simulate(model, weights="int4", activations="int8", arithmetic="float32", example=X, keep=False)
+
+    assert torch.equal(outputs(qsim.materialize(simulation), X), outputs(model, X))
+
+
+def test_factors_beside_a_weight_are_in_it() -> None:
+    pytest.importorskip("qsim_branches")
+    model = linear()
+
+    plain = qsim.materialize(
+        simulated(model, {"weights": "int4", "transforms": ["svdquant(rank=4)"]}, X.repeat(2, 1, 1))
+    )
+
+    assert torch.equal(outputs(plain, X[:3]), outputs(model, X[:3]))
+
+
 def test_tied_layers_and_layers_that_are_used_twice() -> None:
     layer, other = nn.Linear(32, 32), nn.Linear(32, 32)
     other.weight = layer.weight
@@ -203,15 +271,24 @@ def test_the_simulation_stays_as_it_was() -> None:
             {"activations": "int8(rounding=stochastic)"},
             "^0: its quantizers draw random numbers in each forward",
         ),
-        (linear, {"weights": "int4", "operations": {"gelu": {"output": "bf16"}}}, "leave `operations` out"),
+        (
+            linear,
+            {"weights": "int4", "operations": {"gelu": {"output": "bf16(rounding=stochastic)"}}},
+            "^1:gelu.0: its quantizers draw",
+        ),
+        (
+            linear,
+            {"weights": "int4", "activations": "int8", "arithmetic": "int16(overflow=saturate)"},
+            "is not an operator of torch",
+        ),
         (
             lambda: nn.utils.parametrizations.weight_norm(nn.Linear(32, 4)),
             {"weights": "int4"},
-            "is computed in each forward, is not the weight of a layer, or is not reached; skip it",
+            "is not its weight, which is computed of it in each forward",
         ),
     ],
 )
-def test_what_no_layer_holds_is_refused_by_name(make: Any, recipe: dict[str, Any], message: str) -> None:
+def test_what_no_graph_holds_is_refused_by_name(make: Any, recipe: dict[str, Any], message: str) -> None:
     with pytest.raises(qsim.RecipeError, match=message):
         qsim.materialize(simulated(make(), recipe))
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from qsim_core import parse
 from qsim_core.errors import ModelError
+from qsim_core.formats.codes import Encoded
 from qsim_core.formats.quantizer import Quantizer
+from qsim_core.matmuls.layout import LAST, Layout
 from qsim_core.quantizers.scales import Scales
 from qsim_core.quantizers.scheme import Scheme
+from qsim_core.transforms.encoded_weights import EncodedWeight
+from qsim_interop.stacks import VllmNvfp4
 
 OF_WEIGHT = ("codes", "scales", "zero_points", "global_scale", "groups")
 """The parts that a weight's bits are counted from; others belong to its inputs."""
@@ -65,6 +70,16 @@ class Layer:
         return rows.unflatten(0, (self.experts, -1)).transpose(1, 2).contiguous() if self.experts else rows
 
 
+ACT_ORDER = "act-order"
+"""The name of the layout of a weight whose columns are brought into the order of their groups."""
+
+
+def _in_order_of(order: Tensor) -> Layout:
+    """The layout of a weight [N, K] whose columns are taken in an order."""
+    back = order.argsort()
+    return Layout(ACT_ORDER, lambda weight: weight[:, order], lambda rows: rows[:, back])
+
+
 def shape_of_scales(quantizer: Scheme, shape: tuple[int, int]) -> tuple[int, int]:
     """The shape of the scales of a weight [N, K]."""
     (rows, columns), shared = shape, quantizer.granularity
@@ -114,6 +129,40 @@ class PackedWeight:
         if self.groups is not None or isinstance(self.quantizer.granularity, tuple) or last:
             return None
         return Scales(self.effective_scales, None if self.zero_points is None else self.zero_points.float())
+
+    def stored(self, name: str) -> EncodedWeight | None:
+        """The codes and scales as an encoded weight of a parameter [N, K]; None: no quantizer of qsim decodes them.
+
+        Columns of act-order are brought into the order of their groups.
+        """
+        scheme, whole, last = self.quantizer, self.global_scale, self.applied == "last"
+        if last and whole is not None and math.frexp(float(whole))[0] != 0.5:
+            return None  # a product of three numbers is another one in another order
+        codes, layout = self.codes, LAST
+        if self.groups is not None:
+            order = self.groups.long().argsort(stable=True)
+            counts = self.groups.long().bincount(minlength=self.scales.shape[1])
+            if not isinstance(scheme.granularity, int) or bool((counts[:-1] != scheme.granularity).any()):
+                return None
+            codes, layout = codes[:, order], _in_order_of(order)
+        scales: Any = self.effective_scales
+        if whole is not None:
+            if self.scales.dtype != torch.float8_e4m3fn:
+                return None
+            octets = self.scales.contiguous().view(torch.uint8)
+            scales = Encoded(octets, 8, torch.float32, whole.float().reshape(1))
+        elif scheme.scale is not None:
+            scales = scheme.scale.encode(scales)
+        elif scheme.granularity == "tensor":
+            scales = scales.reshape(1)
+        zeros = None if self.zero_points is None else scheme.coded.to_codes(self.zero_points.float())
+        if zeros is None and not scheme.symmetric:
+            zeros = scheme.coded.to_codes(torch.zeros_like(self.effective_scales))
+        divides = whole is not None and self.applied == "divide"
+        if divides and scheme != parse("nvfp4"):
+            return None
+        encoded = Encoded(codes, scheme.coded.width, torch.float32, scales, zeros)
+        return EncodedWeight(name, VllmNvfp4() if divides else scheme, layout, encoded, scales=self.known_scales)
 
     def units(self) -> Tensor:
         """The values of the codes in float32, without scales."""

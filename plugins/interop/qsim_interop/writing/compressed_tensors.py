@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qsim_core.errors import ModelError, RecipeError
 from qsim_core.quantizers.scheme import Scheme
+from qsim_core.quantizers.standard_schemes import AtScale
 from qsim_core.quantizers.static_scale import StaticScheme
 from qsim_interop.writing.bit_patterns import is_format, nibbles, words
 from qsim_interop.writing.layer import Layer
@@ -50,7 +51,12 @@ class CompressedTensors(Target):
                     "scales are float32, and vLLM rounds those of packed integers to the model's dtype: "
                     "scale=bf16 in the recipe gives the same bits there"
                 )
-            if layer.inputs is not None and layer.inputs.plain.element.is_integer and not _is_static(layer.inputs):
+            if _global_scale_of(layer.inputs) is not None:
+                notes.append(
+                    "servers divide the scales of blocks of inputs by the global scale, and the recipe multiplies by "
+                    "its inverse: a scale may be the next one of e4m3"
+                )
+            elif layer.inputs is not None and layer.inputs.plain.element.is_integer and not _is_static(layer.inputs):
                 notes.append(
                     "the file does not say what a dynamic scale of integers divides by: vLLM takes the largest "
                     "value, as the recipe does, and compressed-tensors itself half the span, like 127.5"
@@ -124,6 +130,9 @@ class CompressedTensors(Target):
         quantizer = layer.inputs
         if quantizer is None:
             return None
+        if _global_scale_of(quantizer) is not None:
+            four = {"num_bits": 4, "type": "float", "symmetric": True, "scale_dtype": "torch.float8_e4m3fn"}
+            return {**four, "strategy": "tensor_group", "group_size": 16, "dynamic": "local"}
         scheme = quantizer.plain
         static, shared = _is_static(quantizer), getattr(scheme, "granularity", None)
         known = (
@@ -135,7 +144,7 @@ class CompressedTensors(Target):
         if not known or (static and shared != "tensor") or scheme.coded.min >= 0:
             raise RecipeError(
                 f"{layer.module}: {self.name} does not hold inputs of {scheme} exactly; it holds e4m3 and int8 by "
-                f"token, by tensor and with one static scale, or none (activations: none)"
+                f"token, by tensor and with one static scale, nvfp4_static, or none (activations: none)"
             )
         kind = "int" if scheme.element.is_integer else "float"
         return {"num_bits": 8, "type": kind, "symmetric": scheme.symmetric, "strategy": shared, "dynamic": not static}
@@ -179,7 +188,9 @@ class CompressedTensors(Target):
         return packed
 
     def _static(self, quantizer: Any) -> Iterator[tuple[str, Tensor]]:
-        """The static scale of a layer's inputs, and its zero point."""
+        """The static scale of a layer's inputs, and its zero point; of NVFP4 the global scale, which is a divisor."""
+        if (scale := _global_scale_of(quantizer)) is not None:
+            yield "input_global_scale", _inverse(torch.tensor([scale]))
         if not _is_static(quantizer):
             return
         yield "input_scale", quantizer.scale.detach().reshape(1).float().clone()  # experts share one, files do not
@@ -194,9 +205,7 @@ class CompressedTensors(Target):
             return scale
         codes = layer.scale_codes.unique().to(torch.uint8)
         factors = codes.view(torch.float8_e4m3fn).float()
-        divisor = 1 / scale
-        nearest = divisor.view(torch.int32) + torch.arange(-NEIGHBOURS, NEIGHBOURS + 1, dtype=torch.int32)
-        candidates = nearest.view(torch.float32).unsqueeze(-1)
+        candidates = _near(1 / scale).unsqueeze(-1)
         fits = (factors / candidates == factors * scale).all(-1)
         if not bool(fits.any()):
             raise self.refused(
@@ -206,6 +215,27 @@ class CompressedTensors(Target):
             )
         divisors: Tensor = candidates[fits][0]
         return divisors
+
+
+def _near(number: Tensor) -> Tensor:
+    """The float32 numbers [17] around one [1]."""
+    return (number.view(torch.int32) + torch.arange(-NEIGHBOURS, NEIGHBOURS + 1, dtype=torch.int32)).view(torch.float32)
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """A float32 number whose inverse is a scale [1], or 1 / scale if there is none."""
+    candidates = _near(1 / scale)
+    exact = candidates[1 / candidates == scale]
+    return exact[:1].clone() if len(exact) else 1 / scale
+
+
+def _global_scale_of(quantizer: Any) -> float | None:
+    """The given scale of the block scales of inputs in NVFP4; None: it is another quantizer."""
+    scheme = getattr(quantizer, "plain", None)
+    if not isinstance(scheme, Scheme) or not isinstance(scheme.scale, AtScale) or scheme.granularity != 16:
+        return None
+    nvfp4 = is_format(scheme.element, "e2m1") and is_format(scheme.scale.rounds_to, "e4m3")
+    return scheme.scale.scale if nvfp4 else None
 
 
 def _strategy(scheme: Scheme, block: int | None) -> dict[str, Any]:

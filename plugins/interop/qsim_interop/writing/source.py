@@ -12,6 +12,7 @@ from qsim_core.errors import RecipeError
 from qsim_core.evaluation.adapter import LoadedModel
 from qsim_core.simulation.simulation import Simulation
 from qsim_core.sites.site import Site
+from qsim_interop.reading.packed_weight import ACT_ORDER
 from qsim_interop.writing.experts import experts
 from qsim_interop.writing.layer import Layer
 
@@ -42,6 +43,11 @@ class Source:
             module = name.rpartition(".")[0]
             if weight.why_not:
                 raise RecipeError(f"{name} cannot be encoded: {weight.why_not}; leave it out with --skip {module}")
+            if weight.layout is not None and weight.layout.name == ACT_ORDER:
+                raise RecipeError(
+                    f"{name}: the columns of a group do not lie side by side (act-order), and such files hold groups "
+                    f"that do; quantize the model with desc_act=false, or leave it out with --skip {module}"
+                )
             if name in simulation.sites.weights.tied:
                 raise RecipeError(f"{name} is tied to another parameter, which stays as it is; --skip {module}")
             owner = loaded.model.get_submodule(module)

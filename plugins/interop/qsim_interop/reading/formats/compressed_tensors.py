@@ -116,6 +116,8 @@ class CompressedTensors(Reader):
             words = math.ceil(stored[0] * width / 32)
             packs = codes.endswith("_packed") and args.get("strategy") in ("group", "channel")
             parts["zero_points"] = Part(f"{module}.weight_zero_point", (words, stored[1]) if packs else stored)
+        if f"{module}.weight_g_idx" in self.tensors:  # act-order by groups, which older versions wrote
+            parts["groups"] = Part(f"{module}.weight_g_idx", (shape[1],))
         if args.get("strategy") == "tensor_group":
             parts["global_scale"] = Part(f"{module}.weight_global_scale", (1,))
         if inputs and inputs.get("dynamic") == "local":
@@ -195,6 +197,7 @@ class CompressedTensors(Reader):
         width, zeros = layer.scheme.element.width, self.part(layer, "zero_points")
         if zeros is not None and zeros.dtype == torch.int32:
             zeros = from_words(zeros.T, width, layer.shape[0]).T.to(torch.int16) - 2 ** (width - 1)
+        groups = self.part(layer, "groups")
         return PackedWeight(
             layer.scheme,
             _unpacked(codes, width, layer.shape[1]),
@@ -202,6 +205,7 @@ class CompressedTensors(Reader):
             zeros if zeros is None else torch.atleast_2d(zeros),
             self.part(layer, "global_scale"),
             applied="divide",
+            groups=None if groups is None or bool((groups < 0).any()) else groups,
         )
 
 
