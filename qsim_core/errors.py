@@ -124,7 +124,7 @@ def _other_width(name: str, known: list[str]) -> list[str]:
     """For a width above all that there are, the one that was typed twice (`int4` of `int44`), else the largest."""
     stem = name.rstrip("0123456789")
     widths = sorted(int(one.removeprefix(stem)) for one in known if one != stem == one.rstrip("0123456789"))
-    below = widths if widths and int(name.removeprefix(stem) or 0) > widths[-1] else []
+    below = widths if len(widths) > 1 and int(name.removeprefix(stem) or 0) > widths[-1] else []
     return [f"{stem}{width}" for width in ([one for one in below if name == f"{stem}{one}{one}"] or below)[-1:]]
 
 
