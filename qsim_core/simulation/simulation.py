@@ -383,8 +383,9 @@ def simulate(
     try:
         simulation._attach()
         for name, known in (final or {}).items():
-            given = (known.scales, known) if isinstance(known, EncodedWeight) else (known,)
-            simulation.sites.weights.pin(name, model.get_parameter(name), *given)
+            stored = known if isinstance(known, EncodedWeight) else None
+            scales: Scales | None = known.scales if isinstance(known, EncodedWeight) else known
+            simulation.sites.weights.pin(name, model.get_parameter(name), scales, stored=stored)
         if recipe.transforms and keep:
             simulation._before_transforms = {name: parameter.clone() for name, parameter in state_of(model)}
         batches = None

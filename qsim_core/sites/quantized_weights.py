@@ -95,8 +95,10 @@ class _Pinned:
     seen: Snapshot
     dtype: torch.dtype
     scales: Scales | None
-    of_scales: Any = None
-    """The scales of the scales; or the `EncodedWeight`, of a weight that was stored quantized."""
+    of_scales: Scales | None = None
+    """The scales of the scales."""
+    stored: Any = None
+    """The `EncodedWeight` of a weight that was stored quantized."""
 
 
 class Weights:
@@ -168,17 +170,22 @@ class Weights:
             if any(key[0] == name and folded.in_place for key, folded in self.folded.items()):
                 raise _second_use(name, "also read by other code than a matmul")
 
-    def pin(self, name: str, parameter: Tensor, scales: Scales | None, of_scales: Any = None) -> None:
+    def pin(
+        self, name: str, parameter: Tensor, scales: Scales | None, of_scales: Scales | None = None, stored: Any = None
+    ) -> None:
         """Take a weight as final: its values are quantized. `scales` are those of its rows, [N, B]; None: unknown.
 
-        `of_scales` are the scales of these, or the `EncodedWeight` of a weight that was stored quantized.
+        `of_scales` are the scales of these. `stored` is the `EncodedWeight` of a weight that was stored quantized.
         """
-        self._pins[name] = _Pinned(Snapshot(parameter, whole=True), parameter.dtype, scales, of_scales)
+        self._pins[name] = _Pinned(Snapshot(parameter, whole=True), parameter.dtype, scales, of_scales, stored)
 
-    def known(self, name: str) -> tuple[Scales | None, Any]:
-        """The scales of a pinned weight, and the scales of these or its codes, as far as they are known."""
-        pin = self._pins.get(name)
-        return (None, None) if pin is None else (pin.scales, pin.of_scales)
+    def known(self, name: str) -> tuple[Scales | None, Scales | None]:
+        """The scales of a pinned weight, and the scales of these, as far as they are known."""
+        return self._pins[name].scales, self._pins[name].of_scales
+
+    def stored(self, name: str) -> Any:
+        """The `EncodedWeight` of a weight that was stored quantized; None: it was not, or has no codes."""
+        return self._pins[name].stored if name in self._pins else None
 
     def shown(self, name: str, operand: Tensor, computed: bool) -> Weight:
         """Give the weight that an operand is, or is a part of, where a watcher is shown a call."""

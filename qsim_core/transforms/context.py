@@ -190,7 +190,8 @@ class Context:
         if said is not None:
             for name in said["pinned"]:
                 scales = (None if known is None else Scales(*known) for known in said["scales"][name])
-                self.sites.weights.pin(name, self.model.get_parameter(name), *scales)
+                weights = self.sites.weights
+                weights.pin(name, self.model.get_parameter(name), *scales, stored=weights.stored(name))
             self.reports = [LayerReport.model_validate(report) for report in said["reports"]]
             self.warnings = said["warnings"]
         return said is not None

@@ -107,8 +107,8 @@ class WeightEncoder:
             before = whole.rows(parameter)
             if not quantizer.by_rows and not isinstance(quantizer, Stacked) and holds_experts(parameter, whole):
                 quantizer = Stacked(each=quantizer)
-        stored = self.sites.weights.known(site.weight)[1]
-        if isinstance(stored, EncodedWeight):
+        stored: EncodedWeight | None = self.sites.weights.stored(site.weight)
+        if stored is not None:
             known = stored
         elif known is None:
             with at(f"{site.name}:weight", 0):
