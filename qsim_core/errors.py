@@ -113,19 +113,11 @@ def natural_order(name: str) -> tuple[list[tuple[int, str]], str]:
 
 
 def _closest(name: str, known: list[str]) -> str:
-    """The same name in other letters, or of another width; the longest that it begins or ends with; the closest."""
-    close = [other for other in known if other.casefold() == name.casefold()] or _other_width(name, known)
+    """The same name in other letters, else the longest that the name begins or ends with, else the closest."""
+    close = [other for other in known if other.casefold() == name.casefold()]
     parts = [other for other in known if len(other) > 2 and (name.startswith(other) or name.endswith(other))]
     close = close or sorted(parts, key=len)[-1:] or difflib.get_close_matches(name, known, n=1, cutoff=CLOSE)
     return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _other_width(name: str, known: list[str]) -> list[str]:
-    """For a width above all that there are, the one that was typed twice (`int4` of `int44`), else the largest."""
-    stem = name.rstrip("0123456789")
-    widths = sorted(int(one.removeprefix(stem)) for one in known if one != stem == one.rstrip("0123456789"))
-    below = widths if len(widths) > 1 and int(name.removeprefix(stem) or 0) > widths[-1] else []
-    return [f"{stem}{width}" for width in ([one for one in below if name == f"{stem}{one}{one}"] or below)[-1:]]
 
 
 def one_line(error: BaseException) -> str:

@@ -125,7 +125,6 @@ NEARLY: dict[str, tuple[list[str], str]] = {
     "component": (["components", "perplexty"], "no component 'perplexty'; did you mean 'perplexity'?"),
     "component of a kind": (["evaluate", "--weights", "e4m4"], "no quantizer 'e4m4'; did you mean 'e4m3'?"),
     "component of a plugin": (["evaluate", "--weights", "int.int44"], "no quantizer 'int.int44'; did you mean 'int4'?"),
-    "too many bits": (["evaluate", "--weights", "int128"], "no quantizer 'int128'; did you mean 'int16'?"),
     "option": (["evaluate", "--weights", "abfp(int4, scal=bf16)"], "abfp has no option 'scal'; did you mean 'scale'?"),
     "component to set": (["evaluate", "--plugin", "abfp", "--set", "abpf.n=8"],
                          "--set abpf.n=8: the recipe has no component 'abpf'; did you mean 'abfp'?"),

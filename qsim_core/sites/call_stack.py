@@ -103,13 +103,13 @@ class CallStack(threading.local):
 
     def begin(self, mode: TorchFunctionMode, caller: FrameType) -> None:
         """Enter the outermost module."""
-        self.mode, self.caller = mode, caller
+        self.mode, self.caller, self.error = mode, caller, None
         compilers.hold()
         mode.__enter__()
 
     def clear(self) -> None:
         """Leave all modules, and forget the kept tensors."""
-        self.frames, self.caller, self.inside, self.error = [], None, False, None
+        self.frames, self.caller, self.inside = [], None, False
         self.share_nothing()
         self.workspace.clear()
         mode, self.mode = self.mode, None

@@ -168,12 +168,11 @@ class Sites:
             frames.pop()
         changed = self.operations.leave(self, frame, output)
         frames.pop()
-        caught = None if frames else stack.error
         if not frames:
             stack.clear()
         resume_compiling(frame.compiling)
-        if caught is not None and output is not None:  # the model caught it, and went on with other numbers
-            raise caught
+        if not frames and stack.error is not None and output is not None:  # the model caught it, and went on
+            raise stack.error
         if not frames and path == "" and not self.checked and output is not None:
             self.check()
         return changed
