@@ -48,6 +48,8 @@ class Scenario:
     numbers: Callable[[], Any]
     prepare: Callable[[], None] = lambda: None
     """Turns the directory of a run that has ended into that of a run that goes on from what was kept."""
+    fill: Callable[[], None] | None = None
+    """Puts files into an empty directory, before a run; bits of them are not flipped."""
 
 
 def evaluated() -> Any:
@@ -73,6 +75,21 @@ def studied() -> Any:
 def exported() -> Any:
     """The digests of the files that `qsim export` has written, by name."""
     return {path.name: digest(path) for path in Path("out").iterdir()}
+
+
+def blocks() -> None:
+    """Put 300 folders of finished blocks into a work directory, and another's file into every tenth."""
+    for number in range(300):
+        folder = Path("kept") / f"{number:016x}"
+        folder.mkdir(parents=True)
+        (folder / "block-000.pt").write_bytes(b"1234")
+        if number % 10 == 0:
+            (folder / "notes.txt").write_text("mine")
+
+
+def left_over() -> Any:
+    """The digests of the files that `qsim cache --clear` has left, by path, and the folders."""
+    return {str(path): path.is_file() and digest(path) for path in sorted(Path("kept").rglob("*"))}
 
 
 def digest(path: Path) -> str:
@@ -113,6 +130,7 @@ SCENARIOS = {
         ],
         exported,
     ),
+    "clear": Scenario(["cache", "--work-dir", "kept", "--clear", "blocks", "--yes"], left_over, fill=blocks),
 }
 
 
@@ -150,17 +168,19 @@ def ended(process: int, seconds: float | None = None) -> bool:
     return True
 
 
-def fresh() -> None:
-    """Empty the current directory; the cache stays."""
+def fresh(scenario: Scenario) -> None:
+    """Empty the current directory, and fill it for a run; the cache stays."""
     for path in Path().iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if scenario.fill is not None:
+        scenario.fill()
 
 
 def kill(scenario: Scenario, times: int, whole: float, expected: Any, draw: random.Random) -> Counter[str]:
     """Kill a command so many times, at moments drawn over the seconds of a whole run."""
     found: Counter[str] = Counter()
     while found["kills"] < times:
-        fresh()
+        fresh(scenario)
         while not ended(start(scenario.command), draw.uniform(0, whole) if found["kills"] < times else None):
             found["kills"] += 1
         found["runs that ended"] += 1
@@ -183,7 +203,7 @@ def outcome(scenario: Scenario, expected: Any) -> str:
 def flip(scenario: Scenario, times: int, expected: Any, cache: Path, draw: random.Random) -> Counter[str]:
     """Flip so many bits, one before each run, in the files that a run has kept."""
     found: Counter[str] = Counter()
-    fresh()
+    fresh(scenario)
     ended(start(scenario.command))
     scenario.prepare()
     with tempfile.TemporaryDirectory(prefix="qsim-faults-") as folder:
@@ -234,13 +254,15 @@ def main() -> None:
             (Path(folder) / name).mkdir()
             os.chdir(Path(folder) / name)
             for _ in range(2):  # the second is timed: the first has compiled files to write
-                fresh()
+                fresh(scenario)
                 begin = time.monotonic()
                 ended(start(scenario.command))
             whole, expected = time.monotonic() - begin, scenario.numbers()
             for found in (
                 kill(scenario, options.kills, whole, expected, draw),
-                flip(scenario, options.flips, expected, cache, draw) if Path("kept").exists() else Counter(),
+                flip(scenario, options.flips, expected, cache, draw)
+                if Path("kept").exists() and not scenario.fill
+                else Counter(),
             ):
                 if found:
                     print(f"{name}: " + ", ".join(f"{many} {what}" for what, many in found.items()), flush=True)

@@ -1,7 +1,8 @@
 """Files that a kill, a full disk or a flipped bit cannot turn into other numbers, and the directory of qsim's cache.
 
 Every file appears complete or not at all (`writing`). A value that qsim reads back later has a SHA-256 with it (`keep`,
-`kept`). What does not match is made again. `qsim_cache.sealing` does the same for the files of a folder.
+`kept`), which covers the names of the file and of its folder: a file in the place of another does not match. What does
+not match is made again. `qsim_cache.sealing` does the same for the files of a folder.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ LARGEST = 1 << 30
 """Bytes of the largest file that is read as one text."""
 LONGEST_NAME = 80
 """Characters of a path that a message shows."""
-LONGEST_DESCRIPTION = 2**16
+LONGEST_DESCRIPTION = 2**13
 """Bytes of the longest last line of a kept file."""
 
 log = logging.getLogger(__name__)
@@ -98,8 +99,11 @@ def kept(path: Path) -> Any:
 
 
 def write_checked(path: Path, content: bytes | memoryview, **about: str) -> None:
-    """Write content, and a last line of JSON with a description and the SHA-256 of both. Raises `QsimError`."""
-    line = json.dumps({**about, "sha256": _digest(content, about)})
+    """Write content, and a last line of JSON with a description and the SHA-256 of both and of the file's place.
+
+    The place is the names of the file and of its folder. Raises `QsimError`.
+    """
+    line = json.dumps({**about, "sha256": _digest(path, content, about)})
     with writing(path) as file:
         file.write(content)
         file.write(b"\n" + line.encode())
@@ -116,7 +120,7 @@ def read_checked(path: Path, own: bool = False) -> bytes | None:
                 check_own(path, file.fileno())
             whole = file.read()
         content, about = whole[: whole.rfind(b"\n")], _description(whole)
-        if about.pop("sha256", None) == _digest(content, about):
+        if about.pop("sha256", None) == _digest(path, content, about):
             return content
     except FileNotFoundError:
         return None
@@ -145,9 +149,9 @@ def _description(end: bytes) -> dict[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def _digest(content: bytes | memoryview, about: dict[str, Any]) -> str:
+def _digest(path: Path, content: bytes | memoryview, about: dict[str, Any]) -> str:
     digest = hashlib.sha256(content)
-    digest.update(json.dumps(about).encode())
+    digest.update(json.dumps([about, *path.absolute().parts[-2:]]).encode())
     return digest.hexdigest()
 
 

@@ -468,7 +468,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "n=7.5": (["--weights", "abfp(int4, n=7.5)"], "got a number with a fractional part, not 7.5"),
     "negative bits": (["--weights", "int(-4)"], "int: bits should be greater than or equal to 2, not -4"),
     "unknown key": (["--recipe", "unknown.yaml"], "a recipe has no key 'weigths'; did you mean 'weights'?"),
-    "not yaml": (["--recipe", "broken.yaml"], "recipe is not YAML: "),
+    "not yaml": (["--recipe", "broken.yaml"], "broken.yaml is not YAML: "),
     "no recipe": (["--recipe", "nowhere.yaml"], "cannot read nowhere.yaml: No such file or directory"),
     "text as recipe": (["--recipe", "text.txt"], "text.txt is not a recipe: expected keys and values"),
     "empty data": (["--weights", "int8", "--data", "empty.txt"], "empty.txt is empty: there is no text"),

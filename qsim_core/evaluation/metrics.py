@@ -83,13 +83,13 @@ class Metrics(dict[str, float]):
         return dict(self.of_means(means))
 
 
-def rank(outputs: Tensor, chosen: Tensor) -> Tensor:
+def rank(outputs: Tensor, chosen: Tensor, within: float = 0.0) -> Tensor:
     """The rank of element `chosen` [...] among outputs [..., n]: 1 for the largest, in float64.
 
-    Equal outputs rank before the chosen one: a model that gives n equal outputs ranks each of them at n. NaN where an
-    output is NaN.
+    Equal outputs rank before the chosen one: a model that gives n equal outputs ranks each of them at n. Outputs that
+    are smaller by `within` at most count as equal. NaN where an output is NaN.
     """
-    own = outputs.gather(-1, chosen.unsqueeze(-1))
+    own = outputs.gather(-1, chosen.unsqueeze(-1)) - within
     return (outputs >= own).sum(-1).double().masked_fill(outputs.isnan().any(-1), nan)
 
 

@@ -239,26 +239,27 @@ class Function(Quantizer):
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, quantizer: SiteQuantizer, value: Tensor | None) -> Tensor:
+    def forward(x: Tensor, quantizer: Any, value: Tensor | None) -> Tensor:
         return quantizer.quantize(x) if value is None else value.detach().view_as(value)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, SiteQuantizer, Tensor | None], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Any, Tensor | None], output: Tensor) -> None:
         ctx.save_for_backward(inputs[0])
         ctx.quantizer = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        passes = ctx.quantizer.gradient_passes(x)
+        passes = None if ctx.quantizer is None else ctx.quantizer.gradient_passes(x)
         return gradient if passes is None else torch.where(passes, gradient, 0.0), None, None
 
 
-def straight_through(x: Tensor, quantizer: SiteQuantizer, value: Tensor | None = None) -> Tensor:
+def straight_through(x: Tensor, quantizer: SiteQuantizer | None, value: Tensor | None = None) -> Tensor:
     """Compute `quantizer.quantize(x)` with a straight-through gradient.
 
     The gradient is that of the identity where `quantizer.gradient_passes(x)`, and zero elsewhere. `value` is the
-    quantized tensor, if it is already known. Source: Bengio et al., arXiv 1308.3432, section 4.
+    quantized tensor, if it is already known. With it the quantizer may be None: the gradient passes everywhere. Source:
+    Bengio et al., arXiv 1308.3432, section 4.
     """
     result: Tensor = _StraightThrough.apply(x, quantizer, value)  # type: ignore[no-untyped-call]
     return result

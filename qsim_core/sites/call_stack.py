@@ -94,6 +94,8 @@ class CallStack(threading.local):
         """The Python frame that called the outermost module."""
         self.inside = False
         """True while a site computes."""
+        self.error: Exception | None = None
+        """The first error that a site has raised in this forward."""
         self.quantized: Reusable | None = None
         self.lowered: Reusable | None = None
         self.rotated: Reusable | None = None
@@ -101,7 +103,7 @@ class CallStack(threading.local):
 
     def begin(self, mode: TorchFunctionMode, caller: FrameType) -> None:
         """Enter the outermost module."""
-        self.mode, self.caller = mode, caller
+        self.mode, self.caller, self.error = mode, caller, None
         compilers.hold()
         mode.__enter__()
 

@@ -171,6 +171,8 @@ class Sites:
         if not frames:
             stack.clear()
         resume_compiling(frame.compiling)
+        if not frames and stack.error is not None and output is not None:  # the model caught it, and went on
+            raise stack.error
         if not frames and path == "" and not self.checked and output is not None:
             self.check()
         return changed
@@ -272,6 +274,9 @@ class Sites:
         stack.inside = True
         try:
             return compute()
+        except QsimError as error:
+            stack.error = stack.error or error
+            raise
         finally:
             stack.inside = False
 
@@ -340,14 +345,14 @@ class Sites:
         shown = call
         if self.watcher is not None or self.compute is not None:
             shown = replace(call, weight=roles_of(weights).index("weight") if site.weight else None)
-        if self.watcher is not None:
-            self.watcher(site, shown)
         if self.compute is not None:
             result = self.compute(site, shown)
         elif site.in_training is not None and self.quantizing and frame.module.training:
             result = site.in_training(call, site.calls)
         else:
             result = self._execution(site, call, weights, frame.module).result()
+        if self.watcher is not None:  # a call that fails is not shown, as the model may catch the error
+            self.watcher(site, shown)
         if site.weight is None:
             frame.before_softmax.append((site, result.shape))
         return result

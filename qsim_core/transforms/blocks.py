@@ -27,7 +27,7 @@ from qsim_core.transforms.run import Run
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 MatmulWatcher = Callable[[Site, Call], None]
-"""Called for every matmul that is met, with its site and the call, before it is computed."""
+"""Called for every matmul that is met, with its site and the call, when it is computed."""
 
 
 class Walked(Protocol):

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qsim_core.errors import DataError, ModelError
-from qsim_core.formats.quantizer import Quantizer
+from qsim_core.formats.quantizer import Quantizer, straight_through
 from qsim_core.matmuls.call import Call
 from qsim_core.quantizers.scales import Scales
 from qsim_core.sites.executor import tried, tried_operands
@@ -149,7 +150,8 @@ class Context:
         def rounded(site: Site, call: Call) -> Any:
             roles = (*ACTIVATIONS, "output")
             plain = all(site.standing(role) is None for role in roles)
-            return call.exact() if plain else self.simulated(site, call, roles)
+            found = call.exact() if plain else self.simulated(site, call, roles)
+            return found if plain or not torch.is_grad_enabled() else straight_through(call.exact(), None, found)
 
         before, self.sites.compute = self.sites.compute, rounded if on else None
         try:

@@ -58,11 +58,13 @@ class WeightEncoder:
     sites: Sites
     found: dict[str, EncodedWeight] = field(default_factory=dict)
     """The weights met so far, by name."""
-    call: Call | None = None
+    observed: tuple[Site, Tensor, Tensor, Any] | None = None
+    """The last weight that was observed: its site, its rows before and after, and its quantizer."""
 
     def watch(self, site: Site, call: Call) -> None:
-        """Note the call that is computed next."""
-        self.call = call
+        """Encode the weight of a call that was computed."""
+        if self.observed is not None and self.observed[0] is site:
+            self._note(site, call, *self.observed[1:])
 
     def meet(self, site: Site, call: Call) -> None:
         """Encode the weight of a call in which nothing is quantized, as its site would quantize it."""
@@ -70,32 +72,33 @@ class WeightEncoder:
             return
         weight = Weight(site.weight, call.operands[call.weight], owned=True, computed=site.computed)
         met = [weight if place == call.weight else None for place in range(len(call.operands))]
-        self.watch(site, call)
         for operand in operands_of(site, call, met, lambda role: site.quantizer(role) if role == "weight" else None):
             if operand.quantizer is not None:
                 rows, final = operand.rows.detach(), site.weight in self.sites.weights.pinned
                 with at(f"{site.name}:weight", 0):
                     after = rows if final else operand.quantizer.quantize(rows)
-                self(site, "weight", rows, after, operand.quantizer)
+                self._note(site, call, rows, after, operand.quantizer)
 
     def __call__(self, site: Site, role: str, before: Tensor, after: Tensor, quantizer: Any) -> None:
+        """Keep a weight for `watch`, which is shown its call."""
+        if role == "weight" and quantizer is not None and site.weight is not None:
+            self.observed = site, before, after, quantizer
+
+    def _note(self, site: Site, call: Call, before: Tensor, after: Tensor, quantizer: Any) -> None:
         """Encode a weight when it is met first; each time, compare what it decodes to with the rows `after`."""
-        if role != "weight" or quantizer is None or site.weight is None:
-            return
-        name = site.weight
-        known = self.found.get(name)
+        known = self.found.get(name := str(site.weight))
         if known is not None and known.why_not:
             return
         try:
-            self.found[name] = self._checked(known, site, before, after, quantizer)
+            self.found[name] = self._checked(known, site, call, before, after, quantizer)
         except QsimError as error:
             self.found[name] = EncodedWeight(name, why_not=str(error))
 
     def _checked(
-        self, known: EncodedWeight | None, site: Site, before: Tensor, after: Tensor, quantizer: Any
+        self, known: EncodedWeight | None, site: Site, call: Call, before: Tensor, after: Tensor, quantizer: Any
     ) -> EncodedWeight:
-        assert self.call is not None and self.call.weight is not None and site.weight is not None
-        operand, layout = self.call.operands[self.call.weight].detach(), self.call.layouts[self.call.weight]
+        assert call.weight is not None and site.weight is not None
+        operand, layout = call.operands[call.weight].detach(), call.layouts[call.weight]
         parameter = self.model.get_parameter(site.weight).detach()
         whole = None if site.computed or "weight" in site.rotations else layout_of(parameter, operand, layout)
         if whole is None:

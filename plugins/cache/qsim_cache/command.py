@@ -26,6 +26,8 @@ STAMP = "[0-9a-f]" * 16
 """The digest in a name, as a shell's pattern."""
 BLOCK = "block-[0-9]*.pt"
 """The name of a transform's finished block."""
+LISTED = 100
+"""The most rows of a table; of more entries those of the same kind, model and description share one."""
 UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
@@ -145,15 +147,31 @@ def show(work_dir: Path | None, as_json: bool) -> None:
     from qsim_core.cli.console import console, print_below
 
     table = Table("kind", "model", "what", "size", "age", box=None, pad_edge=False)
-    for entry in found:
-        table.add_row(entry.kind, entry.model, entry.what, decimal(entry.bytes), _age(entry.seconds))
+    rows = _rows(found)
+    for row in rows[:LISTED]:
+        first, many = row[0], f"{len(row)} of: " if len(row) > 1 else ""
+        ages = dict.fromkeys(_age(seconds) for seconds in sorted(entry.seconds for entry in row)[:: len(row) - 1 or 1])
+        size = decimal(sum(entry.bytes for entry in row))
+        table.add_row(first.kind, first.model, many + first.what, size, " to ".join(ages))
     out = console()
     if found:
         out.print(table)
+    if len(rows) > LISTED:
+        print_below(out, f"{len(rows) - LISTED} more rows are left out; --json lists every entry")
     where = f"{user_cache()}" if work_dir is None else f"{work_dir} and {user_cache()}"
     print_below(out, f"{_many(found)} in {where}")
     if work_dir is None:
         print_below(out, "what `qsim evaluate --work-dir DIR` keeps is shown with --work-dir DIR")
+
+
+def _rows(found: list[Entry]) -> list[list[Entry]]:
+    """The entries of each row of the table: one, or where there are many all that differ by their digest alone."""
+    if len(found) <= LISTED:
+        return [[entry] for entry in found]
+    alike: dict[tuple[str, str, str], list[Entry]] = {}
+    for entry in found:
+        alike.setdefault((entry.kind, entry.model, entry.what), []).append(entry)
+    return list(alike.values())
 
 
 def clear_kept(work_dir: Path | None, kind: str, yes: bool, as_json: bool) -> None:

@@ -187,3 +187,27 @@ def test_what_was_made_once_is_read_by_later_runs_until_it_is_cleared() -> None:
 
     assert made == ["first", "first", "second"]
     assert ("tokens", "", "tokens of a text") in rows()
+
+
+def test_many_entries_that_differ_by_their_digest_share_a_row(cache: Path) -> None:
+    for number in range(300):
+        (cache / "kernels" / f"{number:016x}.so").write_text("12345")
+
+    lines = [line.split() for line in run().stdout.splitlines()]
+
+    assert ["kernels", "301", "of:", "compiled", "kernels", "1.5", "kB", "0", "s"] in lines
+    assert len(lines) < 8
+
+
+def test_blocks_that_have_changed_places_are_computed_again(work: Path) -> None:
+    blocks = Blocks.of(work, nn.Linear(2, 2), [torch.zeros(1, 2)], "gptq")
+    other = Blocks.of(work, nn.Linear(2, 2), [torch.zeros(1, 2)], "awq")
+    for index in (0, 1):
+        blocks.save(index, nn.Linear(2, 2), {})
+    other.save(0, nn.Linear(2, 2), {})
+    first, second, third = (next(b.directory.glob(f"*{i}.pt")) for b, i in ((blocks, 0), (blocks, 1), (other, 0)))
+
+    second.write_bytes(first.read_bytes())
+    third.rename(first)
+
+    assert [blocks.restore(index, nn.Linear(2, 2)) for index in (0, 1)] == [None, None]

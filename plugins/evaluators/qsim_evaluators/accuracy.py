@@ -184,7 +184,9 @@ class Accuracy(Evaluator):
 
 
 def _check_classes(outputs: Tensor, labels: Tensor) -> None:
-    """Raise `DataError` for outputs that are not one number for each class."""
+    """Raise `DataError` for outputs that are not one number for each class, or for a single class."""
+    if outputs.dim() == 2 and outputs.shape[1] == 1:
+        raise DataError("the model has one output and no classes; use the evaluator fidelity")
     if outputs.dim() != 2 or int(labels.max()) >= outputs.shape[1]:
         raise DataError(
             f"the data have a label {int(labels.max())}, and the model's outputs are {tuple(outputs.shape)}, not one "

@@ -20,7 +20,7 @@ from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.evaluation.metrics import finite_outputs
 from qsim_core.files import place
 from qsim_evaluators.fitting import check, device, longest
-from qsim_evaluators.text import check_padding, holds_lines, read_rows
+from qsim_evaluators.text import check_padding, holds_lines, on_the_right, read_rows
 
 LONGEST = 512
 LIKELIEST = 20
@@ -152,6 +152,7 @@ class QuestionAnswering(Evaluator):
             return loaded.tokenizer(
                 question.lstrip(), context, truncation="only_second", max_length=length, stride=self.stride,
                 return_overflowing_tokens=True, return_offsets_mapping=True, padding="max_length" if padded else False,
+                **on_the_right(loaded),
             )  # fmt: skip
         except Exception as error:  # tokenizers raise plain exceptions
             fit = f"windows of {length} tokens that share {self.stride}"

@@ -19,6 +19,8 @@ from qsim_evaluators.fitting import check
 from qsim_evaluators.text import read_rows, tokenized
 
 COLUMNS = ("query", "passage")
+NEAR = 2.0**-20
+"""Cosines of float32 states that differ by less are equal: the rounding of sums would decide."""
 POOLING_FILE = "1_Pooling/config.json"
 POOLINGS = {
     "mean_tokens": "mean-pooled",
@@ -34,8 +36,9 @@ class Retrieval(Evaluator):
 
     An embedding is the mean of the last hidden states over a text's tokens, scaled to length 1, as in Sentence-BERT
     (arXiv 1908.10084). A checkpoint that says how it pools, in `1_Pooling/config.json`, is pooled so. Each query is
-    compared with all passages; one that is as near as its own ranks before it. `cosine` compares each embedding with
-    that of the unquantized model. Data are a mapping with `query` and `passage`, two lists of the same length.
+    compared with all passages. One that is as near as its own, up to 2⁻²⁰, ranks before it. `cosine` compares each
+    embedding with that of the unquantized model. Data are a mapping with `query` and `passage`, two lists of the same
+    length.
     """
 
     name = "retrieval"
@@ -68,7 +71,7 @@ class Retrieval(Evaluator):
         exact = embedded if run.reference is None else run.reference
         query, passage = embedded.split(len(queries))
         scores = query @ passage.T
-        place = rank(scores, torch.arange(len(queries)))
+        place = rank(scores, torch.arange(len(queries)), NEAR)
         kept = F.cosine_similarity(embedded, exact, dim=1).view(2, -1).mean(0)
         samples = {"accuracy_at_1": (place == 1).double(), "mrr": 1 / place, "cosine": kept}
         return Metrics(samples, counts={"pairs": float(len(queries))}, outputs=embedded)

@@ -92,10 +92,22 @@ def tokenized(loaded: LoadedModel, texts: list[str], length: int, padded: bool =
     if padding and loaded.tokenizer.pad_token_id is None:
         hint = "which training needs" if padded else "so that a batch holds one text; give --batch-size 1"
         raise DataError(f"the tokenizer has no padding token, {hint}")
-    inputs = loaded.tokenizer(texts, padding=padding, truncation=True, max_length=length, return_tensors="pt")
+    options = {"truncation": True, "max_length": length, "return_tensors": "pt", **on_the_right(loaded)}
+    inputs = loaded.tokenizer(texts, padding=padding, **options)
     check_ids(loaded.model, inputs["input_ids"])
     check_padding(loaded, inputs)
     return {key: value.to(device(loaded)) for key, value in inputs.items()}
+
+
+def on_the_right(loaded: LoadedModel) -> dict[str, str]:
+    """Return the option with which a tokenizer that pads on the left pads on the right, or none.
+
+    Padding before a text moves it to other positions, which a model with learned positions does not undo. The padding
+    stays where the configuration says that the model reads the last token of a row (XLNet).
+    """
+    config: Any = getattr(loaded.model, "config", None)
+    left = config is not None and getattr(loaded.tokenizer, "padding_side", None) == "left"
+    return {"padding_side": "right"} if left and getattr(config, "summary_type", None) != "last" else {}
 
 
 def check_padding(loaded: LoadedModel, inputs: Mapping[str, Tensor]) -> None:

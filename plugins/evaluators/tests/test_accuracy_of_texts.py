@@ -54,6 +54,15 @@ def test_it_is_what_each_text_gives_by_itself(loaded: qsim.LoadedModel, batch_si
     assert found.samples["accuracy"].shape == (6,)
 
 
+def test_a_tokenizer_that_pads_on_the_left_moves_no_text(loaded: qsim.LoadedModel) -> None:
+    left = copy.deepcopy(loaded)
+    left.tokenizer.padding_side = "left"
+
+    alone, together = (qsim.parse("accuracy").evaluate(left, data(), qsim.Run(batch_size=many)) for many in (1, 6))
+
+    assert together["nll"] == pytest.approx(alone["nll"], rel=1e-5)
+
+
 def test_equal_logits_choose_no_class(loaded: qsim.LoadedModel) -> None:
     equal = copy.deepcopy(loaded)
     for part in equal.model.classifier.parameters():  # type: ignore[operator, union-attr]

@@ -189,3 +189,11 @@ def test_more_labels_than_outputs(tmp_path: Path, rows: Path) -> None:
         qsim.DataError, match=r"^the data have a label 5, and the model's outputs are \(1, 3\), not one"
     ):
         evaluated(tmp_path, "classes", "accuracy", rows)
+
+
+def test_one_output_is_no_class(tmp_path: Path) -> None:
+    loaded = qsim.LoadedModel(Model(1, True).eval(), Letters())
+    texts = qsim.Data("texts", {"text": ["a", "b"], "label": [0, 0]}, "0")
+
+    with pytest.raises(qsim.DataError, match="^the model has one output and no classes; use the evaluator fidelity$"):
+        qsim.parse("accuracy").evaluate(loaded, texts, qsim.Run(batch_size=1))

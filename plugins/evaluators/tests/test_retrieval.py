@@ -181,3 +181,15 @@ class TestRetrieval(EvaluatorSuite):
 
     def data(self, evaluator: Any) -> qsim.Data:
         return pairs()
+
+
+def test_the_rounding_of_a_product_decides_no_rank() -> None:
+    """Cosines of 384 equal channels differ by 1e-16 between the columns of one product."""
+    many, model = 50, Encoder()
+    row = torch.randn(1, 384, generator=torch.Generator().manual_seed(0))
+    model.table = nn.Parameter(row.expand(128, -1).clone())
+    texts = qsim.Data("pairs", {"query": ["a"] * many, "passage": ["b"] * many}, "0" * 64)
+
+    found = qsim.parse("retrieval(64)").evaluate(qsim.LoadedModel(model, letters), texts, qsim.Run(batch_size=100))
+
+    assert (found["accuracy_at_1"], found["mrr"]) == (0, 1 / many)
