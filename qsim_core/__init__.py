@@ -21,11 +21,10 @@ _named, __all__ = names_of(__name__, __file__)
 
 def __getattr__(name: str) -> Any:
     if name not in __all__ and not name.startswith("_"):
-        from qsim_core.components.discovery import functions
+        from qsim_core.components.discovery import functions, import_plugin
 
-        for entry in functions():
-            if entry.name == name:
-                return entry.load()
+        if (plugin := functions().get(name)) is not None:
+            return import_plugin(plugin)
     return _named(name)
 
 

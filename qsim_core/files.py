@@ -1,7 +1,7 @@
 """Files that a kill, a full disk or a flipped bit cannot turn into other numbers, and the directory of qsim's cache.
 
-Every file appears complete or not at all (`writing`). What qsim reads back later has a SHA-256 with it: a value in one
-file (`keep`, `kept`), or the files of a folder (`seal`, `damaged`). What does not match is made again.
+Every file appears complete or not at all (`writing`). A value that qsim reads back later has a SHA-256 with it (`keep`,
+`kept`). What does not match is made again. `qsim_cache.sealing` does the same for the files of a folder.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from qsim_core.errors import QsimError, file_did_you_mean
 
 PARTIAL = "tmp"
 """The beginning of the name of a file that is being written."""
-SEAL = "sha256.json"
-"""The name of the file that holds the digests of the other files of a folder."""
 LOCK = ".lock"
 """The end of the name of a file that keeps a second process waiting. It is empty, and stays."""
 LARGEST = 1 << 30
@@ -153,21 +151,6 @@ def _digest(content: bytes | memoryview, about: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def seal(folder: Path, pattern: str = "*") -> None:
-    """Write the SHA-256 of each file of a folder, last of all: from then on it is complete. Raises `QsimError`."""
-    try:
-        files = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
-        for path in files:  # another library may have written it
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        digests = {path.relative_to(folder).as_posix(): _sha256_of(path) for path in files}
-    except OSError as error:
-        raise QsimError(f"cannot read {folder}: {error.strerror}") from None
-    digests.pop(SEAL, None)
-    with writing(folder / SEAL) as file:
-        file.write(json.dumps(digests, indent=2).encode() + b"\n")
-
-
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Inside, no other process of this machine makes what goes to `path`. A file that ends in `.lock` stays beside."""
@@ -190,34 +173,6 @@ def empty(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def sealed(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file of a folder as `seal` met it; empty if there is no seal, or a damaged one."""
-    try:
-        digests = dict(json.loads((folder / SEAL).read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return {}
-    return {str(name): str(digest) for name, digest in digests.items()}
-
-
-def damaged(folder: Path, *needed: str) -> list[str]:
-    """Name the files of a folder that are not as `seal` met them, or that are needed and were not there then."""
-    digests = sealed(folder)
-    missing = [name for name in (*needed, *(() if digests else [SEAL])) if name not in digests]
-    return missing + [name for name, digest in digests.items() if _changed(folder / name, digest)]
-
-
-def _changed(path: Path, digest: str) -> bool:
-    try:
-        return _sha256_of(path) != digest
-    except OSError:
-        return True
-
-
-def _sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def place(text: str | Path) -> Path:

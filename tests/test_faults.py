@@ -18,10 +18,11 @@ from typing import Any
 
 import pytest
 import torch
+from qsim_cache.sealing import damaged, seal, sealed
 from torch import nn
 
 import qsim_core as qsim
-from qsim_core.files import damaged, keep, kept, read_checked, seal, sealed, write_checked, writing
+from qsim_core.files import keep, kept, read_checked, write_checked, writing
 
 ROOT = Path(__file__).parent.parent
 FLIPS = 60

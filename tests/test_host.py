@@ -71,6 +71,15 @@ def test_an_installed_plugins_component_is_there_by_name(install: Install) -> No
     assert torch.equal(quantizer(torch.tensor([0.2, 0.3, -1.1])), torch.tensor([0.0, 0.5, -1.0]))
 
 
+def test_a_plugin_that_is_installed_while_the_program_runs_is_there_by_name(install: Install) -> None:
+    with pytest.raises(qsim.SpecError, match="no component 'halves'"):
+        qsim.parse("halves")
+
+    install("acme")
+
+    assert str(qsim.parse("halves")) == "halves"
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

@@ -79,10 +79,10 @@ def evaluate(ctx: click.Context, /, json_file: str | None, quiet: bool, **option
 
     with nullcontext() if quiet else progress.stage("starting"):  # torch takes seconds to load
         from qsim_core.cli.result_table import show
-        from qsim_core.components.host import Host
+        from qsim_core.components.host import installed
 
     target = output_file(json_file)
-    host = Host()
+    host = installed()
     given = {name for name in options if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
     before = _record(options, given)
     if before is not None:

@@ -23,9 +23,9 @@ def output_file(json_file: str | None) -> Path | None:
 
 def complete_plugin(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Plugins by name, their distributions as help; none is imported, so that Tab is answered at once."""
-    from qsim_core.components.host import Host
+    from qsim_core.components.host import installed
 
-    found = Host().plugins.values()
+    found = installed().plugins.values()
     return [CompletionItem(p.name, help=p.distribution) for p in found if p.name.startswith(incomplete)]
 
 

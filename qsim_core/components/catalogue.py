@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import EntryPoint
 from typing import Any
 
-from qsim_core.components.discovery import GROUP, Plugin, import_plugin
+from qsim_core.components.discovery import GROUP, Plugin, State, environment, import_plugin, state_of
 from qsim_core.components.plugin_process import ask
 from qsim_core.errors import PluginError, QsimError
 from qsim_core.files import cache, make_cache_folder, read_checked, write_checked
@@ -137,8 +137,8 @@ def _kept(plugin: Plugin) -> list[Offer] | PluginError | None:
             return None
         if content is None:
             return None
-        environment, fault, described = json.loads(content)
-        if fault is not None and environment != _environment():
+        before, fault, described = json.loads(content)
+        if fault is not None and before != _environment():
             return None
         _known[digest] = _offers(described) if fault is None else PluginError(fault)
     return _known[digest]
@@ -150,7 +150,9 @@ def _keep(plugin: Plugin, answer: list[dict[str, Any]] | PluginError) -> list[Of
         answer = PluginError(f"{plugin} does not import: {answer}; {plugin.remedy}")
     digest = _digest(plugin)
     _known[digest] = answer if isinstance(answer, PluginError) else _offers(answer)
-    kept = [_environment(), str(answer), []] if isinstance(answer, PluginError) else ["", None, answer]
+    kept = (
+        [_sha256(json.dumps(environment())), str(answer), []] if isinstance(answer, PluginError) else ["", None, answer]
+    )
     with contextlib.suppress(OSError, QsimError, RuntimeError):
         write_checked(
             make_cache_folder(FOLDER, "what each installed plugin offers") / f"{digest}.json", json.dumps(kept).encode()
@@ -164,11 +166,11 @@ def _digest(plugin: Plugin) -> str:
 
 
 @functools.cache
-def _files_of_core() -> list[tuple[str, int, int]]:
+def _files_of_core() -> list[State]:
     return _files("qsim_core")
 
 
-def _files(module: str) -> list[tuple[str, int, int]]:
+def _files(module: str) -> list[State]:
     """The source files of a module's top package, with sizes and times."""
     try:
         spec = importlib.util.find_spec(module.partition(":")[0].partition(".")[0].strip())
@@ -178,25 +180,11 @@ def _files(module: str) -> list[tuple[str, int, int]]:
         return []
     walks = [step for folder in spec.submodule_search_locations or () for step in os.walk(folder)]
     files = [os.path.join(folder, name) for folder, _, names in walks for name in names if name.endswith(".py")]
-    return [_state(path) for path in sorted(files or [spec.origin or ""])]
+    return [state_of(path) for path in sorted(files or [spec.origin or ""])]
 
 
 def _environment() -> str:
-    """A digest that changes when something is installed: the times of the directories of modules."""
-    try:
-        here = os.getcwd()
-    except OSError:  # it was deleted
-        here = ""
-    return _sha256(json.dumps([_state(place) for place in sys.path if place not in ("", here)]))
-
-
-def _state(path: str) -> tuple[str, int, int]:
-    """A path with its size and time; zeros for one that is not there."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return path, 0, 0
-    return path, found.st_size, found.st_mtime_ns
+    return _sha256(json.dumps(environment()))
 
 
 def _sha256(text: str) -> str:

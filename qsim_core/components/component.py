@@ -6,6 +6,7 @@ YAML.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
@@ -127,6 +128,11 @@ def default_host() -> Any:
 
 def options_of(cls: type[Component]) -> dict[str, FieldInfo]:
     """The options of a component class in the order of its text form: its own, then the inherited ones."""
+    return _options_of(cls)
+
+
+@functools.lru_cache(maxsize=1024)
+def _options_of(cls: type[Component]) -> dict[str, FieldInfo]:
     declared = (name for base in cls.__mro__ for name in inspect.get_annotations(base))
     return {name: cls.model_fields[name] for name in dict.fromkeys(declared) if name in cls.model_fields}
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import re
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, distributions, entry_points
+from importlib.metadata import EntryPoint, distributions
 from typing import Any
 
 from qsim_core.errors import PluginError, QsimError
@@ -21,7 +22,7 @@ ACCELERATORS = "qsim.accelerators"
 """The entry-point group of accelerators."""
 FUNCTIONS = "qsim.functions"
 """The entry-point group of functions that plugins add to `qsim_core`. The core itself calls some of them."""
-GROUPS = {GROUP: "plugin", COMMANDS: "command", ACCELERATORS: "accelerator"}
+GROUPS = {GROUP: "plugin", COMMANDS: "command", ACCELERATORS: "accelerator", FUNCTIONS: "function"}
 """Each entry-point group, and the noun for its entry points in messages."""
 RESERVED = frozenset({"core", "inline"})
 """Names of plugins that no distribution may take: the core's own, and the default of `Host.register`."""
@@ -85,18 +86,53 @@ class Plugin:
 def installed(groups: Collection[str]) -> dict[str, dict[str, Plugin]]:
     """The entry points of each group by name. No plugin is imported.
 
-    Most distributions have no entry point for qsim. Their metadata are only searched for the name of a group, which
-    takes half the time of `importlib.metadata.entry_points`.
+    The metadata are read again when `environment` has changed.
     """
-    claims: dict[str, dict[str, dict[str, EntryPoint]]] = {group: {} for group in groups}
+    found = _found(environment())
+    return {group: dict(found[group]) for group in groups}
+
+
+State = tuple[str, int, int]
+
+
+def environment() -> tuple[State, ...]:
+    """The directories of modules with sizes and times, which change when something is installed.
+
+    Files come and go in the working directory, so its time does not count.
+    """
+    try:
+        here = os.getcwd()
+    except OSError:  # it was deleted
+        here = ""
+    return tuple((here, 0, 0) if place in ("", here) else state_of(place) for place in sys.path)
+
+
+def state_of(path: str) -> State:
+    """A path with its size and time in nanoseconds; zeros for one that is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return path, 0, 0
+    return path, found.st_size, found.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=4)
+def _found(_: tuple[State, ...]) -> dict[str, dict[str, Plugin]]:
+    """The entry points of all groups.
+
+    Most distributions have none for qsim. Their metadata are only searched for the name of a group, which takes half
+    the time of `importlib.metadata.entry_points`.
+    """
+    claims: dict[str, dict[str, dict[str, tuple[str, EntryPoint]]]] = {group: {} for group in GROUPS}
     for distribution in distributions():
         text = distribution.read_text("entry_points.txt")
-        if text is None or not any(group in text for group in groups):
+        if text is None or GROUP not in text:
             continue
-        name = distribution.name or "an unnamed distribution"
+        described = distribution.metadata  # read and parsed at each access
+        name, version = described["Name"] or "an unnamed distribution", described["Version"] or ""
         for entry in distribution.entry_points:
             if entry.group in claims:
-                claims[entry.group].setdefault(entry.name, {}).setdefault(name, entry)
+                claims[entry.group].setdefault(entry.name, {}).setdefault(name, (version, entry))
     return {
         group: {name: _plugin(group, name, claim) for name, claim in names.items()} for group, names in claims.items()
     }
@@ -107,31 +143,21 @@ def added(name: str, purpose: str) -> Any:
 
     `purpose` says in the message what the function is for, like "keeps the work directory work".
     """
-    for entry in functions():
-        if entry.name == name:
-            return entry.load()
+    if (plugin := functions().get(name)) is not None:
+        return import_plugin(plugin)
     raise QsimError(f"no plugin {purpose}; pip install 'qsim-core[all]'")
 
 
-def functions() -> tuple[EntryPoint, ...]:
-    """Find the functions that plugins add to the core. The metadata are read once for each value of `sys.path`."""
-    return _functions(tuple(sys.path))
+def functions() -> dict[str, Plugin]:
+    """Find the functions that plugins add to the core, by name."""
+    return installed([FUNCTIONS])[FUNCTIONS]
 
 
-@functools.lru_cache(maxsize=8)
-def _functions(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
-    return tuple(entry_points(group=FUNCTIONS))
-
-
-def _plugin(group: str, name: str, claim: dict[str, EntryPoint]) -> Plugin:
-    """Make a plugin from the entry points with its name, by distribution. All but the first are rivals."""
-    (distribution, first), *others = sorted(claim.items())
-    rivals = tuple((other, _version(entry)) for other, entry in others)
-    return Plugin(name, distribution, _version(first), entry=first, rivals=rivals, group=group)
-
-
-def _version(entry: EntryPoint) -> str:
-    return (entry.dist.version or "") if entry.dist is not None else ""
+def _plugin(group: str, name: str, claim: dict[str, tuple[str, EntryPoint]]) -> Plugin:
+    """Make a plugin from the versions and entry points with its name, by distribution. All but the first are rivals."""
+    (distribution, (version, entry)), *others = sorted(claim.items())
+    rivals = tuple((other, its_version) for other, (its_version, _) in others)
+    return Plugin(name, distribution, version, entry=entry, rivals=rivals, group=group)
 
 
 def import_plugin(plugin: Plugin) -> Any:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from qsim_core.components.catalogue import Offer, catalogue, full_name, offers_of
-from qsim_core.components.discovery import ACCELERATORS, GROUP, import_plugin, in_one_line
+from qsim_core.components.discovery import ACCELERATORS, GROUP, State, environment, import_plugin, in_one_line
 from qsim_core.components.discovery import Plugin as Plugin
 from qsim_core.components.discovery import installed as installed_entries
 from qsim_core.errors import PluginError, QsimError, SpecError, described_as, did_you_mean, with_article
@@ -60,6 +60,7 @@ class Host:
         self._loaded: dict[str, Offers | PluginError] = {}
         self._catalogue: dict[str, list[Offer] | PluginError] = {}
         self._by_name: dict[str, list[Offer]] = {}
+        self._of_kind: dict[type[Component], dict[str, list[Offer]]] = {}
         self._named: frozenset[str] = frozenset()
 
     @property
@@ -122,8 +123,10 @@ class Host:
         self._described()
         if kind is None:
             return self._by_name
-        fitting = {name: [one for one in found if self._is(one, kind)] for name, found in self._by_name.items()}
-        return {name: found for name, found in sorted(fitting.items()) if found}
+        if kind not in self._of_kind:
+            fitting = {name: [one for one in found if self._is(one, kind)] for name, found in self._by_name.items()}
+            self._of_kind[kind] = {name: found for name, found in sorted(fitting.items()) if found}
+        return self._of_kind[kind]
 
     def components(self, kind: type[Component] | None = None) -> dict[str, list[tuple[str, type[Component] | Preset]]]:
         """Every component class and preset of a kind by name: a list of (plugin, class or preset), sorted by plugin.
@@ -147,6 +150,8 @@ class Host:
     def _described(self) -> dict[str, list[Offer] | PluginError]:
         """The catalogue: installed plugins are described without being imported, others as they are."""
         missing = self._plugins.keys() - self._catalogue.keys()
+        if missing:
+            self._of_kind.clear()
         found = [self._plugins[name] for name in sorted(missing) if self._plugins[name].entry is not None]
         self._catalogue |= zip((plugin.name for plugin in found), catalogue(found), strict=True)
         for name in missing - self._catalogue.keys():
@@ -350,9 +355,13 @@ class Host:
             raise PluginError(f"{plugin}: {in_one_line(error)}; {plugin.remedy}") from error
 
 
-@functools.cache
 def installed() -> Host:
-    """The host of the installed plugins, made once; `qsim_core.parse` uses it by default."""
+    """The host of the installed plugins, made once and again after an installation; `qsim_core.parse` uses it."""
+    return _installed(environment())
+
+
+@functools.lru_cache(maxsize=2)
+def _installed(_: tuple[State, ...]) -> Host:
     return Host()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeGuard
 
 from torch import Tensor
 
@@ -29,7 +29,6 @@ class Scales(NamedTuple):
         return Scales(self.scale.reshape(-1, self.scale.shape[-1]), zero)
 
 
-@runtime_checkable
 class HasScales(Protocol):
     """A quantizer of scales that has scales itself: they are found in the whole range of each block, and are held."""
 
@@ -38,3 +37,9 @@ class HasScales(Protocol):
 
     def round_at(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """Round `x` under given scales and zero points, which have its shape."""
+
+
+def has_scales(quantizer: object) -> TypeGuard[HasScales]:
+    """Tell if a quantizer has scales itself. `isinstance` of a protocol takes long, and this is asked at each call."""
+    cls = type(quantizer)
+    return hasattr(cls, "scale_map") and hasattr(cls, "round_at")

@@ -32,7 +32,7 @@ from qsim_core.formats.rounding import (
 )
 from qsim_core.quantizers.calibrators import Calibrator, MinMax
 from qsim_core.quantizers.gradients import Gradient, passing
-from qsim_core.quantizers.scales import HasScales, Scales
+from qsim_core.quantizers.scales import Scales, has_scales
 
 Weigh = Callable[[Tensor], Tensor]
 """Maps the errors [..., B, n] of blocks to those that a calibrator compares, in the same shape."""
@@ -356,7 +356,7 @@ class Scheme(Quantizer):
 
     def _of_scales(self, values: Tensor) -> Scales | None:
         """The scales of the scales [..., B], by the whole range of `values` [..., B, n]; None: there are none."""
-        if not isinstance(self.scale, HasScales):
+        if not has_scales(self.scale):
             return None
         return Scales(*self.scale.scale_map(self.covering(*self.range.whole(values))[0]))
 
@@ -388,7 +388,7 @@ class Scheme(Quantizer):
 
     def rounded_scale(self, exact: Tensor, of_scales: Scales | None = None) -> Tensor:
         """Round scales by the quantizer `scale`; Inf and NaN become NaN. `of_scales` are the scales of the scales."""
-        if isinstance(self.scale, HasScales) and of_scales is not None:
+        if has_scales(self.scale) and of_scales is not None:
             return _finite(self.scale.round_at(exact, *of_scales))
         return exact if self.scale is None else _finite(self.scale.quantize(self._limited(exact)))
 

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import click
 
+from qsim_cache.sealing import SEAL, sealed
 from qsim_core.errors import QsimError, did_you_mean, file_did_you_mean
-from qsim_core.files import CACHE_NOTE, LOCK, SEAL, described, sealed
+from qsim_core.files import CACHE_NOTE, LOCK, described
 from qsim_core.files import cache as user_cache
 
 STAMP = "[0-9a-f]" * 16

@@ -46,7 +46,8 @@ def of_code(*classes: type) -> Iterator[Any]:
 
     Packages whose functions the core calls belong to it. Raises `Unknowable` for a class that was typed in.
     """
-    core = {"qsim_core", *(entry.module.partition(".")[0] for entry in functions())}
+    entries = [plugin.entry for plugin in functions().values() if plugin.entry is not None]
+    core = {"qsim_core", *(entry.module.partition(".")[0] for entry in entries)}
     deriving = [base for cls in classes for base in cls.__mro__ if base is cls or issubclass(base, Component)]
     for top in sorted(core.union(cls.__module__.partition(".")[0] for cls in deriving)):
         found = find_spec(top) if top in core else getattr(sys.modules.get(top), "__spec__", None)

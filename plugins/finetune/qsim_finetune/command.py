@@ -123,13 +123,13 @@ def _finetuned(options: dict[str, Any], quiet: bool) -> Finetuned:
     """Train with the command's options."""
     from qsim_core.cli import progress
     from qsim_core.cli.recipe_options import calibration_of, recipe_of
-    from qsim_core.components.host import Host
+    from qsim_core.components.host import installed
     from qsim_core.transforms.run import Run
     from qsim_finetune.finetuning import finetune as train
     from qsim_finetune.output_directory import FOLDED
     from qsim_finetune.training import Training
 
-    host = Host()
+    host = installed()
     progress.hush_libraries()
     warnings.simplefilter("ignore", CalibrationWarning)  # the results hold them
     warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)

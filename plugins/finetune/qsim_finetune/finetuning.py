@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from qsim_cache.sealing import damaged, seal
 from torch import Tensor, nn
 
 from qsim_core.components.host import Host, installed
@@ -27,7 +28,7 @@ from qsim_core.evaluation.data import Calibration, Data
 from qsim_core.evaluation.job import Job
 from qsim_core.evaluation.record import from_anywhere
 from qsim_core.evaluation.result import DataRecord, Result
-from qsim_core.files import damaged, seal, writing
+from qsim_core.files import writing
 from qsim_core.simulation.recipe import Recipe
 from qsim_core.simulation.simulation import Simulation, simulate
 from qsim_core.transforms.run import Run

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qsim_cache.sealing import damaged
 from safetensors import SafetensorError
 
 from qsim_core.errors import TrainingError, one_line
 from qsim_core.evaluation.adapter import LoadedModel
 from qsim_core.evaluation.job import Job
 from qsim_core.evaluation.result import DataRecord
-from qsim_core.files import damaged, writing
+from qsim_core.files import writing
 from qsim_finetune.trained import STATE
 from qsim_finetune.training import Training
 

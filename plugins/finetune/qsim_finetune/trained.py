@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from qsim_cache.sealing import SEAL, damaged
 
 from qsim_core.components.component import explain
 from qsim_core.errors import ModelError
 from qsim_core.evaluation.locate import RECORD
-from qsim_core.files import SEAL, damaged, read_text, writing
+from qsim_core.files import read_text, writing
 from qsim_core.simulation.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -7,12 +7,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qsim_cache.sealing import damaged, seal
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qsim_core.errors import ModelError, QsimError
-from qsim_core.files import damaged, seal
 from qsim_core.simulation.simulation import Simulation
 from qsim_core.transforms.run import Run
 from qsim_finetune.damping import Damping

@@ -38,11 +38,11 @@ def cost(json_file: str | None, quiet: bool, **options: Any) -> None:
     No weights are needed. Without a recipe the model is priced as it is.
     """
     from qsim_core.cli import progress
-    from qsim_core.components.host import Host
+    from qsim_core.components.host import installed
 
     target = output_file(json_file)
     progress.hush_libraries()
-    found = priced(options, Host())
+    found = priced(options, installed())
     if target is not None:
         target.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
     if json_file == "-":

@@ -31,14 +31,14 @@ def components(name: str | None, table: bool, as_json: bool) -> None:
 
     With --table NAME may be any format's text, like 'float(3, 4)'.
     """
-    from qsim_core.components.host import Host
+    from qsim_core.components.host import installed
 
     if not table:
-        show_components(Host(), name, as_json)
+        show_components(installed(), name, as_json)
     elif name is None:
         raise click.UsageError("--table needs the NAME of a number format, like e4m3")
     else:
-        show_codes(Host(), name, as_json)
+        show_codes(installed(), name, as_json)
 
 
 def show_components(host: Host, name: str | None, as_json: bool) -> None:

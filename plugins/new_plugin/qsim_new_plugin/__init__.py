@@ -70,13 +70,13 @@ def write(kind: str, name: str, directory: Path) -> Path:
 
 def _check(name: str) -> None:
     """Raise `QsimError` for a name that cannot be one, or that something installed has."""
-    from qsim_core.components.host import Host
+    from qsim_core.components.host import installed
     from qsim_core.components.syntax import CONSTANTS
     from qsim_core.evaluation.adapter import Adapter
 
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or keyword.iskeyword(name) or name in CONSTANTS:
         raise QsimError(f"{name!r} cannot be a plugin's name: lowercase letters, digits and single _, like my_format")
-    host = Host()
+    host = installed()
     if name in host.plugins:
         raise QsimError(f"{host.plugins[name]} is installed already; choose another name")
     for offer in host.offers().get(name, []):

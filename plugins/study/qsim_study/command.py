@@ -83,14 +83,14 @@ def study(ctx: click.Context, /, json_file: str | None, quiet: bool, **options: 
     a study that was interrupted goes on.
     """
     from qsim_core.cli import progress
-    from qsim_core.components.host import Host
+    from qsim_core.components.host import installed
     from qsim_core.transforms.run import Run
     from qsim_study.report import check_plots, write_plots, write_report
     from qsim_study.study_run import study as run_study
     from qsim_study.table import show, write_csv, write_parquet
 
     files = [output_file(name) for name in (json_file, options["csv_file"], options["parquet_file"])]
-    host = Host()
+    host = installed()
     given = {name for name in options if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
     specification = specification_of(options, given, host)
     if options["dry_run"]:

@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 
 from qsim_core import QsimError, Run
-from qsim_core.components.host import Host
+from qsim_core.components.host import Host, installed
 from qsim_core.errors import one_line
 from qsim_study.cell import Entry
 from qsim_study.folder import DEATHS, Folder
@@ -219,7 +219,7 @@ def _watch(folder: Folder, missing: set[str], between: Any) -> Iterator[str]:
 
 def _work(path: str) -> None:
     """Work in a folder until nothing is left to claim."""
-    for _ in Worker(Host()).work(Folder.open(Path(path))):
+    for _ in Worker(installed()).work(Folder.open(Path(path))):
         pass
 
 
@@ -230,7 +230,7 @@ _kept: list[Worker] = []
 def _compute(path: str, key: str) -> None:
     """Compute one cell in a process that computes others too."""
     if not _kept:
-        _kept.append(Worker(Host()))
+        _kept.append(Worker(installed()))
     for _ in _kept[0].work(Folder.open(Path(path)), [key]):
         pass
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from qsim_core.cli.progress import hush_libraries
-from qsim_core.components.host import Host
+from qsim_core.components.host import installed
 from qsim_study.folder import DEATHS, Folder
 from qsim_study.work import Worker
 
@@ -80,7 +80,7 @@ def main() -> None:
     """Work on each folder that a line of the input names."""
     torch.set_num_threads(1)  # threads of this process would not be in a fork
     hush_libraries()
-    worker = Worker(Host())
+    worker = Worker(installed())
     for line in sys.stdin:
         task = json.loads(line)
         folder = Folder.open(Path(task["folder"]))

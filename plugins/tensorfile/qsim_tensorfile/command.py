@@ -52,10 +52,10 @@ def quantize(source: Path, target: Path, weights: str, as_json: bool, quiet: boo
 
 def _quantizer(text: str) -> Quantizer:
     """The quantizer that --weights names; a format becomes the usual scheme of weights."""
-    from qsim_core.components.host import Host
+    from qsim_core.components.host import installed
     from qsim_core.simulation.recipe import Recipe
 
-    quantizer = None if text == "none" else Recipe.of({"weights": text}, Host()).weights
+    quantizer = None if text == "none" else Recipe.of({"weights": text}, installed()).weights
     if quantizer is None:
         raise RecipeError("--weights none rounds nothing; name a quantizer, like 'block(int4, 64)'")
     return quantizer

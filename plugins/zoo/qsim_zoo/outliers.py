@@ -14,12 +14,13 @@ import shutil
 from pathlib import Path
 
 import torch
+from qsim_cache.sealing import damaged, seal
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qsim_core import ModelError
-from qsim_core.files import cache, check_own, damaged, empty, locked, make_cache_folder, seal
+from qsim_core.files import cache, check_own, empty, locked, make_cache_folder
 
 CHANNELS = 4
 APART = 16

@@ -76,11 +76,11 @@ def export(to: str, output: Path, quiet: bool, **options: Any) -> None:
 def _simulated(options: dict[str, Any], run: Run) -> tuple[LoadedModel, Simulation]:
     """Load the model, and simulate it under the recipe of the options."""
     from qsim_core.cli.recipe_options import calibration_of, recipe_of
-    from qsim_core.components.host import Host
+    from qsim_core.components.host import installed
     from qsim_core.evaluation.job import Job, check_machine, load
     from qsim_core.simulation.simulation import simulate
 
-    host = Host()
+    host = installed()
     check_machine(options["device"], "float32")
     job = Job.of(recipe_of(options, host, alone=True), host)
     given = calibration_of(options)

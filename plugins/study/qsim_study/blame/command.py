@@ -47,11 +47,11 @@ def blame(json_file: str | None, quiet: bool, **options: Any) -> None:
     """
     from qsim_core.cli import progress
     from qsim_core.cli.recipe_options import calibration_of, recipe_of, run_of
-    from qsim_core.components.host import Host
+    from qsim_core.components.host import installed
     from qsim_study.blame.table import show
     from qsim_study.blame.whole import blame as run_blame
 
-    target, host = output_file(json_file), Host()
+    target, host = output_file(json_file), installed()
     progress.hush_libraries()
     found = run_blame(
         recipe_of(options, host),

@@ -71,12 +71,12 @@ def search(json_file: str | None, quiet: bool, **options: Any) -> None:
     from qsim_core.cli import progress
 
     with nullcontext() if quiet else progress.stage("starting"):  # torch takes seconds to load
-        from qsim_core.components.host import Host
+        from qsim_core.components.host import installed
         from qsim_core.files import writing
         from qsim_study.search.table import show
 
     target, recipe_file = output_file(json_file), output_file(options["output"])
-    found = _found(options, Host(), quiet)
+    found = _found(options, installed(), quiet)
     if recipe_file is not None:
         with writing(recipe_file) as file:
             file.write(found.recipe.encode())
