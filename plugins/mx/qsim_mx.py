@@ -130,11 +130,6 @@ class BestEncoded(Encoded):
         return super().bits + (0 if self.choice is None else _bits_of_choice(self.schemes) * self.choice.numel())
 
 
-def _above(scales: Encoded, place: int) -> dict[str, Tensor | Encoded]:
-    """The scales of scales of one scheme, as a field; none if the scales have none."""
-    return {} if scales.scales is None else {"scales": scales.scales[place]}
-
-
 def _bits_of_choice(schemes: int) -> int:
     return math.ceil(math.log2(schemes))
 
@@ -245,7 +240,8 @@ class Best(Quantizer):
             zeros = None if encoded.zero_points is None else encoded.zero_points * taken
             scales = encoded.scales
             if isinstance(scales, Encoded):
-                scales = replace(scales, codes=scales.codes * taken, **_above(scales, place))
+                above = None if scales.scales is None else scales.scales[place]
+                scales = replace(scales, codes=scales.codes * taken, scales=above)
             decoded.append(first.split(scheme.decode(Encoded(codes, encoded.width, encoded.dtype, scales, zeros))))
         return first.join(_chosen(decoded, choice.unsqueeze(-1)), encoded.codes)
 

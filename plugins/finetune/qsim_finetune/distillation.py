@@ -29,7 +29,8 @@ class DistillationTrainer(SavingTrainer):
         self.hidden = hidden
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
         self.model_accepts_loss_kwargs = False  # a mean over the batch, for the Trainer to divide among several
-        self.label_names, self.can_return_loss = [], True  # samples without labels are evaluated too
+        self.label_names: list[str] = []  # samples without labels are evaluated too
+        self.can_return_loss = True
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
