@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
-from qsim_core import Calibrator, Encoded, Format, Preset, Quantizer, Scheme, hookimpl
+from qsim_core import Calibrator, Encoded, Format, Preset, QsimError, Quantizer, Scheme, hookimpl
 from qsim_core.formats.quantizer import Granularity, floating, laid_out_as
 from qsim_core.formats.rounding import ScaleRule, working
 from qsim_core.quantizers.calibrators import ErrorOf
@@ -111,6 +113,50 @@ class Microexponent(Quantizer):
         return self.scale.draws
 
 
+@dataclass(frozen=True)
+class BestEncoded(Encoded):
+    """Codes and scales of blocks, each in the terms of the scheme that was taken for the block.
+
+    Scales of scales have a first axis [number of schemes]: each scheme keeps its own.
+    """
+
+    choice: Tensor | None = None
+    """The place of the scheme that each block has, uint8 [..., B]."""
+    schemes: int = 1
+    """The number of schemes, which says how many bits a choice takes."""
+
+    @property
+    def bits(self) -> int:
+        return super().bits + (0 if self.choice is None else _bits_of_choice(self.schemes) * self.choice.numel())
+
+
+def _bits_of_choice(schemes: int) -> int:
+    return math.ceil(math.log2(schemes))
+
+
+def _chosen(parts: Sequence[Tensor], choice: Tensor) -> Tensor:
+    """Take each element from the part whose place `choice` names."""
+    found = parts[0]
+    for place, part in enumerate(parts[1:], 1):
+        found = torch.where(choice == place, part, found)
+    return found
+
+
+def _merged(scales: Sequence[Tensor | Encoded | None], choice: Tensor) -> Tensor | Encoded | None:
+    """The scales [..., B] of the schemes that were chosen. Scales of scales are stacked, one part for each scheme."""
+    encoded = [part for part in scales if isinstance(part, Encoded)]
+    if not encoded:
+        tensors = [part for part in scales if isinstance(part, Tensor)]
+        return _chosen(tensors, choice) if tensors else None
+    codes, width = _chosen([part.codes for part in encoded], choice), max(part.width for part in encoded)
+    above = [part.scales for part in encoded]
+    if isinstance(above[0], Encoded):
+        return replace(encoded[0], codes=codes, width=width, scales=Encoded.stack(above))  # type: ignore[arg-type]
+    if above[0] is not None:
+        return replace(encoded[0], codes=codes, width=width, scales=torch.stack(above))  # type: ignore[arg-type]
+    return replace(encoded[0], codes=codes, width=width)
+
+
 class Best(Quantizer):
     """Rounds each block of n elements along the rows by the one of several schemes that has the least Σ error².
 
@@ -135,15 +181,69 @@ class Best(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         if floating(x).numel() == 0:
             return x.clone()
-        first, exact = self.schemes[0], working(x)
-        values = first.split(exact)
+        best, _ = self._tried(working(x))
+        return laid_out_as(x, self.schemes[0].join(best, x))
+
+    def _tried(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Round `x` in blocks [..., B, n], and give the place of the scheme that each block [..., B] takes."""
+        first = self.schemes[0]
+        values = first.split(x)
         best, least = values, values.new_full((), torch.inf)
-        for scheme in self.schemes:
-            tried = first.split(scheme.quantize(exact))
+        choice = torch.zeros(values.shape[:-1], dtype=torch.uint8, device=x.device)
+        for place, scheme in enumerate(self.schemes):
+            tried = first.split(scheme.quantize(x))
             error = (tried - values).square().sum(-1, keepdim=True)
-            # a block with NaN takes the last scheme's NaN
-            best, least = torch.where(error >= least, best, tried), torch.where(error >= least, least, error)
-        return laid_out_as(x, first.join(best, x))
+            worse = error >= least  # a block with NaN takes the last scheme's NaN
+            best, least = torch.where(worse, best, tried), torch.where(worse, least, error)
+            choice = torch.where(worse.squeeze(-1), choice, place)
+        return best, choice
+
+    def encode(self, x: Tensor) -> BestEncoded:
+        """Encode each block of `x` [..., K] by the scheme that it takes, with the place of this scheme.
+
+        Raises `QsimError` for a value without a code, and if a scheme has no codes.
+        """
+        first, exact = self.schemes[0], working(floating(x))
+        parts = [scheme.encode(exact) for scheme in self.schemes]
+        if x.numel() == 0:
+            return BestEncoded(parts[0].codes, parts[0].width, x.dtype)
+        if len({type(part.scales) for part in parts}) > 1 or len({part.zero_points is None for part in parts}) > 1:
+            raise QsimError(f"{self} mixes schemes with and without codes of scales or zero points; it has no codes")
+        _, choice = self._tried(exact)
+        codes = _chosen([first.split(part.codes) for part in parts], choice.unsqueeze(-1))
+        zeros = [part.zero_points for part in parts if part.zero_points is not None]
+        return BestEncoded(
+            first.join(codes, x),
+            max(part.width for part in parts),
+            x.dtype,
+            _merged([part.scales for part in parts], choice),
+            _chosen(zeros, choice) if zeros else None,
+            choice,
+            len(parts),
+        )
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """Decode each block by its scheme, in the dtype that was encoded.
+
+        Raises `QsimError` if another quantizer encoded it.
+        """
+        if encoded.codes.numel() == 0:
+            return torch.empty_like(encoded.codes, dtype=encoded.dtype)
+        choice: Tensor | None = getattr(encoded, "choice", None)
+        if choice is None or getattr(encoded, "schemes", 0) != len(self.schemes):
+            raise QsimError(f"these codes do not say which of the schemes of {self} each block has")
+        first = self.schemes[0]
+        decoded = []
+        for place, scheme in enumerate(self.schemes):
+            taken = choice == place
+            codes = first.join(first.split(encoded.codes) * taken.unsqueeze(-1), encoded.codes)
+            zeros = None if encoded.zero_points is None else encoded.zero_points * taken
+            scales = encoded.scales
+            if isinstance(scales, Encoded):
+                above = None if scales.scales is None else scales.scales[place]
+                scales = replace(scales, codes=scales.codes * taken, scales=above)
+            decoded.append(first.split(scheme.decode(Encoded(codes, encoded.width, encoded.dtype, scales, zeros))))
+        return first.join(_chosen(decoded, choice.unsqueeze(-1)), encoded.codes)
 
     def bits_per_element(self, shape: torch.Size) -> float | None:
         bits = [scheme.bits_per_element(shape) for scheme in self.schemes]
@@ -151,7 +251,7 @@ class Best(Quantizer):
         if len(known) < len(bits) or not shape:
             return None
         blocks = self.schemes[0].blocks_of(shape) / max(shape[-1], 1)
-        return max(known) + math.ceil(math.log2(len(self.schemes))) * blocks
+        return max(known) + _bits_of_choice(len(self.schemes)) * blocks
 
     @property
     def granularity(self) -> Granularity:

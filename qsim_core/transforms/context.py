@@ -103,11 +103,14 @@ class Context:
     def weights(self) -> list[MatmulWeight]:
         """Every weight that the recipe quantizes, in the order in which the model multiplies by them."""
         known = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        return [
+        found = [
             MatmulWeight(self.model, site, site.weight, site.standing("weight"))
             for site in self.sites.table.values()
             if site.weight in known and site.weight is not None and site.standing("weight") is not None
         ]
+        if not found:
+            self.hint("the recipe quantizes no weight")
+        return found
 
     def encoded(self) -> dict[str, EncodedWeight]:
         """Give each weight that the recipe quantizes as codes, scales and zero points, as it would be stored now.

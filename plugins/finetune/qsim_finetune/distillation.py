@@ -11,11 +11,15 @@ from torch import Tensor, nn
 from qsim_core.errors import TrainingError
 from qsim_finetune.saving import SavingTrainer
 
+LABELS = frozenset({"labels", "start_positions", "end_positions"})
+"""Names of inputs from which a model computes its own loss."""
+
 
 class DistillationTrainer(SavingTrainer):
-    """transformers' `Trainer` with the divergence from `teacher`, which takes the same inputs, as its loss.
+    """transformers' `Trainer` with the distance from `teacher`, which takes the same inputs, as its loss.
 
-    The teacher has no dropout, and no gradient; labels are not looked at. Hinton et al., arXiv 1503.02531, at
+    `distance` says what it is for logits, for the ends of an answer, and for what a denoiser predicts. The teacher has
+    no dropout, and no gradient; labels are not looked at. Hinton et al., arXiv 1503.02531, at
     temperature 1; for quantized models Polino et al., arXiv 1802.05668, and Liu et al., arXiv 2305.17888. `hidden`
     times the error of the hidden states is added, as in Jiao et al., arXiv 1909.10351.
     """
@@ -25,17 +29,19 @@ class DistillationTrainer(SavingTrainer):
         self.hidden = hidden
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
         self.model_accepts_loss_kwargs = False  # a mean over the batch, for the Trainer to divide among several
+        self.label_names: list[str] = []  # samples without labels are evaluated too
+        self.can_return_loss = True
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
     ) -> Tensor | tuple[Tensor, Any]:
         """The loss of a batch. Raises `TrainingError` where there are no logits, or no hidden states."""
-        given = {name: value for name, value in inputs.items() if name != "labels"}
+        given = {name: value for name, value in inputs.items() if name not in LABELS}
         asked = {"output_hidden_states": True} if self.hidden else {}
         with torch.no_grad():
             taught = self.teacher(**given, **asked)
         outputs, mask = model(**given, **asked), given.get("attention_mask")
-        loss = divergence(_logits(outputs), _logits(taught), mask)
+        loss = distance(outputs, taught, mask)
         if self.hidden:
             loss = loss + self.hidden * hidden_error(_states(outputs), _states(taught), mask)
         return (loss, outputs) if return_outputs else loss
@@ -71,8 +77,18 @@ def _states(outputs: Any) -> Sequence[Tensor]:
     return states
 
 
-def _logits(outputs: Any) -> Tensor:
-    logits = getattr(outputs, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise TrainingError(f"the model gives a {type(outputs).__name__} without logits to learn; leave --distill out")
-    return logits
+def distance(outputs: Any, taught: Any, mask: Tensor | None = None) -> Tensor:
+    """The distance of a model's outputs from a teacher's.
+
+    It is the `divergence` of `logits`. For question answering it is the mean of those of `start_logits` and
+    `end_logits`, over the tokens. Of a denoiser's `sample` it is |x - x*|² / |x*|², where x* is the teacher's. Raises
+    `TrainingError` if there is none of them.
+    """
+    for names in (("logits",), ("start_logits", "end_logits")):
+        pairs = [(getattr(outputs, name, None), getattr(taught, name, None)) for name in names]
+        if all(isinstance(part, Tensor) for pair in pairs for part in pair):
+            return torch.stack([divergence(mine, wanted, mask) for mine, wanted in pairs]).mean()  # type: ignore[arg-type]
+    mine, wanted = getattr(outputs, "sample", None), getattr(taught, "sample", None)
+    if isinstance(mine, Tensor) and isinstance(wanted, Tensor):
+        return hidden_error([mine], [wanted])
+    raise TrainingError(f"the model gives a {type(outputs).__name__} without logits to learn; leave --distill out")

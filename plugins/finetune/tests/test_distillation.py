@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from families import make, tokens
-from qsim_finetune.distillation import DistillationTrainer, divergence, hidden_error
+from qsim_finetune.distillation import DistillationTrainer, distance, divergence, hidden_error
 from qsim_finetune.finetuning import finetune
 from qsim_finetune.training import Training
 from test_finetuning import result
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import BertConfig, BertForQuestionAnswering, TrainingArguments
 
 import qsim_core as qsim
 
@@ -100,6 +101,50 @@ def test_a_model_without_logits_has_nothing_to_teach(tmp_path: Path) -> None:
         qsim.QsimError, match=r"^the model gives a SimpleNamespace without logits to learn; leave --distill out$"
     ):
         trainer.train()
+
+
+def test_the_ends_of_an_answer_are_two_divergences_over_the_tokens() -> None:
+    start, end = torch.randn(2, 3, 7).unbind()
+    mine, wanted = (SimpleNamespace(start_logits=a, end_logits=b) for a, b in ((start, end), (end, end)))
+
+    torch.testing.assert_close(distance(mine, wanted), divergence(start, end) / 2)
+
+
+def test_the_error_of_a_denoiser_is_relative() -> None:
+    mine, wanted = (SimpleNamespace(sample=torch.tensor([[[[3.0, x]]]])) for x in (5.0, 4.0))
+
+    torch.testing.assert_close(distance(mine, wanted), torch.tensor(1 / 25))
+
+
+def brought_nearer(student: Any, teacher: Any, samples: list[dict[str, Tensor]], rate: float, directory: Path) -> float:
+    """Train a model towards a teacher. Gives the distance on the samples after the training, as a share of before."""
+    arguments = TrainingArguments(str(directory), **{**OPTIONS, "learning_rate": rate, "max_steps": 12})
+    trainer = DistillationTrainer(student, arguments, train_dataset=samples, eval_dataset=samples, teacher=teacher)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    return float(trainer.evaluate()["eval_loss"] / before)
+
+
+def test_question_answering_learns_from_its_own_answers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    student = BertForQuestionAnswering(BertConfig(**sizes, intermediate_size=32)).eval()
+    teacher, ids = copy.deepcopy(student), torch.randint(64, (4, 12))
+    samples = [{"input_ids": row, "start_positions": torch.tensor(0), "end_positions": torch.tensor(0)} for row in ids]
+    qsim.simulate(student, weights="int2", example={"input_ids": ids})
+
+    assert brought_nearer(student, teacher, samples, 3e-3, tmp_path) < 0.8
+
+
+def test_a_denoiser_learns_what_it_predicted_on_its_own_paths(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    loaded = qsim.parse("zoo.zoo").load("ddpm-tiny", torch.float32)
+    denoising, teacher = qsim.parse("denoising(2)"), copy.deepcopy(loaded.model)
+    batches = denoising.calibration(loaded, denoising.default_data(), 8, None, 0)
+    qsim.simulate(loaded.model, weights="int3", example=batches[0])
+    samples = [{name: value[0] for name, value in batch.items()} for batch in batches]
+
+    assert brought_nearer(loaded.model, teacher, samples, 1e-4, tmp_path) < 0.8
 
 
 def test_hidden_states_come_nearer_to_the_teachers(tmp_path: Path) -> None:

@@ -62,8 +62,6 @@ class ErrorFeedback(Transform):
     def apply(self, model: nn.Module, context: Context) -> None:
         """Quantize and pin every weight that can be rounded. Raises `DataError` on missing or NaN calibration data."""
         weights = context.weights() if context.batches else []
-        if not weights:
-            context.report("", note="the recipe quantizes no weight")
         free = []
         for weight in weights:
             if reason := _why_left_alone(weight, context):
@@ -263,6 +261,8 @@ def _why_left_alone(weight: MatmulWeight, context: Context) -> str | None:
     """Return the reason why a weight cannot be rounded; None if it can."""
     state = context.sites.weights
     assert weight.quantizer is not None
+    if weight.name in state.pinned:
+        return "it lies on its grid already"
     if weight.name in state.tied:
         return "it is tied to another parameter, which would change with it"
     if READ in state.uses.get(weight.name, ()):

@@ -353,7 +353,7 @@ def test_nan_in_the_data_is_an_error_that_names_the_sample() -> None:
 @pytest.mark.parametrize(
     ("weights", "reason"),
     [
-        (None, "the recipe quantizes no weight"),
+        (None, "it found nothing to do; the recipe quantizes no weight"),
         (
             torch.round,
             "left alone: function(round) is not a scheme, and does not declare that it rounds each element by itself",

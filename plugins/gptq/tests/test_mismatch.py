@@ -184,12 +184,24 @@ def test_a_static_scale_of_an_input_is_refused(method: str) -> None:
         rounded(layers(noise(4, 4)), noise(8, 4), "int4", method, activations="tensor(int8, static=true)")
 
 
-@pytest.mark.parametrize("order", [["gptq", "qronos"], ["qronos", "gptaq"]])
+@pytest.mark.parametrize("order", [["gptq", "gptq"], ["gptq", "qronos"], ["qronos", "gptaq"], ["imatrix", "gptq"]])
 def test_a_second_rounding_is_refused(order: list[str]) -> None:
+    pytest.importorskip("qsim_imatrix")
     recipe = {"weights": "int3", "transforms": order}
 
-    with pytest.raises(qsim.RecipeError, match=r"earlier transform has put on its grid|changed nothing"):
+    message = rf"^{order[1]}\(.*\) changed nothing in this model: left alone: it lies on its grid already$"
+    with pytest.raises(qsim.RecipeError, match=message):
         qsim.simulate(layers(noise(24, 16), noise(20, 24, seed=1)), recipe, calibration=[(noise(64, 16),)])
+
+
+@pytest.mark.parametrize("method", ["gptq", "signround(1)", "imatrix"])
+def test_a_recipe_that_quantizes_no_weight_is_named(method: str) -> None:
+    for plugin in ("imatrix", "rounding"):
+        pytest.importorskip(f"qsim_{plugin}")
+    recipe = {"activations": "int8", "transforms": [method]}
+
+    with pytest.raises(qsim.RecipeError, match="it found nothing to do; the recipe quantizes no weight$"):
+        qsim.simulate(layers(noise(24, 16)), recipe, calibration=[(noise(64, 16),)])
 
 
 class Routed(nn.Module):

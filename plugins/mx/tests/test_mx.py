@@ -324,6 +324,57 @@ def test_if4_by_hand() -> None:
     assert torch.equal(qsim.parse(f"best([{schemes}])")(x), x)
 
 
+def test_each_block_has_the_code_of_its_own_element() -> None:
+    """7 is the code 7 of int4 under the scale 7/7, and 6 is the code 7 of E2M1 under the scale 6/6."""
+    x = torch.zeros(1, 32)
+    x[0, :4] = torch.tensor([7.0, 5.0, -3.0, 2.0])
+    x[0, 16:20] = torch.tensor([6.0, 1.5, -0.5, 3.0])
+    schemes = [f"scaled({element}, 16, scale=at_scale(e4m3, 1))" for element in ("e2m1", "int4")]
+
+    encoded = qsim.parse(f"best([{', '.join(schemes)}])").encode(x)
+
+    assert encoded.choice.tolist() == [[1, 0]]  # type: ignore[attr-defined]
+    assert encoded.codes[0, :16].tolist() == qsim.parse(schemes[1]).encode(x).codes[0, :16].tolist()
+    assert encoded.codes[0, 16:].tolist() == qsim.parse(schemes[0]).encode(x).codes[0, 16:].tolist()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "if4",
+        "razer_weights",
+        "best([block(int4, 16), block(e2m1, 16)])",
+        "best([block(int4, 16, symmetric=false), block(int3, 16, symmetric=false)])",
+        "best([mx(e2m1, 16), mx(int4, 16), mx(e3m2, 16)])",
+    ],
+)
+@pytest.mark.parametrize("shape", [(24, 44), (5,), (), (0, 8), (4, 0), (2, 3, 40)])
+def test_codes_and_choices_give_the_weight(text: str, shape: tuple[int, ...]) -> None:
+    weight, quantizer = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16(), qsim.parse(text)
+
+    assert torch.equal(quantizer.decode(quantizer.encode(weight)), quantizer(weight))
+
+
+def test_the_bits_of_codes_count_the_choices() -> None:
+    """Four bits each, and for each block seven of a scale and one of the choice; two scales of the tensor."""
+    encoded = qsim.parse("if4").encode(torch.randn(8, 64, generator=torch.Generator().manual_seed(0)))
+
+    assert encoded.bits == 4 * 512 + (7 + 1) * 32 + 2 * 32
+
+
+def test_each_of_stacked_weights_keeps_its_choices() -> None:
+    generator, quantizer = torch.Generator().manual_seed(0), qsim.parse("if4")
+    weights = [torch.randn(4, 32, generator=generator) for _ in range(2)]
+    stack = qsim.Encoded.stack([quantizer.encode(weight) for weight in weights])
+
+    assert all(torch.equal(quantizer.decode(stack[i]), quantizer(weight)) for i, weight in enumerate(weights))
+
+
+def test_codes_without_choices_are_refused() -> None:
+    with pytest.raises(qsim.QsimError, match="^these codes do not say which of the schemes of if4 each block has$"):
+        qsim.parse("if4").decode(qsim.parse("nvfp4").encode(torch.ones(1, 16)))
+
+
 def razer_by_hand(x: Tensor, specials: list[float], largest: float) -> Tensor:
     """Round each block to E2M1 and one more value, and keep the value that errs least; the first of equals."""
     unit, result = x.abs().max() / 6 / largest, x.clone().view(-1, 16)
