@@ -67,3 +67,34 @@ def test_a_record_has_the_seed_of_its_calibration() -> None:
 def test_a_recipe_of_another_model_is_an_error() -> None:
     with pytest.raises(qsim.RecipeError, match="this bench has opt-tiny"):
         qsim.Bench("opt-tiny").measure({"model": "bert-tiny", "weights": "int4"})
+
+
+def test_matmuls_are_found_in_one_forward_for_checks_transforms_and_audit(small: Path) -> None:
+    bench, forwards = qsim.Bench(str(small)), [0]
+
+    def count(*_: Any) -> None:
+        forwards[0] += 1
+
+    bench.load().model.register_forward_pre_hook(count)
+    bench.measure({"weights": "int4"}, TEXT, run=qsim.Run(limit=1))
+
+    assert forwards == [4]  # finding, the baseline, the audit, the recipe
+
+
+def test_a_model_whose_baseline_fails_is_left_as_it_was(small: Path) -> None:
+    bench = qsim.Bench(str(small))
+    model = bench.load().model
+
+    recipe = {"weights": "int4"}
+    seen: list[Any] = []
+    model.register_forward_pre_hook(lambda *_: seen.append(1))
+    with pytest.raises(KeyboardInterrupt):
+        bench.measure(recipe, TEXT, run=qsim.Run(limit=1, track=_interrupted))
+
+    assert seen == [1]
+    assert bench.intact
+    assert qsim.simulate(model, recipe).restore() is model
+
+
+def _interrupted(items: Any, total: int, description: str) -> Any:
+    raise KeyboardInterrupt

@@ -80,8 +80,8 @@ def _ranges(model: nn.Module, context: Context, groups: list[NormGroup]) -> dict
     def record(group: NormGroup) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             axis = 1 if isinstance(module, nn.GroupNorm) else output.dim() - 1
-            rows = output.detach().movedim(axis, -1).reshape(-1, group.size).double()
-            low, high = rows.amin(0).cpu(), rows.amax(0).cpu()
+            rows = output.detach().movedim(axis, -1).reshape(-1, group.size)
+            low, high = (extreme.double().cpu() for extreme in (rows.amin(0), rows.amax(0)))
             if group.norm in found:
                 low, high = torch.minimum(found[group.norm][0], low), torch.maximum(found[group.norm][1], high)
             found[group.norm] = low, high
@@ -102,8 +102,9 @@ def _column_maxima(model: nn.Module, group: NormGroup) -> Tensor:
     largest = torch.zeros(group.size, dtype=torch.float64)
     for use in group.uses:
         with editing(model, use.weight) as parameters:
-            columns = parameters[use.weight].abs().double().movedim(use.axis, -1)
-            columns = columns.reshape(-1, columns.shape[-1]).amax(0).cpu()
+            columns = parameters[use.weight].movedim(use.axis, -1)
+            columns = columns.reshape(-1, columns.shape[-1])
+            columns = torch.maximum(-columns.amin(0), columns.amax(0)).double().cpu()
         read = use.channels >= 0
         largest.scatter_reduce_(0, use.channels[read], columns[read], "amax")
     return largest

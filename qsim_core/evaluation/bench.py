@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,30 +95,42 @@ class Bench:
         job = self._job(recipe)
         alone = not job.recipe.quantizes and not job.recipe.transforms and baseline is None
         _check_samples(job.evaluator, samples)
-        store = run.store
         with run.stage(f"loading {self.located.name}"):
             beside = None if baseline is None else locate(baseline, self.host)
             dataset, seen = job.data(data, beside), job.calibration(given)
-        other = None if baseline is None else self._other(baseline, job.evaluator, dataset, run)
+        before = _Pass({}) if baseline is None else self._other(baseline, job.evaluator, dataset, run)
         with run.stage(f"loading {self.located.name}"):
             loaded = self.load()
         example = job.evaluator.example(loaded, dataset)
         batches = job.batches(loaded, seen, given, run)
-        with run.stage("looking for matmuls"):
-            _check_fits(job, loaded, example)
-        before = other or self._own(job, loaded, dataset, run, store if samples is None else None)
-        with run.stage("quantizing weights") if batches is None else nullcontext():  # transforms show their progress
-            simulation = simulate(
-                loaded.model,
-                job.recipe,
-                example=example,
-                calibration=batches,
-                structure=job.located.adapter.structure(loaded.model),
-                state=job.state(),
-                final=loaded.final,
-                keep=keep,
-                run=run,
-            )
+        with ExitStack() as stage:
+
+            def measure_baseline() -> None:
+                nonlocal before
+                stage.close()
+                if baseline is None:
+                    before = self._own(job, loaded, dataset, run, run.store if samples is None else None)
+                if batches is None:  # transforms show their progress
+                    stage.enter_context(run.stage("quantizing weights"))
+
+            stage.enter_context(run.stage("looking for matmuls"))
+            try:
+                simulation = simulate(
+                    loaded.model,
+                    job.recipe,
+                    example=example,
+                    calibration=batches,
+                    structure=job.located.adapter.structure(loaded.model),
+                    state=job.state(),
+                    final=loaded.final,
+                    keep=keep,
+                    run=run,
+                    meanwhile=measure_baseline,
+                )
+            except Exception:
+                if example is not None:
+                    _check_runs(job.evaluator, loaded, example)
+                raise
         with simulation if keep else nullcontext():
             audit = simulation.audit(on=on, observer=observer)
             environment = Environment.here(self.device, self.dtype, loaded.model, simulation.sites.operations)
@@ -239,18 +251,6 @@ def evaluate(
     result = bench.measure(recipe, data, calibration=calibration, samples=samples, run=run, **more).result
     result.seconds["total"] = time.perf_counter() - start
     return result
-
-
-def _check_fits(job: Job, loaded: LoadedModel, example: Any) -> None:
-    """Raise an error for a recipe that does not fit the model, before the baseline has run for an hour."""
-    if example is None:
-        return
-    try:
-        recipe = job.recipe.model_copy(update={"transforms": ()})
-        simulate(loaded.model, recipe, example=example).restore()
-    except Exception:
-        _check_runs(job.evaluator, loaded, example)
-        raise
 
 
 def _check_runs(evaluator: Evaluator, loaded: LoadedModel, example: Any) -> None:

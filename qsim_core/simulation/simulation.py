@@ -338,6 +338,7 @@ def simulate(
     keep: bool = True,
     run: Run | None = None,
     host: Any = None,
+    meanwhile: Callable[[], Any] | None = None,
 ) -> Simulation:
     """Simulate `model`, in place, with quantizers at every matmul's sites.
 
@@ -354,7 +355,8 @@ def simulate(
 
     An `example` is a mapping of keyword arguments, a tuple of positional ones, or one argument. With it all sites are
     known at once, else after the first forward; a pattern that matches no site is then an error. `keep=False`
-    overwrites the weights instead of holding a second copy, and gives up `restore`.
+    overwrites the weights instead of holding a second copy, and gives up `restore`. `meanwhile` is called with the
+    model as it is, once its matmuls are known and the recipe fits them.
 
     Raises `RecipeError` or `SpecError` for what cannot be done, and leaves the model as it was. With `keep=False`
     changes of the transforms before the one that failed stay.
@@ -386,8 +388,6 @@ def simulate(
             stored = known if isinstance(known, EncodedWeight) else None
             scales: Scales | None = known.scales if isinstance(known, EncodedWeight) else known
             simulation.sites.weights.pin(name, model.get_parameter(name), scales, stored=stored)
-        if recipe.transforms and keep:
-            simulation._before_transforms = {name: parameter.clone() for name, parameter in state_of(model)}
         batches = None
         if calibration is not None:
             batches, notes = unpadded(model, calibration)
@@ -400,6 +400,13 @@ def simulate(
             with masks_inside(model, example) as notes:
                 simulation._discover(example)
             simulation.warnings += notes if batches else []
+        if meanwhile is not None:
+            for handle in simulation._handles:
+                handle.remove()
+            meanwhile()
+            simulation._attach()
+        if recipe.transforms and keep:
+            simulation._before_transforms = {name: parameter.clone() for name, parameter in state_of(model)}
         simulation._transform(batches, run or Run(), structure)
         if state is None:
             simulation._fix(batches, run or Run())

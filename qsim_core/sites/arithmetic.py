@@ -235,7 +235,10 @@ class ExactArithmetic(Float32):
 
 
 class Lowered(Protocol):
-    """An operand's quantized rows in the form that an exact arithmetic multiplies."""
+    """An operand's quantized rows in the form that an exact arithmetic multiplies.
+
+    Where it has a method `values_into(out)`, that writes a weight's values into `out` [N, K], of the weight's dtype.
+    """
 
     def values(self) -> Tensor:
         """Give the quantized rows in float32."""

@@ -288,7 +288,8 @@ class LiveExecution(Execution):
         self.weights.met(weight, operand.layout)
         if quantizer is not None:
             if self.observer is not None and not self.weights.overwritten(weight):
-                before = operand.tensor.detach().clone()  # quantizing may overwrite the parameter
+                before = operand.tensor.detach()
+                before = before.clone() if self.weights.will_overwrite(weight) else before
             training = self.module.training
             with at(f"{self.site.name}:weight", self.site.calls if training else 0):
                 value = self.weights.quantized(

@@ -69,6 +69,8 @@ class _Quantized:
     """The key of the lowering."""
     scales: Scales | None = None
     """The scales of an overwritten parameter, if a simulated arithmetic needs them."""
+    fresh: Lowered | None = None
+    """The lowered form whose values have just overwritten the parameter; it is taken once."""
     rows: QuantizedRows | None = None
     """The rows of the copy, as a simulated arithmetic gets them."""
 
@@ -219,6 +221,10 @@ class Weights:
         coded = weight.name in self._coded
         return coded or any(key[0] == weight.name and folded.in_place for key, folded in self.folded.items())
 
+    def will_overwrite(self, weight: Weight) -> bool:
+        """Tell if quantizing a weight overwrites the parameter."""
+        return not (self.keep or weight.computed or self.overwritten(weight)) and self._only_use(weight)
+
     def quantized(
         self,
         weight: Weight,
@@ -281,7 +287,9 @@ class Weights:
                 return folded.lowered if folded.key == lowering.key else None
         if folded.key is None or folded.key[0] != lowering.arithmetic:
             return None
-        again: Lowered | None = lowering.again(layout.rows(operand.detach()), folded.lowered)
+        again, folded.fresh = folded.fresh, None
+        if again is None:
+            again = lowering.again(layout.rows(operand.detach()), folded.lowered)
         return again if folded.held else self._in_place_of(weight, layout, lowering, again, folded)
 
     def _coded_by(self, weight: Weight, lowering: Lowering | None = None) -> Any:
@@ -358,8 +366,12 @@ class Weights:
             in_place = not self.keep and self._only_use(weight)
             scales = quantizer.scales(rows) if in_place and keep_scales else None
             if in_place:
-                parameter.data.copy_(layout.back(quantized if lowered is None else lowered.values()))
-                quantized = None
+                into = getattr(lowered, "values_into", None)
+                if into is not None and layout is LAST:
+                    into(parameter.data)
+                else:
+                    parameter.data.copy_(layout.back(quantized if lowered is None else lowered.values()))
+                quantized, made = None, lowered
                 _return_freed_memory()
                 lowered = None if lowering is None or lowered is None else lowering.keep(lowered)
             kept = None if quantized is None else torch.empty_like(operand).copy_(layout.back(quantized))
@@ -367,6 +379,8 @@ class Weights:
         seen, held = Snapshot(parameter, whole=in_place), tuple(map(Snapshot, quantizer.held))
         folded = _Quantized(seen, held, None if in_place else layout, in_place, kept, lowered, key_of_lowering, scales)
         self.folded[key] = folded
+        if in_place and made is not None and lowering is not None and lowering.compact(made):
+            folded.fresh = made
         if weight.name in self.elsewhere or self.moves[weight.name] > MOVES:
             del self.folded[key]
         return folded

@@ -72,6 +72,14 @@ def dtype(loaded: LoadedModel) -> torch.dtype:
     return next(loaded.model.parameters()).dtype
 
 
+def vocabulary(loaded: LoadedModel) -> int | None:
+    """Return the number of tokens of the model's vocabulary; None if its configuration has none."""
+    whole: Any = getattr(loaded.model, "config", None)
+    text = whole.get_text_config() if hasattr(whole, "get_text_config") else whole
+    found = getattr(text, "vocab_size", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def longest(loaded: LoadedModel, otherwise: int) -> int:
     """Return the number of tokens that the model takes at most, or `otherwise` if its configuration has none.
 

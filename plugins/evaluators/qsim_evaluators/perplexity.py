@@ -14,7 +14,7 @@ from torch import Tensor
 from qsim_core import Data, DataError, Evaluator, LoadedModel, Metrics, Run
 from qsim_core.evaluation.metrics import Means
 from qsim_evaluators.asking import arguments, logits
-from qsim_evaluators.fitting import check, device, longest
+from qsim_evaluators.fitting import check, device, longest, vocabulary
 from qsim_evaluators.text import (
     cut_windows,
     draw_windows,
@@ -27,7 +27,9 @@ from qsim_evaluators.text import (
 
 LONGEST = 2048
 PIECE = 2**24
-"""Logits of which log-probabilities are computed at a time: a batch of 8 windows may have two thousand million."""
+"""Logits of which log-probabilities are computed at a time."""
+LOGITS = 2**28
+"""Logits that a forward makes at most, if it has more than one window: 1 GiB in float32."""
 
 
 class Perplexity(Evaluator):
@@ -42,6 +44,9 @@ class Perplexity(Evaluator):
 
     Perplexity per word and per byte follow lm-eval: words are separated by white space, bytes are those of UTF-8. They
     do not depend on the tokenizer. Tokens that are not predicted count with the mean of the others.
+
+    A forward has fewer windows than the batch size where their logits would exceed 2^28, one at least. This is of
+    consequence for a scale that is shared over the batch.
     """
 
     name = "perplexity"
@@ -89,7 +94,9 @@ class Perplexity(Evaluator):
         """Compute perplexities per token, word and byte, `nll` (nats per token), `bits_per_byte`, and `tokens`."""
         opening, text_tokens = self._tokens(loaded, data)
         windows, stride = self._windows(loaded, opening, text_tokens, data.name)
-        batches = list(enumerate(windows[: run.limit].split(run.batch_size)))
+        logits_of_one = windows.shape[1] * (vocabulary(loaded) or 1)
+        at_once = min(run.batch_size, max(1, LOGITS // logits_of_one))
+        batches = list(enumerate(windows[: run.limit].split(at_once)))
 
         def sums(numbered: tuple[int, Tensor]) -> Tensor:
             place, batch = numbered

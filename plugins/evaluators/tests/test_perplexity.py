@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -95,6 +97,62 @@ def test_pieces_of_the_logits_give_the_same_numbers(
     by_pieces = evaluator.evaluate(loaded, data, qsim.Run())
 
     assert by_pieces == whole
+
+
+def test_a_forward_has_as_many_windows_as_their_logits_allow(
+    loaded: qsim.LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, evaluator, seen = qsim.Data.of_text("fox", TEXT), qsim.parse("perplexity(16)"), list[int]()
+    whole = evaluator.evaluate(loaded, data, qsim.Run(batch_size=8))
+    loaded.model.config.vocab_size = 128
+    loaded.model.register_forward_pre_hook(
+        lambda _, args, given: seen.append(len(given["input_ids"])), with_kwargs=True
+    )
+
+    monkeypatch.setattr("qsim_evaluators.perplexity.LOGITS", 3 * 16 * 128)
+    few = evaluator.evaluate(loaded, data, qsim.Run(batch_size=8))
+    monkeypatch.setattr("qsim_evaluators.perplexity.LOGITS", 1)
+    single = evaluator.evaluate(loaded, data, qsim.Run(batch_size=8))
+
+    assert seen == [3, 3, 3, 2] + [1] * 11
+    assert few == whole == single
+
+
+@pytest.mark.slow
+def test_a_large_vocabulary_takes_the_memory_of_one_window() -> None:
+    grown = int(subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True).stdout)
+
+    model, window = 2 * 2**17 * 16 * 4, 2048 * 2**17 * 4
+    assert grown < 1.1 * (model + window)
+
+
+LARGE = """
+import resource
+from types import SimpleNamespace
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+import qsim_core as qsim
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+torch.set_num_threads(1)
+evaluator = qsim.parse("perplexity(2048)")
+small = dict(
+    hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=2048
+)
+
+def measure(vocabulary, length):
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **small)).eval()
+    tokens = lambda text, **_: SimpleNamespace(input_ids=[ord(letter) for letter in text])
+    loaded, data = qsim.LoadedModel(model, tokens), qsim.Data.of_text("a", "ab" * length)
+    qsim.parse(f"perplexity({length})").evaluate(loaded, data, qsim.Run(batch_size=8))
+
+measure(128, 16)  # what is loaded once
+before = peak()
+measure(2**17, 2048)
+print(peak() - before)
+"""
 
 
 def test_no_tensor_beside_the_logits_is_as_large(loaded: qsim.LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,7 @@ class LeftRows:
 
     def values(self) -> Tensor:
         """Compute the values, float32 [S, M, K]."""
-        return self._units().mul_(_of_columns(self.rows, self.inner))
+        return _scaled(self._units(), self.rows)
 
     def _units(self) -> Tensor:
         return self.rows.codes.view(torch.uint8)[..., : self.inner].float().add_(self.low)
@@ -175,14 +175,26 @@ class RightRows:
 
     def values(self) -> Tensor:
         """Compute the values, float32 [..., N, K]."""
+        return self.values_into(torch.empty(self.shape, device=self.packed.codes.device))
+
+    def values_into(self, out: Tensor) -> Tensor:
+        """Compute the values in the memory of a tensor [..., N, K]."""
+        if out.dtype != torch.float32 or not out.is_contiguous():
+            return out.copy_(self.values())
         form = self.packed.unpacked()
-        return form.codes.float().mul_(_of_columns(form, form.inner)).view(self.shape)
+        _scaled(out.view(form.codes.shape).copy_(form.codes), form)
+        return out
 
 
-def _of_columns(operand: Rows | Packed, inner: int) -> Tensor:
-    """The scale of each column, [S or 1, rows or 1, K or 1]."""
-    scale = operand.scale
-    return scale.repeat_interleave(operand.every, -1)[..., :inner] if scale.shape[-1] > 1 else scale
+def _scaled(units: Tensor, operand: Rows | Packed) -> Tensor:
+    """Multiply units [S, M, K], in their memory, by the scale of each column."""
+    scale, inner = operand.scale, units.shape[-1]
+    if scale.shape[-1] == 1:
+        return units.mul_(scale)
+    if inner % operand.every or not units.is_contiguous():
+        return units.mul_(scale.repeat_interleave(operand.every, -1)[..., :inner])
+    units.view(*units.shape[:-1], -1, operand.every).mul_(scale.unsqueeze(-1))
+    return units
 
 
 class IntegerBlocksProduct(PartialLowering):

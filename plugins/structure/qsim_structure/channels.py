@@ -69,10 +69,8 @@ class Source:
     uses: list[Use] = field(default_factory=list)
     refusals: dict[str, None] = field(default_factory=dict)
     """The reasons why nothing can be folded across it, in the order in which they were found."""
-    arguments: tuple[Any, ...] = ()
-    """The positional arguments of a norm's call."""
-    keywords: dict[str, Any] = field(default_factory=dict)
-    """The keyword arguments of a norm's call."""
+    offset: float | None = None
+    """o of a norm whose output is (weight + o) f(x) + bias; None for any other form."""
 
     def refuse(self, reason: str) -> None:
         """Add a reason not to fold across this source."""
@@ -149,6 +147,15 @@ def numbered(tensor: Tensor, axis: int) -> Tensor:
     """Number the elements along an axis, in the tensor's shape; the result takes no memory."""
     shape = [tensor.shape[axis] if place == axis else 1 for place in range(tensor.dim())]
     return torch.arange(tensor.shape[axis], device=tensor.device).view(shape).expand(tensor.shape)
+
+
+def compact(channels: Tensor) -> Tensor:
+    """Keep channel numbers in little memory: once along those of the last two axes on which they are the same."""
+    shape = channels.shape
+    for axis in (-2, -1) if channels.dim() > 1 and channels.numel() else ():
+        first = channels.narrow(axis, 0, 1)
+        channels = first if bool((channels == first).all()) else channels
+    return channels.clone().expand(shape)
 
 
 def channels_along(channels: Tensor, axis: int) -> Tensor | None:

@@ -49,6 +49,10 @@ class Edit:
     """Called with the reason if another product changes."""
     attention: bool = False
     """True if it must not change products of two activations either."""
+    undo: Callable[[], None] = lambda: None
+    """Gives the parameters in `undone` their values back, to the bit, also after `apply` has failed halfway."""
+    undone: frozenset[str] = frozenset()
+    """The names of parameters that need no copy."""
 
 
 def refuse_changed_products(
@@ -59,7 +63,7 @@ def refuse_changed_products(
     copied_bytes: int | None = None,
     exact: Recorder | None = None,
 ) -> None:
-    """Try many edits at once; if a product changes, try each by itself, and refuse those that change one.
+    """Try many edits at once; where a product changes, try halves of them, and refuse each edit that changes one.
 
     `copied_bytes` limits the weights that are copied at a time. `exact` has seen a run without edits; by default one
     is made.
@@ -71,11 +75,15 @@ def refuse_changed_products(
         run_watched(model, run, exact)
     if copied_bytes is None:
         copied_bytes = max(COPIED_BYTES, sum(p.nbytes for p in model.parameters()) // 8)
-    for portion in _portions(model, edits, copied_bytes):
-        if _change(model, run, portion, exact.results, reason):
-            for edit in portion:
-                if change := _change(model, run, [edit], exact.results, reason):
-                    edit.refuse(change)
+    waiting = [*_portions(model, edits, copied_bytes)][::-1]
+    while waiting:
+        portion = waiting.pop()
+        if change := _change(model, run, portion, exact.results, reason):
+            if len(portion) == 1:
+                portion[0].refuse(change)
+            else:
+                half = len(portion) // 2
+                waiting += [portion[half:], portion[:half]]
 
 
 def _portions(model: nn.Module, edits: Sequence[Edit], limit: int) -> Iterator[list[Edit]]:
@@ -83,7 +91,7 @@ def _portions(model: nn.Module, edits: Sequence[Edit], limit: int) -> Iterator[l
     portion: list[Edit] = []
     size = 0
     for edit in edits:
-        own = sum(p.nbytes for p in _touched(model, [edit]).values())
+        own = sum(p.nbytes for p in _copied(model, [edit]).values())
         if portion and size + own > limit:
             yield portion
             portion, size = [], 0
@@ -92,9 +100,9 @@ def _portions(model: nn.Module, edits: Sequence[Edit], limit: int) -> Iterator[l
     yield portion
 
 
-def _touched(model: nn.Module, edits: Iterable[Edit]) -> dict[str, nn.Parameter]:
-    """Return the parameters that edits may change, by name."""
-    names = {name for edit in edits for name in edit.parameters}
+def _copied(model: nn.Module, edits: Iterable[Edit]) -> dict[str, nn.Parameter]:
+    """Return the parameters that edits may change and do not give back themselves, by name."""
+    names = {name for edit in edits for name in edit.parameters - edit.undone}
     parameters = model.named_parameters(remove_duplicate=False)
     return {name: p for name, p in parameters if name in names or name.rpartition(".")[0] in names}
 
@@ -107,13 +115,15 @@ def _change(model: nn.Module, run: Run, edits: Sequence[Edit], exact: dict[str, 
     ignored = {name for edit in edits for name in edit.producers}
     if not all(edit.attention for edit in edits):
         ignored.add(ACTIVATIONS)
-    parameters = _touched(model, edits)
+    parameters = _copied(model, edits)
     kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     handles: list[RemovableHandle | None] = []
     edited = _Comparer(model, {name: results for name, results in exact.items() if name not in ignored})
     try:
         handles.extend(edit.apply() for edit in edits)
         run_watched(model, run, edited)
+    except _AllSeen:
+        pass
     except Exception as error:  # of the edit, or of the edited model
         return str(error).partition("\n")[0] or type(error).__name__
     finally:
@@ -121,6 +131,8 @@ def _change(model: nn.Module, run: Run, edits: Sequence[Edit], exact: dict[str, 
             if handle is not None:
                 handle.remove()
         with torch.no_grad():
+            for edit in edits:
+                edit.undo()
             for name, values in kept.items():
                 parameters[name].copy_(values)
     return "" if edited.same() else reason
@@ -133,6 +145,10 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool((a.double() - b.double()).abs().max() <= tolerance * a.double().abs().max().clamp(min=1e-30))
 
 
+class _AllSeen(Exception):
+    """Ends a run of which nothing more is compared. torch calls hooks at the end of modules for an `Exception`."""
+
+
 class _ProductWatcher(OperatorWatcher):
     """Pass the rows of every product to `see`, with the name of its weight."""
 
@@ -141,20 +157,27 @@ class _ProductWatcher(OperatorWatcher):
         self.parameters = ParameterAddresses(model)
 
     @abstractmethod
-    def see(self, name: str, rows: Tensor) -> None:
+    def see(self, name: str, rows: Callable[[], Tensor]) -> None:
         """Take the rows of a product, at most `KEPT_ROWS`."""
 
+    def is_last(self, name: str) -> bool:
+        """Tell if nothing is to be seen after a product."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
         name = operator_name(func)
         places = WITH_WEIGHT.get(name) or ((0, 1) if "convolution" in name else None)
-        if places is not None:
-            found = self.parameters.of(args[places[1]]) or self.parameters.of(args[places[0]])
-            self.see(found[0] if found else ACTIVATIONS, _rows(out, 1 if "convolution" in name else -1))
-        elif "scaled_dot_product" in name:
-            query, key = args[0].detach(), args[1].detach()
-            key = key.repeat_interleave(query.shape[1] // key.shape[1], 1) if query.dim() > 3 else key
-            self.see(ACTIVATIONS, _rows(query @ key.transpose(-1, -2), -1))
+        attention = "scaled_dot_product" in name
+        if places is None and not attention:
+            return func(*args, **(kwargs or {}))
+        found = None if places is None else self.parameters.of(args[places[1]]) or self.parameters.of(args[places[0]])
+        weight = found[0] if found else ACTIVATIONS
+        if last := self.is_last(weight):
+            args = _fewer(name, args)
+        out = func(*args, **(kwargs or {}))
+        self.see(weight, lambda: _scores(*args[:2]) if attention else _rows(out, 1 if "convolution" in name else -1))
+        if last:
+            raise _AllSeen
         return out
 
 
@@ -165,8 +188,8 @@ class Recorder(_ProductWatcher):
         super().__init__(model)
         self.results: dict[str, list[Tensor]] = defaultdict(list)
 
-    def see(self, name: str, rows: Tensor) -> None:
-        self.results[name].append(rows)
+    def see(self, name: str, rows: Callable[[], Tensor]) -> None:
+        self.results[name].append(rows())
 
 
 class _Comparer(_ProductWatcher):
@@ -177,12 +200,17 @@ class _Comparer(_ProductWatcher):
         self.exact = exact
         self.seen: dict[str, int] = defaultdict(int)
         self.close = True
+        self.unseen = sum(map(len, exact.values()))
 
-    def see(self, name: str, rows: Tensor) -> None:
+    def see(self, name: str, rows: Callable[[], Tensor]) -> None:
         if name in self.exact:
             before, place = self.exact[name], self.seen[name]
-            self.close = self.close and place < len(before) and _close(before[place], rows)
+            self.close = self.close and place < len(before) and _close(before[place], rows())
             self.seen[name] += 1
+            self.unseen -= 1
+
+    def is_last(self, name: str) -> bool:
+        return self.unseen == 1 and self.seen[name] == len(self.exact.get(name, ())) - 1
 
     def same(self) -> bool:
         """Tell if all recorded products were computed again, with the same rows."""
@@ -195,6 +223,38 @@ def _rows(product: Tensor, channels: int) -> Tensor:
     rows: Tensor = torch.atleast_2d(dense.movedim(channels, -1)).flatten(0, -2)
     if rows.is_complex():
         rows = torch.view_as_real(rows).flatten(-2)
-    if len(rows) <= KEPT_ROWS:
-        return rows.clone()
-    return rows[torch.linspace(0, len(rows) - 1, KEPT_ROWS, device=rows.device).long()]
+    return rows.clone() if len(rows) <= KEPT_ROWS else rows[_spread(len(rows), rows.device)]
+
+
+def _spread(rows: int, device: torch.device) -> Tensor:
+    """Give the places of the rows that are kept."""
+    return torch.linspace(0, rows - 1, KEPT_ROWS, device=device).long()
+
+
+def _fewer(name: str, args: Any) -> Any:
+    """Give a product of two matrices fewer rows, those that `_rows` would keep of its result; leave any other."""
+    left, bias = {"mm": (0, None), "addmm": (1, 0)}.get(name, (None, None))
+    if left is None or args[left].layout != torch.strided or len(args[left]) <= KEPT_ROWS:
+        return args
+    if bias is not None and args[bias].dim() > 1:
+        return args
+    rows = args[left][_spread(len(args[left]), args[left].device)]
+    return (*args[:left], rows, *args[left + 1 :])
+
+
+def _scores(query: Tensor, key: Tensor) -> Tensor:
+    """Compute the rows of q kᵀ [..., heads, tokens, tokens] that `_rows` would keep; heads may share keys."""
+    query, key = query.detach(), key.detach()
+    count = query.shape[:-1].numel()
+    if query.dim() > 3:
+        shared = query.shape[1] // key.shape[1]
+        if count <= KEPT_ROWS:
+            key = key.repeat_interleave(shared, 1)
+    else:
+        shared = 1
+    if count <= KEPT_ROWS:
+        return _rows(query @ key.transpose(-1, -2), -1)
+    *places, token = torch.unravel_index(_spread(count, query.device), query.shape[:-1])
+    of_key = [place // shared if axis == 1 else place for axis, place in enumerate(places)]
+    rows: Tensor = torch.linalg.vecdot(query[(*places, token)].unsqueeze(1), key[tuple(of_key)])
+    return rows

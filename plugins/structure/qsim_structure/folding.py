@@ -46,6 +46,12 @@ def in_memory(model: nn.Module, *names: str) -> Iterator[Mapping[str, nn.Paramet
 
 def scale_group(model: nn.Module, group: NormGroup, factors: Tensor, editing: Editing = in_memory) -> None:
     """Divide a norm's channels by `factors` [size] and multiply the columns that read them; the function stays."""
+    scale_norm(model, group, factors, editing)
+    _scale_uses(model, group.uses, factors.double(), editing)
+
+
+def scale_norm(model: nn.Module, group: NormGroup, factors: Tensor, editing: Editing = in_memory) -> None:
+    """Divide a norm's channels by `factors` [size]; what reads them gets other values."""
     weight, *bias = _of_norm(model, group)
     wide = factors.double()
     with editing(model, weight, *bias) as parameters:
@@ -53,7 +59,41 @@ def scale_group(model: nn.Module, group: NormGroup, factors: Tensor, editing: Ed
         parameters[weight].copy_(shifted / wide.to(shifted.device) - group.offset)
         for name in bias:
             parameters[name].copy_(parameters[name].double() / wide.to(shifted.device))
-    _scale_uses(model, group.uses, wide, editing)
+
+
+class GroupScaling:
+    """Scales a norm group by powers of two of 1 and more, and takes the factors away again without copies of weights.
+
+    The columns that read the norm get their values back to the bit; the caller keeps the norm's own parameters.
+    """
+
+    def __init__(self, model: nn.Module, group: NormGroup, factors: Tensor) -> None:
+        self.model, self.group, self.factors = model, group, factors
+        self._scaled: list[Use] = []
+        largest = float(factors.max())
+        weights = {use.weight: model.get_parameter(use.weight) for use in group.uses}
+        self.undone = frozenset(name for name, weight in weights.items() if _stays_finite(weight, largest))
+        """The names of the weights of which no copy is needed."""
+
+    def apply(self) -> None:
+        """Scale the group."""
+        scale_norm(self.model, self.group, self.factors)
+        for use in self.group.uses:
+            _scale_uses(self.model, [use], self.factors, in_memory)
+            self._scaled.append(use)
+
+    def undo(self) -> None:
+        """Divide the columns that were scaled."""
+        while self._scaled:
+            _scale_uses(self.model, [self._scaled.pop()], 1 / self.factors, in_memory)
+
+
+def _stays_finite(weight: Tensor, factor: float) -> bool:
+    """Tell if no value of a weight overflows when it is multiplied; NaN and infinities stay what they are."""
+    if not weight.is_floating_point() or weight.element_size() < 2 or weight.is_meta:
+        return False
+    low, high = (float(x) for x in weight.detach().aminmax())
+    return max(-low, high) * factor <= torch.finfo(weight.dtype).max
 
 
 def scale_pair(model: nn.Module, pair: WeightPair, factors: Tensor, editing: Editing = in_memory) -> None:
@@ -214,7 +254,11 @@ def _scale_uses(model: nn.Module, uses: Iterable[Use], factors: Tensor, editing:
         read = torch.where(use.channels >= 0, factors.cpu()[use.channels.clamp(min=0)], 1.0)
         with editing(model, use.weight) as parameters:
             parameter = parameters[use.weight]
-            parameter.copy_(parameter.double() * _facing(read, parameter, use.axis))
+            facing = _facing(read, parameter, use.axis)
+            if torch.equal(read.to(parameter.dtype).double(), read):  # then both ways round once, alike
+                parameter.mul_(facing.to(parameter.dtype))
+            else:
+                parameter.copy_(parameter.double() * facing)
 
 
 def _facing(values: Tensor, parameter: Tensor, axis: int) -> Tensor:

@@ -6,6 +6,7 @@ import bisect
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 Named = tuple[str, Tensor]
 
@@ -17,14 +18,14 @@ class ParameterAddresses:
         named = {_address(p): (n, p) for n, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
         self._addresses = sorted(address for address in named if address)
         self._parameters = [named[address] for address in self._addresses]
-        self._copies: dict[int, Named] = {}
+        self._copies = WeakTensorKeyDictionary()
 
     def of(self, tensor: Any) -> Named | None:
         """Return the name and the parameter that a tensor is a view of; of a copy, the name and the view it copies."""
         if not isinstance(tensor, Tensor):
             return None
-        if id(tensor) in self._copies:
-            name, original = self._copies[id(tensor)]
+        if (copied := self._copies.get(tensor)) is not None:
+            name, original = copied
             return (name, original) if tensor.shape == original.shape else None
         address = _address(tensor)
         place = bisect.bisect_right(self._addresses, address) - 1
@@ -35,9 +36,10 @@ class ParameterAddresses:
         return (name, parameter) if inside and tensor.dtype == parameter.dtype else None
 
     def copied(self, tensor: Tensor, copy: Tensor) -> None:
-        """Record that a tensor was copied or cast. The caller keeps both alive."""
+        """Record that a tensor was copied or cast."""
         if (found := self.of(tensor)) is not None:
-            self._copies[id(copy)] = found[0], self._copies[id(tensor)][1] if id(tensor) in self._copies else tensor
+            earlier = self._copies.get(tensor)
+            self._copies[copy] = found[0], tensor if earlier is None else earlier[1]
 
 
 def _address(tensor: Tensor) -> int:

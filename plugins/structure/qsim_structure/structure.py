@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from qsim_structure.channels import Partner, Rows, Source, Use
 from qsim_structure.equivalence_check import Edit, Recorder, Run, refuse_changed_products
 from qsim_structure.errors import StructureError
-from qsim_structure.folding import permute_group, permute_rows, permute_scores, scale_group, scale_pair
+from qsim_structure.folding import GroupScaling, permute_group, permute_rows, permute_scores, scale_pair
 from qsim_structure.heads import Attention, Projection, attention_in
 from qsim_structure.operator_watcher import in_eval_mode
 from qsim_structure.tracing import Tracer
@@ -113,8 +113,9 @@ def trace(
     checked too. Raises `StructureError` if it names a norm or a weight that the model does not have, and for a model
     that is lazy or exported.
 
-    `checks` names what is needed: the factors of norm groups, those of weight pairs, and orders. A check takes a run
-    for each eighth of the model that it changes. Pairs and refused orders are left out where they are not checked.
+    `checks` names what is needed: the factors of norm groups, those of weight pairs, and orders. Norm groups are all
+    checked in one run; the other checks take a run for each eighth of the model that they change. Pairs and refused
+    orders are left out where they are not checked.
 
     `copied_bytes` limits the weights that the check copies at a time; by default 64 MiB, or an eighth of the model if
     that is more. Less memory takes more runs.
@@ -207,7 +208,7 @@ def _norm_group(model: nn.Module, source: Source, reasons: Sequence[str]) -> Nor
     elif weight.shape != (source.size,):
         found.append("its weight is not one number for each channel")
     elif not found:
-        offset = _offset(module, source)
+        offset = source.offset
         if offset is None:
             found.append("its weight is not a factor of its output")
     if found or offset is None:
@@ -229,29 +230,6 @@ def _unique(uses: Sequence[Use]) -> tuple[Use, ...]:
     return tuple({(use.weight, use.axis): use for use in uses}.values())
 
 
-def _offset(module: nn.Module, source: Source) -> float | None:
-    """Find o of a norm whose output is (weight + o) f(x) + bias, by running it. None for any other form."""
-    weight, bias = module.weight, getattr(module, "bias", None)
-    kept = {p: p.detach().clone() for p in (weight, bias) if isinstance(p, nn.Parameter)}
-    outputs = []
-    with torch.no_grad(), in_eval_mode(module):
-        try:
-            if isinstance(bias, nn.Parameter):
-                bias.zero_()
-            for value in (0.0, 1.0, 2.0):
-                weight.fill_(value)  # type: ignore[operator]
-                outputs.append(module(*source.arguments, **source.keywords).double())
-        finally:
-            for parameter, values in kept.items():
-                parameter.copy_(values)
-    zero, one, two = outputs
-    slope = one - zero
-    if not bool(slope.abs().max() > 0) or (two - one - slope).abs().max() > 1e-4 * slope.abs().max():
-        return None
-    place = slope.abs().argmax()
-    return round(float(zero.flatten()[place] / slope.flatten()[place]), 2)
-
-
 def _check(
     refuse: Callable[[Sequence[Edit], str], None], model: nn.Module, structure: Structure, checks: Collection[Check]
 ) -> None:
@@ -262,11 +240,7 @@ def _check(
     def factors(size: int) -> Tensor:
         return torch.exp2(torch.randint(-1, 2, (size,), generator=generator).double())  # exact in any precision
 
-    edits = [
-        Edit(partial(scale_group, model, g, factors(g.size)), _of_group(g), frozenset(), partial(_drop, structure, g))
-        for g in structure.groups
-        if "groups" in checks
-    ]
+    edits = [_scaling(model, structure, group, generator) for group in structure.groups if "groups" in checks]
     edits += [
         Edit(
             partial(scale_pair, model, p, factors(p.size)),
@@ -280,6 +254,14 @@ def _check(
     refuse(edits, reason)
     if "orders" in checks:
         refuse(list(_reorderings(model, structure, generator)), "a product of the model changes")
+
+
+def _scaling(model: nn.Module, structure: Structure, group: NormGroup, generator: torch.Generator) -> Edit:
+    """Make an edit that scales a norm group by 1, 2 and 4: the columns get their values back without a copy."""
+    factors = torch.exp2(torch.randint(0, 3, (group.size,), generator=generator).double())
+    scaling = GroupScaling(model, group, factors)
+    drop = partial(_drop, structure, group)
+    return Edit(scaling.apply, _of_group(group), frozenset(), drop, undo=scaling.undo, undone=scaling.undone)
 
 
 def _reorderings(model: nn.Module, structure: Structure, generator: torch.Generator) -> Iterator[Edit]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from qsim_structure.channels import (
     CONSTANT,
@@ -35,6 +36,7 @@ from qsim_structure.channels import (
     Use,
     axis_in,
     channels_along,
+    compact,
     is_norm,
     numbered,
     same_view,
@@ -57,9 +59,9 @@ class Tracer(OperatorWatcher):
         self.events: dict[str, set[int]] = defaultdict(set)
         """The numbers of the products in which each weight was read."""
         self._event = 0
-        self._tags: dict[int, Tags] = {}
-        self._alive: list[Any] = []
-        self._softmaxed: set[int] = set()
+        self._tags = WeakTensorKeyDictionary()
+        """The tags of each tensor, for as long as the model keeps it."""
+        self._softmaxed = WeakTensorKeyDictionary()
         self._stack: list[str] = []
         self._quiet = 0
         self._parameters = ParameterAddresses(model)
@@ -78,7 +80,6 @@ class Tracer(OperatorWatcher):
             for handle in handles:
                 handle.remove()
         self._refuse_outputs(output)
-        self._alive.clear()
         return self
 
     def _refuse_outputs(self, output: Any) -> None:
@@ -111,8 +112,10 @@ class Tracer(OperatorWatcher):
         if not isinstance(output, Tensor):
             return
         axis = 1 if isinstance(module, nn.GroupNorm | nn.modules.batchnorm._NormBase) else output.dim() - 1
-        source = self.sources.setdefault(("norm", path), Source("norm", path, output.shape[axis], axis))
-        source.arguments, source.keywords = args, kwargs
+        if ("norm", path) not in self.sources:
+            source = self.sources["norm", path] = Source("norm", path, output.shape[axis], axis)
+            source.offset = offset_of(module, args, kwargs)
+        source = self.sources["norm", path]
         for name, _ in module.named_parameters():
             self.readers[f"{path}.{name}"].add("norm")
         if source.size != output.shape[axis]:
@@ -142,7 +145,6 @@ class Tracer(OperatorWatcher):
             name = operator_name(func)
             in_place = name.endswith("_") and not name.endswith("__")
             inputs = list(tensors_in((args, kwargs)))
-            self._alive.append((out, inputs))
             plain = name.rstrip("_") if in_place else name
             self._follow(partial(self._meet, plain, func, args, kwargs, out, inputs, in_place), name, inputs, out)
         return out
@@ -158,7 +160,7 @@ class Tracer(OperatorWatcher):
                 self._read_by(name, tensor)
                 self._refuse(tensor, f"cannot be followed through {name} in {self._where}: {seen}")
             for tensor in results:
-                self._tags.pop(id(tensor), None)
+                self._tags.pop(tensor, None)
 
     @property
     def _where(self) -> str:
@@ -167,7 +169,7 @@ class Tracer(OperatorWatcher):
     def _meet(
         self, name: str, func: Any, args: Any, kwargs: Any, out: Any, inputs: list[Tensor], in_place: bool
     ) -> None:
-        tagged = [tensor for tensor in inputs if self._tags.get(id(tensor))]
+        tagged = [tensor for tensor in inputs if self._tags.get(tensor)]
         if name not in VIEWS and name not in WITH_WEIGHT and "convolution" not in name:
             for tensor in inputs:
                 self._read_by(name, tensor)
@@ -179,7 +181,7 @@ class Tracer(OperatorWatcher):
         elif "scaled_dot_product" in name:
             self._attend(args[0], args[1], args[2], out[0] if isinstance(out, tuple | list) else out)
         elif name in ("_softmax", "_safe_softmax"):
-            self._softmaxed.add(id(out))
+            self._softmaxed[out] = True
             self._lose(tagged, name)
         elif name in VIEWS:
             self._view(func, name, args, kwargs, out, inputs, in_place)
@@ -188,7 +190,7 @@ class Tracer(OperatorWatcher):
         elif in_place and args[0]._is_view():
             self._lose([*tagged, args[0]], f"{name}_ on a view")
         elif name == "constant_pad_nd" and (len(args) < 3 or args[2] == 0):
-            tags = self._tags[id(args[0])]
+            tags = self._tags[args[0]]
             self._tag(out, {s: Tag(func(t.channels, args[1], FREE), t.scales) for s, t in tags.items()})
         elif name in ("cat", "stack"):
             self._join(func, args, kwargs, out)
@@ -213,7 +215,7 @@ class Tracer(OperatorWatcher):
             self._read(right, right.dim() - 2, weight, left, -1)
             self._make(weight, left, left.dim() - 2, out, out.dim() - 2, None)
         else:
-            self._product(left, right, self._tags.get(id(left), {}), self._tags.get(id(right), {}), out)
+            self._product(left, right, self._tags.get(left, {}), self._tags.get(right, {}), out)
 
     def _convolve(self, args: Any, out: Tensor, tagged: list[Tensor]) -> None:
         x, kernel, bias, transposed, groups = args[0], args[1], args[2], args[6], args[8]
@@ -228,15 +230,14 @@ class Tracer(OperatorWatcher):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
         """Trace fused attention: q is multiplied with k, and the output has v's channels, once for each head."""
         repeats = query.shape[1] // key.shape[1] if query.dim() > 3 else 1
-        keys = {s: Tag(t.channels.transpose(-1, -2), t.scales) for s, t in self._tags.get(id(key), {}).items()}
+        keys = {s: Tag(t.channels.transpose(-1, -2), t.scales) for s, t in self._tags.get(key, {}).items()}
         values = {
             s: Tag(t.channels.repeat_interleave(repeats, 1) if repeats > 1 else t.channels, t.scales)
-            for s, t in self._tags.get(id(value), {}).items()
+            for s, t in self._tags.get(value, {}).items()
         }
-        self._product(query, key, self._tags.get(id(query), {}), keys, None)
+        self._product(query, key, self._tags.get(query, {}), keys, None)
         weights = torch.empty(0)
-        self._softmaxed.add(id(weights))
-        self._alive.append(weights)
+        self._softmaxed[weights] = True
         self._product(weights, value, {}, values, out)
 
     def _product(self, left: Tensor, right: Tensor, of_left: Tags, of_right: Tags, out: Tensor | None) -> None:
@@ -244,9 +245,9 @@ class Tracer(OperatorWatcher):
         self.products.append(
             Product(
                 owner,
-                {s: t.channels for s, t in of_left.items()},
-                {s: t.channels for s, t in of_right.items()},
-                id(left) in self._softmaxed,
+                {s: compact(t.channels) for s, t in of_left.items()},
+                {s: compact(t.channels) for s, t in of_right.items()},
+                left in self._softmaxed,
             )
         )
         kept: Tags = {}
@@ -264,7 +265,7 @@ class Tracer(OperatorWatcher):
         name, parameter = weight
         self._event += 1
         self.events[name].add(self._event)
-        for source, tag in self._tags.get(id(x), {}).items():
+        for source, tag in self._tags.get(x, {}).items():
             channels = channels_along(tag.channels, axis)
             place = axis_in(parameter, view, view_axis)
             if not x.numel():
@@ -299,10 +300,10 @@ class Tracer(OperatorWatcher):
             self._parameters.copied(first, out)
         if any(self._parameters.of(tensor) is None for tensor in tensors_in(out)):
             self._read_by(name, first)
-        if id(first) in self._softmaxed:
-            self._softmaxed.update(id(tensor) for tensor in tensors_in(out))
-        tags = self._tags.get(id(first), {})
-        if any(self._tags.get(id(other)) for other in inputs[1:]):
+        if first in self._softmaxed:
+            self._softmaxed.update(dict.fromkeys(tensors_in(out), True))
+        tags = self._tags.get(first, {})
+        if any(self._tags.get(other) for other in inputs[1:]):
             self._lose(inputs, name)
         elif tags:
             views = list(tensors_in(out))
@@ -315,7 +316,7 @@ class Tracer(OperatorWatcher):
                 self._tag(view, of_view)
 
     def _join(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-        parts = [self._tags.get(id(tensor), {}) for tensor in args[0]]
+        parts = [self._tags.get(tensor, {}) for tensor in args[0]]
         made: Tags = {}
         for source in {source for tags in parts for source in tags}:
             channels = [
@@ -331,11 +332,11 @@ class Tracer(OperatorWatcher):
         made: Tags = {}
         for tensor in tagged:
             other = next((other for other in args[:2] if other is not tensor), None)
-            for source, tag in self._tags[id(tensor)].items():
+            for source, tag in self._tags[tensor].items():
                 channels = tag.channels.expand(out.shape)
                 scales = tag.scales and name not in CURVES and not (name == "div" and tensor is not args[0])
-                twice = isinstance(other, Tensor) and source in self._tags.get(id(other), {})
-                if twice and not torch.equal(self._tags[id(other)][source].channels.expand(out.shape), channels):
+                twice = isinstance(other, Tensor) and source in self._tags.get(other, {})
+                if twice and not torch.equal(self._tags[other][source].channels.expand(out.shape), channels):
                     source.refuse(f"meets its own other channels in {where}")
                 elif name in SUMS and not twice and not self._adds_nothing(source, other, out):
                     source.refuse(f"is added to another tensor in {where}")
@@ -357,7 +358,7 @@ class Tracer(OperatorWatcher):
     def _reduce(self, args: Any, kwargs: Any, out: Tensor) -> None:
         axes = list(args[1]) if isinstance(args[1], list | tuple) else [args[1]]
         made: Tags = {}
-        for source, tag in self._tags[id(args[0])].items():
+        for source, tag in self._tags[args[0]].items():
             low, high = tag.channels.amin(axes, keepdim=True), tag.channels.amax(axes, keepdim=True)
             if bool((low == high).all()):
                 made[source] = Tag(high.reshape(out.shape), tag.scales)
@@ -369,13 +370,40 @@ class Tracer(OperatorWatcher):
         for tag in tags.values():
             if tag.channels.shape != tensor.shape:
                 raise ValueError(f"{list(tag.channels.shape)} channels for {list(tensor.shape)} elements")
-        self._alive.append(tensor)
-        self._tags[id(tensor)] = tags
+        self._tags[tensor] = tags
 
     def _lose(self, tensors: list[Tensor], name: str) -> None:
         for tensor in tensors:
             self._refuse(tensor, f"enters {name} in {self._where}")
 
     def _refuse(self, tensor: Tensor, reason: str) -> None:
-        for source in self._tags.get(id(tensor), {}):
+        for source in self._tags.get(tensor, {}):
             source.refuse(reason)
+
+
+def offset_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+    """Find o of a norm whose output is (weight + o) f(x) + bias, by running it. None for any other form.
+
+    A norm without one weight for each channel of its output has none.
+    """
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1:
+        return None
+    kept = {p: p.detach().clone() for p in (weight, bias) if isinstance(p, nn.Parameter)}
+    outputs = []
+    with torch.no_grad():
+        try:
+            if isinstance(bias, nn.Parameter):
+                bias.zero_()
+            for value in (0.0, 1.0, 2.0):
+                weight.fill_(value)
+                outputs.append(module(*args, **kwargs).double())
+        finally:
+            for parameter, values in kept.items():
+                parameter.copy_(values)
+    zero, one, two = outputs
+    slope = one - zero
+    if not bool(slope.abs().max() > 0) or (two - one - slope).abs().max() > 1e-4 * slope.abs().max():
+        return None
+    place = slope.abs().argmax()
+    return round(float(zero.flatten()[place] / slope.flatten()[place]), 2)

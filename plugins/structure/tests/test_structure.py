@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from families import make, tokens
 from qsim_structure import StructureError, permute_rows, scale_group, scale_pair, trace
+from qsim_structure.folding import GroupScaling
 from torch import Tensor, nn
 
 SIZES = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -334,3 +338,60 @@ def test_what_is_not_needed_is_not_run() -> None:
     assert (runs[0], of_all) == (2, 3)  # the run that is traced, and one for each kind of edits
     assert [group.norm for group in groups.groups] == [group.norm for group in everything.groups]
     assert (groups.pairs, groups.ordered) == ([], [])
+
+
+def test_all_norm_groups_are_checked_in_one_run_that_ends_early_and_weights_come_back() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(module for _ in range(4) for module in (nn.LayerNorm(16), nn.Linear(16, 16)))).half()
+    before, runs, x = copy.deepcopy(model.state_dict()), {"begun": 0, "ended": 0}, torch.randn(64, 16).half()
+
+    def run() -> Any:
+        runs["begun"] += 1
+        model(x)
+        runs["ended"] += 1
+
+    found = trace(model, run, checks=["groups"], copied_bytes=4 * 2 * 16 * 2)  # the bytes of the norms
+
+    assert runs == {"begun": 2, "ended": 1}
+    assert [group.weights for group in found.groups] == [[f"{place}.weight"] for place in (1, 3, 5, 7)]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_fold_that_fails_halfway_leaves_the_weights() -> None:
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))
+    group = trace(model, lambda: model(torch.randn(9, 4))).groups[0]
+    before, wrong = copy.deepcopy(model.state_dict()), replace(group.uses[0], axis=5)
+    scaling = GroupScaling(model, replace(group, uses=(group.uses[0], wrong)), torch.tensor([1.0, 2.0, 4.0, 2.0]))
+
+    with pytest.raises(RuntimeError):
+        scaling.apply()
+    scaling.undo()
+
+    assert torch.equal(model[1].weight, before["1.weight"])
+
+
+def test_a_weight_that_would_overflow_is_copied() -> None:
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)).half()
+    with torch.no_grad():
+        model[1].weight[0, 0] = 65504
+    before = model[1].weight.clone()
+
+    trace(model, lambda: model(torch.zeros(9, 4).half()))
+
+    assert torch.equal(model[1].weight, before)
+
+
+def test_tracing_keeps_no_activation() -> None:
+    model = nn.Sequential(*(module for _ in range(4) for module in (nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU())))
+    made: list[Any] = []
+    alive: list[int] = []
+
+    def meet(module: nn.Module, args: Any, output: Tensor) -> None:
+        alive.append(sum(one() is not None for one in made))
+        made.append(weakref.ref(output))
+
+    for module in model[1::3]:
+        module.register_forward_hook(meet)
+    trace(model, lambda: model(torch.randn(5, 8)), checks=())
+
+    assert alive == [0, 0, 0, 0]
