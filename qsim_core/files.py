@@ -17,7 +17,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -251,22 +251,6 @@ def make_cache_folder(kind: str, note: str) -> Path:
     check_own(folder)
     (folder / CACHE_NOTE).write_text(note, encoding="utf-8")
     return folder
-
-
-def made_once(kind: str, note: str, made_from: bytes, make: Callable[[], Any]) -> Any:
-    """Read what an earlier run has made from the same bytes and `keep` has written to the user's cache, or make it.
-
-    Where nothing can be kept, each run makes it.
-    """
-    try:
-        path = make_cache_folder(kind, note) / f"{hashlib.sha256(made_from).hexdigest()[:16]}.kept"
-    except (OSError, QsimError, RuntimeError):  # RuntimeError: there is no home directory
-        return make()
-    found = kept(path)
-    if found is None:
-        found = make()
-        keep(path, found)
-    return found
 
 
 def check_own(path: Path, opened: int | None = None) -> None:

@@ -126,13 +126,9 @@ def default_host() -> Any:
     return importlib.import_module("qsim_core.components.host").installed()  # that module imports this one
 
 
+@functools.lru_cache(maxsize=1024)
 def options_of(cls: type[Component]) -> dict[str, FieldInfo]:
     """The options of a component class in the order of its text form: its own, then the inherited ones."""
-    return _options_of(cls)
-
-
-@functools.lru_cache(maxsize=1024)
-def _options_of(cls: type[Component]) -> dict[str, FieldInfo]:
     declared = (name for base in cls.__mro__ for name in inspect.get_annotations(base))
     return {name: cls.model_fields[name] for name in dict.fromkeys(declared) if name in cls.model_fields}
 

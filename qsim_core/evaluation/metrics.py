@@ -242,14 +242,6 @@ class Jackknife:
         down, up = (max(t, sign * _unskewed(sign * t, self.skewness, self.root)) for sign in (1, -1))
         return self.value - self.error * down, self.value + self.error * up
 
-    def t_of(self, point: float) -> float:
-        """Student's t of a point: `interval(t)` has it as one of its ends; 0 for a point that is in all of them."""
-        if not self.error:
-            return 0.0 if self.value == point else math.copysign(math.inf, self.value - point)
-        mean = (self.value - point) / self.error
-        sign = math.copysign(1.0, mean)
-        return sign * max(0.0, min(sign * mean, sign * _skewed(mean, self.skewness, self.root)))
-
 
 def _inflation(correlation: float, many: int) -> float:
     """The variance of a mean of samples in order over that of independent ones, under an autoregression.
@@ -267,14 +259,6 @@ def _unskewed(t: float, skewness: float, root: float) -> float:
         return t
     inside = 1 + skewness * (t / root - skewness / (6 * root**2))
     return 3 * root / skewness * (math.copysign(abs(inside) ** (1 / 3), inside) - 1)
-
-
-def _skewed(mean: float, skewness: float, root: float) -> float:
-    """Hall's transformation of a studentized mean, the inverse of `_unskewed`."""
-    if abs(skewness) < TINY:
-        return mean
-    inside = (1 + skewness * mean / (3 * root)) ** 3
-    return root * ((inside - 1) / skewness + skewness / (6 * root**2))
 
 
 def student(degrees: float) -> float:

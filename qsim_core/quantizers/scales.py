@@ -41,5 +41,4 @@ class HasScales(Protocol):
 
 def has_scales(quantizer: object) -> TypeGuard[HasScales]:
     """Tell if a quantizer has scales itself. `isinstance` of a protocol takes long, and this is asked at each call."""
-    cls = type(quantizer)
-    return hasattr(cls, "scale_map") and hasattr(cls, "round_at")
+    return hasattr(type(quantizer), "scale_map") and hasattr(type(quantizer), "round_at")

@@ -385,8 +385,7 @@ def simulate(
     try:
         simulation._attach()
         for name, known in (final or {}).items():
-            stored = known if isinstance(known, EncodedWeight) else None
-            scales: Scales | None = known.scales if isinstance(known, EncodedWeight) else known
+            scales, stored = (known.scales, known) if isinstance(known, EncodedWeight) else (known, None)
             simulation.sites.weights.pin(name, model.get_parameter(name), scales, stored=stored)
         batches = None
         if calibration is not None:

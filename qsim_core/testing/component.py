@@ -66,7 +66,7 @@ class ComponentSuite:
         assert str(again) == str(component), f"{component} reads back and is written as {again}"
         assert hash(again) == hash(component), f"two {component} that are equal have different hashes"
 
-    def test_its_options_are_checked(self, component: Any) -> None:
+    def test_its_options_are_checked(self, component: Component) -> None:
         """A nonsensical value is refused by the text form, in one line that names the option."""
         name = _full_name(component, self.base)
         for option in options_of(type(component)):
@@ -82,12 +82,12 @@ class ComponentSuite:
 
         assert isinstance(error, SpecError), f"{component.name} takes no_such_option=1{_instead(error)}"
 
-    def test_it_holds_options_and_no_tensors(self, component: Any) -> None:
+    def test_it_holds_options_and_no_tensors(self, component: Component) -> None:
         held = [option for option in options_of(type(component)) if isinstance(getattr(component, option), Tensor)]
 
         assert held == [], f"{component} holds a tensor in {held[0]}; what is found in data lives at the site"
 
-    def test_it_cannot_be_changed(self, component: Any) -> None:
+    def test_it_cannot_be_changed(self, component: Component) -> None:
         for option in options_of(type(component)):
             error = _error(setattr, component, option, getattr(component, option))
             assert error is not None, f"{component}.{option} can be assigned to; components are frozen"

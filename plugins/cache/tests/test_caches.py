@@ -13,11 +13,12 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from qsim_cache.blocks import Blocks
+from qsim_cache.made_once import made_once
 from qsim_cache.sealing import seal
 from torch import nn
 
 from qsim_core.cli.main import main
-from qsim_core.files import keep, made_once, make_cache_folder
+from qsim_core.files import keep, make_cache_folder
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from qsim_cache.made_once import made_once
 from qsim_transformers.hub import offline_unless_reachable
 from qsim_transformers.tokens import check_ids
 from torch import Tensor
@@ -182,7 +183,7 @@ def _tokens_of_any_run(key: tuple[str, type, str, bool, str], tokenize: Callable
         return tokenize()
     versions = [version(library) for library in ("tokenizers", "transformers")]
     made_from = repr((text, kind.__module__, kind.__qualname__, state, versions)).encode()
-    tokens: Tensor = files.made_once("tokens", "tokens of a text", made_from, tokenize)
+    tokens: Tensor = made_once("tokens", "tokens of a text", made_from, tokenize)
     return tokens
 
 

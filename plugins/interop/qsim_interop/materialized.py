@@ -126,24 +126,29 @@ class MetWeights:
     """The calls by the names of their sites; their operands are on torch's `meta` device."""
     found: dict[str, Tensor | None] = field(default_factory=dict)
     """The parameters of sites with quantized values; None: no single tensor has them."""
-    call: Call | None = None
+    weight: Tensor | None = None
+    """The weight that the site at work has quantized."""
+
+    def __call__(self, site: Site, role: str, before: Tensor, after: Tensor, quantizer: Any) -> None:
+        """Note a weight. Its call is shown once it has been computed."""
+        if role == "weight":
+            self.weight = after.detach()
 
     def watch(self, site: Site, call: Call) -> None:
-        """Note a call, without the numbers that it multiplies."""
+        """Note a call, without the numbers that it multiplies, and the weight of its site."""
+        value, self.weight = self.weight, None
+        if value is not None and call.weight is not None and site.weight is not None and not site.computed:
+            self._note(site, call.operands[call.weight].detach(), call.layouts[call.weight], value)
         operands = tuple(operand.detach().to("meta") for operand in call.operands)
         by_place = dict(zip(call.places, operands, strict=True))
         args = tuple(by_place.get(place, value) for place, value in enumerate(call.args))
         kwargs = {key: by_place.get(key, value) for key, value in call.kwargs.items()}
         self.calls[site.name] = replace(call, args=args, kwargs=kwargs, operands=operands)
-        self.call = call
 
-    def __call__(self, site: Site, role: str, before: Tensor, after: Tensor, quantizer: Any) -> None:
-        """Note a weight, and see that each part of it that is multiplied has the same values."""
-        if role != "weight" or site.weight is None or site.computed or self.call is None or self.call.weight is None:
-            return
-        operand, layout = self.call.operands[self.call.weight].detach(), self.call.layouts[self.call.weight]
-        parameter = self.model.get_parameter(site.weight).detach()
-        value = layout.back(after.detach())
+    def _note(self, site: Site, operand: Tensor, layout: Layout, rows: Tensor) -> None:
+        """Note a parameter with quantized values, and see that each part that is multiplied has the same ones."""
+        parameter = self.model.get_parameter(str(site.weight)).detach()
+        value = layout.back(rows)
         if site.name not in self.found:
             self.found[site.name] = self._whole(site, parameter, operand, layout, value)
         known = self.found[site.name]

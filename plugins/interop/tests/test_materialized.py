@@ -202,12 +202,20 @@ def test_a_stack_of_experts_is_a_parameter_with_quantized_values(implementation:
 
 @pytest.mark.slow
 def test_quantized_inputs_of_experts_are_in_one_graph() -> None:
-    model = experts("grouped_mm")
+    model = experts("grouped_mm").bfloat16()
     recipe = {"weights": "int4", "activations": "int8", "arithmetic": "float32"}
 
     plain = qsim.materialize(qsim.simulate(model, recipe, example={"input_ids": IDS}))
 
     assert torch.equal(logits(plain), logits(model))
+
+
+@pytest.mark.slow
+def test_quantized_inputs_of_experts_in_float32_are_refused_as_torch_exports_no_such_product() -> None:
+    simulation = qsim.simulate(experts("grouped_mm"), weights="int4", activations="int8", example={"input_ids": IDS})
+
+    with pytest.raises(qsim.RecipeError, match=r"the model is not one graph: Expected inputs of BF16 type"):
+        qsim.materialize(simulation)
 
 
 def test_a_weight_that_was_overwritten_is_in_it() -> None:

@@ -8,6 +8,7 @@ correction (Holm, 1979, Scandinavian Journal of Statistics 6) holds for all comp
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ from math import isfinite
 import torch
 from scipy import special
 
-from qsim_core.evaluation.metrics import FEWEST, FEWEST_IN_ORDER, Jackknife, with_doubt
+from qsim_core.evaluation.metrics import FEWEST, FEWEST_IN_ORDER, TINY, Jackknife, with_doubt
 from qsim_study.cell import Entry
 
 LEVEL = 0.05
@@ -78,7 +79,24 @@ def compare(first: Entry, second: Entry, level: float = LEVEL) -> tuple[float, f
     ratio, without = value / value_of_other, without / without_other
     found = Jackknife.of(ratio, without, in_order)
     low, high = found.interval(float(-special.stdtrit(found.degrees, level / 2)))
-    return float(values[0] / values[1]), low, high, 2 * float(special.stdtr(found.degrees, -abs(found.t_of(1.0))))
+    return float(values[0] / values[1]), low, high, 2 * float(special.stdtr(found.degrees, -abs(t_of(found, 1.0))))
+
+
+def t_of(found: Jackknife, point: float) -> float:
+    """Student's t of a point: `found.interval(t)` has it as one of its ends; 0 for a point that is in all of them."""
+    if not found.error:
+        return 0.0 if found.value == point else math.copysign(math.inf, found.value - point)
+    mean = (found.value - point) / found.error
+    sign = math.copysign(1.0, mean)
+    return sign * max(0.0, min(sign * mean, sign * _skewed(mean, found.skewness, found.root)))
+
+
+def _skewed(mean: float, skewness: float, root: float) -> float:
+    """Hall's transformation of a studentized mean for `root`² samples, which the ends of intervals invert."""
+    if abs(skewness) < TINY:
+        return mean
+    inside = (1 + skewness * mean / (3 * root)) ** 3
+    return root * ((inside - 1) / skewness + skewness / (6 * root**2))
 
 
 def holm(values: Sequence[float]) -> list[float]:

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from qsim_core.files import made_once
+from qsim_cache.made_once import made_once
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 SPLITS = ("train", "valid", "test")

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from qsim_core.files import made_once
+from qsim_cache.made_once import made_once
 
 
 @pytest.fixture(autouse=True)
