@@ -27,6 +27,8 @@ PARTIAL = "tmp"
 """The beginning of the name of a file that is being written."""
 LOCK = ".lock"
 """The end of the name of a file that keeps a second process waiting. It is empty, and stays."""
+DIGEST = "sha256_with_place"
+"""The key of the digest in the last line of a kept file."""
 LARGEST = 1 << 30
 """Bytes of the largest file that is read as one text."""
 LONGEST_NAME = 80
@@ -103,7 +105,7 @@ def write_checked(path: Path, content: bytes | memoryview, **about: str) -> None
 
     The place is the names of the file and of its folder. Raises `QsimError`.
     """
-    line = json.dumps({**about, "sha256": _digest(path, content, about)})
+    line = json.dumps({**about, DIGEST: _digest(path, content, about)})
     with writing(path) as file:
         file.write(content)
         file.write(b"\n" + line.encode())
@@ -120,8 +122,10 @@ def read_checked(path: Path, own: bool = False) -> bytes | None:
                 check_own(path, file.fileno())
             whole = file.read()
         content, about = whole[: whole.rfind(b"\n")], _description(whole)
-        if about.pop("sha256", None) == _digest(path, content, about):
+        if about.pop(DIGEST, None) == _digest(path, content, about):
             return content
+        if "sha256" in about:  # a version wrote it whose digest left the place out
+            return None
     except FileNotFoundError:
         return None
     except (OSError, QsimError) as error:

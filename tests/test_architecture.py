@@ -135,7 +135,7 @@ def lines_of_code(path: Path) -> set[int]:
 def test_the_core_is_small() -> None:
     lines = {path: lines_of_code(path) for path in code(CORE) if "testing" not in path.parts}
 
-    assert sum(map(len, lines.values())) < 9_390
+    assert sum(map(len, lines.values())) < 9_400
 
 
 @pytest.mark.parametrize(

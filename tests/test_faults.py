@@ -77,6 +77,15 @@ def test_a_file_that_was_not_sealed_or_has_gone_is_noticed(tmp_path: Path) -> No
     assert damaged(tmp_path) == ["weights.bin"]
 
 
+def test_a_file_of_an_earlier_version_is_made_again_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "entry.kept").write_bytes(b'content\n{"sha256": "0123"}')
+
+    assert read_checked(tmp_path / "entry.kept") is None
+    assert caplog.messages == []
+
+
 def test_flipped_bits_in_a_work_directory_change_no_output(tmp_path: Path) -> None:
     def outputs() -> Any:
         torch.manual_seed(0)

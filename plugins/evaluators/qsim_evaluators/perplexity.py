@@ -94,8 +94,7 @@ class Perplexity(Evaluator):
         """Compute perplexities per token, word and byte, `nll` (nats per token), `bits_per_byte`, and `tokens`."""
         opening, text_tokens = self._tokens(loaded, data)
         windows, stride = self._windows(loaded, opening, text_tokens, data.name)
-        logits_of_one = windows.shape[1] * (vocabulary(loaded) or 1)
-        at_once = min(run.batch_size, max(1, LOGITS // logits_of_one))
+        at_once = min(run.batch_size, _most_windows(loaded, windows.shape[1]))
         batches = list(enumerate(windows[: run.limit].split(at_once)))
 
         def sums(numbered: tuple[int, Tensor]) -> Tensor:
@@ -133,7 +132,9 @@ class Perplexity(Evaluator):
         if loaded.tokenizer is not None and len(split_opening(loaded, tokens_of(loaded, "a"))[0]):
             each = "each after" if self.first_token else "only the first one after"
             begun = f", {each} the token that the tokenizer puts before a text"
-        return f"perplexity per token over {cut} windows of {seqlen} tokens of the concatenated text{begun}"
+        most = _most_windows(loaded, seqlen)
+        few = f", {most} at a time at most" if most < Run().batch_size else ""
+        return f"perplexity per token over {cut} windows of {seqlen} tokens of the concatenated text{begun}{few}"
 
     def _sizes(self, loaded: LoadedModel) -> tuple[int, int]:
         most = longest(loaded, LONGEST)
@@ -162,6 +163,11 @@ class Perplexity(Evaluator):
             )
         stride = min(stride, inner)
         return opened(opening, tokens.unfold(0, inner, stride)), stride
+
+
+def _most_windows(loaded: LoadedModel, length: int) -> int:
+    """The number of windows of one forward whose logits are at most `LOGITS`, but one at least."""
+    return max(1, LOGITS // (length * (vocabulary(loaded) or 1)))
 
 
 def _losses(loaded: LoadedModel, batch: Tensor) -> Tensor:

@@ -116,6 +116,7 @@ def test_a_forward_has_as_many_windows_as_their_logits_allow(
 
     assert seen == [3, 3, 3, 2] + [1] * 11
     assert few == whole == single
+    assert evaluator.protocol(loaded).endswith(", 1 at a time at most")
 
 
 @pytest.mark.slow
